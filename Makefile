@@ -1,0 +1,25 @@
+# One word per chore. PYTHON=... chooses the interpreter.
+PYTHON ?= python
+RUNTIME_TESTS = $(wildcard tests/engines tests/hyperrt) tests/test_boundaries.py tests/test_budgets.py tests/test_readme.py
+
+.PHONY: check test test-runtime bench wheel clean
+
+check:  ## style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test:  ## everything; needs .[dev]
+	$(PYTHON) -m pytest
+
+test-runtime:  ## what an install without torch must pass
+	$(PYTHON) -m pytest $(RUNTIME_TESTS)
+
+bench:  ## every measurement; each ends in one JSON line
+	@for script in bench/*.py; do $(PYTHON) "$$script" || exit 1; done
+
+wheel:  ## the wheel, in dist/
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:  ## what the other words leave behind
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
