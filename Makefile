@@ -1,6 +1,6 @@
-# One word per chore. PYTHON=... chooses the interpreter.
+# One word per chore; CI calls these and nothing else. PYTHON=... chooses the interpreter.
 PYTHON ?= python
-RUNTIME_TESTS = $(wildcard tests/engines tests/hyperrt) tests/test_boundaries.py tests/test_budgets.py tests/test_readme.py
+RUNTIME_TESTS = $(wildcard tests/engines tests/hyperrt) $(wildcard tests/test_*.py)
 
 .PHONY: check test test-runtime bench wheel clean
 
@@ -11,10 +11,10 @@ check:  ## style and types
 test:  ## everything; needs .[dev]
 	$(PYTHON) -m pytest
 
-test-runtime:  ## what an install without torch must pass
+test-runtime:  ## what an install without torch must pass; needs .[cpu,test]
 	$(PYTHON) -m pytest $(RUNTIME_TESTS)
 
-bench:  ## every measurement; each ends in one JSON line
+bench:  ## every measurement; each script ends in one JSON line
 	@for script in bench/*.py; do $(PYTHON) "$$script" || exit 1; done
 
 wheel:  ## the wheel, in dist/
@@ -22,4 +22,4 @@ wheel:  ## the wheel, in dist/
 
 clean:  ## what the other words leave behind
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

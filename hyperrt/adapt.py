@@ -31,7 +31,9 @@ class Adapter:
     def __init__(self, engine: Engine, name: str, layout: LoraLayout, mode: str) -> None:
         if mode != "inputs":
             raise BundleMismatch(
-                f"the bundle takes its LoRA by {mode!r}", "this version knows 'inputs'", "export it with --adapt inputs"
+                f"the bundle takes its LoRA by {mode!r}",
+                "this version knows 'inputs'",
+                "export it with --adapt inputs",
             )
         self._engine = engine
         self._name = name
@@ -40,7 +42,7 @@ class Adapter:
         self._empty = True
 
     def put(self, subject: Subject | None) -> None:
-        """Make `subject` (None: the base model) the one that the engine computes; on an error the old one stays.
+        """Make the engine compute `subject` (None: the base model); on an error the old one stays.
 
         Raises:
             LoraMismatch: the subject has another number of weights than the bundle.

@@ -1,18 +1,20 @@
 """What a command was asked to do: frozen dataclasses that mirror the command line option for option.
 
-Each is checked once, on construction, before anything slow starts; what depends on the bundle (a default, the
-list of solvers) is None here and filled in by the runtime.  `output_paths` names the pictures of one request.
+Each is checked once, on construction, before anything slow starts; what depends on the bundle is None here
+and filled in by `hyperrt.job`.  `output_paths` names the pictures of one request.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from hyperrt.errors import NotFound, UsageError
+from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -21,21 +23,22 @@ MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
 MAX_SEED = 2**63 - 1
 STDOUT = "-"
+SOLVER_NAMES = (
+    "ddim",
+    "dpmpp_2m",
+    "euler",
+    "euler_ancestral",
+)  # those of hyperrt/solvers.py, which needs NumPy
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """One `hyperrt generate`.
+class SamplingConfig:
+    """What `Runtime.steps` takes beside the prompt and the subject; None means the bundle's default.
 
     Raises:
-        UsageError: a value is out of range, or two options exclude each other.
+        UsageError: a value is out of range, naming it and the range.
     """
 
-    prompt: str
-    images: tuple[str, ...] = ()  # photos: a folder, or files
-    subject: str | None = None  # a subject file, instead of photos
-    bundle: str = "tiny"  # name or folder
-    class_noun: str | None = None  # None: the subject file's, else the bundle's
     generic_prompt: str | None = None  # None: the prompt without the placeholder
     negative_prompt: str = ""  # replaces the empty prompt on the base row
     kappa: float | None = None  # 0 to 2; share of guidance that comes from the subject
@@ -46,6 +49,32 @@ class GenerateConfig:
     n: int = 1  # pictures
     strength: float = 1.0  # of the LoRA
     batch_size: int = 1  # pictures per engine call
+
+    def __post_init__(self) -> None:
+        _in_range("kappa", self.kappa, 0, 2)
+        _in_range("guidance scale", self.guidance_scale, 0, 100)
+        _in_range("steps", self.steps, 1, MAX_STEPS)
+        _in_range("n", self.n, 1, MAX_IMAGES)
+        _in_range("batch size", self.batch_size, 1, MAX_IMAGES)
+        _in_range("seed", self.seed, 0, MAX_SEED - self.n)
+        _in_range("strength", self.strength, -10, 10)
+        if self.solver is not None:
+            _one_of("solver", self.solver, SOLVER_NAMES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """One `hyperrt generate`.
+
+    Raises:
+        UsageError: a value is out of range, or two options exclude each other.
+    """
+
+    prompt: str
+    images: tuple[str, ...] = ()  # photos: a folder, or files
+    subject: str | None = None  # a subject file, instead of photos
+    bundle: str = "tiny"  # name or folder
+    class_noun: str | None = None  # None: the noun of the prompt, else the subject file's, else the bundle's
     backend: str = "onnxruntime"
     threads: int | None = None  # None: the backend decides
     strict_images: bool = False  # one bad photo stops the command
@@ -53,12 +82,24 @@ class GenerateConfig:
     force: bool = False  # overwrite
 
     def __post_init__(self) -> None:
-        check_sampling(self.kappa, self.guidance_scale, self.steps, self.seed, self.n, self.strength, self.batch_size)
+        super().__post_init__()
         _in_range("threads", self.threads, 1, 1024)
         if self.images and self.subject:
-            raise UsageError("--images and --subject were both given", "the subject comes from one of them", "leave one out")
+            raise UsageError(
+                "--images and --subject were both given",
+                "the subject comes from one of them",
+                "leave one out",
+            )
         if self.output == STDOUT and self.n != 1:
-            raise UsageError(f"-o - writes one picture, but -n is {self.n}", "a pipe takes one PNG", "use -o FOLDER")
+            what = f"-o - writes one picture, but -n is {self.n}"
+            raise UsageError(what, "a pipe takes one PNG", "use -o FOLDER")
+        _named("images", *self.images)
+        _named("subject", self.subject)
+
+    def sampling(self, **changes: Any) -> SamplingConfig:
+        """The sampling options alone, some of them changed."""
+        own = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
+        return SamplingConfig(**{**own, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +125,8 @@ class PersonalizeConfig:
         _one_of("format", self.format, SUBJECT_FORMATS)
         if not self.images:
             raise UsageError("no photos were named", "", "add --images FOLDER")
+        _named("images", *self.images)
+        _named("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,71 +150,43 @@ class ExportConfig:
         _one_of("adapt", self.adapt, ADAPT_MODES)
 
 
-def check_sampling(
-    kappa: float | None,
-    guidance_scale: float | None,
-    steps: int | None,
-    seed: int,
-    n: int,
-    strength: float,
-    batch_size: int,
-) -> None:
-    """Refuse sampling arguments out of range; None means "the bundle's default".
-
-    Raises:
-        UsageError: naming the argument, its value and the range.
-    """
-    _in_range("kappa", kappa, 0, 2)
-    _in_range("guidance scale", guidance_scale, 0, 100)
-    _in_range("steps", steps, 1, MAX_STEPS)
-    _in_range("n", n, 1, MAX_IMAGES)
-    _in_range("batch size", batch_size, 1, MAX_IMAGES)
-    _in_range("seed", seed, 0, MAX_SEED - n)
-    _in_range("strength", strength, -10, 10)
-
-
 def output_paths(output: str | None, prompt: str, seeds: Sequence[int], force: bool = False) -> list[Path]:
-    """Where each picture goes; checked before the work, so that an hour is not lost to a full name.
+    """Where each picture goes; checked before the work, so that an hour is not lost to a name that is taken.
 
-    `FILE.png` is that file, with `-SEED` before the suffix when there are several; anything without a suffix is a
-    folder, which gets `WORDS-OF-PROMPT-SEED.png`; None is the current folder.
+    `FILE.png` is that file, with `-SEED` before the suffix when there are several; anything without a suffix
+    is a folder, which gets `WORDS-OF-PROMPT-SEED.png` and may be new; None is the current folder.
 
     Raises:
-        UsageError: another suffix than .png, a name that exists without `force`, or something that is no plain file.
+        UsageError: another suffix than .png, a name that is taken, no plain file, or not writable.
         NotFound: the folder of `FILE.png` does not exist.
     """
+    from hyperrt import files
+
     target = Path(output or ".")
-    if target.suffix and not target.is_dir() and not (output or "").endswith("/"):
+    if target.suffix and not target.is_dir() and not (output or "").endswith(("/", os.sep)):
         paths = _file_names(target, seeds)
+    elif os.path.lexists(target) and not target.is_dir():
+        why = "a name without .png means a folder"
+        raise UsageError(f"{target} is not a folder", why, f"use -o {target}.png")
     else:
-        if target.exists() and not target.is_dir():
-            raise UsageError(f"{target} is not a folder", "a name without .png means a folder", f"use -o {target}.png")
         words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60].strip("-") or "picture"
         paths = [target / f"{words}-{seed}.png" for seed in seeds]
+        if not target.is_dir():  # it will be made: look whether it can be
+            parent = next(folder for folder in target.absolute().parents if folder.exists())
+            files.check_file(parent / target.name, force=True)
+            return paths
     for path in paths:
-        check_free(path, force)
+        files.check_file(path, force)
     return paths
-
-
-def check_free(path: Path, force: bool = False) -> None:
-    """Refuse a file that may not be written over.
-
-    Raises:
-        UsageError: it exists and `force` is off, or it is a folder, device or pipe.
-    """
-    if not path.exists() and not path.is_symlink():
-        return
-    if not path.is_file():
-        raise UsageError(f"{path} is not a plain file", "only plain files are replaced", "choose another -o")
-    if not force:
-        raise UsageError(f"{path} exists", "nothing is overwritten unasked", "add --force, or choose another -o")
 
 
 def _file_names(target: Path, seeds: Sequence[int]) -> list[Path]:
     if target.suffix.lower() != ".png":
-        raise UsageError(f"{target} ends in {target.suffix}", "pictures are written as PNG", f"use -o {target.with_suffix('.png')}")
-    if not target.parent.is_dir():
-        raise NotFound(f"the folder {target.parent} does not exist", "", f"mkdir -p {target.parent}")
+        raise UsageError(
+            f"{target} ends in {target.suffix}",
+            "pictures are written as PNG",
+            f"use -o {target.with_suffix('.png')}",
+        )
     if len(seeds) == 1:
         return [target]
     return [target.with_name(f"{target.stem}-{seed}{target.suffix}") for seed in seeds]
@@ -185,3 +200,12 @@ def _in_range(name: str, value: float | None, low: float, high: float) -> None:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}", f"it must be one of {', '.join(allowed)}")
+
+
+def _named(name: str, *values: str | None) -> None:
+    if "" in values:
+        raise UsageError(
+            f"{name} is an empty name",
+            "an empty name would mean the current folder",
+            "name a file or a folder",
+        )

@@ -27,8 +27,8 @@ class Branch:
     """One model evaluation of a step and its share of the sum.
 
     Attributes:
-        name: "uncond" is the base model with the empty or negative prompt, "subject" the personalised model with
-            the subject prompt, "generic" the base model with the prompt that does not name the subject.
+        name: "uncond" is the base model with the empty or negative prompt, "subject" the personalised model
+            with the subject prompt, "generic" the base model with the prompt that does not name the subject.
         weight: coefficient in the affine sum, dimensionless; negative for guidance away from the branch.
     """
 
@@ -73,7 +73,8 @@ def combine(weights: Sequence[float] | Any, predictions: Sequence[Any] | Any) ->
 
     Args:
         weights: one number per branch, [branches]; they add up to 1.
-        predictions: the branches' predictions, a sequence or an array [branches, images, C, h, w], NumPy or torch.
+        predictions: the branches' predictions, a sequence or an array [branches, images, C, h, w], NumPy or
+            torch.
 
     Returns:
         [images, C, h, w], of the predictions' type.

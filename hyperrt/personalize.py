@@ -1,6 +1,6 @@
-"""Photos to a subject: image encoder, weight decoder, mean over the photos.
+"""Photos to the weights of a subject: image encoder, weight decoder, mean over the photos.
 
-pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> mean, each [N].
+pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> mean.
 The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +23,61 @@ log = logging.getLogger("hyperrt")
 
 Photo = Any  # path, [H, W, 3] uint8, or PIL image
 Photos = str | os.PathLike[str] | Sequence[Photo]
-Pixels = NDArray[np.float32]
+Weights = NDArray[np.float32]
 
 
 def read_photos(photos: Photos, strict: bool = False) -> list[NDArray[np.uint8]]:
     """Every usable photo as [H, W, 3] uint8; one that is not is logged as a warning and left out.
 
     Args:
-        photos: a folder, a file, or a sequence of files, arrays and PIL images.
+        photos: a folder, a file, or a sequence of folders, files, arrays and PIL images.
         strict: raise on the first photo that cannot be used.
 
     Raises:
         BadInput: no photo is left, or one is bad and `strict` is on.
         NotFound: the folder or a file does not exist.
     """
-    if isinstance(photos, (str, os.PathLike)) and Path(photos).is_dir():
-        folder = photo_files.load_folder(Path(photos), strict=strict)
-        for name, reason in folder.rejected:
-            log.warning("left out %s: %s", name, reason)
-        return list(folder.images)
-    return list(_read_each(_as_sequence(photos), strict))
+    sequence = _as_sequence(photos)
+    usable: list[NDArray[np.uint8]] = []
+    bad: list[BadImage] = []
+    for photo in sequence:
+        if isinstance(photo, (str, os.PathLike)) and Path(photo).is_dir():
+            folder = photo_files.load_folder(Path(photo), strict=strict)
+            bad += [BadImage(name, reason) for name, reason in folder.rejected]
+            usable += folder.images
+            continue
+        try:
+            usable.append(photo_files.load_image(photo))
+        except BadImage as error:
+            if strict:
+                raise
+            bad.append(error)
+    if bad and not usable:
+        raise bad[0] if len(bad) == 1 else _none_left(bad)
+    for left_out in bad:
+        log.warning("left out %s: %s", left_out.name, left_out.reason)
+    return usable
 
 
-def predict_lora(pixels: Pixels, image_encoder: Engine, weight_decoder: Engine) -> dict[str, Pixels]:
-    """The mean LoRA of photos [photos, 3, S, S]: `lora_q` [Nq] and `lora_kv` [Nkv].
+def encode_photos(pixels: Weights, image_encoder: Engine) -> list[Weights]:
+    """Pixels [photos, 3, S, S] to features [1, T, F], one per photo.
 
     Photos go through one at a time, so that memory does not grow with their number.
+    """
+    return [image_encoder.run({"pixels": photo[np.newaxis]})["features"] for photo in pixels]
+
+
+def predict_lora(features: Sequence[Weights], weight_decoder: Engine) -> dict[str, Weights]:
+    """The mean LoRA of the photos whose features [1, T, F] are given: `lora_q` [Nq] and `lora_kv` [Nkv].
 
     Raises:
         NumericError: a weight is NaN or infinite.
     """
     sums: dict[str, NDArray[np.float64]] = {}
-    for photo in pixels:
-        features = image_encoder.run({"pixels": photo[np.newaxis]})["features"]
-        for name, rows in weight_decoder.run({"features": features}).items():
+    for photo in features:
+        for name, rows in weight_decoder.run({"features": photo}).items():
             sums[name] = sums.get(name, 0.0) + rows[0].astype(np.float64)
-    lora = {name: (total / len(pixels)).astype(np.float32) for name, total in sums.items()}
+    lora = {name: (total / len(features)).astype(np.float32) for name, total in sums.items()}
     check_finite(lora, "the predicted LoRA")
     return lora
 
@@ -81,25 +100,16 @@ def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:
 
 def _as_sequence(photos: Photos) -> Sequence[Photo]:
     single = isinstance(photos, (str, os.PathLike)) or not isinstance(photos, Sequence)
-    several: Sequence[Photo] = [photos] if single else photos  # type: ignore[assignment, list-item]
+    several: Sequence[Photo] = [photos] if single else photos  # type: ignore[assignment]
     if not several:
-        raise BadInput("no photos were given", "a subject needs at least one", "three to five photos are a good number")
+        raise BadInput(
+            "no photos were given", "a subject needs at least one", "three to five photos are a good number"
+        )
     return several
 
 
-def _read_each(photos: Sequence[Photo], strict: bool) -> Iterator[NDArray[np.uint8]]:
-    usable = 0
-    first: BadImage | None = None
-    for photo in photos:
-        try:
-            image = photo_files.load_image(photo)
-        except BadImage as error:
-            if strict:
-                raise
-            log.warning("left out %s: %s", error.name, error.reason)
-            first = first or error
-            continue
-        usable += 1
-        yield image
-    if not usable and first:
-        raise first
+def _none_left(bad: Sequence[BadImage]) -> BadInput:
+    first = "; ".join(f"{error.name}: {error.reason}" for error in bad[:3])
+    return BadInput(
+        f"none of the {len(bad)} photos could be used", first, "convert them to PNG, JPEG or WebP"
+    )

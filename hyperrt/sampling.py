@@ -65,8 +65,8 @@ def denoise(
     """The denoising loop: yields after every step; to cancel, stop asking for the next.
 
     Args:
-        step: runs the step graph. It gets `latents`, `previous`, `noise`, `timestep` [] and `coefficients` [7]
-            (all float32) and returns `next_latents` and `denoised`; whatever else the graph takes is bound to it.
+        step: runs the step graph. It gets `latents`, `previous`, `noise`, `timestep` [] and `coefficients`
+            [7] (all float32) and returns `next_latents` and `denoised`; what else the graph takes is bound.
         table: the solver.
         latents: [images, C, h, w] to start from: `initial_noise(...) * table.initial_scale`.
         noise_rng: `noise_generators(...)`, one per image; used where `table.stochastic`.
@@ -74,12 +74,14 @@ def denoise(
     Raises:
         ValueError: a stochastic solver, and not one generator per image.
     """
+    if table.stochastic and len(noise_rng) != len(latents):
+        raise ValueError(f"{len(noise_rng)} noise generators for {len(latents)} images: it must be one each")
     latents = np.asarray(latents, dtype=np.float32)
     denoised = noise = np.zeros_like(latents)
     total = len(table.timesteps)
     for index, (timestep, coefficients) in enumerate(zip(table.timesteps, table.coefficients, strict=True)):
         if table.stochastic:
-            noise = _draw(noise_rng, latents.shape[1:]).reshape(latents.shape)
+            noise = _draw(noise_rng, latents.shape[1:])
         outputs = step(
             {
                 "latents": latents,
@@ -104,6 +106,8 @@ def _draw(generators: Sequence[Generator], shape: Sequence[int]) -> Latents:
 def _checked(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise UsageError(
-            f"seed is {seed!r}", "a seed is a whole number from 0 up", "use for example 0, or the seed of a recipe"
+            f"seed is {seed!r}",
+            "a seed is a whole number from 0 up",
+            "use for example 0, or the seed of a recipe",
         )
     return int(seed)

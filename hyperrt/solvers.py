@@ -1,7 +1,7 @@
 """Solvers as tables: one row of seven coefficients per step, whichever the solver.
 
-Every solver here is linear in the latents, the model output and the clean sample estimated one step before, so
-the step graph only ever applies a row `c` (see `apply`):
+Every solver here is linear in the latents, the model output and the clean sample estimated one step before,
+so the step graph only ever applies a row `c` (see `apply`):
 
     model input  = c0 latents
     next_latents = c1 latents + c2 output + c3 previous + c4 noise
@@ -12,8 +12,8 @@ One update covers all four. Write latents as `x = a x0 + s eps`; going to (a', s
     x' = (s'/s) x + (a' - a s'/s) D
 
 is DDIM (arXiv 2010.02502 eq. 12, eta 0) for D = x0. DPM-Solver++(2M) (arXiv 2211.01095 alg. 2) extrapolates D
-from this and the previous x0. Euler (arXiv 2206.00364 alg. 1) is the same in coordinates scaled to a = 1, s = sigma;
-Euler ancestral (k-diffusion) goes down to sigma_down and adds noise of sigma_up.
+from this and the previous x0. Euler (arXiv 2206.00364 alg. 1) is the same in coordinates scaled to a = 1,
+s = sigma; Euler ancestral (k-diffusion) goes down to sigma_down and adds noise of sigma_up.
 
 Numbers follow diffusers' schedulers with Stable Diffusion 1.5's configuration: timestep_spacing "leading",
 steps_offset 1, clip_sample False, set_alpha_to_one False, and otherwise diffusers' defaults; for
@@ -88,7 +88,7 @@ class NoiseSchedule:
     @property
     def alphas_cumprod(self) -> Array64:
         """[T] share of the clean sample's variance that is left: `x_t = sqrt(ac) x0 + sqrt(1 - ac) noise`."""
-        return np.cumprod(1 - self.betas)
+        return np.cumprod(1 - self.betas, dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,8 @@ def table(solver: str, schedule: NoiseSchedule, steps: int, prediction_type: str
 
 def _check_name(kind: str, name: str, known: frozenset[str]) -> None:
     if name not in known:
-        raise UsageError(f"unknown {kind} {name!r}", f"known are {', '.join(sorted(known))}", "choose one of these")
+        known_names = ", ".join(sorted(known))
+        raise UsageError(f"unknown {kind} {name!r}", f"known are {known_names}", "choose one of these")
 
 
 def _check_steps(steps: int, most: int) -> None:
@@ -207,7 +208,7 @@ def _leading_timesteps(steps: int, train_steps: int, spare: bool) -> NDArray[np.
     first = int(spare)
     stride = max(1, train_steps // (steps + first))
     timesteps = np.arange(first, first + steps)[::-1] * stride
-    # Near as many steps as the schedule has, diffusers' offset would leave it (and divide by zero): shift less.
+    # With nearly as many steps as the schedule has, diffusers' offset would leave it: shift less.
     return timesteps + min(1, train_steps - 1 - int(timesteps[0]))
 
 
@@ -227,7 +228,7 @@ def _ancestral(sigma: Array64, sigma_next: Array64) -> tuple[Array64, Array64]:
 
 
 def _second_order(a: Array64, s: Array64) -> Array64:
-    """1 / (2 r) of DPM-Solver++(2M) per step, r = h_before / h in log-SNR; zero at the first and the last step.
+    """1 / (2 r) of DPM-Solver++(2M) per step, r = h_before / h in log-SNR; zero at the first and the last.
 
     The first step has no predecessor; the last goes to zero noise, where h is infinite, so it is first order.
     """

@@ -131,14 +131,15 @@ def layout_of(unet: nn.Module, rank: int) -> LoraLayout:
 
 def unpack(layout: LoraLayout, packed: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Packed vectors ("lora_q", "lora_kv", either or both, [1|rows, N]) to factors (A [·, d_in, r], B [·, r, d_out])."""
-    return {
-        site.path: (
-            vectors[:, part_a].reshape(-1, site.d_in, layout.rank),
-            vectors[:, part_b].reshape(-1, layout.rank, site.d_out),
-        )
-        for name, vectors in packed.items()
-        for site, part_a, part_b in layout.slices(name)
-    }
+    factors = {}
+    for name, vectors in packed.items():
+        slices = layout.slices(name)
+        # One split, not a slice per factor: the gradient of each slice would be a zero tensor as large as `vectors`.
+        parts = iter(vectors.split([part.stop - part.start for _, *both in slices for part in both], dim=1))
+        for site, _, _ in slices:
+            A, B = next(parts), next(parts)
+            factors[site.path] = (A.unflatten(1, (site.d_in, layout.rank)), B.unflatten(1, (layout.rank, site.d_out)))
+    return factors
 
 
 def context(unet: nn.Module, hidden_states: Tensor, gate: Tensor, lora_kv: Tensor, layout: LoraLayout) -> Tensor:

@@ -1,0 +1,34 @@
+"""Engines: open one graph on one backend and run it.
+
+    with engines.open("unet.onnx", backend="onnxruntime", threads=2) as engine:
+        outputs = engine.run({"x": x})
+
+Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
+is opened.  Contract, feed checks and the table of backends: `engines.base`.
+"""
+
+from engines.base import (
+    BACKENDS,
+    BackendMissing,
+    Engine,
+    EngineClosed,
+    EngineError,
+    EngineInputError,
+    EngineLoadError,
+    EngineMemoryError,
+    TensorSpec,
+    open,
+)
+
+__all__ = [
+    "BACKENDS",
+    "BackendMissing",
+    "Engine",
+    "EngineClosed",
+    "EngineError",
+    "EngineInputError",
+    "EngineLoadError",
+    "EngineMemoryError",
+    "TensorSpec",
+    "open",
+]

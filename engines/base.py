@@ -1,0 +1,352 @@
+"""Engine contract: one open graph with named tensors; its checks, its errors, and the table of backends.
+
+Arrays are NumPy arrays on the host.  In a shape a number is a fixed size, and a name stands for any size.
+To add a backend: a module here with `open(path, **options) -> Engine`, one line in `BACKENDS`, one extra in
+pyproject.toml, and its file in tests/test_backend_contract.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Tensors = Mapping[str, Array]
+
+BACKENDS = {  # name -> the module that its vendor's package installs ("": none needed)
+    "fake": "",
+    "onnxruntime": "onnxruntime",
+}
+INSTALL = {  # name -> the line that installs it
+    "onnxruntime": "pip install 'hyperrt[cpu]'",
+}
+
+
+class EngineError(Exception):
+    """A backend or its device failed; base of every error of this package.
+
+    Args:
+        what: what happened, one line.
+        why: the cause, as far as it is known; may be empty.
+        do: the next step for the reader; may be empty.
+    """
+
+    code: ClassVar[int] = 7
+
+    def __init__(self, what: str, why: str = "", do: str = "") -> None:
+        # All three go to Exception.args, so that pickling (worker processes) rebuilds the same error.
+        super().__init__(what, why, do)
+        self.what = what
+        self.why = why
+        self.do = do
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        if self.do:
+            lines.append(f"  do:  {self.do}")
+        return "\n".join(lines)
+
+
+class EngineInputError(EngineError):
+    """A tensor or option that the caller passed is not one that is taken; nothing was run or changed."""
+
+    code: ClassVar[int] = 1
+
+
+class EngineClosed(EngineError):
+    """The engine was used after `close`."""
+
+    code: ClassVar[int] = 1
+
+
+class BackendMissing(EngineError):
+    """No such backend, or the package that it needs is not installed."""
+
+    code: ClassVar[int] = 4
+
+
+class EngineLoadError(EngineError):
+    """The graph cannot be opened on this backend: not there, not a graph, or an operator is not supported."""
+
+    code: ClassVar[int] = 5
+
+
+class EngineMemoryError(EngineError):
+    """Memory ran out while opening or running; the engine, where it is open, can still be used."""
+
+    code: ClassVar[int] = 6
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a graph.
+
+    Attributes:
+        name: in the graph.
+        shape: a number is a fixed size, a name any size.
+        dtype: NumPy's name, such as "float32".
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class Engine(ABC):
+    """One open graph.
+
+    Threads: every method may be called from any thread.  A run computes with the tensors that were bound when
+    it started; `bind`, `unbind` and `refit` reach the runs that start after they return.  `close` lets runs
+    that have started finish. Calls that belong together (bind, then run) need a lock of the caller's.
+
+    Attributes:
+        inputs: what `run` takes, less what is bound.
+        outputs: what `run` returns.
+        weights: the constants that `refit` can replace; empty where the backend or the graph has none.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[TensorSpec, ...] = ()
+
+    def __init__(self) -> None:
+        self._resident: dict[
+            str, Any
+        ] = {}  # replaced as a whole and never changed, so that a run can keep it
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, feeds: Tensors) -> dict[str, Array]:
+        """Compute all outputs; the results belong to the caller.
+
+        Args:
+            feeds: every input that is not bound, and nothing else.
+
+        Raises:
+            EngineInputError: a tensor is missing, unknown, bound already, or of another shape or type.
+            EngineMemoryError: memory ran out.
+            EngineError: the backend failed.
+            EngineClosed: after `close`.
+        """
+        resident = self._open_resident()
+        bound = sorted(resident.keys() & feeds.keys())
+        if bound:
+            raise EngineInputError(
+                f"input {bound[0]!r} is bound already",
+                "a bound input is not fed",
+                f"leave it out, or unbind {bound}",
+            )
+        arrays = checked(self.inputs, feeds, "input")
+        missing = [spec.name for spec in self.inputs if spec.name not in arrays and spec.name not in resident]
+        if missing:
+            raise EngineInputError(
+                f"input {missing[0]!r} is missing", f"the graph also needs {', '.join(missing)}"
+            )
+        return self._run(arrays, resident)
+
+    def bind(self, tensors: Tensors) -> None:
+        """Copy inputs to where the graph reads them and keep them there; binding again replaces.
+
+        All or nothing: on an error, what was bound before stays.
+
+        Raises:
+            EngineInputError, EngineMemoryError, EngineError, EngineClosed: as in `run`.
+        """
+        self._open_resident()
+        uploaded = self._upload(checked(self.inputs, tensors, "input"))
+        with self._lock:
+            self._resident = self._open_resident() | uploaded
+
+    def unbind(self, names: Iterable[str]) -> None:
+        """Free inputs that are bound; `run` takes them again.
+
+        Raises:
+            EngineInputError: a name is not bound; nothing is freed.
+            EngineClosed: after `close`.
+        """
+        gone = set(names)
+        with self._lock:
+            resident = self._open_resident()
+            unknown = sorted(gone - resident.keys())
+            if unknown:
+                raise EngineInputError(f"input {unknown[0]!r} is not bound", f"bound are: {listed(resident)}")
+            self._resident = {name: tensor for name, tensor in resident.items() if name not in gone}
+
+    def refit(self, weights: Tensors) -> None:
+        """Replace some of the graph's constants, all or nothing.
+
+        Raises:
+            EngineInputError: a tensor is not one of `weights`, or of another shape or type.
+            EngineError: this backend, or this graph, has no constants that can be replaced.
+            EngineClosed: after `close`.
+        """
+        self._open_resident()
+        if not self.weights:
+            raise EngineError(
+                "this graph cannot be refitted",
+                "it has no constants that its backend can replace",
+                "pass the LoRA as inputs: hyperrt export --adapt inputs",
+            )
+        arrays = checked(self.weights, weights, "weight")
+        with self._lock:
+            self._refit(arrays)
+
+    def close(self) -> None:
+        """Free the graph and all that is bound; closing again does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._resident = {}
+        self._release()
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
+        """Compute; `arrays` and `resident` together are all inputs, and are checked."""
+
+    @abstractmethod
+    def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
+        """Copies, in the form in which `_run` takes them as `resident`."""
+
+    def _refit(self, arrays: dict[str, Array]) -> None:  # noqa: B027 - called only where `weights` is not empty
+        """Replace constants, all or nothing."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give up what the backend holds; called once."""
+
+    def _open_resident(self) -> dict[str, Any]:
+        if self._closed:
+            raise closed()
+        return self._resident
+
+
+_Self = TypeVar("_Self", bound=Engine)
+
+
+def closed() -> EngineClosed:
+    """The error of a use after `close`."""
+    return EngineClosed("the engine is closed", "it was used after close()", "open it again: engines.open")
+
+
+def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Array]:
+    """`arrays` as C-contiguous aligned arrays; the one check that every backend's feeds go through.
+
+    Names that stand for sizes are not compared with one another: one may be 1 where the graph broadcasts.
+
+    Args:
+        specs: what is taken.
+        arrays: some or all of it.
+        role: "input" or "weight", for the message.
+
+    Raises:
+        EngineInputError: a name is not among the specs, or a value is not an array of that shape and type.
+    """
+    known = {spec.name: spec for spec in specs}
+    for name in arrays:
+        if name not in known:
+            raise EngineInputError(
+                f"the graph has no {role} {name!r}",
+                f"its {role}s are: {listed(known)}",
+                _nearest(name, known),
+            )
+    return {name: _checked(known[name], array, role) for name, array in arrays.items()}
+
+
+def open(path: Path | str, backend: str = "onnxruntime", **options: Any) -> Engine:
+    """Open a graph.
+
+    Args:
+        path: the graph's file.
+        backend: one of `BACKENDS`.
+        options: the backend's own; all take `threads: int | None`, None for the physical cores it may use.
+
+    Raises:
+        BackendMissing: no such backend, or its package is not installed.
+        EngineInputError: `threads` is less than 1.
+        EngineLoadError: the file is not there, or is not a graph that this backend can run.
+        EngineMemoryError: memory ran out.
+        EngineError: the backend is installed but does not start.
+    """
+    if backend not in BACKENDS:
+        raise BackendMissing(
+            f"no backend is called {backend!r}", f"there are: {listed(BACKENDS)}", _nearest(backend, BACKENDS)
+        )
+    module = _backend_module(backend)
+    path = Path(path)
+    if not path.is_file():
+        why = "it is not a regular file" if os.path.lexists(path) else "there is no such file"
+        raise EngineLoadError(
+            f"cannot open the graph {path}", why, "check the path, or export the bundle again"
+        )
+    return cast(Callable[..., Engine], module.open)(path, **options)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, sorted."""
+    return ", ".join(sorted(names)) or "none"
+
+
+def _backend_module(backend: str) -> Any:
+    try:
+        return importlib.import_module(f"engines.{backend}")
+    except ImportError as error:
+        vendor = BACKENDS[backend]
+        if isinstance(error, ModuleNotFoundError) and error.name == vendor:
+            raise BackendMissing(
+                f"the backend {backend!r} is not installed",
+                f"there is no package {vendor!r}",
+                f"run: {INSTALL[backend]}",
+            ) from error
+        raise EngineError(
+            f"the backend {backend!r} is installed but does not start",
+            str(error),
+            f"install it again: {INSTALL.get(backend, '')}",
+        ) from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _checked(spec: TensorSpec, array: Array, role: str) -> Array:
+    if not isinstance(array, (np.ndarray, np.generic)):
+        raise EngineInputError(
+            f"{role} {spec.name!r} is a {type(array).__name__}", "the graph takes NumPy arrays"
+        )
+    fits = len(array.shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise EngineInputError(
+            f"{role} {spec.name!r} has shape {_sizes(array.shape)}", f"the graph takes {_sizes(spec.shape)}"
+        )
+    if array.dtype != np.dtype(spec.dtype):
+        raise EngineInputError(f"{role} {spec.name!r} is {array.dtype}", f"the graph takes {spec.dtype}")
+    return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
+
+
+def _sizes(shape: Iterable[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

@@ -1,0 +1,101 @@
+"""The fake backend: a Python function in place of a graph, for tests of everything above an engine.
+
+In a test, either build the engine:
+
+    FakeEngine(lambda t: {"y": t["x"] * t["gain"]}, inputs=(...), outputs=(...))
+
+or open a file, where the code under test does the opening.  The file is JSON: `inputs` and `outputs` as lists
+of {name, shape, dtype}, and `function`, a key of `FUNCTIONS`, where the test puts it (a file holds no code).
+
+A function gets every input (and weight) by name and returns every output.  It may raise an `EngineError` or
+return NaN: that is how faults are staged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import Array, Engine, EngineError, EngineLoadError, Tensors, TensorSpec, checked, listed
+from engines.cores import thread_count
+
+Function = Callable[[dict[str, Array]], Tensors]
+
+FUNCTIONS: dict[str, Function] = {}
+
+
+class FakeEngine(Engine):
+    """An engine that calls a function.
+
+    Args:
+        function: all inputs and weights by name -> all outputs by name.
+        inputs: what the function takes.
+        outputs: what it returns; its results are checked against these.
+        weights: constants that it gets too, and that `refit` can replace.
+
+    Attributes:
+        uploads: names of the inputs that were bound, in order, one entry an upload.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        inputs: Iterable[TensorSpec],
+        outputs: Iterable[TensorSpec],
+        weights: Tensors | None = None,
+    ) -> None:
+        super().__init__()
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.uploads: list[str] = []
+        self._function = function
+        self._constants = {name: np.array(weight) for name, weight in (weights or {}).items()}
+        self.weights = tuple(TensorSpec(n, w.shape, w.dtype.name) for n, w in self._constants.items())
+
+    def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
+        # Copies in and out: what a function keeps, returns or changes must not be the caller's array.
+        tensors = {n: np.array(a) for n, a in (self._constants | dict(resident) | arrays).items()}
+        results = self._function(tensors)
+        missing = [spec.name for spec in self.outputs if spec.name not in results]
+        if missing:
+            raise EngineError(f"the fake graph returned no {missing[0]!r}", f"it returned: {listed(results)}")
+        return {name: np.array(result) for name, result in checked(self.outputs, results, "output").items()}
+
+    def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
+        self.uploads.extend(arrays)
+        return {name: np.array(array) for name, array in arrays.items()}
+
+    def _refit(self, arrays: dict[str, Array]) -> None:
+        self._constants = self._constants | {name: np.array(array) for name, array in arrays.items()}
+
+    def _release(self) -> None:
+        """Nothing to give up: a run that has started still needs the constants."""
+
+
+def open(path: Path, threads: int | None = None) -> FakeEngine:
+    """Open a recipe; `threads` is checked, as every backend does, and not used.
+
+    Raises:
+        EngineInputError: `threads` is less than 1.
+        EngineLoadError: the file is not a recipe, or names a function that is not in `FUNCTIONS`.
+    """
+    thread_count(threads)
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        specs = {side: [_spec(entry) for entry in recipe[side]] for side in ("inputs", "outputs")}
+        function = FUNCTIONS[recipe["function"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise EngineLoadError(
+            f"cannot open the graph {path}",
+            f"it is not a recipe of the fake backend: {error!r}",
+            f"see engines/fake.py; functions are: {listed(FUNCTIONS)}",
+        ) from error
+    return FakeEngine(function, specs["inputs"], specs["outputs"])
+
+
+def _spec(entry: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(entry["name"], tuple(entry["shape"]), np.dtype(entry["dtype"]).name)

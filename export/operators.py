@@ -1,0 +1,73 @@
+"""Operators that a graph is better off with than with what the exporter makes of plain PyTorch.
+
+attend            one com.microsoft.MultiHeadAttention node: ONNX Runtime, OpenVINO and TensorRT-RTX take it, and on
+                  ONNX Runtime's CPU it is the only attention that does not store the scores of all heads
+rows_from_images  tiling whose repeats the graph works out: the exporter cannot prove rows = branches x images
+combine           the guidance sum, for the same reason
+
+Shapes: rows = branches x images, branch-major; C, h, w of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset20 as op
+from torch import Tensor
+
+from training import lora_layers
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Softmax attention on [rows, tokens, heads x dim]; while exporting a single ONNX node."""
+    if not torch.onnx.is_in_onnx_export():
+        return lora_layers.attend(query, key, value, heads)
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (query, key, value),
+        {"num_heads": heads},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
+@torch.library.custom_op("hyperrt::rows_from_images", mutates_args=())
+def rows_from_images(images: Tensor, per_row: Tensor) -> Tensor:
+    """[images, C, h, w] to [rows, C, h, w], branch-major; `per_row` [rows] only says how many."""
+    return images.repeat(per_row.shape[0] // images.shape[0], 1, 1, 1)
+
+
+@rows_from_images.register_fake
+def _(images: Tensor, per_row: Tensor) -> Tensor:
+    return images.new_empty((per_row.shape[0], *images.shape[1:]))
+
+
+def _rows_from_images(images: Any, per_row: Any) -> Any:
+    branches = op.Div(op.Shape(per_row), op.Shape(images, start=0, end=1))
+    return op.Tile(images, op.Concat(branches, op.Constant(value_ints=[1, 1, 1]), axis=0))
+
+
+@torch.library.custom_op("hyperrt::combine", mutates_args=())
+def combine(rows: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+    """sum_b weights[b] rows[b]: [rows, C, h, w] and [branches] to the shape of `like`, [images, C, h, w]."""
+    return (weights @ rows.reshape(weights.shape[0], -1)).reshape(like.shape)
+
+
+@combine.register_fake
+def _(rows: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _combine(rows: Any, weights: Any, like: Any) -> Any:
+    shape = op.Concat(op.Shape(weights), op.Constant(value_ints=[-1]), axis=0)
+    return op.Reshape(op.MatMul(weights, op.Reshape(rows, shape)), op.Shape(like))
+
+
+# PyTorch's operator -> the ONNX that stands for it; `custom_translation_table` of torch.onnx.export.
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.hyperrt.rows_from_images.default: _rows_from_images,
+    torch.ops.hyperrt.combine.default: _combine,
+}

@@ -1,0 +1,58 @@
+"""HyperRT: personalised text-to-image from a few photos, with no PyTorch at run time.
+
+    import hyperrt
+    with hyperrt.Runtime.open("tiny") as runtime:
+        subject = runtime.personalize("photos/")
+        result = runtime.generate("a [V] robot on a beach", subject, n=4)   # uint8 [4, H, W, 3]
+
+The names below are imported on first use, so that `hyperrt --help` need not wait for NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hyperrt.bundle import Bundle
+    from hyperrt.errors import HyperRTError
+    from hyperrt.lora import Subject, load_subject, save_subject
+    from hyperrt.runtime import Result, Runtime
+    from hyperrt.sampling import Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bundle",
+    "HyperRTError",
+    "Result",
+    "Runtime",
+    "Step",
+    "Subject",
+    "__version__",
+    "load_subject",
+    "save_subject",
+]
+
+_HOME = {
+    "Bundle": "bundle",
+    "HyperRTError": "errors",
+    "Result": "runtime",
+    "Runtime": "runtime",
+    "Step": "sampling",
+    "Subject": "lora",
+    "load_subject": "lora",
+    "save_subject": "lora",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hyperrt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"hyperrt.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,9 @@
+"""`python -m hyperrt` is `hyperrt`."""
+
+from __future__ import annotations
+
+import sys
+
+from hyperrt.cli import main
+
+sys.exit(main())

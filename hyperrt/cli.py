@@ -1,0 +1,140 @@
+"""The `hyperrt` command: what becomes of a run's end, whatever end it is.
+
+    0 ok   1 bug   2 usage   3 bad input   4 not found   5 incompatible   6 resources
+    7 device   8 integrity   9 numeric   130 interrupted   141 the reader of stdout went away
+
+The commands are in `cli_commands`, what they print in `cli_output`. Both are imported inside `run`, so that
+Ctrl-C during an import ends like Ctrl-C at any other time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from hyperrt.errors import HyperRTError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from hyperrt.cli_output import Output
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as the shell reports it for programs that it kills
+_FULL = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+_interrupted = False
+
+
+def main() -> int:
+    """Entry point of the program: runs the command line and returns the exit code."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: no traceback from the interpreter's end
+    return code
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, print its results and errors, and return its exit code.
+
+    Args:
+        arguments: without the program's name.
+    """
+    output = None
+    try:
+        from hyperrt.cli_output import Output
+
+        output = Output(json="--json" in arguments, interrupted=lambda: _interrupted)
+        from hyperrt.cli_commands import hyperrt
+
+        hyperrt.main(list(arguments), prog_name="hyperrt", standalone_mode=False, obj=output)
+        output.flush()
+        return 0
+    except BaseException as error:
+        return _end(error, output, "--debug" in arguments or bool(os.environ.get("HYPERRT_DEBUG")))
+
+
+def _end(error: BaseException, output: Output | None, debug: bool) -> int:
+    """Say what happened, in three lines at most; returns the exit code."""
+    if _interrupted or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        known: Any = _Interrupted("interrupted")
+    elif isinstance(error, BrokenPipeError):
+        _silence_stdout()
+        return BROKEN_PIPE
+    elif isinstance(error, SystemExit) or type(error).__name__ == "Exit":
+        return int(getattr(error, "exit_code", getattr(error, "code", 1)) or 0)
+    else:
+        known = _explained(error)
+    if debug and known.code != INTERRUPTED:
+        import traceback
+
+        traceback.print_exception(error)
+    try:
+        if output is not None:
+            output.error(known)
+            output.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+    except OSError:  # stdout is full: what can be said has gone to stderr
+        _silence_stdout()
+    return int(known.code)
+
+
+class _Interrupted(HyperRTError):
+    code = INTERRUPTED
+
+
+class _Bug(HyperRTError):
+    code = 1
+
+
+def _explained(error: BaseException) -> Any:
+    """The error as one with what, why, do and code."""
+    if isinstance(error, HyperRTError) or _is_engine_error(error):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError(
+            "memory ran out", str(error), "close other programs, or use a smaller --batch-size"
+        )
+    if isinstance(error, OSError) and error.errno in _FULL:
+        name = f"{error.filename}: " if error.filename else ""
+        return ResourceError(
+            f"{name}{error.strerror}", "the system has no more of it", "make room, then try again"
+        )
+    click = sys.modules.get("click")
+    if click is not None and isinstance(error, click.ClickException):
+        from hyperrt.cli_commands import explain_click
+
+        return UsageError(*explain_click(error))
+    return _Bug(
+        f"something went wrong inside HyperRT: {type(error).__name__}: {error}",
+        "this is a bug, not your mistake",
+        "please report it, with the command and what it prints when HYPERRT_DEBUG=1 is set",
+    )
+
+
+def _is_engine_error(error: BaseException) -> bool:
+    base = sys.modules.get("engines.base")  # not imported here: it loads NumPy
+    return base is not None and isinstance(error, base.EngineError)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    if _interrupted:  # the second one: whoever presses it does not want to wait for the first
+        os._exit(INTERRUPTED)
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _silence_stdout() -> None:
+    """Let the interpreter's last flush of stdout go nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return

@@ -1,0 +1,309 @@
+"""The commands: each parses its options into a config, calls one function, and prints what that returns.
+
+Options are those of the dataclasses in `hyperrt.config`, name for name and default for default. A value comes
+from the flag, else the environment (HYPERRT_GENERATE_STEPS), else `--config FILE` or the user's config file,
+else the default.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from hyperrt import __version__
+from hyperrt.cli_config import default_map, user_config
+from hyperrt.cli_output import Output
+from hyperrt.config import (
+    ADAPT_MODES,
+    PRECISIONS,
+    SOLVER_NAMES,
+    SUBJECT_FORMATS,
+    ExportConfig,
+    GenerateConfig,
+    PersonalizeConfig,
+)
+from hyperrt.errors import Incompatible, UsageError
+
+ENV = "HYPERRT"
+SETTINGS = {
+    "auto_envvar_prefix": ENV,
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+}
+Config = TypeVar("Config", GenerateConfig, PersonalizeConfig, ExportConfig)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _use_json(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value and isinstance(context.obj, Output):
+        context.obj.json = True
+
+
+def with_json(command: Command) -> Command:
+    """The option `--json`."""
+    text = "Print one JSON event a line; the last is the result or the error."
+    return click.option(
+        "--json", is_flag=True, expose_value=False, is_eager=True, callback=_use_json, help=text
+    )(command)
+
+
+def _load_config(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    path = Path(value) if value else user_config()
+    if path is not None:
+        context.default_map = default_map(path, hyperrt)
+        context.meta["hyperrt.config"] = str(path)
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(__version__, "--version", message="hyperrt %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error (also HYPERRT_DEBUG=1).")
+@click.option(
+    "--config",
+    metavar="FILE",
+    expose_value=False,
+    is_eager=True,
+    callback=_load_config,
+    help="Defaults of the options, as TOML: a table per command.  [default: ~/.config/hyperrt/config.toml]",
+)
+def hyperrt(debug: bool) -> None:
+    """Pictures of your own subject, from a few photos and a prompt.
+
+    \b
+    Examples:
+      hyperrt generate --images photos/ --prompt "a [V] mug on a beach"
+      hyperrt personalize --images photos/ -o mug.safetensors
+      hyperrt generate --subject mug.safetensors --prompt "a [V] mug in the snow" -n 4
+      hyperrt info picture.png
+      hyperrt doctor
+
+    Every option can also be set in the environment, as HYPERRT_GENERATE_STEPS=20.
+    """
+
+
+@hyperrt.command()
+@click.option(
+    "--prompt", "-p", required=True, help="What to draw; [V] stands for the subject: 'a [V] mug on a beach'."
+)
+@click.option(
+    "--images", "-i", multiple=True, metavar="DIR|FILE", help="Photos of the subject; may be repeated."
+)
+@click.option(
+    "--subject", "-s", metavar="FILE", help="Subject file of `hyperrt personalize`, instead of photos."
+)
+@click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to draw with.")
+@click.option(
+    "--class-noun",
+    "--class",
+    "class_noun",
+    metavar="NOUN",
+    help="What the subject is.  [default: the noun after [V]]",
+)
+@click.option(
+    "--generic-prompt", metavar="TEXT", help="Prompt of the base model.  [default: the prompt without [V]]"
+)
+@click.option(
+    "--negative-prompt", "--negative", "negative_prompt", default="", metavar="TEXT", help="What not to draw."
+)
+@click.option("--kappa", type=float, help="Share of the subject in the guidance, 0 to 2.")
+@click.option("--guidance-scale", "-g", type=float, help="How hard to follow the prompt (s = w + 1).")
+@click.option("--steps", type=int, help="Denoising steps.")
+@click.option("--solver", metavar="NAME", help=f"One of {', '.join(SOLVER_NAMES)}.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
+@click.option("--n", "-n", type=int, default=1, show_default=True, help="How many pictures.")
+@click.option(
+    "--strength", type=float, default=1.0, show_default=True, help="Factor on the subject's weights."
+)
+@click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per engine call.")
+@click.option(
+    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="What runs the model."
+)
+@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option(
+    "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
+)
+@click.option(
+    "--output", "-o", metavar="FILE.png|DIR|-", help="Where to; - is stdout.  [default: the current folder]"
+)
+@click.option("--force", "-f", is_flag=True, help="Replace files that exist.")
+@with_json
+@click.pass_context
+def generate(context: click.Context, /, **options: Any) -> None:
+    """Draw pictures of a prompt, with the subject of your photos where the prompt says [V].
+
+    \b
+    Examples:
+      hyperrt generate --images photos/ --prompt "a [V] mug on a beach"
+      hyperrt generate --subject mug.safetensors -p "a [V] mug at night" -n 4 -o out/
+      hyperrt generate -p "a red house in the snow" --seed 7 -o house.png
+      hyperrt generate -s mug.safetensors -p "a [V] mug" -o - | display
+
+    The settings are stored in each PNG: hyperrt info FILE. Options without a default take the model's.
+    """
+    from hyperrt.cli_generate import generate as command
+
+    command(_config(context, GenerateConfig, options), context.obj)
+
+
+@hyperrt.command()
+@click.option(
+    "--images", "-i", multiple=True, required=True, metavar="DIR|FILE", help="Photos; may be repeated."
+)
+@click.option(
+    "--output", "-o", required=True, metavar="FILE", help="Subject file to write, such as mug.safetensors."
+)
+@click.option(
+    "--format",
+    default="diffusers",
+    show_default=True,
+    type=click.Choice(SUBJECT_FORMATS),
+    help="Whose key names.",
+)
+@click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to make it for.")
+@click.option(
+    "--class-noun",
+    "--class",
+    "class_noun",
+    metavar="NOUN",
+    help="What the subject is.  [default: the model's]",
+)
+@click.option(
+    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="What runs the model."
+)
+@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option(
+    "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
+)
+@click.option("--force", "-f", is_flag=True, help="Replace a file that exists.")
+@with_json
+@click.pass_context
+def personalize(context: click.Context, /, **options: Any) -> None:
+    """Turn photos of one subject into a subject file: LoRA weights that other programs can load, too.
+
+    \b
+    Examples:
+      hyperrt personalize --images photos/ -o mug.safetensors
+      hyperrt personalize -i front.jpg -i side.jpg --class mug -o mug.safetensors --format kohya
+    """
+    from hyperrt.cli_generate import personalize as command
+
+    command(_config(context, PersonalizeConfig, options), context.obj)
+
+
+@hyperrt.command()
+@click.option("--model", required=True, metavar="NAME|DIR", help="tiny, or the folder of a base model.")
+@click.option("--output", "-o", required=True, metavar="DIR", help="Folder of the new bundle.")
+@click.option("--hypernet", metavar="CKPT", help="Checkpoint of the weight decoder.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(PRECISIONS),
+    help="Of the computation.",
+)
+@click.option(
+    "--adapt", default="inputs", show_default=True, type=click.Choice(ADAPT_MODES), help="How a LoRA enters."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and how big it is.")
+@click.option("--force", "-f", is_flag=True, help="Replace a bundle that exists.")
+@with_json
+@click.pass_context
+def export(context: click.Context, /, **options: Any) -> None:
+    """Turn a PyTorch model into a bundle, and check that it computes the same (needs PyTorch).
+
+    \b
+    Examples:
+      hyperrt export --model tiny --hypernet hypernet.safetensors -o my-bundle
+      hyperrt generate --bundle my-bundle -p "a house in the snow"
+    """
+    config = _config(context, ExportConfig, options)
+    missing = [name for name in ("torch", "diffusers", "onnx") if importlib.util.find_spec(name) is None]
+    if missing:
+        why = f"export needs PyTorch and the ONNX exporter; there is no {', no '.join(missing)}"
+        raise Incompatible("export is not installed", why, "pip install 'hyperrt[export]'")
+    importlib.import_module("export.cli").run(config, context.obj)
+
+
+@hyperrt.command()
+@click.argument("path", metavar="FILE|BUNDLE", default="tiny")
+@with_json
+@click.pass_obj
+def info(output: Output, path: str) -> None:
+    """Say what a bundle, a picture or a subject file is, and how it was made.
+
+    \b
+    Examples:
+      hyperrt info tiny
+      hyperrt info picture.png
+      hyperrt info mug.safetensors --json
+    """
+    from hyperrt.cli_info import describe, text
+
+    facts = describe(path)
+    output.result(text(facts), **facts)
+
+
+@hyperrt.command()
+@click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to check.")
+@click.option(
+    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="What is to run it."
+)
+@with_json
+@click.pass_obj
+def doctor(output: Output, bundle: str, backend: str) -> None:
+    """Check this machine: the installation, the backends, the model's files, and a short test run.
+
+    \b
+    Examples:
+      hyperrt doctor
+      hyperrt doctor --bundle my-bundle --json
+    """
+    from hyperrt import doctor as checks
+
+    found = []
+    for check in checks.run(bundle, backend):
+        found.append(check)
+        output.event("check", **check.to_json())
+        if not output.json:
+            output.result(check.text())
+    checks.raise_first(found)
+    output.event("result", ok=True, warnings=sum(check.status == "warn" for check in found))
+
+
+def _config(context: click.Context, kind: type[Config], options: dict[str, Any]) -> Config:
+    """The command's config; an error names the variable or the file that a bad value came from."""
+    try:
+        return kind(**options)
+    except UsageError as error:
+        for field in fields(kind):
+            if error.what.startswith(f"{field.name.replace('_', ' ')} is ") and (
+                origin := _origin(context, field.name)
+            ):
+                raise UsageError(error.what, f"{error.why}; set by {origin}", error.do) from None
+        raise
+
+
+def _origin(context: click.Context, name: str) -> str:
+    """Where an option's value came from, if not from the command line."""
+    source = context.get_parameter_source(name)
+    if source is ParameterSource.ENVIRONMENT:
+        return f"the environment variable {ENV}_{(context.info_name or '').upper()}_{name.upper()}"
+    if source is ParameterSource.DEFAULT_MAP:
+        return f"the config file {context.meta.get('hyperrt.config', '')}"
+    return ""
+
+
+def explain_click(error: click.ClickException) -> tuple[str, str, str]:
+    """What, why and do of an error that click found in the command line."""
+    context = getattr(error, "ctx", None)
+    what = " ".join(error.format_message().split())
+    parameter = getattr(error, "param", None)
+    origin = _origin(context, parameter.name) if context and parameter and parameter.name else ""
+    command = context.command_path if context else "hyperrt"
+    return what.rstrip("."), f"it was set by {origin}" if origin else "", f"{command} --help"

@@ -1,0 +1,106 @@
+"""What `hyperrt generate` and `hyperrt personalize` do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from hyperrt import config as configs
+from hyperrt import files, lora, recipe
+from hyperrt.cli_output import Output
+from hyperrt.config import GenerateConfig, PersonalizeConfig
+from hyperrt.errors import UsageError
+from hyperrt.job import noun_in
+from hyperrt.lora import Subject
+from hyperrt.runtime import Result, Runtime
+from hyperrt.sampling import Step
+from hyperrt.subject_file import PEFT_CONFIG
+
+
+def generate(config: GenerateConfig, output: Output) -> None:
+    """Photos or a subject file, and a prompt, to PNG files; each is written as soon as it is drawn."""
+    to_stdout = config.output == configs.STDOUT
+    if to_stdout and output.json:
+        raise UsageError(
+            "-o - and --json were both given", "stdout takes the picture or the events", "leave one out"
+        )
+    seeds = range(config.seed, config.seed + config.n)
+    paths = [] if to_stdout else configs.output_paths(config.output, config.prompt, seeds, config.force)
+    pictures = []
+    with Runtime.open(config.bundle, config.backend, config.threads, keep_open=False) as runtime:
+        for k, result in enumerate(_drawn(runtime, config, output)):
+            if to_stdout:
+                output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
+                return
+            for path, image, seed in zip(
+                paths[k * config.batch_size :], result.images, result.seeds, strict=False
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                recipe.save_png(path, image, {**result.recipe, "seed": seed}, force=config.force)
+                pictures.append({"path": str(path), "seed": seed})
+                output.event("picture", **pictures[-1])
+    output.result(
+        "\n".join(str(picture["path"]) for picture in pictures), pictures=pictures, recipe=result.recipe
+    )
+
+
+def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator[Result]:
+    """The pictures of a command, a batch at a time, under one progress bar."""
+    subject = _subject(runtime, config, output)
+    per_batch = config.steps or runtime.bundle.defaults.steps
+    starts = range(0, config.n, config.batch_size)
+    with output.progress("drawing", len(starts) * per_batch) as advance_to:
+        for batch, start in enumerate(starts):
+            n = min(config.batch_size, config.n - start)
+            options = dataclasses.asdict(config.sampling(seed=config.seed + start, n=n))
+            done = batch * per_batch
+            yield _result(runtime.steps(config.prompt, subject, **options), advance_to, done)
+
+
+def _result(steps: Generator[Step, None, Result], advance_to: Callable[[int], None], done: int) -> Result:
+    """Run a sampling to its end, `done` steps being behind."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        advance_to(done + step.index + 1)
+
+
+def personalize(config: PersonalizeConfig, output: Output) -> None:
+    """Photos to a subject file."""
+    path = Path(config.output)
+    if config.format == "peft" and not path.suffix:
+        files.check_folder(path, PEFT_CONFIG, config.force)
+    else:
+        files.check_file(path, config.force)
+    with Runtime.open(config.bundle, config.backend, config.threads, keep_open=False) as runtime:
+        subject = runtime.personalize(_photos(config.images), config.class_noun, config.strict_images)
+        lora.save_subject(
+            path, subject.lora, runtime.bundle.layout, subject.metadata, config.format, config.force
+        )
+    weights = sum(vector.size for vector in subject.lora.values())
+    output.note(f"subject: {subject.photos} photos, {weights:,} weights", photos=subject.photos)
+    output.result(
+        str(path), path=str(path), format=config.format, photos=subject.photos, class_noun=subject.class_noun
+    )
+
+
+def _subject(runtime: Runtime, config: GenerateConfig, output: Output) -> Subject | None:
+    if config.subject:
+        subject = runtime.load_subject(config.subject)
+        return dataclasses.replace(subject, class_noun=config.class_noun) if config.class_noun else subject
+    if not config.images:
+        return None
+    noun = config.class_noun or noun_in(config.prompt, runtime.bundle)
+    subject = runtime.personalize(_photos(config.images), noun, config.strict_images)
+    output.note(f"subject: {subject.photos} photos of a {subject.class_noun}", photos=subject.photos)
+    return subject
+
+
+def _photos(images: tuple[str, ...]) -> Any:
+    # One folder goes as such, so that its limits and its report of bad photos are those of a folder.
+    return images[0] if len(images) == 1 else images

@@ -1,0 +1,112 @@
+"""What `hyperrt info` says: facts of a bundle, a picture, or a subject file. What it reads is untrusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperrt import recipe, subject_file
+from hyperrt.errors import BadInput
+from hyperrt.lora import VECTORS
+from hyperrt.subject_file import PEFT_FILE
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LARGEST = 1 << 30  # bytes of a subject file
+LONGEST = 400  # characters of one value, as text
+
+
+def describe(path: str) -> dict[str, Any]:
+    """The facts, as JSON values; `kind` is bundle, picture or subject.
+
+    Raises:
+        NotFound: there is no such file, folder or bundle.
+        BadInput: it is nothing that HyperRT reads, or is damaged.
+        BundleError: the bundle is damaged.
+    """
+    target = Path(path)
+    if target.is_file():
+        head = _head(target)
+        if head.startswith(PNG):
+            return {"kind": "picture", "recipe": recipe.read(target)}
+        if target.suffix == ".safetensors" or head[8:9] == b"{":
+            return _subject(target)
+        raise BadInput(
+            f"{path} is nothing that HyperRT reads",
+            "it is no PNG and no safetensors file",
+            "name a bundle, a picture that hyperrt generate wrote, or a subject file",
+        )
+    if target.exists() and not target.is_dir():
+        raise BadInput(
+            f"{path} is not a plain file", "it is a pipe, socket or device", "name a file or a folder"
+        )
+    if (target / PEFT_FILE).is_file():
+        return _subject(target / PEFT_FILE)
+    return _bundle(path)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read", error.strerror or str(error)) from error
+
+
+def text(facts: Mapping[str, Any]) -> str:
+    """The facts as lines `name: value`, nested ones indented."""
+    return "\n".join(_lines(facts, ""))
+
+
+def _lines(facts: Mapping[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+            continue
+        shown = value if isinstance(value, str) else json.dumps(value, default=str)
+        shown = shown.replace("\n", "\\n")
+        lines.append(f"{indent}{name}: {shown[:LONGEST]}{'…' if len(shown) > LONGEST else ''}")
+    return lines
+
+
+def _bundle(path: str) -> dict[str, Any]:
+    from hyperrt.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    layout = bundle.layout
+    return {
+        "kind": "bundle",
+        "name": bundle.name,
+        "family": bundle.family,
+        "path": str(bundle.path),
+        "created_by": bundle.created_by,
+        "image_size": bundle.image_size,
+        "defaults": dataclasses.asdict(bundle.defaults),
+        "nouns": list(bundle.prompts.nouns),
+        "lora": {"rank": layout.rank, "sites": len(layout.sites), "weights": sum(map(layout.size, VECTORS))},
+        "graphs": {name: graph.file for name, graph in bundle.graphs.items()},
+        "size_mb": round(
+            sum(file.stat().st_size for file in bundle.path.iterdir() if file.is_file()) / 1e6, 1
+        ),
+        "precision": bundle.precision,
+        "storage": bundle.storage,
+        "hashes": {**dataclasses.asdict(bundle.hashes), "lora": layout.hash},
+        "parity": dict(bundle.parity),
+    }
+
+
+def _subject(path: Path) -> dict[str, Any]:
+    tensors, origin = subject_file.read(path, LARGEST)
+    return {
+        "kind": "subject",
+        "format": subject_file.format_of(tensors),
+        "tensors": len(tensors),
+        "weights": sum(tensor.size for tensor in tensors.values()),
+        "finite": all(bool(np.isfinite(tensor).all()) for tensor in tensors.values()),
+        "origin": origin,
+    }

@@ -1,0 +1,137 @@
+"""What a command prints.
+
+stdout carries results only: lines of text, or with `--json` one JSON event a line, the last of them `result`
+or `error`. stderr carries progress, warnings and errors. Text that may come from a file is escaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+SCHEMA = 1
+
+
+class Output:
+    """Where a command's results, progress, warnings and errors go.
+
+    Attributes:
+        json: whether events are printed instead of text.
+    """
+
+    def __init__(self, json: bool, interrupted: Callable[[], bool]) -> None:
+        self.json = json
+        self._interrupted = interrupted
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        logger = logging.getLogger("hyperrt")
+        logger.handlers = [_ToOutput(self)]
+        logger.propagate = False
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """One line of JSON on stdout; nothing without `--json`."""
+        if self.json:
+            line = {"event": name, **({"schema": SCHEMA} if name in ("result", "error") else {}), **fields}
+            print(json.dumps(line, default=str), flush=True)
+
+    def result(self, text: str, /, **fields: Any) -> None:
+        """The command's result: `text` on stdout, or the event."""
+        if not self.json and text:
+            print(escaped(text))
+        self.event("result", **fields)
+
+    def note(self, text: str, /, **fields: Any) -> None:
+        """Something worth a line on stderr, or an event `note`."""
+        if self.json:
+            self.event("note", message=text, **fields)
+        else:
+            print(escaped(text), file=sys.stderr)
+
+    def warning(self, text: str) -> None:
+        """A warning on stderr, or the event."""
+        if self.json:
+            self.event("warning", message=text)
+        else:
+            print(f"warning: {escaped(text)}", file=sys.stderr)
+
+    def error(self, error: Any) -> None:
+        """An error of three lines on stderr, or the event; `error` has what, why, do and code."""
+        if self.json:
+            fields = {"code": error.code, "type": type(error).__name__.lstrip("_")}
+            self.event("error", **fields, what=error.what, why=error.why, do=error.do)
+            return
+        lines = [("error: ", error.what), ("  why: ", error.why), ("  do:  ", error.do)]
+        for head, text in lines:
+            if text:
+                print(head + escaped(" ".join(text.split())), file=sys.stderr)
+
+    def bytes(self) -> BinaryIO:
+        """stdout for a file's content."""
+        return sys.stdout.buffer
+
+    def flush(self) -> None:
+        """Write out what is buffered, so that a full disk or a closed pipe is seen in time."""
+        sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal, a line per 10 % elsewhere, events with `--json`; yields `advance_to(done)`."""
+        with _bar(label, total) if self._draws_bars() else self._lines(label, total) as show:
+
+            def advance_to(done: int) -> None:
+                # Ctrl-C can be lost where Python cannot raise (a finaliser, a callback from C): look again.
+                if self._interrupted():
+                    raise KeyboardInterrupt
+                show(done)
+
+            yield advance_to
+
+    def _draws_bars(self) -> bool:
+        return not self.json and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    @contextlib.contextmanager
+    def _lines(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        tenths = 0
+
+        def show(done: int) -> None:
+            nonlocal tenths
+            if self.json:
+                self.event("progress", stage=label, done=done, total=total)
+            elif done * 10 // total > tenths:
+                tenths = done * 10 // total
+                print(f"{label}: {tenths * 10} % ({done} of {total})", file=sys.stderr, flush=True)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+class _ToOutput(logging.Handler):
+    """Warnings of the library become warnings of the command."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._output.warning(record.getMessage())
+
+
+def escaped(text: str) -> str:
+    """`text` with all but line ends and printable characters as backslash escapes: no terminal commands."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,209 @@
+"""Is this machine all right?  Checks of the installation, the backends, a bundle's files, and a test run.
+
+Each check is independent of the others: one that fails does not hide the next.  Nothing is changed, nothing
+is sent, and no value of the environment is shown.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import engines
+from engines.base import INSTALL
+from hyperrt import __version__
+from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
+
+PACKAGES = ("engines", "hyperrt", "training", "export")  # what the distribution installs; generic names
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # both install the module `onnxruntime`
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: what was checked.
+        status: "ok", "warn" (works, but look at it) or "fail".
+        detail: what was found, one line.
+        do: the next step, where there is one.
+        code: the exit code that a failure stands for.
+    """
+
+    name: str
+    status: str
+    detail: str
+    do: str = ""
+    code: int = 0
+
+    def text(self) -> str:
+        """One line, and a second one with what to do."""
+        line = f"{MARKS[self.status]}  {self.name}: {self.detail}"
+        return f"{line}\n      do: {self.do}" if self.do and self.status != "ok" else line
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+
+def run(bundle: str = "tiny", backend: str = "onnxruntime") -> Iterator[Check]:
+    """Every check in turn, as it is done.
+
+    Args:
+        bundle: name or folder of the bundle to check and to run.
+        backend: which backend is to run it.
+    """
+    yield Check(
+        "hyperrt", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    )
+    yield _guarded("packages", _packages)
+    yield _guarded("dependencies", _dependencies)
+    for name in engines.BACKENDS:
+        if name != "fake":
+            yield _guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
+    yield _guarded("one ONNX Runtime", _one_onnxruntime)
+    hashes = _guarded(f"bundle {bundle}", functools.partial(_bundle, bundle))
+    yield hashes
+    if hashes.status != "fail":
+        yield _guarded("test run", functools.partial(_test_run, bundle, backend))
+
+
+def raise_first(checks: Iterable[Check]) -> None:
+    """Raise if a check failed.
+
+    Raises:
+        HyperRTError: with the exit code of the first failure.
+    """
+    failed = [check for check in checks if check.status == "fail"]
+    if failed:
+        raise _Failed(failed)
+
+
+class _Failed(HyperRTError):
+    def __init__(self, failed: list[Check]) -> None:
+        first = failed[0]
+        count = "a check" if len(failed) == 1 else f"{len(failed)} checks"
+        super().__init__(f"{count} failed", f"{first.name}: {first.detail}", first.do)
+        self.code = first.code  # type: ignore[misc]
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """The check's result; what it raises is a failure."""
+    try:
+        return check()
+    except (HyperRTError, engines.EngineError) as error:
+        return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
+
+
+def _packages() -> Check:
+    """`import engines` must find this distribution's: the name is generic, others may bring one."""
+    home = Path(__file__).resolve().parents[1]
+    strangers = []
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec else []
+        if spec is None or found != [home / name]:
+            strangers.append(name)
+    if not strangers:
+        return Check("packages", "ok", ", ".join(PACKAGES))
+    detail = (
+        f"{', '.join(strangers)}: not HyperRT's own (another distribution, or a folder beside your program)"
+    )
+    return Check("packages", "warn", detail, "run in a virtual environment of its own, from another folder")
+
+
+def _dependencies() -> Check:
+    """Every dependency of the distribution is installed."""
+    try:
+        wanted = importlib.metadata.requires("hyperrt") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Check(
+            "dependencies", "warn", "HyperRT runs from a folder and is not installed", "pip install '.[cpu]'"
+        )
+    names = [re.split(r"[^A-Za-z0-9._-]", entry)[0] for entry in wanted if "extra ==" not in entry]
+    versions = {name: _version(name) for name in names}
+    missing = [name for name, version in versions.items() if not version]
+    if missing:
+        return Check(
+            "dependencies",
+            "fail",
+            f"missing: {', '.join(missing)}",
+            "pip install --force-reinstall hyperrt",
+            4,
+        )
+    return Check("dependencies", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _backend(name: str, wanted: bool) -> Check:
+    """The vendor's package is installed; only a backend that was asked for may fail for want of it."""
+    module = engines.BACKENDS[name]
+    if importlib.util.find_spec(module):
+        version = next((version for dist in (module, f"{module}-gpu") if (version := _version(dist))), "")
+        return Check(f"backend {name}", "ok", f"{module} {version}".strip())
+    status, code = ("fail", engines.BackendMissing.code) if wanted else ("ok", 0)
+    return Check(f"backend {name}", status, "not installed", INSTALL.get(name, ""), code)
+
+
+def _one_onnxruntime() -> Check:
+    found = [name for name in ONNX_RUNTIMES if _version(name)]
+    if len(found) < 2:
+        return Check("one ONNX Runtime", "ok", ", ".join(found) or "none")
+    raise Incompatible(
+        "two ONNX Runtimes are installed",
+        f"{' and '.join(found)} overwrite each other's files",
+        f"pip uninstall {' '.join(found)}; then install the one you need",
+    )
+
+
+def _bundle(name: str) -> Check:
+    """Every file of the bundle has the hash that the manifest names."""
+    from hyperrt.bundle import Bundle
+
+    bundle = Bundle.open(name)
+    bundle.verify()
+    files = [file for graph in bundle.graphs.values() for file, _ in graph.files()]
+    size = sum((bundle.path / file).stat().st_size for file in files)
+    return Check(
+        f"bundle {name}",
+        "ok",
+        f"{bundle.name}: {len(bundle.graphs)} graphs, {size / 1e6:.1f} MB, hashes agree",
+    )
+
+
+def _test_run(name: str, backend: str) -> Check:
+    """Two steps of the whole line with a made-up photo; the base model must come back bit for bit."""
+    import numpy as np
+
+    from hyperrt.runtime import Runtime
+
+    with Runtime.open(name, backend) as runtime:
+        photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        subject = runtime.personalize([photo])
+        rules = runtime.bundle.prompts
+        prompt = f"a {rules.placeholder} {rules.default_class}"
+        plain = f"a {rules.default_class}"
+        before = runtime.generate(plain, steps=2)
+        personal = runtime.generate(prompt, subject, steps=2)
+        after = runtime.generate(plain, steps=2)
+    if not np.array_equal(before.latents, after.latents):
+        do = "report it, with the output of hyperrt doctor --json"
+        raise IntegrityError("the base model does not come back after a subject", "its latents differ", do)
+    height, width = personal.images.shape[1:3]
+    return Check(
+        "test run", "ok", f"{backend}: photos to a {width} x {height} picture; the base model comes back"
+    )

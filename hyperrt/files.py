@@ -1,0 +1,341 @@
+"""Publishing: a file or a folder appears under its name whole, or not at all.
+
+Everything is written aside in the same folder, flushed to the disk, and then renamed; a run that is killed at
+any moment leaves the old contents, the new, or (folders only, for an instant) none.  What a killed run leaves
+aside is a hidden `.hyperrt-*.tmp`, which the next publish into that folder removes: a writer holds a lock
+(flock) on what it writes, so one that can be locked has no writer.  Systems without flock sweep nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from hyperrt.errors import HyperRTError, NotFound, ResourceError, UsageError
+
+_POSIX = os.name == "posix"
+if _POSIX:
+    import fcntl
+
+PREFIX, SUFFIX = ".hyperrt-", ".tmp"
+ATTEMPTS = 10  # two runs that replace one folder at once take turns; more than this is a fault
+
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_MISSING = {errno.ENOENT, errno.ENOTDIR}
+_EXISTS = {errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR}
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+
+
+def publish(
+    path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, force: bool = False
+) -> Path:
+    """Write one file; returns its absolute path.
+
+    Args:
+        path: where it is to appear; its folder must exist.
+        write: gets an empty binary file, open for writing, and fills it.
+        force: replace a file of that name.
+
+    Raises:
+        UsageError, NotFound: as `check_file`.
+        ResourceError: the disk is full or broken.
+        Whatever `write` raises; nothing is left behind then, nor on KeyboardInterrupt.
+    """
+    target = check_file(path, force)
+    sweep(target.parent)
+    with _explained(target):
+        aside, descriptor = _create(target.parent, as_folder=False)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(descriptor)
+                _name_file(aside, target, force)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+    return target
+
+
+def publish_folder(
+    path: str | os.PathLike[str], write: Callable[[Path], object], *, marker: str, force: bool = False
+) -> Path:
+    """Write one folder; returns its absolute path.
+
+    Args:
+        path: where it is to appear; its parent must exist.
+        write: gets an empty folder beside `path` and fills it.
+        marker: the file by which a folder of this kind is known ("bundle.json"); no other kind is replaced.
+        force: replace a folder of that name.
+
+    Raises:
+        UsageError, NotFound: as `check_folder`.
+        ResourceError: the disk is full or broken.
+        Whatever `write` raises; nothing is left behind then, nor on KeyboardInterrupt.
+    """
+    target = check_folder(path, marker, force)
+    sweep(target.parent)
+    with _explained(target):
+        aside, descriptor = _create(target.parent, as_folder=True)
+        try:
+            write(aside)
+            _sync_tree(aside)
+            _name_folder(aside, target, marker, force)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+        _sync_folder(target.parent)
+    return target
+
+
+def check_file(path: str | os.PathLike[str], force: bool = False) -> Path:
+    """The absolute path, if `publish` can write there: known before the work starts, not after.
+
+    Raises:
+        UsageError: it exists and `force` is off, it is no plain file, or its folder is not writable.
+        NotFound: its folder does not exist.
+    """
+    target = Path(os.path.abspath(path))
+    with _explained(target):
+        _check_parent(target)
+        if target.is_dir():
+            raise UsageError(f"{target} is a folder", "a file is to be written", "add a file name to it")
+        if os.path.lexists(target):
+            if not target.is_file():
+                why = "only plain files are replaced"
+                raise UsageError(f"{target} is no plain file", why, "choose another name")
+            if not force:
+                raise _already(target)
+    return target
+
+
+def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -> Path:
+    """The absolute path, if `publish_folder` can write there; an empty folder is free.
+
+    Raises:
+        UsageError: it exists and `force` is off; its parent is not writable; or, forced or not, it is a file,
+            the current folder, or one without the marker (else a slip of the hand replaces a home directory).
+        NotFound: its parent does not exist.
+    """
+    target = Path(os.path.abspath(path))
+    with _explained(target):
+        _check_parent(target)
+        if not os.path.lexists(target):
+            return target
+        if target.is_symlink() or not target.is_dir():
+            raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
+        if target.samefile(os.curdir):
+            raise UsageError(f"{target} is the current folder", "it would be replaced", "name a new one")
+        if not any(target.iterdir()):
+            return target
+        if not (target / marker).is_file():
+            why = "only a folder of the same kind is replaced"
+            raise UsageError(f"{target} is not empty and holds no {marker}", why, "name a new folder")
+        if not force:
+            raise _already(target)
+    return target
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed runs left in `folder`; leave what another run is writing.  Never raises OSError."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            if entry.name.startswith(PREFIX) and entry.name.endswith(SUFFIX):
+                with contextlib.suppress(OSError):
+                    _remove_stale(Path(entry.path))
+
+
+def _remove_stale(path: Path) -> None:
+    mode = path.lstat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return
+    with _locked(path) as alone:
+        if alone and stat.S_ISDIR(mode):
+            shutil.rmtree(path, ignore_errors=True)
+        elif alone:
+            path.unlink()
+
+
+def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
+    """A new file or folder aside, open and locked; its mode follows the umask, as that of any new one.
+
+    The descriptor of a folder is -1 where the system opens no folders.
+    """
+    while True:
+        # Not made from the target's name: that may already have the 255 bytes that a name can have.
+        aside = _new_name(folder)
+        if as_folder:
+            aside.mkdir()
+            descriptor = os.open(aside, os.O_RDONLY) if _POSIX else -1
+        else:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(aside, flags, 0o666)
+        if not _POSIX:
+            return aside, descriptor
+        _lock(descriptor, wait=True)
+        # Another run may sweep it between its creation and its lock: then it is gone, and a new one is made.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), aside.stat()):
+                return aside, descriptor
+        os.close(descriptor)
+
+
+def _new_name(folder: Path) -> Path:
+    return folder / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"
+
+
+def _name_file(aside: Path, target: Path, force: bool) -> None:
+    if not force:
+        # A link, unlike a rename, fails where the name is taken: two runs cannot overwrite each other.
+        try:
+            os.link(aside, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            check_file(target, force)
+        else:
+            aside.unlink()
+            return
+    os.replace(aside, target)
+
+
+def _name_folder(aside: Path, target: Path, marker: str, force: bool) -> None:
+    if not force:
+        os.rename(aside, target)  # fails where the name is taken, unless by an empty folder
+        return
+    for _ in range(ATTEMPTS):
+        check_folder(target, marker, force)
+        with _moved_away(target):
+            try:
+                os.rename(aside, target)
+            except OSError as error:
+                if error.errno not in _EXISTS:
+                    raise
+                continue  # another run was quicker: now its folder is the one to replace
+            return
+    raise ResourceError(f"{target} could not be replaced", "other runs keep writing it", "try again later")
+
+
+@contextlib.contextmanager
+def _moved_away(target: Path) -> Iterator[None]:
+    """`target` under another name; afterwards removed, or put back where nothing has taken its place."""
+    old = _new_name(target.parent)
+    with _locked(target):  # the lock follows the folder, so that no sweep takes what may have to come back
+        moved = True
+        try:
+            os.rename(target, old)
+        except FileNotFoundError:
+            moved = False
+        try:
+            yield
+        finally:
+            if moved and not os.path.lexists(target):
+                os.rename(old, target)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file or folder; yields False where another has it, or there is none to be had."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:  # absent; or a folder, on a system that opens none
+        yield False
+        return
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool = False) -> bool:
+    if not _POSIX:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another has it, or the file system knows no locks
+        return False
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    if not _POSIX:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot sync a folder; the rename itself stands
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _check_parent(target: Path) -> None:
+    parent, why = target.parent, f"{target.name} is to be written there"
+    if not parent.exists():
+        raise NotFound(f"the folder {parent} does not exist", why, f"mkdir -p {parent}")
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is not a folder", why, "choose another name")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _not_writable(target)
+
+
+def _already(target: Path) -> UsageError:
+    why = "nothing is overwritten unasked"
+    return UsageError(f"{target} exists", why, "add --force, or choose another name")
+
+
+def _not_writable(target: Path) -> UsageError:
+    why = f"the folder {target.parent} is not writable for you"
+    return UsageError(f"{target} cannot be written", why, "choose another folder")
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """The system's errors about `target` become ours; others, about a file that `write` reads, pass."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else target
+        if error.errno is None or target.parent not in (named, *named.parents):
+            raise
+        raise _explain(error.errno, os.strerror(error.errno), target) from error
+
+
+def _explain(number: int, text: str, target: Path) -> HyperRTError:
+    if number in _NOT_WRITABLE:
+        return _not_writable(target)
+    if number in _EXISTS:
+        return _already(target)
+    if number in _MISSING:
+        return NotFound(f"{target} cannot be written", "a folder above it was removed", "make it again")
+    if number == errno.ENAMETOOLONG:
+        return UsageError(f"the name {target.name[:40]}… is too long", text, "choose a shorter one")
+    what = f"{target} could not be written"
+    if number in _FULL:
+        with contextlib.suppress(OSError):
+            text += f"; {shutil.disk_usage(target.parent).free:,} bytes are free"
+        return ResourceError(what, text, "make room on the disk, or choose another folder")
+    return ResourceError(what, text, "check the disk, then try again")

@@ -1,0 +1,167 @@
+"""Recipes: pictures as PNG that say how they were made, and that they were made by a model.
+
+Three chunks before the pixels:
+
+    parameters          the text that AUTOMATIC1111's web UI writes, and many programs read
+    hyperrt             the recipe as JSON, iTXt; `read` gives it back
+    XML:com.adobe.xmp   IPTC's marker of generated media, DigitalSourceType trainedAlgorithmicMedia, iTXt
+
+A recipe is a dict of JSON values. `parameters` is made of these keys, where they are there: `prompt`,
+`negative_prompt`, `steps`, `solver`, `guidance_scale`, `kappa`, `seed`, `strength`, `class_noun`, `bundle` (a
+name), `base_model` (a hash). A recipe must not hold file paths, photos, or names of users and machines.
+`schema`, `version` and `size` ([W, H]) are added here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperrt import __version__, files, strict_json
+from hyperrt.errors import BadImage, NotFound
+
+SCHEMA = 1
+JSON_CHUNK, TEXT_CHUNK, XMP_CHUNK = "hyperrt", "parameters", "XML:com.adobe.xmp"
+MAX_JSON = 1 << 20  # bytes; a recipe has some hundred
+MAX_PIXELS = 64_000_000  # of a picture that is decoded to find a chunk behind its pixels
+SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    f' xmp:CreatorTool="HyperRT {__version__}"'
+    ' Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+)
+
+
+def save_png(
+    path: str | os.PathLike[str], image: NDArray[np.uint8], recipe: Mapping[str, Any], force: bool = False
+) -> None:
+    """Write a picture with its recipe; the file is there whole or not at all.
+
+    Args:
+        path: where to.
+        image: [H, W, 3] uint8.
+        recipe: see the module.
+        force: replace a file that is there.
+
+    Raises:
+        ValueError: the recipe holds something that JSON has no form for.
+        HyperRTError: what `files.publish` raises.
+    """
+    content = encode_png(image, recipe)
+    files.publish(path, lambda file: file.write(content), force=force)
+
+
+def encode_png(image: NDArray[np.uint8], recipe: Mapping[str, Any]) -> bytes:
+    """The PNG of `save_png` as bytes, for a pipe."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    height, width = image.shape[:2]
+    full = {"schema": SCHEMA, "version": __version__, "size": [width, height], **recipe}
+    chunks = PngInfo()
+    chunks.add_text(TEXT_CHUNK, infotext(full))  # tEXt, or iTXt where Latin-1 is not enough
+    chunks.add_itxt(JSON_CHUNK, json.dumps(full, default=_plain, allow_nan=False))
+    chunks.add_itxt(XMP_CHUNK, XMP)
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG", pnginfo=chunks)
+    return content.getvalue()
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe of a picture that HyperRT made. Its values are as untrusted as the file.
+
+    Raises:
+        NotFound: there is no such file.
+        BadImage: it is not a PNG, is damaged, or carries no recipe that this version knows.
+    """
+    name = Path(path).name
+    if not Path(path).exists():
+        raise NotFound(f"there is no file {name!r}", "", "check the name")
+    if not Path(path).is_file():
+        raise BadImage(name, "it is not a plain file", "name a PNG file")
+    text = _read_chunk(Path(path))
+    if text is None:
+        raise BadImage(name, "it carries no recipe", "a recipe is in the PNGs that hyperrt generate writes")
+    try:
+        recipe = strict_json.loads(text.encode()) if len(text) <= MAX_JSON else None
+    except strict_json.StrictError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise BadImage(name, "its recipe is no JSON object of at most 1 MB", "use the original file")
+    if recipe.get("schema") != SCHEMA:
+        raise BadImage(name, f"its recipe is not of schema {SCHEMA}", "update: pip install -U hyperrt")
+    return recipe
+
+
+def infotext(recipe: Mapping[str, Any]) -> str:
+    """The recipe as AUTOMATIC1111's web UI writes it: prompt, negative prompt, and one line of settings."""
+    size = recipe.get("size")
+    settings = {
+        "Steps": recipe.get("steps"),
+        "Sampler": SAMPLERS.get(str(recipe.get("solver")), recipe.get("solver")),
+        "CFG scale": recipe.get("guidance_scale"),
+        "Seed": recipe.get("seed"),
+        "Size": f"{size[0]}x{size[1]}" if size else None,
+        "Model hash": str(recipe.get("base_model") or "")[:10] or None,
+        "Model": recipe.get("bundle"),
+        "Kappa": recipe.get("kappa"),
+        "Subject": recipe.get("class_noun"),
+        "Subject strength": recipe.get("strength"),
+        "Version": f"hyperrt {recipe.get('version', __version__)}",
+    }
+    lines = [_one_line(recipe.get("prompt"))]
+    if recipe.get("negative_prompt"):
+        lines.append(f"Negative prompt: {_one_line(recipe['negative_prompt'])}")
+    pairs = [f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None]
+    lines.append(", ".join(pairs))
+    return "\n".join(lines)
+
+
+def _one_line(text: Any) -> str:
+    # A line break would let a prompt pass for the lines below it; to the tokenizer it is a space anyway.
+    return " ".join(str(text or "").split())
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
+
+
+def _plain(value: Any) -> Any:
+    """NumPy numbers and arrays as Python's, for JSON."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise ValueError(f"a recipe cannot hold {type(value).__name__}")
+
+
+def _read_chunk(path: Path) -> str | None:
+    """The text of the `hyperrt` chunk, None where there is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    bomb = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG"]) as image:
+                # Pillow has read what stands before the pixels; some programs move text behind them.
+                if JSON_CHUNK not in image.info and image.width * image.height <= MAX_PIXELS:
+                    image.load()
+                text = image.info.get(JSON_CHUNK)
+    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, MemoryError, *bomb) as error:
+        reason = "no PNG begins like this" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BadImage(path.name, f"it is not a sound PNG ({reason})", "use the original file") from error
+    return text if isinstance(text, str) else None

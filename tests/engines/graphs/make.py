@@ -1,0 +1,47 @@
+"""Writes the ONNX graphs of this folder, which are stored so that an install without `onnx` can test.
+
+    python tests/engines/graphs/make.py
+
+affine: y = x w + step lora, same = x, with w = [[1, 0], [0, 1], [1, 1]].
+x ["rows", 3], lora ["subjects", 2], step [] int64 -> y ["rows", 2], same ["rows", 3].
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+HERE = Path(__file__).parent
+FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
+
+
+def model(nodes, inputs, outputs, constants=()):
+    """A checked model of IR version 10, opset 20, that names no producer version."""
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, list(constants))
+    built = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+    onnx.checker.check_model(built)
+    return built
+
+
+def affine():
+    tensor = helper.make_tensor_value_info
+    return model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["projected"]),
+            helper.make_node("Cast", ["step"], ["strength"], to=FLOAT),
+            helper.make_node("Mul", ["lora", "strength"], ["shift"]),
+            helper.make_node("Add", ["projected", "shift"], ["y"]),
+            helper.make_node("Identity", ["x"], ["same"]),
+        ],
+        [tensor("x", FLOAT, ["rows", 3]), tensor("lora", FLOAT, ["subjects", 2]), tensor("step", INT, [])],
+        [tensor("y", FLOAT, ["rows", 2]), tensor("same", FLOAT, ["rows", 3])],
+        [numpy_helper.from_array(np.array([[1, 0], [0, 1], [1, 1]], np.float32), "w")],
+    )
+
+
+GRAPHS = {"affine.onnx": affine}
+
+if __name__ == "__main__":
+    for name, build in GRAPHS.items():
+        (HERE / name).write_bytes(build().SerializeToString(deterministic=True))

@@ -1,0 +1,89 @@
+"""Errors and the table of backends. What a backend must do is in tests/test_backend_contract.py."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engines
+from engines import BackendMissing, EngineError
+
+ROOT = Path(__file__).resolve().parents[2]
+CODES = {
+    "EngineError": 7,
+    "EngineInputError": 1,
+    "EngineClosed": 1,
+    "BackendMissing": 4,
+    "EngineLoadError": 5,
+    "EngineMemoryError": 6,
+}
+
+
+@pytest.mark.parametrize(("name", "code"), CODES.items(), ids=CODES)
+def test_every_error_is_an_engine_error_with_its_exit_code(name, code):
+    kind = getattr(engines, name)
+    assert issubclass(kind, EngineError)
+    assert kind.code == code
+
+
+def test_an_error_is_three_lines_and_leaves_out_the_empty_ones():
+    assert (
+        str(EngineError("it broke", "it was old", "mend it")) == "it broke\n  why: it was old\n  do:  mend it"
+    )
+    assert str(EngineError("it broke")) == "it broke"
+
+
+def test_an_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(BackendMissing("what", "why", "do")))
+    assert isinstance(error, BackendMissing)
+    assert (error.what, error.why, error.do) == ("what", "why", "do")
+
+
+def test_an_unknown_backend_is_refused_with_those_that_there_are(tmp_path):
+    with pytest.raises(BackendMissing, match=r"(?s)'onnxruntim'.*fake, onnxruntime.*mean 'onnxruntime'\?"):
+        engines.open(tmp_path, "onnxruntim")
+
+
+def blocked(monkeypatch, error):
+    """Make `import onnxruntime` fail with `error`, as on a machine without it, or with a broken one."""
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "onnxruntime":
+                raise error
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "onnxruntime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "engines.onnxruntime", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+
+
+def test_a_missing_vendor_package_says_what_to_install(monkeypatch, tmp_path):
+    blocked(monkeypatch, ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"))
+    with pytest.raises(BackendMissing, match=r"pip install 'hyperrt\[cpu\]'"):
+        engines.open(tmp_path / "graph.onnx")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("libonnxruntime.so: cannot open"), ModuleNotFoundError("No module named 'x'", name="x")],
+    ids=["library", "dependency"],
+)
+def test_a_broken_vendor_package_is_not_called_missing(monkeypatch, tmp_path, error):
+    blocked(monkeypatch, error)
+    with pytest.raises(EngineError, match="installed but does not start") as caught:
+        engines.open(tmp_path / "graph.onnx")
+    assert not isinstance(caught.value, BackendMissing)
+    assert error.msg in caught.value.why
+
+
+def test_importing_engines_loads_no_backend_and_no_vendor():
+    code = "import sys, engines; print(*[n for n in sys.modules if 'onnx' in n or n == 'engines.fake'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""

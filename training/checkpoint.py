@@ -1,0 +1,136 @@
+"""Checkpoints of the hypernetwork: safetensors and JSON, each published whole or not at all; no pickles.
+
+A run's folder:
+    hypernet.safetensors   weights of the decoder (EMA), what `hyperrt export --hypernet` reads
+    hypernet.json          what they are: shape, LoRA layout, token, base model, training configuration
+    state.safetensors      all that a killed run needs to go on as if it had not been: weights, EMA, AdamW, step
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from hyperrt import files
+from hyperrt.lora import LoraLayout
+from training.config import DecoderConfig, TrainConfig, to_json
+from training.hypernet import WeightDecoder
+
+FORMAT = 1
+HYPERNET, STATE = "hypernet", "state.safetensors"
+# Settings that a resumed run may not change: the weights would not fit.
+FIXED = ("rank", "dim", "layers", "iterations", "head_dim")
+
+
+def hash_of(module: nn.Module) -> str:
+    """sha256 (hex) of a module's weights, names and values; tells one base model from another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_hypernet(folder: Path, decoder: WeightDecoder, config: TrainConfig, step: int, base_model: str) -> Path:
+    """Writes hypernet.json and hypernet.safetensors; returns the path of the latter."""
+    about = {
+        "format": FORMAT,
+        "step": step,
+        "token": config.token,
+        "base_model": base_model,
+        "feature_dim": decoder.feature_dim,
+        "decoder": to_json(decoder.config),
+        "layout": decoder.layout.to_json(),
+        "training": to_json(config),
+    }
+    files.publish(folder / f"{HYPERNET}.json", lambda file: file.write(json.dumps(about, indent=1).encode()), force=True)
+    return _publish(folder / f"{HYPERNET}.safetensors", decoder.state_dict(), {"format": str(FORMAT)})
+
+
+def load_hypernet(path: Path | str) -> tuple[WeightDecoder, dict[str, Any]]:
+    """The decoder, frozen and in eval mode, and what hypernet.json says of it.
+
+    Args:
+        path: the run's folder, or hypernet.safetensors, or hypernet.json.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged, of another format, or they do not fit together.
+    """
+    path = Path(path)
+    stem = path / HYPERNET if path.is_dir() else path.with_suffix("")
+    try:
+        about = json.loads(stem.with_suffix(".json").read_text())
+        tensors = load_file(stem.with_suffix(".safetensors"))
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{stem} is damaged: {error}") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{stem}.json has format {about.get('format')!r}; this version reads {FORMAT}")
+    decoder = WeightDecoder(LoraLayout.from_json(about["layout"]), about["feature_dim"], DecoderConfig(**about["decoder"]))
+    try:
+        decoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{stem}.safetensors does not fit {stem}.json: {error}") from error
+    return decoder.eval().requires_grad_(False), about
+
+
+def save_state(
+    folder: Path,
+    decoder: WeightDecoder,
+    ema: WeightDecoder,
+    optimizer: torch.optim.Optimizer,
+    window: Tensor,
+    config: TrainConfig,
+    step: int,
+) -> Path:
+    """Writes state.safetensors; `step` steps are done, `window` holds their losses that are not logged yet."""
+    tensors = {"window": window}
+    tensors.update({f"decoder/{name}": tensor for name, tensor in decoder.state_dict().items()})
+    tensors.update({f"ema/{name}": tensor for name, tensor in ema.state_dict().items()})
+    for name, parameter in decoder.named_parameters():
+        tensors.update({f"adam.{key}/{name}": value for key, value in optimizer.state[parameter].items()})
+    return _publish(folder / STATE, tensors, {"step": str(step), "config": json.dumps(to_json(config))})
+
+
+def load_state(
+    folder: Path, decoder: WeightDecoder, ema: WeightDecoder, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> tuple[int, Tensor, dict[str, tuple[Any, Any]]]:
+    """Puts everything back; returns the step, the window, and the settings that differ as {name: (then, now)}.
+
+    Raises:
+        ValueError: a setting in `FIXED` differs.
+    """
+    with safe_open(folder / STATE, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / STATE)
+    now = to_json(config)
+    then = json.loads(metadata["config"])
+    changed = {name: (then.get(name), now[name]) for name in now if then.get(name) != now[name]}
+    if fatal := [f"{name} was {then} and is {now}" for name, (then, now) in changed.items() if name in FIXED]:
+        raise ValueError(f"{folder / STATE} is of another decoder: {', '.join(fatal)}")
+    decoder.load_state_dict(_under("decoder/", tensors))
+    ema.load_state_dict(_under("ema/", tensors))
+    keys = {name.partition("/")[0] for name in tensors if name.startswith("adam.")}
+    moments = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
+    for name, parameter in decoder.named_parameters():
+        optimizer.state[parameter] = {
+            key: values[name] if key == "step" else values[name].to(parameter.device) for key, values in moments.items()
+        }
+    return int(metadata["step"]), tensors["window"], changed
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _publish(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    return files.publish(path, lambda file: file.write(content), force=True)

@@ -1,0 +1,150 @@
+"""What a training of the hypernetwork is told: one frozen dataclass, from a preset, a JSON file and flags.
+
+Presets with a paper's name hold its numbers (arXiv 2511.03156, tables 6 to 8) as far as it prints them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REDUCTIONS = ("mean", "sum", "per_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape of the weight decoder.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    dim: int = 128  # width of a token
+    layers: int = 2  # different blocks
+    iterations: int = 4  # times that the blocks are gone through
+    head_dim: int = 32  # bottleneck that all heads share; 0: each head is Linear(dim, numel), as in the paper
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.layers, self.iterations) < 1 or self.head_dim < 0:
+            raise ValueError(f"a weight decoder cannot have the shape {self}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim is {self.dim}; it must be below 128 or a multiple of {self.heads}")
+
+    @property
+    def heads(self) -> int:
+        """Attention heads, of 64 channels or a little more."""
+        return max(1, self.dim // 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One `python -m training.train`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    base: str  # folder of the base model
+    cache: str  # folder of the scene cache, with latents
+    out: str  # folder of the run
+    steps: int = 4000
+    batch: int = 64  # rows per step, each with a LoRA of its own photos and its own noise
+    targets: int = 1  # rows that share a subject's photos and LoRA; the decoder runs batch / targets times
+    photos: int = 1  # most photos of a subject that are averaged; each step draws 1 to this many
+    rank: int = 4
+    dim: int = 128
+    layers: int = 2
+    iterations: int = 4
+    head_dim: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup: int = 200  # steps
+    final_lr: float = 0.05  # share of lr that the cosine ends at
+    clip: float = 1.0  # norm of the gradient
+    ema: float = 0.999
+    lambda_: float = 100.0  # weight of R(h), paper eq. 5
+    reduction: str = "mean"  # of R(h): mean, sum, per_factor
+    gamma: float = 0.0  # weight of L_reg, paper eq. 5; doubles the rows
+    min_snr: float = 0.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0: none
+    noise_shift: float = 1.0  # above 1, more of the timesteps are noisy ones
+    text_dropout: float = 0.1  # share of rows with the empty prompt
+    cross_view: float = 0.7  # share of rows whose target is not one of the photos
+    token: str = "sks"  # stands for [V]
+    seed: int = 0
+    holdout: int = 128  # last identities of the cache, never trained on, for the monitors
+    log_every: int = 10
+    monitor_every: int = 250
+    sample_every: int = 1000
+    save_every: int = 250
+    device: str | None = None  # None: a GPU if there is one
+    threads: int | None = None  # None: torch decides
+    compile: bool = False  # torch.compile for the UNet; pays on a GPU
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch", "targets", "photos", "rank", "log_every", "monitor_every", "sample_every", "save_every")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("text_dropout", "cross_view", "final_lr", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        for name in ("lambda_", "gamma", "min_snr", "warmup", "weight_decay", "holdout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.noise_shift <= 0 or self.lr <= 0 or self.clip <= 0:
+            raise ValueError("noise_shift, lr and clip must be above 0")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {self.reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+        if self.batch % self.targets:
+            raise ValueError(f"batch is {self.batch}; it must be a multiple of targets, {self.targets}")
+        _ = self.decoder  # checks its own numbers
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return DecoderConfig(dim=self.dim, layers=self.layers, iterations=self.iterations, head_dim=self.head_dim)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},  # the defaults
+    "smoke": {"steps": 20, "batch": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16, "monitor_every": 10},
+    "paper_celeba": {
+        "steps": 30_000, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
+        "lambda_": 0.15, "reduction": "per_factor",
+    },
+    "paper_afhq": {
+        "steps": 4000, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
+        "lambda_": 0.5, "reduction": "per_factor",
+    },
+    "paper_literal": {  # "embedding dimension of 4"
+        "steps": 4000, "rank": 3, "dim": 4, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
+        "lambda_": 0.5, "reduction": "per_factor",
+    },
+}  # fmt: skip
+
+
+def resolve(flags: dict[str, Any], preset: str = "tiny", file: Path | None = None) -> TrainConfig:
+    """The preset, changed by the JSON file, changed by the flags that are not None.
+
+    Raises:
+        ValueError: an unknown preset or key, base, cache or out missing, or a number out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    values = dict(PRESETS[preset])
+    if file is not None:
+        values.update(json.loads(file.read_text()))
+    values.update({name: value for name, value in flags.items() if value is not None})
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := set(values) - known:
+        raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+    if missing := {"base", "cache", "out"} - set(values):
+        raise ValueError(f"missing: {', '.join('--' + name for name in sorted(missing))}")
+    return TrainConfig(**values)
+
+
+def to_json(config: TrainConfig | DecoderConfig) -> dict[str, Any]:
+    """All fields by name."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,59 @@
+"""Where and how a training computes: device, precision, seeds, memory.
+
+bf16 autocast is used only where the hardware multiplies in bf16; on other processors it is slower than fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import random
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "amx_tile")  # any of them
+
+
+def pick(name: str | None = None) -> torch.device:
+    """The device of that name; None: the GPU if there is one, else the processor."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has units for bf16 products."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit, False) for unit in BF16_UNITS)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bf16 where that is fast, else fp32."""
+    if has_bf16(device):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators; what must be repeatable draws from generators of its own all the same."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def prepare(threads: int | None = None) -> None:
+    """Set up the process for a long run on a processor.
+
+    Denormal numbers (fresh Adam states) are slow, so they count as zero. glibc hands every large activation back to
+    the system and faults it in again at the next step; with higher thresholds it keeps them.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)

@@ -1,0 +1,154 @@
+"""Is the hypernetwork alive? Measured on held-out subjects, with noise and timesteps that never change.
+
+Collapse is the known failure of hypernetworks that predict LoRA: the prediction goes to zero, or becomes the same for
+every subject. It shows here long before it shows in pictures:
+
+    own, shuffled, base   loss with the subject's LoRA, with that of another subject of its noun, with none
+    gap = shuffled - own  must grow; 0 means that the LoRA is not the subject's
+    gain = base - own     must grow; gain without gap is a LoRA that only learned the data
+    delta_rms, b_rms      of the predicted LoRA without the static A0, and of its B factors
+    change                |A B| / |W|, mean over the sites
+    cos_subjects          between different subjects of a noun; near 1 is a collapse
+    cos_photos            between two photos of a subject; high
+    mean_share            of the LoRA's square, the share that its mean over subjects explains
+    effective_rank        of the LoRAs of all subjects around their mean: how many directions they use
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.config import TrainConfig
+from training.data import SceneCache
+from training.features import CaptionTable
+from training.hypernet import Packed, WeightDecoder
+from training.losses import Noising, row_loss
+from training.lora_layers import unpack
+
+Predict = Callable[[Tensor, Tensor, Tensor, Packed | None], Tensor]  # x_t, timesteps, text, LoRA -> prediction
+
+PASSES = 2  # noise draws for each held-out subject
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The held-out subjects H and their fixed denoising problems, rows = PASSES x H."""
+
+    features: Tensor  # [H, T, F] of the photo that the LoRA is made from
+    second: Tensor  # [H, T, F] of another photo
+    another: Tensor  # [H] a subject of the same noun, by position
+    latents: Tensor  # [rows, C, h, w] of a third picture
+    text: Tensor  # [rows, L, D]
+    noise: Tensor  # [rows, C, h, w]
+    timesteps: Tensor  # [rows]
+
+    def to(self, device: torch.device) -> Probe:
+        """The same on a device."""
+        return Probe(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def probe(cache: SceneCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int) -> Probe:
+    """The probe of a run; a function of the cache and the seed."""
+    rng = np.random.default_rng([config.seed, 4])
+    who = np.arange(len(cache.nouns) - config.holdout, len(cache.nouns))
+    views = cache.images.shape[1]
+    rows = np.tile(who, PASSES)
+    shown = min(2, views - 1)
+    latents = torch.from_numpy(cache.latents[rows, shown].astype(np.float32))
+    spread = (rng.permutation(len(rows)) + 0.5) / len(rows) * train_steps
+    return Probe(
+        features=torch.from_numpy(features[who, 0].astype(np.float32)),
+        second=torch.from_numpy(features[who, min(1, views - 1)].astype(np.float32)),
+        another=torch.from_numpy(same_noun(cache.nouns[who])),
+        latents=latents,
+        text=captions.hidden[torch.from_numpy(captions.subject[rows, shown]).to(captions.hidden.device)],
+        noise=torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
+        timesteps=torch.from_numpy(spread.astype(np.int64)),
+    )
+
+
+def same_noun(nouns: np.ndarray) -> np.ndarray:
+    """For each subject the position of the next one of its noun; of any noun where there is none."""
+    following = np.roll(np.arange(len(nouns)), -1)
+    for noun in np.unique(nouns):
+        places = np.flatnonzero(nouns == noun)
+        if len(places) > 1:
+            following[places] = np.roll(places, -1)
+    return following
+
+
+class Monitor:
+    """Measures a decoder on a probe; the base's loss does not change during a run and is computed once."""
+
+    def __init__(self, probe: Probe, unet: nn.Module, predict: Predict, noising: Noising, chunk: int) -> None:
+        self.probe = probe
+        self.unet = unet
+        self.predict = predict
+        self.noising = noising
+        self.chunk = chunk
+        self.base = self.losses(None)
+
+    @torch.no_grad()
+    def losses(self, lora: Packed | None) -> Tensor:
+        """Loss of each row of the probe [rows], given a LoRA for each subject or None."""
+        probe, losses = self.probe, []
+        for start in range(0, len(probe.latents), self.chunk):
+            part = slice(start, start + self.chunk)
+            latents, noise, timesteps = probe.latents[part], probe.noise[part], probe.timesteps[part]
+            who = torch.arange(start, start + len(latents), device=latents.device) % len(probe.features)
+            rows = None if lora is None else {name: vector[who] for name, vector in lora.items()}
+            noised = self.noising.noised(latents, noise, timesteps)
+            prediction = self.predict(noised, timesteps, probe.text[part], rows)
+            losses.append(row_loss(prediction, self.noising.target(latents, noise, timesteps)))
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def measure(self, decoder: WeightDecoder) -> dict[str, float]:
+        """All the figures of the module's docstring, and the gap by thirds of the timesteps."""
+        probe = self.probe
+        lora = decoder(probe.features)
+        own = self.losses(lora)
+        shuffled = self.losses({name: vector[probe.another] for name, vector in lora.items()})
+        figures = {"own": own.mean(), "shuffled": shuffled.mean(), "base": self.base.mean()}
+        figures["gap"] = figures["shuffled"] - figures["own"]
+        figures["gain"] = figures["base"] - figures["own"]
+        third = probe.timesteps * 3 // self.noising.steps
+        for number, name in enumerate(("low", "middle", "high")):
+            figures[f"gap_{name}_noise"] = (shuffled - own)[third == number].mean()
+        figures.update(statistics(decoder, lora, decoder(probe.second), probe.another))
+        figures["change"] = relative_change(decoder, self.unet, lora)
+        return {name: float(value) for name, value in figures.items()}
+
+
+def statistics(decoder: WeightDecoder, own: Packed, second: Packed, another: Tensor) -> dict[str, Tensor]:
+    """What the predicted LoRAs [H, N] look like as vectors, without the static A0."""
+    deltas = decoder.deltas(own)
+    vectors = torch.cat(list(deltas.values()), 1)
+    seconds = torch.cat(list(decoder.deltas(second).values()), 1)
+    b_parts = [B.square().flatten(1) for _, B in unpack(decoder.layout, deltas).values()]
+    mean = vectors.mean(0)
+    spectrum = torch.linalg.eigvalsh((vectors - mean) @ (vectors - mean).T).clamp_min(0)
+    share = spectrum / spectrum.sum().clamp_min(1e-20)
+    return {
+        "delta_rms": vectors.square().mean().sqrt(),
+        "b_rms": torch.cat(b_parts, 1).mean().sqrt(),
+        "cos_subjects": F.cosine_similarity(vectors, vectors[another]).mean(),
+        "cos_photos": F.cosine_similarity(vectors, seconds).mean(),
+        "mean_share": mean.square().sum() / vectors.square().sum(1).mean().clamp_min(1e-20),
+        "effective_rank": torch.exp(-(share * share.clamp_min(1e-20).log()).sum()),
+    }
+
+
+def relative_change(decoder: WeightDecoder, unet: nn.Module, lora: Packed) -> Tensor:
+    """Mean over sites and subjects of |A B| / |W|, Frobenius; |A B|² = tr(AᵀA BBᵀ), so the product is never made."""
+    ratios = []
+    for path, (A, B) in unpack(decoder.layout, lora).items():
+        square = ((A.mT @ A) * (B @ B.mT)).sum((1, 2)).clamp_min(0)
+        ratios.append(square.sqrt().mean() / unet.get_submodule(path).weight.norm())
+    return torch.stack(ratios).mean()

@@ -1,0 +1,240 @@
+"""Trains the `tiny` base model from nothing: `python -m training.pretrain --out RUN`.
+
+Stages, each resumable, in RUN/<stage>/ with log.jsonl, state.pt and sample sheets:
+
+    cache          draws the scenes                                       training/data.py
+    vae            autoencoder: pixels <-> latents [C, 8, 8]
+    image_encoder  ViT, contrastive on two views of a subject (InfoNCE)
+    latents        encodes the cache, so that the UNet trains on latents alone
+    unet           UNet and text encoder together, denoising captioned latents
+
+The result is RUN/base, a folder in diffusers' format (training/base.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from training import base as bases
+from training import clip_tokenizer, data, device, scenes
+from training.loop import Schedule, fit
+from training.sample import sample, sheet
+
+VAE = Schedule(steps=1200, lr=2e-3, warmup=50, ema=0.99, weight_decay=0.0, report_every=250)
+IMAGE_ENCODER = Schedule(steps=900, lr=1e-3, warmup=100, ema=0.99, report_every=150)
+UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
+KL_WEIGHT = 1e-4  # keeps latents near unit scale and costs no detail at this size
+TEMPERATURE = 0.07
+TEXT_DROPOUT = 0.1
+VALIDATION = 128  # identities at the end of the cache that no stage trains on
+
+
+def pictures(cache: data.SceneCache, identities: Tensor, views: Tensor) -> Tensor:
+    """Cached pictures as floats in [-1, 1], [n, 3, S, S]."""
+    images = torch.from_numpy(cache.images[identities.numpy(), views.numpy()])
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+
+
+def draw(cache: data.SceneCache, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Random (identities, views) [count] of the training part."""
+    identities, views = cache.backgrounds.shape
+    return (
+        torch.randint(identities - VALIDATION, (count,), generator=generator),
+        torch.randint(views, (count,), generator=generator),
+    )
+
+
+def held_out(cache: data.SceneCache, count: int, view: int) -> tuple[Tensor, Tensor]:
+    """The last identities of the cache, all in one view number."""
+    last = len(cache.nouns)
+    return torch.arange(last - count, last), torch.full((count,), view)
+
+
+def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
+    """L1 on pixels and on their differences (edges), and a light KL term."""
+    torch.manual_seed(seed)
+    vae = bases.tiny_vae().to(memory_format=torch.channels_last)
+
+    def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
+        real = pictures(cache, *draw(cache, batch, generator))
+        posterior = vae.encode(real).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        fake = vae.decode(posterior.mean + posterior.std * noise).sample
+        pixels = F.l1_loss(fake, real)
+        edges = sum(F.l1_loss(fake.diff(dim=d), real.diff(dim=d)) for d in (2, 3))
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return {"loss": pixels + edges + KL_WEIGHT * kl, "pixels": pixels, "kl": kl}
+
+    @torch.no_grad()
+    def report(step: int, ema: nn.Module) -> Mapping[str, float]:
+        real = pictures(cache, *held_out(cache, 32, 0))
+        fake = ema.decode(ema.encode(real).latent_dist.mean).sample.clamp(-1, 1)
+        _write_sheet(out / f"{step:06d}.png", _uint8(real), _uint8(fake))
+        return {"psnr": (10 * torch.log10(4 / (fake - real).square().mean((1, 2, 3)))).mean().item()}
+
+    return fit(out, vae, loss, schedule, seed, report)
+
+
+def train_image_encoder(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
+    """InfoNCE between two views of each subject; every other batch is of one noun, where only identity tells apart."""
+    torch.manual_seed(seed)
+    encoder = bases.tiny_image_encoder()
+    by_noun = [np.flatnonzero(cache.nouns[:-VALIDATION] == k) for k in range(len(scenes.NOUNS))]
+
+    def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
+        noun = by_noun[step // 2 % len(by_noun)] if step % 2 else np.arange(len(cache.nouns) - VALIDATION)
+        who = torch.from_numpy(noun)[torch.randperm(len(noun), generator=generator)[:batch]]
+        views = torch.rand(len(who), cache.backgrounds.shape[1], generator=generator).argsort(1)
+        logits = _similarity(encoder, cache, who, views[:, 0], views[:, 1]) / TEMPERATURE
+        target = torch.arange(len(who))
+        value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return {"loss": value, "top1": (logits.argmax(1) == target).float().mean()}
+
+    @torch.no_grad()
+    def report(step: int, ema: nn.Module) -> Mapping[str, float]:
+        who, view = held_out(cache, VALIDATION, 0)
+        found = _similarity(ema, cache, who, view, view + 1).argmax(1)
+        return {"held_out_top1": (found == torch.arange(VALIDATION)).float().mean().item()}
+
+    return fit(out, encoder, loss, schedule, seed, report)
+
+
+def _similarity(encoder: nn.Module, cache: data.SceneCache, who: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Cosines [n, n] between the CLS features of two views."""
+    features = encoder(torch.cat([pictures(cache, who, first), pictures(cache, who, second)])).last_hidden_state[:, 0]
+    one, other = F.normalize(features, dim=-1).chunk(2)
+    return one @ other.T
+
+
+@torch.no_grad()
+def encode_latents(vae: nn.Module, cache: data.SceneCache) -> None:
+    """Writes latents.npy beside the pictures, scaled to unit standard deviation; sets the VAE's scaling_factor."""
+    identities, views = cache.backgrounds.shape
+    side = bases.IMAGE_SIZE // 8
+    path = cache.path / "latents.npy"
+    latents = np.lib.format.open_memmap(path, "w+", np.float16, (identities, views, bases.LATENT_CHANNELS, side, side))
+    who = torch.arange(identities)
+    for part in who.split(128):
+        pixels = torch.cat([pictures(cache, part, torch.full_like(part, view)) for view in range(views)])
+        mean = vae.encode(pixels).latent_dist.mean
+        latents[part.numpy()] = mean.unflatten(0, (views, len(part))).transpose(0, 1).numpy()
+    scale = 1 / float(latents[:1024].astype(np.float32).std())
+    for part in np.array_split(np.arange(identities), 64):
+        latents[part] = latents[part].astype(np.float32) * scale
+    latents.flush()
+    vae.register_to_config(scaling_factor=scale)
+
+
+class Denoiser(nn.Module):
+    """What the last stage trains: UNet and text encoder as one module."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+def train_unet(out: Path, cache: data.SceneCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int) -> bases.Base:
+    """Denoises cached latents under their captions, with the subject's token in half of them: `[V]` means nothing yet."""
+    model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder)
+    latents, ids = cache.latents, _caption_ids(cache, parts)
+    empty = bases.tokens(parts.tokenizer, [""])[0]
+
+    def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
+        who, view = draw(cache, batch, generator)
+        clean = torch.from_numpy(latents[who.numpy(), view.numpy()].astype(np.float32))
+        clean = clean.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(clean.shape, generator=generator)
+        time = torch.randint(parts.scheduler.config.num_train_timesteps, (batch,), generator=generator)
+        text = ids[torch.randint(2, (batch,), generator=generator), who, view]
+        text[torch.rand(batch, generator=generator) < TEXT_DROPOUT] = empty
+        predicted = model(parts.scheduler.add_noise(clean, noise, time), time, text)
+        return {"loss": F.mse_loss(predicted, parts.scheduler.get_velocity(clean, noise, time))}
+
+    def report(step: int, ema: nn.Module) -> Mapping[str, float]:
+        now = _with(parts, ema)
+        rows = []
+        for noun in scenes.NOUNS:
+            prompts = [scenes.caption(noun, place) for place in scenes.BACKGROUNDS]
+            rows.append(list(sample(now, prompts, guidance_scale=1.5, steps=20, seed=step)))
+        Image.fromarray(sheet(rows)).save(out / f"{step:06d}.png")
+        return {}
+
+    return _with(parts, fit(out, model.train(), loss, schedule, seed, report))
+
+
+def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
+    trained = {"unet": model.unet, "text_encoder": model.text_encoder}
+    return bases.Base(**{name: trained.get(name, getattr(parts, name)) for name in bases.PARTS})
+
+
+def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
+    """Token ids [2, N, V, L]: without and with the subject's token."""
+    identities, views = np.indices(cache.backgrounds.shape)
+    ids = [
+        bases.tokens(parts.tokenizer, cache.captions(identities.ravel(), views.ravel(), token))
+        for token in (None, scenes.TOKEN)
+    ]
+    return torch.stack(ids).unflatten(1, cache.backgrounds.shape)
+
+
+def _uint8(images: Tensor) -> np.ndarray:
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def _write_sheet(path: Path, *strips: np.ndarray) -> None:
+    """Pictures [n, H, W, 3] above each other, eight to a row."""
+    rows = [list(strip[k : k + 8]) for k in range(0, len(strips[0]), 8) for strip in strips]
+    Image.fromarray(sheet(rows)).save(path)
+
+
+def _scaled(schedule: Schedule, scale: float) -> Schedule:
+    return Schedule(**{**vars(schedule), "steps": max(1, round(schedule.steps * scale))})
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; an unfinished one goes on.")
+@click.option("--cache", "cache_path", type=click.Path(path_type=Path), help="Folder of the scenes [default: OUT/cache].")
+@click.option("--identities", default=12000, show_default=True, help="Subjects to draw.")
+@click.option("--views", default=4, show_default=True, help="Scenes per subject.")
+@click.option("--scale", default=1.0, show_default=True, help="Factor on the steps of every stage.")
+@click.option("--batch", default=64, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=int, help="Threads of PyTorch [default: its own choice].")
+@click.option("--until", type=click.Choice(["vae", "image_encoder", "unet"]), default="unet", show_default=True)
+def main(
+    out: Path, cache_path: Path | None, identities: int, views: int, scale: float, batch: int, seed: int,
+    threads: int | None, until: str,
+) -> None:  # fmt: skip
+    """Train the tiny base model from nothing and write OUT/base."""
+    device.prepare(threads)
+    cache = data.build(cache_path or out / "cache", identities, views, bases.IMAGE_SIZE)
+    vae = train_vae(out / "vae", cache, _scaled(VAE, scale), max(1, batch // 4), seed)
+    if until == "vae":
+        return
+    image_encoder = train_image_encoder(out / "image_encoder", cache, _scaled(IMAGE_ENCODER, scale), batch, seed)
+    if until == "image_encoder":
+        return
+    encode_latents(vae, cache)
+    tokenizer = clip_tokenizer.build(out / "tokenizer", bases.MAX_TOKENS)
+    torch.manual_seed(seed)
+    parts = bases.Base(
+        unet=bases.tiny_unet(), vae=vae, text_encoder=bases.tiny_text_encoder(tokenizer), tokenizer=tokenizer,
+        image_encoder=image_encoder, scheduler=bases.tiny_scheduler(),
+    )  # fmt: skip
+    bases.save(train_unet(out / "unet", cache, parts, _scaled(UNET, scale), batch, seed), out / "base")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Pictures from the base model in plain PyTorch: previews for both trainings, with a LoRA or without.
+
+The loop, the solver tables, the noise and the guidance weights are the runtime's own, so a preview
+is the picture that the exported bundle makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperrt import guidance, sampling, solvers
+from training.base import Base
+from training.features import encode_text
+from training.lora_layers import Rows, install, layout_of, unpack
+
+Text = Sequence[str] | Tensor  # prompts, or hidden states [images, L, D]
+
+
+@torch.no_grad()
+def sample(
+    base: Base,
+    generic: Text,
+    subject: Text | None = None,
+    lora: Mapping[str, Tensor] | None = None,
+    *,
+    rank: int = 4,
+    kappa: float = 1.0,
+    guidance_scale: float = 3.75,
+    steps: int = 20,
+    seed: int = 0,
+    solver: str = "dpmpp_2m",
+) -> np.ndarray:
+    """HM-CFG (paper eq. 20); image k has the noise of seed + k.
+
+    Args:
+        generic: prompts of the base branch.
+        subject: prompts of the personalised branch; None: plain CFG on `generic` at twice `guidance_scale`.
+        lora: "lora_q" [1|images, Nq] and "lora_kv" [1|images, Nkv] of that rank; None: the base model speaks there too.
+
+    Returns:
+        uint8 [images, H, W, 3].
+    """
+    hidden = {"generic": _hidden(base, generic), "subject": None if subject is None else _hidden(base, subject)}
+    weights = guidance.hm_cfg_weights(guidance_scale, 0.0 if subject is None else kappa)
+    names = ("uncond", "subject", "generic")
+    branches = guidance.active(guidance.Branch(name, weight) for name, weight in zip(names, weights, strict=True))
+    hidden["uncond"] = encode_text(base, [""]).expand_as(hidden["generic"])
+    predict = _predictor(base, branches, hidden, lora, rank)
+
+    schedule = solvers.NoiseSchedule(base.scheduler.betas.double().numpy())
+    table = solvers.table(solver, schedule, steps, base.scheduler.config.prediction_type)
+
+    def step(feeds: sampling.Feeds) -> sampling.Feeds:
+        latents = torch.from_numpy(np.asarray(feeds["latents"]))
+        output = predict(latents * float(feeds["coefficients"][0]), float(feeds["timestep"])).cpu().numpy()
+        following = solvers.apply(feeds["coefficients"], feeds["latents"], output, feeds["previous"], feeds["noise"])
+        return dict(zip(("next_latents", "denoised"), following, strict=True))
+
+    unet = base.unet.config
+    images = len(hidden["generic"])
+    shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+    latents = sampling.initial_noise(seed, shape, images) * np.float32(table.initial_scale)
+    for done in sampling.denoise(step, table, latents, sampling.noise_generators(seed, images)):
+        latents = done.latents
+    return decode(base, torch.from_numpy(latents))
+
+
+@torch.no_grad()
+def decode(base: Base, latents: Tensor) -> np.ndarray:
+    """Latents as the UNet takes them [n, C, h, w] => uint8 [n, H, W, 3]."""
+    config = base.vae.config
+    latents = latents.float().to(next(base.vae.parameters()).device)
+    pictures = base.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 2, zoom: int = 2) -> np.ndarray:
+    """Pictures of one size [H, W, 3], row by row, as one picture on grey."""
+    height, width = rows[0][0].shape[:2]
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 96, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            top, left = gap + y * (height + gap), gap + x * (width + gap)
+            canvas[top : top + height, left : left + width] = picture
+    return canvas.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def _hidden(base: Base, text: Text) -> Tensor:
+    return text if isinstance(text, Tensor) else encode_text(base, text)
+
+
+def _predictor(base: Base, branches, hidden, lora, rank):
+    """The guided prediction as a function of (latents [images, C, h, w], timestep)."""
+    install(base.unet)
+    device = next(base.unet.parameters()).device
+    text = torch.cat([hidden[branch.name] for branch in branches]).to(device)
+    images = len(hidden["generic"])
+    options = None
+    if lora is not None:
+        gate = torch.tensor([branch.name == "subject" for branch in branches], device=device).float()
+        factors = unpack(layout_of(base.unet, rank), {k: _rows(v.to(device), len(branches), images) for k, v in lora.items()})
+        options = {"rows": Rows(factors, gate.repeat_interleave(images).view(-1, 1, 1))}
+
+    def predict(latents: Tensor, timestep: float) -> Tensor:
+        rows = latents.to(device).repeat(len(branches), 1, 1, 1)
+        output = base.unet(rows, timestep, encoder_hidden_states=text, cross_attention_kwargs=options).sample.float()
+        return guidance.combine([branch.weight for branch in branches], output.chunk(len(branches)))
+
+    return predict
+
+
+def _rows(vector: Tensor, branches: int, images: int) -> Tensor:
+    """[1, N] stays, [images, N] is repeated for each branch; the gate keeps it out of the base's rows."""
+    return vector if len(vector) == 1 else vector.repeat(branches, 1)

@@ -1,0 +1,259 @@
+"""Trains the hypernetwork end to end through the frozen UNet, a different LoRA for every row (paper eq. 5).
+
+    python -m training.train --base BASE --cache CACHE --out OUT [--preset tiny] [--config FILE.json] [--lambda 1 ...]
+
+OUT gets log.jsonl, samples/*.png, and the checkpoints of training/checkpoint.py. A run that was killed goes on
+with --resume, with the loss curve that it would have had.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+from hyperrt import files
+from training import base as bases
+from training import checkpoint, device, features, monitors, preview
+from training.batches import Batch, Batches
+from training.config import PRESETS, TrainConfig, resolve, to_json
+from training.data import SceneCache
+from training.hypernet import Packed, WeightDecoder
+from training.losses import Noising, regulariser, row_loss
+from training.lora_layers import Rows, install, layout_of, unpack
+
+log = logging.getLogger("training")
+
+LOSSES = ("loss", "ft", "reg", "prior", "grad_norm")
+
+
+class Trainer:
+    """All that a run holds: the frozen base, the batches, the decoder, its EMA and its optimizer."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.device = device.pick(config.device)
+        device.seed_everything(config.seed)
+        self.base = bases.load(config.base)
+        for module in (self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder):
+            module.to(self.device)
+        self.cache = SceneCache.open(config.cache)
+        self.features = features.image_features(self.base, self.cache)
+        self.captions = features.caption_table(self.base, self.cache, config.token)
+        self.noising = Noising(self.base.scheduler, self.device)
+        self.batches = Batches(self.cache, self.features, self.captions, config, self.noising.steps)
+        self.base_hash = checkpoint.hash_of(self.base.unet)
+        install(self.base.unet)
+        self.base.unet.to(memory_format=torch.channels_last)
+        self.unet = torch.compile(self.base.unet) if config.compile else self.base.unet
+        self.layout = layout_of(self.base.unet, config.rank)
+        decoder = WeightDecoder(self.layout, self.features.shape[-1], config.decoder)
+        decoder.set_feature_statistics(*features.feature_statistics(self.features))
+        self.decoder = decoder.to(self.device)
+        self.ema = copy.deepcopy(self.decoder).requires_grad_(False)
+        self.optimizer = _optimizer(self.decoder, config)
+        self.parameters = list(self.decoder.parameters())
+        self.averages = list(self.ema.parameters())
+
+    def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor, lora: Packed | None) -> Tensor:
+        """The UNet on rows, each with its own LoRA [rows, N]; None: the base model."""
+        latents = latents.to(self.device, memory_format=torch.channels_last)
+        options = None
+        if lora is not None:
+            gate = torch.ones(len(latents), 1, 1, device=self.device)
+            options = {"rows": Rows(unpack(self.layout, lora), gate)}
+        with device.autocast(self.device):
+            output = self.unet(
+                latents, timesteps.to(self.device), encoder_hidden_states=text, cross_attention_kwargs=options, return_dict=False
+            )
+        return output[0].float()
+
+    def losses(self, batch: Batch, prior: Batch | None) -> dict[str, Tensor]:
+        """The terms of eq. 5 for one batch."""
+        with device.autocast(self.device):
+            lora = self.decoder(batch.features.to(self.device))
+        lora = {name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()}
+        reg = regulariser(self.decoder.deltas(lora), self.config.reduction, 2 * len(self.layout.sites))
+        if self.config.targets > 1:
+            lora = {name: _repeated(vector, self.config.targets) for name, vector in lora.items()}
+        parts = [batch] if prior is None else [batch, prior]
+        latents, noise = (torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("latents", "noise"))
+        timesteps, text = (torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("timesteps", "text"))
+        if prior is not None:
+            lora = {name: vector.repeat(2, 1) for name, vector in lora.items()}
+        prediction = self.predict(self.noising.noised(latents, noise, timesteps), timesteps, text, lora)
+        rows = row_loss(prediction, self.noising.target(latents, noise, timesteps))
+        rows = rows * self.noising.weights(timesteps, self.config.min_snr)
+        means = rows.view(len(parts), -1).mean(1)
+        terms = {"ft": means[0], "reg": reg, "prior": means[1] if prior is not None else torch.zeros_like(reg)}
+        return {"loss": terms["ft"] + self.config.gamma * terms["prior"] + self.config.lambda_ * reg, **terms}
+
+    def step(self, step: int) -> Tensor:
+        """One update; returns `LOSSES` as one tensor.
+
+        Raises:
+            FloatingPointError: the loss is not a finite number.
+        """
+        batch = self.batches.at(step)
+        terms = self.losses(batch, self.batches.prior_at(step) if self.config.gamma else None)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        figures = torch.stack([*(terms[name].detach() for name in LOSSES[:-1]), norm.detach()]).cpu()
+        if not figures.isfinite().all():
+            raise FloatingPointError(
+                f"step {step}: {dict(zip(LOSSES, figures.tolist(), strict=True))}, identities {batch.identities.tolist()}"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        self.optimizer.step()
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        return figures
+
+    def save(self, folder: Path, step: int, window: Tensor) -> None:
+        """Everything that resuming needs, and the EMA for export."""
+        checkpoint.save_state(folder, self.decoder, self.ema, self.optimizer, window, self.config, step)
+        checkpoint.save_hypernet(folder, self.ema, self.config, step, self.base_hash)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to `final_lr` of the peak."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def _optimizer(decoder: WeightDecoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; norms, biases, the tokens' position and the static A0 do not decay."""
+    decays = {True: [], False: []}
+    for name, parameter in decoder.named_parameters():
+        decays[parameter.ndim > 1 and name != "position"].append(parameter)
+    groups = [{"params": decays[True], "weight_decay": config.weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+
+
+def _repeated(vector: Tensor, times: int) -> Tensor:
+    """Each row `times` times in a row."""
+    return vector.unsqueeze(1).expand(-1, times, -1).reshape(-1, vector.shape[1])
+
+
+class RunLog:
+    """log.jsonl; a resumed run drops what was written after its checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
+        files.publish(path, lambda file: file.write("".join(kept).encode()), force=True)
+        self.file = path.open("a")
+
+    def write(self, **values: Any) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+def run(config: TrainConfig, resume: bool = False) -> Path:
+    """Trains to the end, or to SIGTERM or SIGINT, at which the state is saved; returns the run's folder.
+
+    Raises:
+        FileExistsError: the folder holds a run and `resume` is off.
+    """
+    out = Path(config.out)
+    if not resume and (out / "log.jsonl").exists():
+        raise FileExistsError(f"{out} holds a run; add --resume, or choose another --out")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    device.prepare(config.threads)
+    trainer = Trainer(config)
+    start, window = 0, torch.zeros(0, len(LOSSES))
+    if resume and (out / checkpoint.STATE).exists():
+        state = checkpoint.load_state(out, trainer.decoder, trainer.ema, trainer.optimizer, config)
+        start, window, changed = state
+        for name, (then, now) in changed.items():
+            log.warning("%s was %s and is %s now", name, then, now)
+    stopped = []
+    handlers = {number: signal.signal(number, lambda number, _: stopped.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _loop(trainer, out, start, window, stopped)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stopped:
+        log.warning("stopped by signal %d; go on with --resume", stopped[0])
+        raise SystemExit(128 + stopped[0])
+    return out
+
+
+def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list[int]) -> None:
+    config = trainer.config
+    journal = RunLog(out / "log.jsonl", start)
+    probe = monitors.probe(trainer.cache, trainer.features, trainer.captions, config, trainer.noising.steps)
+    watch = monitors.Monitor(probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, config.batch)
+    if start == 0:
+        journal.write(step=0, config=to_json(config), parameters=sum(p.numel() for p in trainer.parameters))
+        journal.write(step=0, monitor=watch.measure(trainer.ema))
+    clock = time.perf_counter()
+    for step in range(start, config.steps):
+        window = torch.cat([window, trainer.step(step)[None]])
+        done = step + 1
+        end = done == config.steps
+        if end or done % config.log_every == 0:
+            seconds, rate = time.perf_counter() - clock, learning_rate(config, step)
+            means = dict(zip(LOSSES, window.double().mean(0).tolist(), strict=True))
+            journal.write(step=done, **means, lr=rate, rows_per_s=len(window) * config.batch / seconds)
+            window = window[:0]
+        if end or done % config.monitor_every == 0:
+            journal.write(step=done, monitor=watch.measure(trainer.ema))
+        if end or done % config.sample_every == 0:
+            preview.write(out / "samples" / f"step-{done:06d}.png", trainer)
+        if end or done % config.save_every == 0 or stopped:
+            trainer.save(out, done, window)
+        if stopped:
+            return
+        if not len(window):
+            clock = time.perf_counter()
+
+
+OPTION_NAMES = {"lambda_": "--lambda"}  # a Python keyword cannot be a field
+
+
+def _options(command: click.Command) -> click.Command:
+    """An option for every field of TrainConfig; unset is None, so that the preset and the file can speak."""
+    for field in dataclasses.fields(TrainConfig):
+        kind = {"int": int, "float": float, "bool": bool}.get(str(field.type).partition(" ")[0], str)
+        name = OPTION_NAMES.get(field.name, "--" + field.name.replace("_", "-"))
+        switch = {"is_flag": True} if kind is bool else {"type": kind}
+        default = "" if field.default in (dataclasses.MISSING, None) else f"[default: {field.default}]"
+        command.params.append(click.Option([name, field.name], default=None, help=default, **switch))
+    return command
+
+
+@click.command(epilog="The fields and their meaning: training/config.py")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="tiny", show_default=True)
+@click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON file of settings.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+def main(preset: str, file: Path | None, resume: bool, **flags: Any) -> None:
+    """Train the hypernetwork on a frozen base model."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        settings = resolve(flags, preset, file)
+        run(settings, resume)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+_options(main)
+
+if __name__ == "__main__":
+    main()
