@@ -1,0 +1,202 @@
+"""The parity ladder: each rung compares the graphs, as the runtime will run them, with PyTorch.
+
+The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung that is
+above its tolerance ends the export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import engines
+from engines.base import Engine
+from export import reference
+from export.errors import ParityError
+from export.families import Source
+from export.graphs import Graph
+from hyperrt import guidance, sampling, solvers
+from hyperrt.bundle import Defaults
+
+# rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
+TOLERANCE = {
+    "image_encoder": 1e-4,  # 6e-7
+    "weight_decoder": 1e-4,  # 1e-7
+    "text_encoder": 1e-4,  # 6e-7
+    "context": 1e-4,  # 2e-7
+    "denoiser": 1e-4,  # 5e-6; under two LoRAs, one of them per row
+    "vae_decoder": 1e-4,  # 2e-6
+    "fused_step": 1e-4,  # one call against three calls of diffusers' UNet, the LoRA merged
+    "lora_zero": 0.0,  # 0: a LoRA of zeros, and a gate of zeros, are the base model to the bit
+    "subjects_broadcast": 1e-6,  # 0: one LoRA for all rows against the same one in every row
+    "loop": 1e-3,  # photos and prompts to pixels, ten steps of HM-CFG
+}
+GRAPH_SIZES = (
+    {"photos": 1, "prompts": 1, "images": 1, "branches": 3, "rows": 3, "subjects": 1},
+    {"photos": 3, "prompts": 3, "images": 2, "branches": 2, "rows": 4, "subjects": 4},
+)
+LOOP_STEPS = 10
+
+Arrays = dict[str, np.ndarray]
+Progress = Callable[[str], None]
+
+
+def ladder(source: Source, graphs: Sequence[Graph], folder: Path, defaults: Defaults, progress: Progress) -> dict[str, float]:
+    """Climb every rung; returns rung -> relative error.
+
+    Args:
+        source: what the graphs were made from, weights as they are stored.
+        graphs: as `graphs.build` made them.
+        folder: holds NAME.onnx of each.
+        defaults: guidance of the loop.
+        progress: told the name of each rung before it.
+
+    Raises:
+        ParityError: a rung is above its tolerance.
+        engines.EngineError: ONNX Runtime is missing or cannot run a graph.
+    """
+    opened = {graph.name: engines.open(folder / f"{graph.name}.onnx", "onnxruntime") for graph in graphs}
+    try:
+        rungs: dict[str, Callable[[], float]] = {
+            graph.name: lambda graph=graph: graph_error(graph, opened[graph.name]) for graph in graphs
+        }
+        rungs["fused_step"] = lambda: fused_step_error(source, opened)
+        rungs["lora_zero"] = lambda: max(lora_zero_error(graph, opened) for graph in graphs if _lora_of(graph))
+        rungs["subjects_broadcast"] = lambda: max(broadcast_error(graph, opened) for graph in graphs if _lora_of(graph))
+        rungs["loop"] = lambda: loop_error(source, opened, defaults)
+        figures = {}
+        for name, measure in rungs.items():
+            progress(name)
+            figures[name] = _checked(name, measure())
+        return figures
+    finally:
+        for engine in opened.values():
+            engine.close()
+
+
+def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    """Largest relative error over all tensors; infinite where one is not finite."""
+    worst = 0.0
+    for name, right in expected.items():
+        error = float(np.abs(found[name] - right).max()) / (float(np.abs(right).max()) or 1.0)
+        worst = max(worst, error if np.isfinite(error) else float("inf"))
+    return worst
+
+
+def graph_error(graph: Graph, engine: Engine) -> float:
+    """A graph against its module, on random inputs of several sizes."""
+    worst = 0.0
+    for seed, sizes in enumerate(GRAPH_SIZES):
+        feeds = graph.feeds(sizes, seed)
+        with torch.no_grad():
+            results = graph.module(**feeds)
+        results = results if isinstance(results, tuple) else (results,)
+        expected = {spec.name: tensor.numpy() for spec, tensor in zip(graph.outputs, results, strict=True)}
+        worst = max(worst, relative(engine.run(_arrays(feeds)), expected))
+    return worst
+
+
+def lora_zero_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
+    """Rows with a LoRA of zeros, against rows with some LoRA and a gate of zeros."""
+    name, engine = _lora_of(graph), opened[graph.name]
+    feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=2))
+    open_gate = feeds | {"gate": np.ones_like(feeds["gate"]), name: np.zeros_like(feeds[name])}
+    return relative(engine.run(open_gate), engine.run(feeds | {"gate": np.zeros_like(feeds["gate"])}))
+
+
+def broadcast_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
+    """One LoRA for all rows, against the same one in every row."""
+    name, engine = _lora_of(graph), opened[graph.name]
+    feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=3))
+    one = feeds[name][:1]
+    return relative(engine.run(feeds | {name: one}), engine.run(feeds | {name: one.repeat(len(feeds["gate"]), axis=0)}))
+
+
+def fused_step_error(source: Source, opened: Mapping[str, Engine]) -> float:
+    """One denoiser call for two images, against three calls of diffusers' UNet with a merged random LoRA."""
+    base, layout = source.base, source.decoder.layout
+    rng = np.random.default_rng(4)
+    lora = {name: 0.3 * rng.standard_normal(layout.size(name), np.float32) for name in ("lora_q", "lora_kv")}
+    shape = (2, base.unet.config.in_channels, base.unet.config.sample_size, base.unet.config.sample_size)
+    feeds = {name: rng.standard_normal(shape, np.float32) for name in ("latents", "previous", "noise")}
+    feeds |= {"timestep": np.array(601, np.float32), "coefficients": rng.uniform(0.5, 1, 7).astype(np.float32)}
+    hidden = [torch.from_numpy(rng.standard_normal(_hidden_shape(source), np.float32)) for _ in reference.BRANCHES]
+    weights = guidance.hm_cfg_weights(2.0, 0.8)
+    unet = reference.plain(base.unet)
+    expected = reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights)(feeds)
+    return relative(_stepper(opened, lora, hidden, weights, images=2)(feeds), expected)
+
+
+def loop_error(source: Source, opened: Mapping[str, Engine], defaults: Defaults) -> float:
+    """Photos and prompts to pixels, all in graphs, against all in PyTorch."""
+    base, layout = source.base, source.decoder.layout
+    rng = np.random.default_rng(5)
+    size = base.image_encoder.config.image_size
+    pixels = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
+    text = ["", f"a {source.token} toy on a beach", "a toy on a beach"]
+    ids = base.tokenizer(text, padding="max_length", truncation=True, return_tensors="np").input_ids.astype(np.int64)
+    weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
+    with torch.no_grad():
+        packed = source.decoder(base.image_encoder(torch.from_numpy(pixels)).last_hidden_state)
+        hidden = base.text_encoder(torch.from_numpy(ids)).last_hidden_state.split(1)
+    unet = reference.plain(base.unet)
+    lora = {name: vector[0].numpy() for name, vector in packed.items()}
+    expected = _sampled(source, reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights))
+    with torch.no_grad():
+        z = torch.from_numpy(expected) / base.vae.config.scaling_factor + (base.vae.config.get("shift_factor") or 0)
+        picture = base.vae.decode(z).sample.numpy()
+
+    features = opened["image_encoder"].run({"pixels": pixels})
+    found_lora = {name: vector[0] for name, vector in opened["weight_decoder"].run(features).items()}
+    found_hidden = torch.from_numpy(opened["text_encoder"].run({"input_ids": ids})["hidden_states"]).split(1)
+    latents = _sampled(source, _stepper(opened, found_lora, found_hidden, weights, images=1))
+    found = {"latents": latents, **opened["vae_decoder"].run({"latents": latents})}
+    return relative(found, {"latents": expected, "pixels": picture})
+
+
+def _sampled(source: Source, step: Callable[[Mapping[str, np.ndarray]], Arrays]) -> np.ndarray:
+    """Latents [1, C, h, w] after LOOP_STEPS steps of DPM-Solver++(2M)."""
+    config = source.base.unet.config
+    schedule = solvers.NoiseSchedule(source.base.scheduler.betas.double().numpy())
+    table = solvers.table("dpmpp_2m", schedule, LOOP_STEPS, source.base.scheduler.config.prediction_type)
+    noise = sampling.initial_noise(0, (config.in_channels, config.sample_size, config.sample_size), 1)
+    latents = noise * np.float32(table.initial_scale)
+    for done in sampling.denoise(step, table, latents, sampling.noise_generators(0, 1)):
+        latents = done.latents
+    return latents
+
+
+def _stepper(
+    opened: Mapping[str, Engine], lora: Arrays, hidden: Sequence[Tensor], weights: Sequence[float], images: int
+) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
+    """The step of `sampling.denoise` on the graphs; `lora` holds vectors [N], `hidden` a [1, L, D] per branch."""
+    gate = np.repeat(np.array([0, 1, 0], np.float32), images)
+    text = np.concatenate([branch.numpy().repeat(images, axis=0) for branch in hidden])
+    resident = opened["context"].run({"hidden_states": text, "gate": gate, "lora_kv": lora["lora_kv"][None]})
+    resident |= {"gate": gate, "lora_q": lora["lora_q"][None], "guidance": np.array(weights, np.float32)}
+    return lambda feeds: opened["denoiser"].run({**feeds, **resident})
+
+
+def _hidden_shape(source: Source) -> tuple[int, int, int]:
+    return 1, source.base.tokenizer.model_max_length, source.base.text_encoder.config.hidden_size
+
+
+def _lora_of(graph: Graph) -> str:
+    """The LoRA input of a graph, or ""."""
+    return next((spec.name for spec in graph.inputs if spec.name.startswith("lora_")), "")
+
+
+def _arrays(feeds: Mapping[str, Tensor]) -> Arrays:
+    return {name: tensor.numpy() for name, tensor in feeds.items()}
+
+
+def _checked(rung: str, error: float) -> float:
+    if not error <= TOLERANCE[rung]:
+        why = f"relative error {error:.2g}; allowed is {TOLERANCE[rung]:g}"
+        do = "try the pinned versions of torch, onnxscript and onnxruntime: pip install 'hyperrt[export]'"
+        raise ParityError(f"the graphs do not compute what the model does: {rung}", why, do)
+    return error

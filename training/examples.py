@@ -1,0 +1,35 @@
+"""Draws the example subjects: `python -m training.examples --out examples/subjects`.
+
+One folder per noun with four photos, of identities that neither training nor tests draw.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image
+
+from training import scenes
+
+PHOTO_SIZE = 256
+PLACES = ("on a plain white background", "in a forest", "in a city", "in the snow")
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the folders.")
+@click.option("--index", default=0, show_default=True, help="Which identity of each noun.")
+def main(out: Path, index: int) -> None:
+    """Draw one example subject per noun, four photos each."""
+    for noun in scenes.NOUNS:
+        who = scenes.identity(noun, "example", index)
+        rng = np.random.default_rng([scenes.SPLIT_SEEDS["example"], 1, index])
+        (out / noun).mkdir(parents=True, exist_ok=True)
+        for number, place in enumerate(PLACES, start=1):
+            photo = scenes.scene(who, place, rng, PHOTO_SIZE)
+            Image.fromarray(photo).save(out / noun / f"{number}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
