@@ -1,7 +1,7 @@
 """A base model and a hypernetwork to a bundle: load, round, export, verify, publish.
 
-Everything is written into a folder beside the output and renamed at the very end (hyperrt/files.py), so an export
-that fails or is killed leaves the old bundle, or none.
+Everything is written into a folder beside the output and renamed at the very end (hyperrt/files.py), so an
+export that fails or is killed leaves the old bundle, or none.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def export_bundle(
     return files.publish_folder(output, write, marker=bundle.MANIFEST, force=force)
 
 
-def load(family: Family, base: Path | None, hypernet: Path | None, random_weights: int | None = None) -> Source:
+def load(
+    family: Family, base: Path | None, hypernet: Path | None, random_weights: int | None = None
+) -> Source:
     """What the bundle is made from.
 
     Raises:
@@ -82,7 +84,11 @@ def load(family: Family, base: Path | None, hypernet: Path | None, random_weight
     if base is None or hypernet is None:
         missing = "--base" if base is None else "--hypernet"
         why = "a bundle is made from a base model and the hypernetwork that was trained on it"
-        raise UsageError(f"{missing} is not given", why, "hyperrt export --model tiny --base BASE --hypernet CKPT -o BUNDLE")
+        raise UsageError(
+            f"{missing} is not given",
+            why,
+            "hyperrt export --model tiny --base BASE --hypernet CKPT -o BUNDLE",
+        )
     return family.load(base, hypernet)
 
 

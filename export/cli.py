@@ -22,7 +22,10 @@ def run(config: ExportConfig, output: Output) -> None:
     seed = getattr(config, "random_weights", None)
     if config.dry_run:
         sizes = assemble.sizes(assemble.load(assemble.families.get(family), base, hypernet, seed))
-        lines = [f"{name:15} {size / 1e6:9.1f} MB" for name, size in {**sizes, "in all": sum(sizes.values())}.items()]
+        lines = [
+            f"{name:15} {size / 1e6:9.1f} MB"
+            for name, size in {**sizes, "in all": sum(sizes.values())}.items()
+        ]
         output.result("\n".join(lines), graphs=sizes, output=config.output)
         return
     with output.progress("export", assemble.STAGES) as advance_to:
@@ -42,7 +45,9 @@ def _check(config: ExportConfig) -> None:
     for name, only in (("precision", "fp32"), ("adapt", "inputs")):
         value = getattr(config, name)
         if value != only:
-            raise UsageError(f"--{name} {value} is not there yet", f"this version exports {only}", f"leave --{name} out")
+            raise UsageError(
+                f"--{name} {value} is not there yet", f"this version exports {only}", f"leave --{name} out"
+            )
 
 
 def _family_and_base(config: ExportConfig) -> tuple[str, Path | None]:

@@ -24,8 +24,8 @@ from training.hypernet import WeightDecoder
 
 RANDOM_RANK = 4
 LICENSE = """\
-Weights, tokenizer and graphs of this bundle were made by HyperRT (Apache License 2.0) from pictures that HyperRT
-itself draws (training/scenes.py). No other model, text or picture went into them.
+Weights, tokenizer and graphs of this bundle were made by HyperRT (Apache License 2.0) from pictures that
+HyperRT itself draws (training/scenes.py). No other model, text or picture went into them.
 """
 
 
@@ -80,7 +80,9 @@ def get(name: str) -> Family:
         UsageError: there is none.
     """
     if name not in FAMILIES:
-        raise UsageError(f"there is no model family {name!r}", f"there are {', '.join(FAMILIES)}", "choose one of these")
+        raise UsageError(
+            f"there is no model family {name!r}", f"there are {', '.join(FAMILIES)}", "choose one of these"
+        )
     return FAMILIES[name]
 
 
@@ -108,12 +110,16 @@ def _load_tiny(folder: Path, hypernet: Path) -> Source:
         base = tiny.load(folder)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        raise NotFound(f"no base model can be read from {folder}", why, "train one: python -m training.pretrain") from error
+        raise NotFound(
+            f"no base model can be read from {folder}", why, "train one: python -m training.pretrain"
+        ) from error
     try:
         decoder, about = checkpoint.load_hypernet(hypernet)
     except (OSError, ValueError, KeyError) as error:
         why = str(error).strip().splitlines()[0]
-        raise NotFound(f"no hypernetwork can be read from {hypernet}", why, "train one: python -m training.train") from error
+        raise NotFound(
+            f"no hypernetwork can be read from {hypernet}", why, "train one: python -m training.train"
+        ) from error
     _check_fit(base, decoder, about["base_model"])
     return Source(base, decoder, about["token"])
 
@@ -122,10 +128,14 @@ def _check_fit(base: Base, decoder: WeightDecoder, trained_on: str) -> None:
     found = checkpoint.hash_of(base.unet)
     if found != trained_on:
         why = f"it was trained on {trained_on[:12]}, the base model is {found[:12]}"
-        raise ExportError("the hypernetwork is of another base model", why, "give the base that it was trained on")
+        raise ExportError(
+            "the hypernetwork is of another base model", why, "give the base that it was trained on"
+        )
     expected = lora_layers.layout_of(base.unet, decoder.layout.rank)
     if decoder.layout.hash != expected.hash:
-        raise ExportError("the hypernetwork does not fit the base model", "their LoRA layouts differ", "train it again")
+        raise ExportError(
+            "the hypernetwork does not fit the base model", "their LoRA layouts differ", "train it again"
+        )
 
 
 def _random_tiny(seed: int) -> Source:
@@ -145,7 +155,9 @@ def _random_tiny(seed: int) -> Source:
 
 def random_source(base: Base, rank: int, config: DecoderConfig) -> Source:
     """`base` with a fresh weight decoder whose LoRA, unlike one at the start of training, is not zero."""
-    decoder = WeightDecoder(lora_layers.layout_of(base.unet, rank), base.image_encoder.config.hidden_size, config)
+    decoder = WeightDecoder(
+        lora_layers.layout_of(base.unet, rank), base.image_encoder.config.hidden_size, config
+    )
     with torch.no_grad():
         for vector in decoder.offsets.values():
             vector.add_(torch.randn_like(vector), alpha=0.05)

@@ -1,7 +1,7 @@
 """The six graphs of a bundle as PyTorch modules around those of the base model and the weight decoder.
 
-Names, shapes and meaning of all tensors: docs/bundle-format.md. Dims: photos, prompts, images and branches are free;
-rows = branches x images, branch-major; subjects is 1 (one LoRA for all rows) or rows.
+Names, shapes and meaning of all tensors: docs/bundle-format.md. Dims: photos, prompts, images and branches are
+free; rows = branches x images, branch-major; subjects is 1 (one LoRA for all rows) or rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from training import lora_layers
 from training.base import Base
 from training.hypernet import WeightDecoder
 from training.lora_layers import Rows
+
+# Ranges of random inputs that are not Gaussian: sums must not cancel, or relative errors mean nothing.
+UNIFORM = {"timestep": (1.0, 999.0), "coefficients": (0.5, 1.0), "guidance": (0.5, 1.0), "gate": (0.0, 1.0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +41,13 @@ class Graph:
             shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
             if spec.dtype == "int64":
                 feeds[spec.name] = torch.randint(self.integers, shape, generator=generator)
-            elif spec.name == "timestep":
-                feeds[spec.name] = torch.randint(1, 999, shape, generator=generator).float()
+            elif spec.name in UNIFORM:
+                low, high = UNIFORM[spec.name]
+                feeds[spec.name] = low + (high - low) * torch.rand(shape, generator=generator)
             else:
-                feeds[spec.name] = torch.randn(shape, generator=generator)
+                # LoRA factors of unit size would saturate the softmax, and rounding would become large.
+                scale = 0.2 if spec.name.startswith("lora_") else 1.0
+                feeds[spec.name] = scale * torch.randn(shape, generator=generator)
         return feeds
 
 
@@ -94,10 +100,10 @@ class Context(nn.Module):
 class Denoiser(nn.Module):
     """One step of the loop: tiling to rows, UNet with Q LoRA, guidance sum, solver update; all fp32.
 
-        x            = tile(c0 latents)
-        g            = sum_b guidance_b UNet(x, timestep, context, lora)_b      paper eq. 20
-        next_latents = c1 latents + c2 g + c3 previous + c4 noise               hyperrt/solvers.py
-        denoised     = c5 latents + c6 g
+    x            = tile(c0 latents)
+    g            = sum_b guidance_b UNet(x, timestep, context, lora)_b      paper eq. 20
+    next_latents = c1 latents + c2 g + c3 previous + c4 noise               hyperrt/solvers.py
+    denoised     = c5 latents + c6 g
     """
 
     def __init__(self, base: Base, layout: LoraLayout) -> None:
@@ -143,7 +149,10 @@ class VaeDecoder(nn.Module):
 
 
 def build(base: Base, decoder: WeightDecoder) -> tuple[Graph, ...]:
-    """The graphs in the order in which a picture needs them; makes every attention of `base.unet` a `RowAttention`."""
+    """The graphs in the order in which a picture needs them.
+
+    Makes every attention of `base.unet` a `RowAttention`.
+    """
     lora_layers.install(base.unet, operators.attend)
     layout = decoder.layout
     unet, vision, length = base.unet.config, base.image_encoder.config, base.tokenizer.model_max_length
@@ -174,9 +183,13 @@ def build(base: Base, decoder: WeightDecoder) -> tuple[Graph, ...]:
             "context", Context(base, layout),
             (_f32("hidden_states", "rows", *hidden), gate, _f32("lora_kv", "subjects", lora_kv)), (context,),
         ),
-        Graph("denoiser", Denoiser(base, layout), step, (_f32("next_latents", *latent), _f32("denoised", *latent))),
         Graph(
-            "vae_decoder", VaeDecoder(base), (_f32("latents", *latent),), (_f32("pixels", "images", 3, pixels, pixels),)
+            "denoiser", Denoiser(base, layout), step,
+            (_f32("next_latents", *latent), _f32("denoised", *latent)),
+        ),
+        Graph(
+            "vae_decoder", VaeDecoder(base), (_f32("latents", *latent),),
+            (_f32("pixels", "images", 3, pixels, pixels),),
         ),
     )  # fmt: skip
 
@@ -188,7 +201,9 @@ def weights_of(graph: Graph) -> int:
     if graph.name == "context":
         return sum(sizes[name] for name in hoisted)
     if graph.name == "vae_decoder":
-        return sum(n for name, n in sizes.items() if name.startswith(("vae.decoder.", "vae.post_quant_conv.")))
+        return sum(
+            n for name, n in sizes.items() if name.startswith(("vae.decoder.", "vae.post_quant_conv."))
+        )
     return sum(sizes[name] for name in sizes.keys() - hoisted)
 
 

@@ -36,7 +36,7 @@ def round_weights(module: nn.Module, name: str) -> None:
 
 
 def store_half(model: ir.Model) -> None:
-    """Store fp32 initialisers of at least `SMALLEST` numbers as fp16 followed by a Cast, where that is exact."""
+    """Store fp32 initialisers of at least `SMALLEST` numbers as fp16 and a Cast, where that is exact."""
     graph = model.graph
     casts = []
     for name, value in list(graph.initializers.items()):

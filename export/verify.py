@@ -1,7 +1,7 @@
 """The parity ladder: each rung compares the graphs, as the runtime will run them, with PyTorch.
 
-The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung that is
-above its tolerance ends the export.
+The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung above
+its tolerance ends the export.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ Arrays = dict[str, np.ndarray]
 Progress = Callable[[str], None]
 
 
-def ladder(source: Source, graphs: Sequence[Graph], folder: Path, defaults: Defaults, progress: Progress) -> dict[str, float]:
+def ladder(
+    source: Source, graphs: Sequence[Graph], folder: Path, defaults: Defaults, progress: Progress
+) -> dict[str, float]:
     """Climb every rung; returns rung -> relative error.
 
     Args:
@@ -65,8 +67,12 @@ def ladder(source: Source, graphs: Sequence[Graph], folder: Path, defaults: Defa
             graph.name: lambda graph=graph: graph_error(graph, opened[graph.name]) for graph in graphs
         }
         rungs["fused_step"] = lambda: fused_step_error(source, opened)
-        rungs["lora_zero"] = lambda: max(lora_zero_error(graph, opened) for graph in graphs if _lora_of(graph))
-        rungs["subjects_broadcast"] = lambda: max(broadcast_error(graph, opened) for graph in graphs if _lora_of(graph))
+        rungs["lora_zero"] = lambda: max(
+            lora_zero_error(graph, opened) for graph in graphs if _lora_of(graph)
+        )
+        rungs["subjects_broadcast"] = lambda: max(
+            broadcast_error(graph, opened) for graph in graphs if _lora_of(graph)
+        )
         rungs["loop"] = lambda: loop_error(source, opened, defaults)
         figures = {}
         for name, measure in rungs.items():
@@ -113,18 +119,25 @@ def broadcast_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
     name, engine = _lora_of(graph), opened[graph.name]
     feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=3))
     one = feeds[name][:1]
-    return relative(engine.run(feeds | {name: one}), engine.run(feeds | {name: one.repeat(len(feeds["gate"]), axis=0)}))
+    return relative(
+        engine.run(feeds | {name: one}), engine.run(feeds | {name: one.repeat(len(feeds["gate"]), axis=0)})
+    )
 
 
 def fused_step_error(source: Source, opened: Mapping[str, Engine]) -> float:
     """One denoiser call for two images, against three calls of diffusers' UNet with a merged random LoRA."""
     base, layout = source.base, source.decoder.layout
     rng = np.random.default_rng(4)
-    lora = {name: 0.3 * rng.standard_normal(layout.size(name), np.float32) for name in ("lora_q", "lora_kv")}
+    lora = {name: 0.2 * rng.standard_normal(layout.size(name), np.float32) for name in ("lora_q", "lora_kv")}
     shape = (2, base.unet.config.in_channels, base.unet.config.sample_size, base.unet.config.sample_size)
     feeds = {name: rng.standard_normal(shape, np.float32) for name in ("latents", "previous", "noise")}
-    feeds |= {"timestep": np.array(601, np.float32), "coefficients": rng.uniform(0.5, 1, 7).astype(np.float32)}
-    hidden = [torch.from_numpy(rng.standard_normal(_hidden_shape(source), np.float32)) for _ in reference.BRANCHES]
+    feeds |= {
+        "timestep": np.array(601, np.float32),
+        "coefficients": rng.uniform(0.5, 1, 7).astype(np.float32),
+    }
+    hidden = [
+        torch.from_numpy(rng.standard_normal(_hidden_shape(source), np.float32)) for _ in reference.BRANCHES
+    ]
     weights = guidance.hm_cfg_weights(2.0, 0.8)
     unet = reference.plain(base.unet)
     expected = reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights)(feeds)
@@ -138,16 +151,22 @@ def loop_error(source: Source, opened: Mapping[str, Engine], defaults: Defaults)
     size = base.image_encoder.config.image_size
     pixels = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
     text = ["", f"a {source.token} toy on a beach", "a toy on a beach"]
-    ids = base.tokenizer(text, padding="max_length", truncation=True, return_tensors="np").input_ids.astype(np.int64)
+    ids = base.tokenizer(text, padding="max_length", truncation=True, return_tensors="np").input_ids.astype(
+        np.int64
+    )
     weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
     with torch.no_grad():
         packed = source.decoder(base.image_encoder(torch.from_numpy(pixels)).last_hidden_state)
         hidden = base.text_encoder(torch.from_numpy(ids)).last_hidden_state.split(1)
     unet = reference.plain(base.unet)
     lora = {name: vector[0].numpy() for name, vector in packed.items()}
-    expected = _sampled(source, reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights))
+    expected = _sampled(
+        source, reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights)
+    )
     with torch.no_grad():
-        z = torch.from_numpy(expected) / base.vae.config.scaling_factor + (base.vae.config.get("shift_factor") or 0)
+        z = torch.from_numpy(expected) / base.vae.config.scaling_factor + (
+            base.vae.config.get("shift_factor") or 0
+        )
         picture = base.vae.decode(z).sample.numpy()
 
     features = opened["image_encoder"].run({"pixels": pixels})
@@ -171,9 +190,16 @@ def _sampled(source: Source, step: Callable[[Mapping[str, np.ndarray]], Arrays])
 
 
 def _stepper(
-    opened: Mapping[str, Engine], lora: Arrays, hidden: Sequence[Tensor], weights: Sequence[float], images: int
+    opened: Mapping[str, Engine],
+    lora: Arrays,
+    hidden: Sequence[Tensor],
+    weights: Sequence[float],
+    images: int,
 ) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
-    """The step of `sampling.denoise` on the graphs; `lora` holds vectors [N], `hidden` a [1, L, D] per branch."""
+    """The step of `sampling.denoise` on the graphs.
+
+    lora: packed vectors [N]; hidden: per branch [1, L, D].
+    """
     gate = np.repeat(np.array([0, 1, 0], np.float32), images)
     text = np.concatenate([branch.numpy().repeat(images, axis=0) for branch in hidden])
     resident = opened["context"].run({"hidden_states": text, "gate": gate, "lora_kv": lora["lora_kv"][None]})

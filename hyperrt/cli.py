@@ -34,7 +34,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, _on_interrupt)
     try:
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:
+    except BaseException:  # an interrupted import may raise anything
+        if not _interrupted:
+            raise
         code = INTERRUPTED
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: no traceback from the interpreter's end
     return code
@@ -53,7 +55,11 @@ def run(arguments: Sequence[str]) -> int:
         output = Output(json="--json" in arguments, interrupted=lambda: _interrupted)
         from hyperrt.cli_commands import hyperrt
 
-        hyperrt.main(list(arguments), prog_name="hyperrt", standalone_mode=False, obj=output)
+        if "_HYPERRT_COMPLETE" in os.environ:  # the shell asks what could come next
+            hyperrt.main(list(arguments), prog_name="hyperrt")
+        # Not click's `main`, which has its own idea of Ctrl-C, closed pipes and the end of input.
+        with hyperrt.make_context("hyperrt", list(arguments), obj=output) as context:
+            hyperrt.invoke(context)
         output.flush()
         return 0
     except BaseException as error:
@@ -62,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _end(error: BaseException, output: Output | None, debug: bool) -> int:
     """Say what happened, in three lines at most; returns the exit code."""
-    if _interrupted or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    if _interrupted or isinstance(error, KeyboardInterrupt):
         known: Any = _Interrupted("interrupted")
     elif isinstance(error, BrokenPipeError):
         _silence_stdout()

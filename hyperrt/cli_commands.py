@@ -61,7 +61,7 @@ def _load_config(context: click.Context, option: click.Parameter, value: str | N
         context.meta["hyperrt.config"] = str(path)
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(context_settings=SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, "--version", message="hyperrt %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error (also HYPERRT_DEBUG=1).")
 @click.option(
@@ -72,7 +72,8 @@ def _load_config(context: click.Context, option: click.Parameter, value: str | N
     callback=_load_config,
     help="Defaults of the options, as TOML: a table per command.  [default: ~/.config/hyperrt/config.toml]",
 )
-def hyperrt(debug: bool) -> None:
+@click.pass_context
+def hyperrt(context: click.Context, /, debug: bool) -> None:
     """Pictures of your own subject, from a few photos and a prompt.
 
     \b
@@ -85,6 +86,8 @@ def hyperrt(debug: bool) -> None:
 
     Every option can also be set in the environment, as HYPERRT_GENERATE_STEPS=20.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @hyperrt.command()

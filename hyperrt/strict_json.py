@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def loads(text: bytes) -> Any:
         raise StrictError(f"it is not JSON: {error}"[:200]) from error
 
 
-def read(kind: type[T], data: object, where: str = "") -> T:
+def read(kind: Callable[..., T], data: object, where: str = "") -> T:
     """`data` (as `loads` gives it) as an instance of the dataclass `kind`.
 
     Raises:
@@ -75,7 +75,7 @@ def dump(value: object) -> Any:
 
 @functools.cache
 def _schema(kind: Any) -> tuple[dict[str, dataclasses.Field[Any]], dict[str, Any]]:
-    """Fields and types of a dataclass; kept, because resolving types is slow and a manifest has many sites."""
+    """Fields and types of a dataclass; kept, as resolving types is slow and a manifest has many sites."""
     return {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 64
 MAX_TOKENS = 24
 TEXT_WIDTH = 128
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 12
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Base:
     """The frozen parts, fp32 and in eval mode."""
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     image_encoder: ViTModel
@@ -56,11 +56,13 @@ def tiny_unet() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        sample_size=IMAGE_SIZE, latent_channels=LATENT_CHANNELS, block_out_channels=(16, 32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1, norm_num_groups=8,
+def tiny_vae() -> AutoencoderTiny:
+    """No normalisation and nothing at full resolution but two convolutions: an AutoencoderKL of the same cost
+    normalises each picture's colours away at first, and was 4 dB behind after ten times the training."""
+    return AutoencoderTiny(
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=(32,) * 4, num_encoder_blocks=(0, 1, 2, 3),
+        decoder_block_out_channels=(32,) * 4, num_decoder_blocks=(4, 3, 1, 0),
     )  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def tiny_scheduler() -> DDIMScheduler:
 
 PARTS = {
     "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
+    "vae": AutoencoderTiny,
     "text_encoder": CLIPTextModel,
     "tokenizer": CLIPTokenizer,
     "image_encoder": ViTModel,

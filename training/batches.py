@@ -34,7 +34,12 @@ class Batches:
     """Draws batches from the identities of a cache before its held-out ones."""
 
     def __init__(
-        self, cache: SceneCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int
+        self,
+        cache: SceneCache,
+        features: np.ndarray,
+        captions: CaptionTable,
+        config: TrainConfig,
+        train_steps: int,
     ) -> None:
         self.latents = cache.latents
         self.nouns = cache.nouns
@@ -46,7 +51,9 @@ class Batches:
         self.count = len(cache.nouns) - config.holdout
         self.subjects = config.batch // config.targets
         if self.count < 1:
-            raise ValueError(f"the cache has {len(cache.nouns)} identities, and holdout takes {config.holdout}")
+            raise ValueError(
+                f"the cache has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
+            )
         if config.photos > self.views:
             raise ValueError(f"photos is {config.photos}, but the cache has {self.views} views of a subject")
         self._permutation = lru_cache(2)(self._shuffled)
@@ -70,10 +77,18 @@ class Batches:
         rows = np.repeat(who, self.config.targets)
         others = np.array([self._other(rng, row) for row in rows])
         shown = rng.integers(0, self.views, len(rows))
-        return self._batch(rng, who, np.empty((len(who), 0), np.int64), others, shown, self.captions.generic[others, shown])
+        return self._batch(
+            rng, who, np.empty((len(who), 0), np.int64), others, shown, self.captions.generic[others, shown]
+        )
 
     def _batch(
-        self, rng: np.random.Generator, who: np.ndarray, views: np.ndarray, rows: np.ndarray, shown: np.ndarray, text: np.ndarray
+        self,
+        rng: np.random.Generator,
+        who: np.ndarray,
+        views: np.ndarray,
+        rows: np.ndarray,
+        shown: np.ndarray,
+        text: np.ndarray,
     ) -> Batch:
         latents = torch.from_numpy(self.latents[rows, shown].astype(np.float32))
         features = self.features[who[:, None], views].reshape(-1, *self.features.shape[2:])
@@ -91,7 +106,9 @@ class Batches:
     def _identities(self, step: int) -> np.ndarray:
         """Every identity once per epoch, in an order of the epoch's own."""
         epochs, places = np.divmod(np.arange(step * self.subjects, (step + 1) * self.subjects), self.count)
-        return np.array([self._permutation(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+        return np.array(
+            [self._permutation(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
+        )
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.config.seed, 1, epoch]).permutation(self.count)

@@ -39,7 +39,9 @@ def hash_of(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_hypernet(folder: Path, decoder: WeightDecoder, config: TrainConfig, step: int, base_model: str) -> Path:
+def save_hypernet(
+    folder: Path, decoder: WeightDecoder, config: TrainConfig, step: int, base_model: str
+) -> Path:
     """Writes hypernet.json and hypernet.safetensors; returns the path of the latter."""
     about = {
         "format": FORMAT,
@@ -51,7 +53,9 @@ def save_hypernet(folder: Path, decoder: WeightDecoder, config: TrainConfig, ste
         "layout": decoder.layout.to_json(),
         "training": to_json(config),
     }
-    files.publish(folder / f"{HYPERNET}.json", lambda file: file.write(json.dumps(about, indent=1).encode()), force=True)
+    files.publish(
+        folder / f"{HYPERNET}.json", lambda file: file.write(json.dumps(about, indent=1).encode()), force=True
+    )
     return _publish(folder / f"{HYPERNET}.safetensors", decoder.state_dict(), {"format": str(FORMAT)})
 
 
@@ -74,7 +78,9 @@ def load_hypernet(path: Path | str) -> tuple[WeightDecoder, dict[str, Any]]:
         raise ValueError(f"{stem} is damaged: {error}") from error
     if about.get("format") != FORMAT:
         raise ValueError(f"{stem}.json has format {about.get('format')!r}; this version reads {FORMAT}")
-    decoder = WeightDecoder(LoraLayout.from_json(about["layout"]), about["feature_dim"], DecoderConfig(**about["decoder"]))
+    decoder = WeightDecoder(
+        LoraLayout.from_json(about["layout"]), about["feature_dim"], DecoderConfig(**about["decoder"])
+    )
     try:
         decoder.load_state_dict(tensors)
     except RuntimeError as error:
@@ -101,7 +107,11 @@ def save_state(
 
 
 def load_state(
-    folder: Path, decoder: WeightDecoder, ema: WeightDecoder, optimizer: torch.optim.Optimizer, config: TrainConfig
+    folder: Path,
+    decoder: WeightDecoder,
+    ema: WeightDecoder,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
 ) -> tuple[int, Tensor, dict[str, tuple[Any, Any]]]:
     """Puts everything back; returns the step, the window, and the settings that differ as {name: (then, now)}.
 
@@ -122,7 +132,8 @@ def load_state(
     moments = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
     for name, parameter in decoder.named_parameters():
         optimizer.state[parameter] = {
-            key: values[name] if key == "step" else values[name].to(parameter.device) for key, values in moments.items()
+            key: values[name] if key == "step" else values[name].to(parameter.device)
+            for key, values in moments.items()
         }
     return int(metadata["step"]), tensors["window"], changed
 

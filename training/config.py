@@ -84,7 +84,17 @@ class TrainConfig:
     compile: bool = False  # torch.compile for the UNet; pays on a GPU
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch", "targets", "photos", "rank", "log_every", "monitor_every", "sample_every", "save_every")
+        counts = (
+            "steps",
+            "batch",
+            "targets",
+            "photos",
+            "rank",
+            "log_every",
+            "monitor_every",
+            "sample_every",
+            "save_every",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -104,7 +114,9 @@ class TrainConfig:
 
     @property
     def decoder(self) -> DecoderConfig:
-        return DecoderConfig(dim=self.dim, layers=self.layers, iterations=self.iterations, head_dim=self.head_dim)
+        return DecoderConfig(
+            dim=self.dim, layers=self.layers, iterations=self.iterations, head_dim=self.head_dim
+        )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +35,9 @@ def pixels(images: np.ndarray, size: int) -> Tensor:
 def encode_images(base: Base, images: np.ndarray) -> Tensor:
     """uint8 [n, H, W, 3] => features [n, T, F]."""
     device = next(base.image_encoder.parameters()).device
-    return base.image_encoder(pixels(images, base.image_encoder.config.image_size).to(device)).last_hidden_state
+    return base.image_encoder(
+        pixels(images, base.image_encoder.config.image_size).to(device)
+    ).last_hidden_state
 
 
 @torch.no_grad()
@@ -61,7 +62,9 @@ def caption_table(base: Base, cache: SceneCache, token: str) -> CaptionTable:
     captions = [""]
     found = []
     for word in (token, None):
-        different, index = np.unique(cache.captions(identities.ravel(), views.ravel(), word), return_inverse=True)
+        different, index = np.unique(
+            cache.captions(identities.ravel(), views.ravel(), word), return_inverse=True
+        )
         found.append(index.reshape(identities.shape) + len(captions))
         captions += [str(caption) for caption in different]
     hidden = torch.cat([encode_text(base, captions[k : k + 64]) for k in range(0, len(captions), 64)])
@@ -77,7 +80,9 @@ def image_features(base: Base, cache: SceneCache, batch: int = 250) -> np.ndarra
     if not path.exists():
         start = time.perf_counter()
         files.publish(path, lambda file: _write_features(file, base, cache, batch), force=True)
-        log.info("image features of %d pictures in %.0f s", cache.backgrounds.size, time.perf_counter() - start)
+        log.info(
+            "image features of %d pictures in %.0f s", cache.backgrounds.size, time.perf_counter() - start
+        )
     return np.load(path, mmap_mode="r")
 
 
@@ -100,10 +105,14 @@ def _write_features(file, base: Base, cache: SceneCache, batch: int) -> None:
     header = {"descr": "<f2", "fortran_order": False, "shape": (*cache.images.shape[:2], *shape)}
     np.lib.format.write_array_header_1_0(file, header)
     for start in range(0, len(pictures), batch):
-        file.write(encode_images(base, pictures[start : start + batch]).cpu().numpy().astype(np.float16).tobytes())
+        file.write(
+            encode_images(base, pictures[start : start + batch]).cpu().numpy().astype(np.float16).tobytes()
+        )
 
 
 def feature_statistics(features: np.ndarray, sample: int = 512) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [F] over pictures and tokens, from some evenly spaced identities."""
-    some = np.asarray(features[:: max(1, len(features) // sample)], np.float32).reshape(-1, features.shape[-1])
+    some = np.asarray(features[:: max(1, len(features) // sample)], np.float32).reshape(
+        -1, features.shape[-1]
+    )
     return torch.from_numpy(some.mean(0)), torch.from_numpy(some.std(0))

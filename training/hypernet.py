@@ -90,7 +90,9 @@ class Block(nn.Module):
         return _heads(key, self.heads), _heads(value, self.heads)
 
     def forward(self, x: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
-        query, key, value = (_heads(part, self.heads) for part in self.qkv(self.norm_self(x)).chunk(3, dim=-1))
+        query, key, value = (
+            _heads(part, self.heads) for part in self.qkv(self.norm_self(x)).chunk(3, dim=-1)
+        )
         x = x + self.self_out(_attend(query, key, value))
         query = _heads(self.query(self.norm_cross(x)), self.heads)
         x = x + self.cross_out(_attend(query, *memory))
@@ -118,7 +120,9 @@ class FactorHeads(nn.Module):
         width = head_dim or dim
         if head_dim:
             nn.init.normal_(self.squeeze.weight, std=dim**-0.5)
-        self.weights = nn.ParameterList(torch.zeros(len(group), width, size) for group, size in zip(members, sizes, strict=True))
+        self.weights = nn.ParameterList(
+            torch.zeros(len(group), width, size) for group, size in zip(members, sizes, strict=True)
+        )
         with torch.no_grad():
             for weight, group in zip(self.weights, members, strict=True):
                 for slot, k in enumerate(group):
@@ -132,7 +136,9 @@ class FactorHeads(nn.Module):
             for group, weight in zip(groups, self.weights, strict=True)
             for output in torch.bmm(group.transpose(0, 1), weight).unbind(0)
         ]
-        return {name: torch.cat([outputs[token] for token in order], dim=1) for name, order in self.order.items()}
+        return {
+            name: torch.cat([outputs[token] for token in order], dim=1) for name, order in self.order.items()
+        }
 
 
 class WeightDecoder(nn.Module):
@@ -179,11 +185,16 @@ class WeightDecoder(nn.Module):
         return self.norm_out(tokens)
 
     def forward(self, features: Tensor) -> Packed:
-        return {name: vector + self.offsets[name] for name, vector in self.heads(self.encode(features)).items()}
+        return {
+            name: vector + self.offsets[name] for name, vector in self.heads(self.encode(features)).items()
+        }
 
     def deltas(self, packed: Packed) -> Packed:
         """What R(h) weighs: the predicted LoRA without the static A0, shapes as `packed`."""
-        return {name: vector - self.offsets[name] * self.get_buffer(f"{name}_is_a") for name, vector in packed.items()}
+        return {
+            name: vector - self.offsets[name] * self.get_buffer(f"{name}_is_a")
+            for name, vector in packed.items()
+        }
 
 
 def _offsets(layout: LoraLayout) -> dict[str, nn.Parameter]:

@@ -56,7 +56,9 @@ def row_lora(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Softmax attention on [rows, tokens, heads x dim]; returns the shape of `query`."""
     rows, tokens, inner = query.shape
-    query, key, value = (x.unflatten(-1, (heads, inner // heads)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (
+        x.unflatten(-1, (heads, inner // heads)).transpose(1, 2) for x in (query, key, value)
+    )
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, tokens, inner)
 
 
@@ -88,7 +90,9 @@ class RowAttention:
         rows: Rows | None = None,
     ) -> Tensor:
         if attention_mask is not None:
-            raise ValueError(f"{self.name}: attention masks are not supported; pad the prompt to its full length")
+            raise ValueError(
+                f"{self.name}: attention masks are not supported; pad the prompt to its full length"
+            )
         query = project(attn.to_q, f"{self.name}.to_q", hidden_states, rows)
         if rows is not None and self.name in rows.context:
             key, value = rows.context[self.name]
@@ -138,11 +142,16 @@ def unpack(layout: LoraLayout, packed: Mapping[str, Tensor]) -> dict[str, tuple[
         parts = iter(vectors.split([part.stop - part.start for _, *both in slices for part in both], dim=1))
         for site, _, _ in slices:
             A, B = next(parts), next(parts)
-            factors[site.path] = (A.unflatten(1, (site.d_in, layout.rank)), B.unflatten(1, (layout.rank, site.d_out)))
+            factors[site.path] = (
+                A.unflatten(1, (site.d_in, layout.rank)),
+                B.unflatten(1, (layout.rank, site.d_out)),
+            )
     return factors
 
 
-def context(unet: nn.Module, hidden_states: Tensor, gate: Tensor, lora_kv: Tensor, layout: LoraLayout) -> Tensor:
+def context(
+    unet: nn.Module, hidden_states: Tensor, gate: Tensor, lora_kv: Tensor, layout: LoraLayout
+) -> Tensor:
     """Keys and values of every cross-attention, K/V LoRA included, for one prompt per row.
 
     hidden_states [rows, L, D], gate [rows] or [rows, 1, 1], lora_kv [1|rows, N].

@@ -35,7 +35,10 @@ class Noising:
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = a x0 + s noise."""
-        return self.signal[timesteps].view(-1, 1, 1, 1) * latents + self.spread[timesteps].view(-1, 1, 1, 1) * noise
+        return (
+            self.signal[timesteps].view(-1, 1, 1, 1) * latents
+            + self.spread[timesteps].view(-1, 1, 1, 1) * noise
+        )
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The noise, v = a noise - s x0, or x0."""

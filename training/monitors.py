@@ -28,10 +28,12 @@ from training.config import TrainConfig
 from training.data import SceneCache
 from training.features import CaptionTable
 from training.hypernet import Packed, WeightDecoder
-from training.losses import Noising, row_loss
 from training.lora_layers import unpack
+from training.losses import Noising, row_loss
 
-Predict = Callable[[Tensor, Tensor, Tensor, Packed | None], Tensor]  # x_t, timesteps, text, LoRA -> prediction
+Predict = Callable[
+    [Tensor, Tensor, Tensor, Packed | None], Tensor
+]  # x_t, timesteps, text, LoRA -> prediction
 
 PASSES = 2  # noise draws for each held-out subject
 
@@ -53,7 +55,9 @@ class Probe:
         return Probe(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def probe(cache: SceneCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int) -> Probe:
+def probe(
+    cache: SceneCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int
+) -> Probe:
     """The probe of a run; a function of the cache and the seed."""
     rng = np.random.default_rng([config.seed, 4])
     who = np.arange(len(cache.nouns) - config.holdout, len(cache.nouns))

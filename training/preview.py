@@ -40,5 +40,11 @@ def write(path: Path, trainer: Trainer) -> None:
             rank=trainer.config.rank, kappa=KAPPA, guidance_scale=GUIDANCE_SCALE, steps=STEPS, seed=0,
         )  # fmt: skip
 
-    columns = [cache.images[who, 0], draw(plain, None), draw(plain, lora), draw(far, lora), draw(plain, other)]
+    columns = [
+        cache.images[who, 0],
+        draw(plain, None),
+        draw(plain, lora),
+        draw(far, lora),
+        draw(plain, other),
+    ]
     Image.fromarray(sheet(list(zip(*columns, strict=True)))).save(path)

@@ -44,10 +44,15 @@ def sample(
     Returns:
         uint8 [images, H, W, 3].
     """
-    hidden = {"generic": _hidden(base, generic), "subject": None if subject is None else _hidden(base, subject)}
+    hidden = {
+        "generic": _hidden(base, generic),
+        "subject": None if subject is None else _hidden(base, subject),
+    }
     weights = guidance.hm_cfg_weights(guidance_scale, 0.0 if subject is None else kappa)
     names = ("uncond", "subject", "generic")
-    branches = guidance.active(guidance.Branch(name, weight) for name, weight in zip(names, weights, strict=True))
+    branches = guidance.active(
+        guidance.Branch(name, weight) for name, weight in zip(names, weights, strict=True)
+    )
     hidden["uncond"] = encode_text(base, [""]).expand_as(hidden["generic"])
     predict = _predictor(base, branches, hidden, lora, rank)
 
@@ -57,7 +62,9 @@ def sample(
     def step(feeds: sampling.Feeds) -> sampling.Feeds:
         latents = torch.from_numpy(np.asarray(feeds["latents"]))
         output = predict(latents * float(feeds["coefficients"][0]), float(feeds["timestep"])).cpu().numpy()
-        following = solvers.apply(feeds["coefficients"], feeds["latents"], output, feeds["previous"], feeds["noise"])
+        following = solvers.apply(
+            feeds["coefficients"], feeds["latents"], output, feeds["previous"], feeds["noise"]
+        )
         return dict(zip(("next_latents", "denoised"), following, strict=True))
 
     unet = base.unet.config
@@ -103,12 +110,17 @@ def _predictor(base: Base, branches, hidden, lora, rank):
     options = None
     if lora is not None:
         gate = torch.tensor([branch.name == "subject" for branch in branches], device=device).float()
-        factors = unpack(layout_of(base.unet, rank), {k: _rows(v.to(device), len(branches), images) for k, v in lora.items()})
+        factors = unpack(
+            layout_of(base.unet, rank),
+            {k: _rows(v.to(device), len(branches), images) for k, v in lora.items()},
+        )
         options = {"rows": Rows(factors, gate.repeat_interleave(images).view(-1, 1, 1))}
 
     def predict(latents: Tensor, timestep: float) -> Tensor:
         rows = latents.to(device).repeat(len(branches), 1, 1, 1)
-        output = base.unet(rows, timestep, encoder_hidden_states=text, cross_attention_kwargs=options).sample.float()
+        output = base.unet(
+            rows, timestep, encoder_hidden_states=text, cross_attention_kwargs=options
+        ).sample.float()
         return guidance.combine([branch.weight for branch in branches], output.chunk(len(branches)))
 
     return predict

@@ -30,8 +30,8 @@ from training.batches import Batch, Batches
 from training.config import PRESETS, TrainConfig, resolve, to_json
 from training.data import SceneCache
 from training.hypernet import Packed, WeightDecoder
-from training.losses import Noising, regulariser, row_loss
 from training.lora_layers import Rows, install, layout_of, unpack
+from training.losses import Noising, regulariser, row_loss
 
 log = logging.getLogger("training")
 
@@ -75,7 +75,11 @@ class Trainer:
             options = {"rows": Rows(unpack(self.layout, lora), gate)}
         with device.autocast(self.device):
             output = self.unet(
-                latents, timesteps.to(self.device), encoder_hidden_states=text, cross_attention_kwargs=options, return_dict=False
+                latents,
+                timesteps.to(self.device),
+                encoder_hidden_states=text,
+                cross_attention_kwargs=options,
+                return_dict=False,
             )
         return output[0].float()
 
@@ -83,20 +87,30 @@ class Trainer:
         """The terms of eq. 5 for one batch."""
         with device.autocast(self.device):
             lora = self.decoder(batch.features.to(self.device))
-        lora = {name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()}
+        lora = {
+            name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()
+        }
         reg = regulariser(self.decoder.deltas(lora), self.config.reduction, 2 * len(self.layout.sites))
         if self.config.targets > 1:
             lora = {name: _repeated(vector, self.config.targets) for name, vector in lora.items()}
         parts = [batch] if prior is None else [batch, prior]
-        latents, noise = (torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("latents", "noise"))
-        timesteps, text = (torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("timesteps", "text"))
+        latents, noise = (
+            torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("latents", "noise")
+        )
+        timesteps, text = (
+            torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("timesteps", "text")
+        )
         if prior is not None:
             lora = {name: vector.repeat(2, 1) for name, vector in lora.items()}
         prediction = self.predict(self.noising.noised(latents, noise, timesteps), timesteps, text, lora)
         rows = row_loss(prediction, self.noising.target(latents, noise, timesteps))
         rows = rows * self.noising.weights(timesteps, self.config.min_snr)
         means = rows.view(len(parts), -1).mean(1)
-        terms = {"ft": means[0], "reg": reg, "prior": means[1] if prior is not None else torch.zeros_like(reg)}
+        terms = {
+            "ft": means[0],
+            "reg": reg,
+            "prior": means[1] if prior is not None else torch.zeros_like(reg),
+        }
         return {"loss": terms["ft"] + self.config.gamma * terms["prior"] + self.config.lambda_ * reg, **terms}
 
     def step(self, step: int) -> Tensor:
@@ -133,7 +147,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return config.lr * (
+        config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    )
 
 
 def _optimizer(decoder: WeightDecoder, config: TrainConfig) -> torch.optim.AdamW:
@@ -141,7 +157,10 @@ def _optimizer(decoder: WeightDecoder, config: TrainConfig) -> torch.optim.AdamW
     decays = {True: [], False: []}
     for name, parameter in decoder.named_parameters():
         decays[parameter.ndim > 1 and name != "position"].append(parameter)
-    groups = [{"params": decays[True], "weight_decay": config.weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
+    groups = [
+        {"params": decays[True], "weight_decay": config.weight_decay},
+        {"params": decays[False], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
 
@@ -183,7 +202,10 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
         for name, (then, now) in changed.items():
             log.warning("%s was %s and is %s now", name, then, now)
     stopped = []
-    handlers = {number: signal.signal(number, lambda number, _: stopped.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {
+        number: signal.signal(number, lambda number, _: stopped.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         _loop(trainer, out, start, window, stopped)
     finally:
@@ -199,7 +221,9 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
     config = trainer.config
     journal = RunLog(out / "log.jsonl", start)
     probe = monitors.probe(trainer.cache, trainer.features, trainer.captions, config, trainer.noising.steps)
-    watch = monitors.Monitor(probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, config.batch)
+    watch = monitors.Monitor(
+        probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, config.batch
+    )
     if start == 0:
         journal.write(step=0, config=to_json(config), parameters=sum(p.numel() for p in trainer.parameters))
         journal.write(step=0, monitor=watch.measure(trainer.ema))
@@ -241,7 +265,12 @@ def _options(command: click.Command) -> click.Command:
 
 @click.command(epilog="The fields and their meaning: training/config.py")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="tiny", show_default=True)
-@click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="JSON file of settings.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON file of settings.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 def main(preset: str, file: Path | None, resume: bool, **flags: Any) -> None:
     """Train the hypernetwork on a frozen base model."""

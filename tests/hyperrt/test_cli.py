@@ -21,7 +21,7 @@ from tests.hyperrt import fake_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a [V] robot on the beach"
-# The command line with the fake graphs, as a process that says "ready" as soon as it is ours; WAIT slows steps down.
+# The command line with the fake graphs, as a process that says "ready" when it starts; WAIT slows steps down.
 PROCESS = """
 import sys, time
 from hyperrt import cli
@@ -310,17 +310,13 @@ def test_a_config_file_of_the_current_folder_is_not_read(run):
     ],
 )
 def test_every_option_is_a_field_of_the_config_with_the_same_default(name, kind):
-    given = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
-    options = {
-        option.name: tuple(option.default or ()) if option.multiple else option.default
-        for option in group.commands[name].params
-        if option.name != "json"
-    }
+    asked = {option.name for option in group.commands[name].params} - {"json"}
     fields = {field.name: field.default for field in dataclasses.fields(kind)}
-    assert set(options) == set(fields)
-    for field in set(fields) - given:
-        default = options[field]
-        assert (None if "UNSET" in repr(default) else default) == fields[field] or not fields[field], field
+    assert asked == set(fields)
+    needed = {field: "x" for field, default in fields.items() if default is dataclasses.MISSING}
+    flags = [part for field, value in needed.items() for part in (f"--{field}", value)]
+    parsed = group.commands[name].make_context(name, flags).params
+    assert kind(**parsed) == kind(**{**needed, "images": ("x",)} if "images" in needed else needed)
 
 
 # --json

@@ -1,7 +1,7 @@
 """A base model of the right classes with random weights, and a small scene cache for it: seconds to make.
 
-    make(folder)        BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/, as training.base.load reads it
-    make_cache(folder)  drawn scenes with random latents, as training.data.SceneCache.open reads it
+make(folder)        BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/, as training.base.load reads it
+make_cache(folder)  drawn scenes with random latents, as training.data.SceneCache.open reads it
 """
 
 from __future__ import annotations

@@ -1,0 +1,61 @@
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from export import graphs
+from hyperrt.bundle import GRAPHS
+from training import lora_layers
+
+
+@pytest.fixture(scope="session")
+def denoiser(exported):
+    return onnx.load(exported / "denoiser.onnx").graph
+
+
+def stored(graph):
+    return [numpy_helper.to_array(tensor).astype(np.float32) for tensor in graph.initializer]
+
+
+def holds(arrays, weight):
+    return any(
+        np.array_equal(a, weight) or np.array_equal(a, weight.T) for a in arrays if a.size == weight.size
+    )
+
+
+def test_there_is_a_graph_for_each_that_a_bundle_must_have(parts):
+    assert tuple(parts) == GRAPHS
+
+
+def test_every_attention_of_the_denoiser_is_one_node(denoiser, source):
+    counts = Counter(node.op_type for node in denoiser.node)
+    assert counts["MultiHeadAttention"] == len(list(lora_layers.attentions(source.base.unet)))
+    assert counts["Softmax"] == 0
+
+
+def test_key_and_value_weights_are_in_context_and_not_in_the_denoiser(denoiser, exported, source):
+    in_step, in_context = stored(denoiser), stored(onnx.load(exported / "context.onnx").graph)
+    for _, module in lora_layers.attentions(source.base.unet, "attn2"):
+        for linear in (module.to_k, module.to_v):
+            weight = linear.weight.numpy()
+            assert not holds(in_step, weight)
+            assert holds(in_context, weight)
+        assert holds(in_step, module.to_q.weight.numpy())
+
+
+def test_each_query_site_multiplies_with_its_two_factors(denoiser, source):
+    reached, products = {"lora_q"}, []
+    for node in denoiser.node:  # in topological order
+        if reached & set(node.input[:1]) and node.op_type in ("Slice", "Split", "Reshape"):
+            reached |= set(node.output)
+        elif node.op_type == "MatMul" and node.input[1] in reached:
+            products.append(node.name)
+    assert len(products) == 2 * len(source.decoder.layout.sites_of("lora_q"))
+
+
+def test_the_estimate_of_a_graphs_size_is_close(parts, exported):
+    for graph in parts.values():
+        size = (exported / f"{graph.name}.onnx").stat().st_size
+        assert 2 * graphs.weights_of(graph) <= size <= 2 * graphs.weights_of(graph) + 400_000

@@ -1,0 +1,60 @@
+import copy
+import dataclasses
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+
+import engines
+from export import onnx_graph
+from export.errors import ExportError
+from hyperrt.bundle import GRAPHS
+
+ROOT = Path(__file__).resolve().parents[2]
+each_graph = pytest.mark.parametrize("name", GRAPHS)
+
+
+@each_graph
+def test_onnx_runtime_sees_the_inputs_and_outputs_that_the_manifest_names(name, exported, parts):
+    with engines.open(exported / f"{name}.onnx") as engine:
+        assert engine.inputs == parts[name].inputs
+        assert engine.outputs == parts[name].outputs
+
+
+@each_graph
+def test_no_path_of_the_machine_is_in_a_graph(name, exported):
+    content = (exported / f"{name}.onnx").read_bytes()
+    assert str(ROOT).encode() not in content
+    assert b"site-packages" not in content
+
+
+@each_graph
+def test_a_graph_is_valid_onnx_of_the_chosen_opset(name, exported):
+    model = onnx.load(exported / f"{name}.onnx")
+    assert {entry.version for entry in model.opset_import if not entry.domain} == {onnx_graph.OPSET}
+    onnx.checker.check_model(model, skip_opset_compatibility_check=True)
+
+
+def test_nothing_asks_the_lora_how_many_rows_there_are(exported):
+    for name, lora in (("denoiser", "lora_q"), ("context", "lora_kv")):
+        nodes = onnx.load(exported / f"{name}.onnx").graph.node
+        assert not [node.name for node in nodes if node.op_type == "Shape" and lora in node.input]
+
+
+def test_an_input_that_is_baked_in_is_refused(parts, tmp_path):
+    class Constant(type(parts["text_encoder"].module)):
+        def forward(self, input_ids):
+            return self.encoder.text_model.embeddings.position_embedding.weight[None] * 1.0
+
+    module = copy.copy(parts["text_encoder"].module)
+    module.__class__ = Constant
+    with pytest.raises(ExportError, match="does not read input_ids"):
+        onnx_graph.write(dataclasses.replace(parts["text_encoder"], module=module), tmp_path)
+
+
+def test_large_weights_go_beside_the_graph(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 1000)
+    path = onnx_graph.write(parts["context"], tmp_path)
+    assert (tmp_path / "context.onnx.data").stat().st_size > path.stat().st_size
+    onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

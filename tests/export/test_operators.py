@@ -1,0 +1,25 @@
+import numpy as np
+import torch
+
+from export import operators
+from hyperrt import guidance
+from training import lora_layers
+
+
+def test_rows_are_branch_major():
+    images = torch.randn(2, 1, 3, 3)
+    rows = operators.rows_from_images(images, torch.zeros(6))
+    for row in range(6):
+        assert torch.equal(rows[row], images[row % 2])
+
+
+def test_combine_is_the_runtimes_guidance_sum():
+    rows, weights = torch.randn(6, 1, 3, 3), torch.tensor([-6.5, 3.0, 4.5])
+    found = operators.combine(rows, weights, torch.zeros(2, 1, 3, 3))
+    expected = guidance.combine(weights.tolist(), rows.numpy().reshape(3, 2, 1, 3, 3))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_outside_an_export_is_that_of_training():
+    query, key, value = torch.randn(3, 2, 5, 8)
+    assert torch.equal(operators.attend(query, key, value, 2), lora_layers.attend(query, key, value, 2))
