@@ -71,7 +71,7 @@ class Batches:
         return self._batch(rng, who, views[:, :photos], rows, shown, row)
 
     def prior_at(self, step: int) -> Batch:
-        """For L_reg: other subjects of the same nouns, captioned without the token, in the row order of `at(step)`."""
+        """For L_reg: other subjects of the same nouns, captioned without the token; rows as in `at(step)`."""
         rng = np.random.default_rng([self.config.seed, 3, step])
         who = self._identities(step)
         rows = np.repeat(who, self.config.targets)
@@ -129,7 +129,7 @@ class Batches:
         return int(rng.choice(others)) if len(others) else int(row)
 
     def _timesteps(self, rng: np.random.Generator, rows: int) -> np.ndarray:
-        """One from each of `rows` equal parts of the schedule, shuffled: less variance than independent draws."""
+        """One from each of `rows` equal parts of the schedule, shuffled: less variance than free draws."""
         u = (rng.permutation(rows) + rng.random(rows)) / rows
         shift = self.config.noise_shift
         u = shift * u / (1 + (shift - 1) * u)

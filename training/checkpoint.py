@@ -3,7 +3,7 @@
 A run's folder:
     hypernet.safetensors   weights of the decoder (EMA), what `hyperrt export --hypernet` reads
     hypernet.json          what they are: shape, LoRA layout, token, base model, training configuration
-    state.safetensors      all that a killed run needs to go on as if it had not been: weights, EMA, AdamW, step
+    state.safetensors      all that a killed run needs to go on unchanged: weights, EMA, AdamW, step
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def save_state(
     config: TrainConfig,
     step: int,
 ) -> Path:
-    """Writes state.safetensors; `step` steps are done, `window` holds their losses that are not logged yet."""
+    """Writes state.safetensors; `step` steps are done, `window` holds their losses not logged yet."""
     tensors = {"window": window}
     tensors.update({f"decoder/{name}": tensor for name, tensor in decoder.state_dict().items()})
     tensors.update({f"ema/{name}": tensor for name, tensor in ema.state_dict().items()})
@@ -113,7 +113,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
 ) -> tuple[int, Tensor, dict[str, tuple[Any, Any]]]:
-    """Puts everything back; returns the step, the window, and the settings that differ as {name: (then, now)}.
+    """Puts everything back; returns the step, the window, and what differs as {name: (then, now)}.
 
     Raises:
         ValueError: a setting in `FIXED` differs.

@@ -121,7 +121,7 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},  # the defaults
-    "smoke": {"steps": 20, "batch": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16, "monitor_every": 10},
+    "smoke": {"steps": 20, "batch": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16},
     "paper_celeba": {
         "steps": 30_000, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
         "lambda_": 0.15, "reduction": "per_factor",

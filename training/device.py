@@ -47,8 +47,8 @@ def seed_everything(seed: int) -> None:
 def prepare(threads: int | None = None) -> None:
     """Set up the process for a long run on a processor.
 
-    Denormal numbers (fresh Adam states) are slow, so they count as zero. glibc hands every large activation back to
-    the system and faults it in again at the next step; with higher thresholds it keeps them.
+    Denormal numbers (fresh Adam states) are slow, so they count as zero. glibc hands every large activation
+    back to the system and faults it in again at the next step; with higher thresholds it keeps them.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What the frozen encoders see, computed once: image features of a cache on disk, text of its captions in memory.
+"""What the frozen encoders see, computed once: image features on disk, text features in memory.
 
 Pixels are [n, 3, S, S] in [-1, 1] (mean and standard deviation 0.5), features [n, T, F], text [n, L, D].
 """
@@ -49,7 +49,7 @@ def encode_text(base: Base, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """Hidden states of every caption of a cache: `hidden[index[identity, view]]`; row 0 is the empty prompt."""
+    """Hidden states of every caption of a cache: `hidden[subject[identity, view]]`; row 0 is the empty prompt."""
 
     hidden: Tensor  # [captions, L, D]
     subject: np.ndarray  # [N, V] row of the caption with the token
@@ -74,7 +74,7 @@ def caption_table(base: Base, cache: SceneCache, token: str) -> CaptionTable:
 def image_features(base: Base, cache: SceneCache, batch: int = 250) -> np.ndarray:
     """Features of every picture of the cache, (N, V, T, F) float16, memory-mapped.
 
-    They lie beside the cache under a name that the encoder's weights are part of, so another encoder computes anew.
+    They lie in the cache's folder; the encoder's weights are part of their name, so another encoder computes anew.
     """
     path = cache.path / f"features-{fingerprint(base, cache)}.npy"
     if not path.exists():

@@ -11,8 +11,8 @@
 
 So a fresh decoder predicts B = 0, the base model, and its gradient is not zero (A = B = 0 would be a saddle).
 
-Factors of one size share a batched product [G, d, n], so that hundreds of heads are a handful of operations. Tokens
-are in the order of these groups, the output is in the packed order of `LoraLayout.slices`.
+Factors of one size share a batched product [G, d, n], so that hundreds of heads are a handful of operations.
+Tokens are in the order of these groups, the output is in the packed order of `LoraLayout.slices`.
 
 Shapes: B photos, T feature tokens, F feature width, M factors, d width, N numbers of LoRA.
 Source: arXiv 2307.06949 (structure), arXiv 2511.03156 section 5.1 (four blocks, four iterations).

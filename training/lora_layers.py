@@ -35,7 +35,7 @@ UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "
 class Rows:
     """What one call of the UNet knows about its rows.
 
-    factors: path of a projection -> (A [1|rows, d_in, r], B [1|rows, r, d_out]); a path that is absent has no LoRA.
+    factors: path of a projection -> (A [1|rows, d_in, r], B [1|rows, r, d_out]); an absent path has no LoRA.
     gate:    LoRA strength of each row, [rows, 1, 1]; 0 makes it a row of the base model.
     context: path of an attn2 -> (K, V), each [rows, L, inner]; where given, text is not projected again.
     """
@@ -105,14 +105,14 @@ class RowAttention:
 
 
 def attentions(unet: nn.Module, suffix: str = "") -> Iterator[tuple[str, Attention]]:
-    """The attention modules of a UNet in module order, as (path, module); `suffix` "attn2" gives cross-attention only."""
+    """The attention modules of a UNet in module order: (path, module); suffix "attn2": cross-attention only."""
     for path, module in unet.named_modules():
         if isinstance(module, Attention) and path.endswith(suffix):
             yield path, module
 
 
 def install(unet: nn.Module, attend: Attend = attend) -> None:
-    """Make every attention of the UNet a `RowAttention`. Until `rows` are given the UNet computes what it did before.
+    """Make every attention of the UNet a `RowAttention`; without `rows` it computes what it did before.
 
     Raises ValueError for attention with options that a Stable Diffusion UNet does not use.
     """
@@ -134,11 +134,11 @@ def layout_of(unet: nn.Module, rank: int) -> LoraLayout:
 
 
 def unpack(layout: LoraLayout, packed: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Packed vectors ("lora_q", "lora_kv", either or both, [1|rows, N]) to factors (A [·, d_in, r], B [·, r, d_out])."""
+    """Packed vectors [1|rows, N], one or both, to factors by path: (A [·, d_in, r], B [·, r, d_out])."""
     factors = {}
     for name, vectors in packed.items():
         slices = layout.slices(name)
-        # One split, not a slice per factor: the gradient of each slice would be a zero tensor as large as `vectors`.
+        # One split, not a slice per factor: the gradient of each slice would be as large as `vectors`.
         parts = iter(vectors.split([part.stop - part.start for _, *both in slices for part in both], dim=1))
         for site, _, _ in slices:
             A, B = next(parts), next(parts)
@@ -167,7 +167,7 @@ def context(
 
 
 def split_context(unet: nn.Module, packed: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The inverse of `context`'s packing: [rows, L, W] to path of attn2 -> (K, V), ready for `Rows.context`."""
+    """The inverse of `context`'s packing: [rows, L, W] to path of attn2 -> (K, V), for `Rows.context`."""
     modules = list(attentions(unet, "attn2"))
     widths = [width for _, m in modules for width in (m.to_k.out_features, m.to_v.out_features)]
     parts = packed.split(widths, dim=-1)

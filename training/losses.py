@@ -1,7 +1,7 @@
 """Paper eq. 5: L = L_FT + γ L_reg + λ R(h).
 
 L_FT   denoising loss of the personalised UNet on the subject's pictures
-L_reg  the same with the same LoRA on other subjects of the class, captioned without [V] (DreamBooth's prior loss)
+L_reg  the same with the same LoRA on other subjects of the class, captioned without [V] (DreamBooth)
 R(h)   L2 penalty on the predicted LoRA; what λ means depends on its reduction, so that is an explicit option
 
 Shapes: latents, noise, predictions [rows, C, h, w]; timesteps [rows] int64; packed LoRA [B, N].
@@ -68,7 +68,7 @@ def row_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def regulariser(deltas: Mapping[str, Tensor], reduction: str, factors: int) -> Tensor:
     """R(h) of predicted LoRAs [B, N], averaged over B.
 
-    mean: mean of the squared entries; sum: their sum; per_factor: mean over the factors of the squared Frobenius norm.
+    mean: mean of the squared entries; sum: their sum; per_factor: mean over factors of their squared norm.
 
     Raises:
         ValueError: an unknown reduction.

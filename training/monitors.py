@@ -1,7 +1,7 @@
 """Is the hypernetwork alive? Measured on held-out subjects, with noise and timesteps that never change.
 
-Collapse is the known failure of hypernetworks that predict LoRA: the prediction goes to zero, or becomes the same for
-every subject. It shows here long before it shows in pictures:
+Collapse is the known failure of hypernetworks that predict LoRA: the prediction goes to zero, or becomes the
+same for every subject. It shows here long before it shows in pictures:
 
     own, shuffled, base   loss with the subject's LoRA, with that of another subject of its noun, with none
     gap = shuffled - own  must grow; 0 means that the LoRA is not the subject's
@@ -150,7 +150,7 @@ def statistics(decoder: WeightDecoder, own: Packed, second: Packed, another: Ten
 
 
 def relative_change(decoder: WeightDecoder, unet: nn.Module, lora: Packed) -> Tensor:
-    """Mean over sites and subjects of |A B| / |W|, Frobenius; |A B|² = tr(AᵀA BBᵀ), so the product is never made."""
+    """Mean over sites and subjects of |A B| / |W|; |A B|² = tr(AᵀA BBᵀ), so the product is never made."""
     ratios = []
     for path, (A, B) in unpack(decoder.layout, lora).items():
         square = ((A.mT @ A) * (B @ B.mT)).sum((1, 2)).clamp_min(0)

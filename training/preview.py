@@ -1,7 +1,7 @@
 """The sample sheet of a hypernetwork's training: held-out subjects, one row each.
 
-Columns: a photo; the base model on the generic caption; the personalised one with two captions; the same with the
-LoRA of the next subject, which should not look like the photo.
+Columns: a photo; the base model on the generic caption; the personalised one with two captions; the first of
+these with the LoRA of the next subject, which should not look like the photo.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def sample(
     Args:
         generic: prompts of the base branch.
         subject: prompts of the personalised branch; None: plain CFG on `generic` at twice `guidance_scale`.
-        lora: "lora_q" [1|images, Nq] and "lora_kv" [1|images, Nkv] of that rank; None: the base model speaks there too.
+        lora: "lora_q" [1|images, Nq] and "lora_kv" [1|images, Nkv] of that rank; None: the base model.
 
     Returns:
         uint8 [images, H, W, 3].

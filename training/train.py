@@ -1,9 +1,9 @@
 """Trains the hypernetwork end to end through the frozen UNet, a different LoRA for every row (paper eq. 5).
 
-    python -m training.train --base BASE --cache CACHE --out OUT [--preset tiny] [--config FILE.json] [--lambda 1 ...]
+    python -m training.train --base BASE --cache CACHE --out OUT [--config FILE.json] [--lambda 1 ...]
 
-OUT gets log.jsonl, samples/*.png, and the checkpoints of training/checkpoint.py. A run that was killed goes on
-with --resume, with the loss curve that it would have had.
+OUT gets log.jsonl, samples/*.png, and the checkpoints of training/checkpoint.py. A run that was killed goes
+on with --resume, with the loss curve that it would have had.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Trainer:
         figures = torch.stack([*(terms[name].detach() for name in LOSSES[:-1]), norm.detach()]).cpu()
         if not figures.isfinite().all():
             raise FloatingPointError(
-                f"step {step}: {dict(zip(LOSSES, figures.tolist(), strict=True))}, identities {batch.identities.tolist()}"
+                f"step {step}: {dict(zip(LOSSES, figures.tolist(), strict=True))}, "
+                f"identities {batch.identities.tolist()}"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)

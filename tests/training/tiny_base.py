@@ -1,6 +1,6 @@
 """A base model of the right classes with random weights, and a small scene cache for it: seconds to make.
 
-make(folder)        BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/, as training.base.load reads it
+make(folder)        BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/, for training.base.load
 make_cache(folder)  drawn scenes with random latents, as training.data.SceneCache.open reads it
 """
 
@@ -60,7 +60,7 @@ def _unet() -> UNet2DConditionModel:
 
 def _vae() -> AutoencoderKL:
     return AutoencoderKL(
-        sample_size=IMAGE_SIZE, latent_channels=LATENTS[0], block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1,
-        scaling_factor=0.5,
+        sample_size=IMAGE_SIZE, latent_channels=LATENTS[0], block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1, norm_num_groups=4, scaling_factor=0.5,
     )  # fmt: skip
