@@ -229,8 +229,8 @@ class Engine(ABC):
     def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
         """Copies, in the form in which `_run` takes them as `resident`."""
 
-    def _refit(self, arrays: dict[str, Array]) -> None:  # noqa: B027 - called only where `weights` is not empty
-        """Replace constants, all or nothing."""
+    def _refit(self, arrays: dict[str, Array]) -> None:  # noqa: B027 - optional
+        """Replace constants, all or nothing; called only where `weights` is not empty."""
 
     @abstractmethod
     def _release(self) -> None:

@@ -1,7 +1,7 @@
 """The six graphs of a bundle as PyTorch modules around those of the base model and the weight decoder.
 
-Names, shapes and meaning of all tensors: docs/bundle-format.md. Dims: photos, prompts, images and branches are
-free; rows = branches x images, branch-major; subjects is 1 (one LoRA for all rows) or rows.
+Names, shapes and meaning of all tensors: docs/bundle-format.md. Dims: photos, prompts, images and branches
+are free; rows = branches x images, branch-major; subjects is 1 (one LoRA for all rows) or rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A graph to an ONNX file: the only call of torch.onnx.export, and what is put right after it.
 
 The LoRA is traced with one set of factors per row. Its first dim is then renamed to "subjects": MatMul
-broadcasts, so one set for all rows works in the same graph, provided that nothing reads the number of rows from
-the LoRA.
+broadcasts, so one set for all rows works in the same graph, provided that nothing reads the number of rows
+from the LoRA.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _finish(model: ir.Model, graph: Graph) -> None:
 
 
 def _take_rows_from_gate(inputs: dict[str, ir.Value]) -> None:
-    """Where the graph asks the LoRA how many rows there are, let it ask the gate: one LoRA may serve them all."""
+    """Where the graph asks the LoRA how many rows there are, let it ask the gate: one may serve them all."""
     for name in ("lora_q", "lora_kv"):
         if name not in inputs or "gate" not in inputs:
             continue
@@ -109,8 +109,8 @@ def _take_rows_from_gate(inputs: dict[str, ir.Value]) -> None:
 def _strip(model: ir.Model) -> None:
     """Drop the shapes of inner values and all metadata.
 
-    The shapes hold for one LoRA per row, and would mislead memory planning where one serves all rows; the metadata
-    holds paths of this machine.
+    The shapes hold for one LoRA per row, and would mislead memory planning where one serves all rows; the
+    metadata holds paths of this machine.
     """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -1,7 +1,7 @@
 """What the graphs are compared with: the paper's formula in plain PyTorch, sharing little with them.
 
 The UNet keeps diffusers' own attention, the LoRA is merged into copies of the projections, every branch is a
-call of its own with its prompt's hidden states, and guidance and solver are the NumPy functions of the runtime.
+call of its own with its prompt's hidden states; guidance and solver are the NumPy functions of the runtime.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The parity ladder: each rung compares the graphs, as the runtime will run them, with PyTorch.
 
-The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung above
-its tolerance ends the export.
+The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung
+above its tolerance ends the export.
 """
 
 from __future__ import annotations

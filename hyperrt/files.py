@@ -134,13 +134,17 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
         _check_parent(target)
         if not os.path.lexists(target):
             return target
-        if target.is_symlink() or not target.is_dir():
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
-        if target.samefile(os.curdir):
-            raise UsageError(f"{target} is the current folder", "it would be replaced", "name a new one")
-        if not any(target.iterdir()):
+        try:
+            current, contents = target.samefile(os.curdir), os.listdir(target)
+        except FileNotFoundError:  # another run is replacing it
             return target
-        if not (target / marker).is_file():
+        if current:
+            raise UsageError(f"{target} is the current folder", "it would be replaced", "name a new one")
+        if not contents:
+            return target
+        if marker not in contents:
             why = "only a folder of the same kind is replaced"
             raise UsageError(f"{target} is not empty and holds no {marker}", why, "name a new folder")
         if not force:

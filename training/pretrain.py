@@ -29,8 +29,8 @@ from training.loop import Schedule, fit
 from training.sample import sample, sheet
 
 VAE = Schedule(steps=8000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000)
-IMAGE_ENCODER = Schedule(steps=900, lr=1e-3, warmup=100, ema=0.99, report_every=150)
-UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
+IMAGE_ENCODER = Schedule(steps=650, lr=1e-3, warmup=100, ema=0.99, report_every=150)
+UNET = Schedule(steps=2300, lr=6e-4, warmup=100, ema=0.999, report_every=500)
 LATENT_NOISE = 0.1  # in standard deviations of the latents
 TEMPERATURE = 0.07
 TEXT_DROPOUT = 0.1
