@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
+from training import device
+
 Loss = Callable[[int, Generator], Mapping[str, Tensor]]
 Report = Callable[[int, nn.Module], Mapping[str, float]]
 
@@ -51,6 +53,7 @@ def fit(out: Path, model: nn.Module, loss: Loss, schedule: Schedule, seed: int =
     report: (step, EMA model) -> figures for the log, every `report_every` steps; may write sample sheets into `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
+    where = next(model.parameters()).device
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.99))
     step = _resume(out / "state.pt", model, ema, optimizer)
@@ -58,7 +61,8 @@ def fit(out: Path, model: nn.Module, loss: Loss, schedule: Schedule, seed: int =
     while step < schedule.steps:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
-        losses = loss(step, Generator().manual_seed(seed * 1_000_003 + step))
+        with device.autocast(where):
+            losses = loss(step, Generator().manual_seed(seed * 1_000_003 + step))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
@@ -91,7 +95,7 @@ def save(path: Path, state: Mapping[str, object]) -> None:
 def _resume(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])

@@ -28,9 +28,9 @@ from training import clip_tokenizer, data, device, scenes
 from training.loop import Schedule, fit
 from training.sample import sample, sheet
 
-VAE = Schedule(steps=8000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000)
+VAE = Schedule(steps=14000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000)
 IMAGE_ENCODER = Schedule(steps=650, lr=1e-3, warmup=100, ema=0.99, report_every=150)
-UNET = Schedule(steps=2300, lr=6e-4, warmup=100, ema=0.999, report_every=500)
+UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
 LATENT_NOISE = 0.1  # in standard deviations of the latents
 TEMPERATURE = 0.07
 TEXT_DROPOUT = 0.1
@@ -38,8 +38,8 @@ VALIDATION = 128  # identities at the end of the cache that no stage trains on
 
 
 def pictures(cache: data.SceneCache, identities: Tensor, views: Tensor) -> Tensor:
-    """Cached pictures as floats in [-1, 1], [n, 3, S, S]."""
-    images = torch.from_numpy(cache.images[identities.numpy(), views.numpy()])
+    """Cached pictures as floats in [-1, 1], [n, 3, S, S], on the device that computes."""
+    images = torch.from_numpy(cache.images[identities.numpy(), views.numpy()]).to(device.pick())
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
@@ -64,7 +64,7 @@ def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int,
     Noise on the latents makes the decoder forgive the small errors of the UNet.
     """
     torch.manual_seed(seed)
-    vae = bases.tiny_vae().to(memory_format=torch.channels_last)
+    vae = bases.tiny_vae().to(device.pick(), memory_format=torch.channels_last)
     half, cropped = bases.IMAGE_SIZE // 2, round(0.85 * schedule.steps)
 
     def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
@@ -73,8 +73,8 @@ def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int,
             top, left = torch.randint(half // 8 + 1, (2,), generator=generator) * 8
             real = real[:, :, top : top + half, left : left + half]
         latents = vae.encode(real).latents
-        noise = torch.randn(latents.shape, generator=generator)
-        fake = vae.decode(latents + LATENT_NOISE * latents.detach().std() * noise).sample
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        fake = vae.decode(latents + LATENT_NOISE * latents.detach().std() * noise).sample.float()
         pixels = F.l1_loss(fake, real)
         return {"loss": pixels + F.mse_loss(fake, real), "pixels": pixels}
 
@@ -91,7 +91,7 @@ def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int,
 def train_image_encoder(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
     """InfoNCE between two views of each subject; every other batch is of one noun, where only identity tells apart."""
     torch.manual_seed(seed)
-    encoder = bases.tiny_image_encoder()
+    encoder = bases.tiny_image_encoder().to(device.pick())
     by_noun = [np.flatnonzero(cache.nouns[:-VALIDATION] == k) for k in range(len(scenes.NOUNS))]
 
     def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
@@ -99,14 +99,14 @@ def train_image_encoder(out: Path, cache: data.SceneCache, schedule: Schedule, b
         who = torch.from_numpy(noun)[torch.randperm(len(noun), generator=generator)[:batch]]
         views = torch.rand(len(who), cache.backgrounds.shape[1], generator=generator).argsort(1)
         logits = _similarity(encoder, cache, who, views[:, 0], views[:, 1]) / TEMPERATURE
-        target = torch.arange(len(who))
+        target = torch.arange(len(who), device=logits.device)
         value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return {"loss": value, "top1": (logits.argmax(1) == target).float().mean()}
 
     @torch.no_grad()
     def report(step: int, ema: nn.Module) -> Mapping[str, float]:
         who, view = held_out(cache, VALIDATION, 0)
-        found = _similarity(ema, cache, who, view, view + 1).argmax(1)
+        found = _similarity(ema, cache, who, view, view + 1).argmax(1).cpu()
         return {"held_out_top1": (found == torch.arange(VALIDATION)).float().mean().item()}
 
     return fit(out, encoder, loss, schedule, seed, report)
@@ -114,7 +114,7 @@ def train_image_encoder(out: Path, cache: data.SceneCache, schedule: Schedule, b
 
 def _similarity(encoder: nn.Module, cache: data.SceneCache, who: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Cosines [n, n] between the CLS features of two views."""
-    features = encoder(torch.cat([pictures(cache, who, first), pictures(cache, who, second)])).last_hidden_state[:, 0]
+    features = encoder(torch.cat([pictures(cache, who, first), pictures(cache, who, second)])).last_hidden_state[:, 0].float()
     one, other = F.normalize(features, dim=-1).chunk(2)
     return one @ other.T
 
@@ -130,7 +130,7 @@ def encode_latents(vae: nn.Module, cache: data.SceneCache) -> None:
     for part in who.split(128):
         pixels = torch.cat([pictures(cache, part, torch.full_like(part, view)) for view in range(views)])
         mean = vae.encode(pixels).latents
-        latents[part.numpy()] = mean.unflatten(0, (views, len(part))).transpose(0, 1).numpy()
+        latents[part.numpy()] = mean.unflatten(0, (views, len(part))).transpose(0, 1).cpu().numpy()
     scale = 1 / float(latents[:1024].astype(np.float32).std())
     for part in np.array_split(np.arange(identities), 64):
         latents[part] = latents[part].astype(np.float32) * scale
@@ -152,7 +152,8 @@ class Denoiser(nn.Module):
 
 def train_unet(out: Path, cache: data.SceneCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int) -> bases.Base:
     """Denoises cached latents under their captions, with the subject's token in half of them: `[V]` means nothing yet."""
-    model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder)
+    where = device.pick()
+    model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder).to(where)
     latents, ids = cache.latents, _caption_ids(cache, parts)
     empty = bases.tokens(parts.tokenizer, [""])[0]
 
@@ -164,8 +165,9 @@ def train_unet(out: Path, cache: data.SceneCache, parts: bases.Base, schedule: S
         time = torch.randint(parts.scheduler.config.num_train_timesteps, (batch,), generator=generator)
         text = ids[torch.randint(2, (batch,), generator=generator), who, view]
         text[torch.rand(batch, generator=generator) < TEXT_DROPOUT] = empty
-        predicted = model(parts.scheduler.add_noise(clean, noise, time), time, text)
-        return {"loss": F.mse_loss(predicted, parts.scheduler.get_velocity(clean, noise, time))}
+        noised = parts.scheduler.add_noise(clean, noise, time)
+        predicted = model(noised.to(where), time.to(where), text.to(where)).float()
+        return {"loss": F.mse_loss(predicted, parts.scheduler.get_velocity(clean, noise, time).to(where))}
 
     def report(step: int, ema: nn.Module) -> Mapping[str, float]:
         now = _with(parts, ema)
@@ -195,7 +197,7 @@ def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
 
 
 def _uint8(images: Tensor) -> np.ndarray:
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _write_sheet(path: Path, *strips: np.ndarray) -> None:
