@@ -123,9 +123,8 @@ class Engine(ABC):
     weights: tuple[TensorSpec, ...] = ()
 
     def __init__(self) -> None:
-        self._resident: dict[
-            str, Any
-        ] = {}  # replaced as a whole and never changed, so that a run can keep it
+        # Replaced as a whole and never changed, so that a run can keep it.
+        self._resident: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from engines.base import EngineInputError
 
 CPUS = Path("/sys/devices/system/cpu")
-QUOTA = Path(
-    "/sys/fs/cgroup/cpu.max"
-)  # inside a container: its own; "max 100000" or "<quota> <period>", in us
+# Inside a container: its own; "max 100000" or "<quota> <period>", in us.
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def thread_count(threads: int | None) -> int:

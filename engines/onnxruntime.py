@@ -94,6 +94,8 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Whatever the file is called: ONNX Runtime's own format can name files that no check here would see.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     # Threads spin between the operators of a run, where waking them would cost more than the operator,
     # and stop when it ends: an idle session takes nothing from the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")

@@ -6,15 +6,16 @@ export that fails or is killed leaves the old bundle, or none.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from export import families, graphs, onnx_graph, storage, verify
 from export.families import Family, Source
 from export.graphs import Graph
 from hyperrt import __version__, bundle, files
-from hyperrt.errors import UsageError
+from hyperrt.errors import ResourceError, UsageError
 from training import checkpoint
 
 Progress = Callable[[int, int, str], None]  # stages done, stages in all, what comes now
@@ -36,7 +37,7 @@ def export_bundle(
 
     Args:
         model: family, a key of `families.FAMILIES`.
-        base: folder of the base model, in diffusers' format.
+        base: folder of the base model, in diffusers' format; None for that of the hypernetwork's training.
         hypernet: checkpoint of the weight decoder, or its folder.
         output: the new folder; its parent must exist.
         random_weights: a seed: random weights of the family's sizes in place of `base` and `hypernet`.
@@ -46,7 +47,10 @@ def export_bundle(
     Raises:
         UsageError: unknown family, something is not given, or `output` exists and `force` is off.
         NotFound: `base`, `hypernet` or the parent of `output` is missing.
+        BadInput: `hypernet` is another kind of file.
+        IntegrityError: `base` or `hypernet` is damaged.
         ExportError: the two do not fit together, or cannot be exported.
+        ResourceError: the disk is too full.
         ParityError: a graph does not compute what the model does.
     """
     family = families.get(model)
@@ -58,13 +62,14 @@ def export_bundle(
     for name, module in source.modules().items():
         storage.round_weights(module, name)
     parts = graphs.build(source.base, source.decoder)
+    _check_room(output, parts)
 
     def write(folder: Path) -> None:
         for graph in parts:
             tell(graph.name)
             onnx_graph.write(graph, folder)
         parity = verify.ladder(source, parts, folder, family.defaults, tell)
-        _write_texts(folder, family, source, base)
+        _write_texts(folder, family, source)
         bundle.write_manifest(folder, manifest(family, source, parts, folder, hashes, parity, output.name))
 
     return files.publish_folder(output, write, marker=bundle.MANIFEST, force=force)
@@ -73,28 +78,33 @@ def export_bundle(
 def load(
     family: Family, base: Path | None, hypernet: Path | None, random_weights: int | None = None
 ) -> Source:
-    """What the bundle is made from.
-
-    Raises:
-        UsageError: neither both folders nor a seed are given.
-        NotFound, ExportError: as `export_bundle`.
-    """
+    """What the bundle is made from; arguments and errors as `export_bundle`."""
     if random_weights is not None:
+        if base is not None or hypernet is not None:
+            given = "--base" if base is not None else "--hypernet"
+            raise UsageError(f"{given} and --random-weights exclude each other", "", "leave one out")
         return family.random(random_weights)
-    if base is None or hypernet is None:
-        missing = "--base" if base is None else "--hypernet"
+    if hypernet is None:
         why = "a bundle is made from a base model and the hypernetwork that was trained on it"
-        raise UsageError(
-            f"{missing} is not given",
-            why,
-            "hyperrt export --model tiny --base BASE --hypernet CKPT -o BUNDLE",
-        )
+        do = f"hyperrt export --model {family.name} --hypernet CKPT -o BUNDLE"
+        raise UsageError("--hypernet is not given", why, do)
     return family.load(base, hypernet)
 
 
-def sizes(source: Source) -> dict[str, int]:
-    """About how many bytes each graph will have."""
-    return {graph.name: 2 * graphs.weights_of(graph) for graph in graphs.build(source.base, source.decoder)}
+def sizes(parts: Iterable[Graph]) -> dict[str, int]:
+    """About how many bytes each graph will have in the bundle."""
+    return {graph.name: 2 * graphs.weights_of(graph) for graph in parts}
+
+
+def _check_room(output: Path, parts: Iterable[Graph]) -> None:
+    """Whether the bundle fits on the disk: known before minutes of work, not after."""
+    folder = Path(os.path.abspath(output)).parent
+    needed, free = sum(sizes(parts).values()), shutil.disk_usage(folder).free
+    if free < needed:
+        why = f"it takes about {needed / 1e6:.0f} MB; {free / 1e6:.0f} MB are free"
+        raise ResourceError(
+            f"{folder} has no room for the bundle", why, "make room on the disk, or choose another folder"
+        )
 
 
 def manifest(
@@ -124,6 +134,7 @@ def manifest(
         adapt="inputs",
         preprocess=families.preprocess(source),
         prompts=family.prompts(source),
+        tokenizer_sha256=bundle.sha256_of(folder / bundle.TOKENIZER),
         hashes=hashes,
         precision="fp32",
         storage="fp16",
@@ -145,10 +156,10 @@ def _described(graph: Graph, folder: Path) -> bundle.Graph:
     )
 
 
-def _write_texts(folder: Path, family: Family, source: Source, base: Path | None) -> None:
+def _write_texts(folder: Path, family: Family, source: Source) -> None:
     """tokenizer.json and LICENSES."""
     source.base.tokenizer.backend_tokenizer.save(str(folder / bundle.TOKENIZER))
-    theirs = sorted(base.glob("LICENSE*")) if base is not None else []
+    theirs = sorted(source.folder.glob("LICENSE*")) if source.folder else []
     if theirs:
         shutil.copyfile(theirs[0], folder / "LICENSES")
     else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperrt import files
+from hyperrt.bundle import MANIFEST, Bundle
 from hyperrt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,46 +16,61 @@ if TYPE_CHECKING:
 
 
 def run(config: ExportConfig, output: Output) -> None:
-    """Export as `config` says; progress goes to stderr, the bundle's folder to stdout."""
+    """Export as `config` says; progress and parity go to stderr, the bundle's folder to stdout."""
     _check(config)
     from export import assemble  # seconds: PyTorch
 
-    family, base = _family_and_base(config)
+    _silence_libraries()
+    family, base = _family_and_base(config, assemble.families.FAMILIES)
     hypernet = Path(config.hypernet) if config.hypernet else None
-    seed = getattr(config, "random_weights", None)
     if config.dry_run:
-        sizes = assemble.sizes(assemble.load(assemble.families.get(family), base, hypernet, seed))
-        lines = [
-            f"{name:15} {size / 1e6:9.1f} MB"
-            for name, size in {**sizes, "in all": sum(sizes.values())}.items()
-        ]
-        output.result("\n".join(lines), graphs=sizes, output=config.output)
+        source = assemble.load(assemble.families.get(family), base, hypernet, config.random_weights)
+        sizes = assemble.sizes(assemble.graphs.build(source.base, source.decoder))
+        rows = {**sizes, "in all": sum(sizes.values())}
+        text = "\n".join(f"{name:15} {size / 1e6:9.1f} MB" for name, size in rows.items())
+        output.result(text, graphs=sizes, output=config.output)
         return
     with output.progress("export", assemble.STAGES) as advance_to:
-
-        def progress(done: int, total: int, what: str) -> None:
-            advance_to(done)
-
         path = assemble.export_bundle(
             family, base, hypernet, Path(config.output),
-            random_weights=seed, force=config.force, progress=progress,
+            random_weights=config.random_weights, force=config.force,
+            progress=lambda done, total, what: advance_to(done),
         )  # fmt: skip
         advance_to(assemble.STAGES)
-    output.result(str(path), path=str(path))
+    parity = Bundle.open(path).parity
+    if not output.json:
+        allowed = assemble.verify.TOLERANCE
+        rows = [f"  {rung:20}{error:8.0e} ({allowed[rung]:.0e})" for rung, error in parity.items()]
+        output.note("\n".join(["largest relative errors against PyTorch (and what is allowed):", *rows]))
+    output.result(str(path), path=str(path), parity=dict(parity))
 
 
 def _check(config: ExportConfig) -> None:
+    """What can be refused before PyTorch is loaded."""
     for name, only in (("precision", "fp32"), ("adapt", "inputs")):
         value = getattr(config, name)
         if value != only:
             raise UsageError(
                 f"--{name} {value} is not there yet", f"this version exports {only}", f"leave --{name} out"
             )
+    files.check_folder(config.output, MANIFEST, config.force)
 
 
-def _family_and_base(config: ExportConfig) -> tuple[str, Path | None]:
+def _family_and_base(config: ExportConfig, families: Container[str]) -> tuple[str, Path | None]:
     """`--model` is a family, or the folder of a base model of the family tiny."""
-    base = getattr(config, "base", None)
-    if base is None and Path(config.model).is_dir():
-        return "tiny", Path(config.model)
-    return config.model, Path(base) if base else None
+    base = Path(config.base) if config.base else None
+    if config.model in families or not Path(config.model).is_dir():
+        return config.model, base
+    if base is not None:
+        why = f"--model {config.model} and --base {config.base} both name one"
+        raise UsageError("there are two base models", why, "leave one out, or say --model tiny")
+    return "tiny", Path(config.model)
+
+
+def _silence_libraries() -> None:
+    """What diffusers and transformers warn about is an error of training.base.load, or of no interest."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()

@@ -15,7 +15,7 @@ from torch import nn
 
 from export.errors import ExportError
 from hyperrt.bundle import Betas, Defaults, Preprocess, Prompts
-from hyperrt.errors import NotFound, UsageError
+from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
 from training import base as tiny
 from training import checkpoint, clip_tokenizer, lora_layers, scenes
 from training.base import Base
@@ -31,11 +31,16 @@ HyperRT itself draws (training/scenes.py). No other model, text or picture went 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a bundle is made from, frozen and in eval mode, weights as they were trained."""
+    """What a bundle is made from, frozen and in eval mode, weights as they were trained.
+
+    token:  stands for the subject in prompts.
+    folder: of the base model; None where the weights are random.
+    """
 
     base: Base
     decoder: WeightDecoder
     token: str
+    folder: Path | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module whose weights go into the bundle, by name."""
@@ -49,13 +54,14 @@ class Family:
     """One kind of base model.
 
     Attributes:
-        load: (base folder, checkpoint of the hypernetwork) to what the bundle is made from.
+        load: (base folder, checkpoint of the hypernetwork) to what the bundle is made from; without a folder
+            the base is where it was when the hypernetwork was trained.
         random: (seed) to the same with random weights, for tests and measurements.
         nouns: class nouns that the runtime recognises after the placeholder.
     """
 
     name: str
-    load: Callable[[Path, Path], Source]
+    load: Callable[[Path | None, Path], Source]
     random: Callable[[int], Source]
     defaults: Defaults
     default_class: str
@@ -105,37 +111,75 @@ def preprocess(source: Source) -> Preprocess:
     return Preprocess(source.base.image_encoder.config.image_size, half, half, "bicubic", "center")
 
 
-def _load_tiny(folder: Path, hypernet: Path) -> Source:
+def _load_tiny(folder: Path | None, hypernet: Path) -> Source:
+    decoder, about = _hypernet(hypernet)
+    folder = folder or _base_of(hypernet, about)
     try:
         base = tiny.load(folder)
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise NotFound(
-            f"no base model can be read from {folder}", why, "train one: python -m training.pretrain"
-        ) from error
-    try:
-        decoder, about = checkpoint.load_hypernet(hypernet)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise NotFound(
-            f"no hypernetwork can be read from {hypernet}", why, "train one: python -m training.train"
+    except OSError as error:
+        do = "train one: python -m training.pretrain"
+        raise NotFound(f"no base model can be read from {folder}", _why(error), do) from error
+    except ValueError as error:
+        raise IntegrityError(
+            f"the base model {folder} is damaged", _why(error), "copy it again, or train it again"
         ) from error
     _check_fit(base, decoder, about["base_model"])
-    return Source(base, decoder, about["token"])
+    return Source(base, decoder, about["token"], folder)
+
+
+def _hypernet(path: Path) -> tuple[WeightDecoder, dict[str, str]]:
+    """The decoder, and of its hypernet.json: token, base (a folder) and base_model (a hash).
+
+    Raises:
+        NotFound: there is none, or it cannot be opened.
+        BadInput: it is another kind of file.
+        IntegrityError: it is damaged.
+    """
+    if path.is_file() and path.suffix not in (".safetensors", ".json"):
+        why = "it is hypernet.safetensors beside hypernet.json; pickles can run code and are not read"
+        raise BadInput(f"{path} is no checkpoint of a hypernetwork", why, "name the run's folder")
+    try:
+        decoder, about = checkpoint.load_hypernet(path)
+        entries = {"base": about["training"]["base"], **{key: about[key] for key in ("base_model", "token")}}
+        return decoder, {key: str(value) for key, value in entries.items()}
+    except OSError as error:
+        do = "train one: python -m training.train"
+        raise NotFound(f"no hypernetwork can be read from {path}", _why(error), do) from error
+    except (HyperRTError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        why = f"hypernet.json lacks {error}" if isinstance(error, KeyError) else _why(error)
+        raise IntegrityError(
+            f"the hypernetwork {path} is damaged", why, "copy it again, or train it again"
+        ) from error
+
+
+def _base_of(hypernet: Path, about: dict[str, str]) -> Path:
+    """The folder of the base model that the hypernetwork was trained on."""
+    folder = Path(about["base"])
+    if not folder.is_dir():
+        why = f"{hypernet} was trained on {folder}, which is not there"
+        raise NotFound("there is no base model", why, "say where it is: --base BASE")
+    return folder
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _check_fit(base: Base, decoder: WeightDecoder, trained_on: str) -> None:
     found = checkpoint.hash_of(base.unet)
     if found != trained_on:
         why = f"it was trained on {trained_on[:12]}, the base model is {found[:12]}"
-        raise ExportError(
-            "the hypernetwork is of another base model", why, "give the base that it was trained on"
-        )
-    expected = lora_layers.layout_of(base.unet, decoder.layout.rank)
-    if decoder.layout.hash != expected.hash:
-        raise ExportError(
-            "the hypernetwork does not fit the base model", "their LoRA layouts differ", "train it again"
-        )
+        do = "give the base that it was trained on: --base BASE"
+        raise ExportError("the hypernetwork is of another base model", why, do)
+    what = "the hypernetwork does not fit the base model"
+    if decoder.layout.hash != lora_layers.layout_of(base.unet, decoder.layout.rank).hash:
+        raise ExportError(what, "their LoRA layouts differ", "train it again")
+    width = base.image_encoder.config.hidden_size
+    if decoder.feature_dim != width:
+        why = f"it reads features of {decoder.feature_dim} numbers, the image encoder makes {width}"
+        raise ExportError(what, why, "train it again")
 
 
 def _random_tiny(seed: int) -> Source:

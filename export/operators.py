@@ -1,7 +1,7 @@
 """Operators that a graph is better off with than with what the exporter makes of plain PyTorch.
 
-attend            one com.microsoft.MultiHeadAttention node: ONNX Runtime, OpenVINO and TensorRT-RTX take it; on
-                  ONNX Runtime's CPU no other attention gets by without storing the scores of all heads
+attend            one com.microsoft.MultiHeadAttention node: ONNX Runtime, OpenVINO and TensorRT-RTX take it;
+                  on ONNX Runtime's CPU no other attention gets by without storing the scores of all heads
 rows_from_images  tiling whose repeats the graph works out: the exporter cannot prove rows = branches x images
 combine           the guidance sum, for the same reason
 

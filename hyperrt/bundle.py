@@ -2,7 +2,7 @@
 
 docs/bundle-format.md is the specification; the dataclasses below are the manifest, field for field.  Reading
 is strict: an unknown or missing key, a wrong type, a name that leaves the folder, or a wrong bit in a graph
-is refused and named.  A graph is hashed once, when it is first asked for.
+is refused and named.  A file is hashed once, when it is first asked for, and no other file is ever read.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from engines.base import TensorSpec
 from hyperrt import strict_json
 from hyperrt.errors import BundleError, BundleMismatch, NotFound, UsageError
 from hyperrt.lora import LoraLayout, Site
+from hyperrt.onnx_file import external_files
 from hyperrt.strict_json import StrictError
 
 FORMAT = 1
@@ -30,6 +31,7 @@ GRAPHS = ("image_encoder", "weight_decoder", "text_encoder", "context", "denoise
 PACKAGED = Path(__file__).with_name("bundles")  # the bundles in the wheel
 
 MAX_MANIFEST = 8 * 2**20  # bytes
+MAX_SIZE = 2**16  # of anything that the manifest counts: what is beyond is damaged or hostile
 CHUNK = 2**20  # bytes hashed at a time
 REDO = "export it again (hyperrt export); if it came with hyperrt, install hyperrt again"
 
@@ -189,6 +191,7 @@ class Manifest:
     adapt: Literal["inputs", "refit"]
     preprocess: Preprocess
     prompts: Prompts
+    tokenizer_sha256: str
     hashes: Hashes
     precision: Literal["fp32", "fp16", "bf16"]  # of the arithmetic
     storage: Literal["fp32", "fp16", "bf16"]  # of the weights in the files
@@ -196,6 +199,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         _positive(image_size=self.image_size)
+        _hex64(tokenizer_sha256=self.tokenizer_sha256)
         if set(self.graphs) != set(GRAPHS):
             raise ValueError(f"graphs has {', '.join(sorted(self.graphs))}; it must have {', '.join(GRAPHS)}")
         if self.adapt == "inputs":
@@ -237,7 +241,14 @@ class Bundle(Manifest):
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's file."""
+        """The tokenizer's file; its bytes have the hash of the manifest.
+
+        Raises:
+            BundleError: it is missing, unreadable, or damaged.
+        """
+        if TOKENIZER not in self._verified:
+            self._check(TOKENIZER, self.tokenizer_sha256)
+            self._verified.add(TOKENIZER)
         return self.path / TOKENIZER
 
     def graph(self, name: str) -> Path:
@@ -245,7 +256,7 @@ class Bundle(Manifest):
 
         Raises:
             UsageError: there is no such graph.
-            BundleError: a file is missing, unreadable, or damaged.
+            BundleError: a file is missing, unreadable, or damaged, or the graph has weights in another file.
         """
         if name not in self.graphs:
             raise UsageError(f"a bundle has no graph {name!r}", f"it has {', '.join(GRAPHS)}")
@@ -253,11 +264,12 @@ class Bundle(Manifest):
         if name not in self._verified:
             for file, expected in graph.files():
                 self._check(file, expected)
+            self._check_external(graph)
             self._verified.add(name)
         return self.path / graph.file
 
     def verify(self) -> None:
-        """Hash every graph now (1 to 2 seconds per gigabyte), those too that have been hashed before.
+        """Hash every file now (1 to 2 seconds per gigabyte), those too that have been hashed before.
 
         Raises:
             BundleError: naming the first file that is missing, unreadable, or damaged.
@@ -265,6 +277,7 @@ class Bundle(Manifest):
         self._verified.clear()
         for name in GRAPHS:
             self.graph(name)
+        _ = self.tokenizer
 
     def _check(self, file: str, expected: str) -> None:
         path = self.path / file
@@ -278,6 +291,17 @@ class Bundle(Manifest):
         if found != expected:
             why = f"its sha256 is {found[:12]}..., {MANIFEST} says {expected[:12]}..."
             raise BundleError(f"{file} of the bundle {self.name} is damaged", why, REDO)
+
+    def _check_external(self, graph: Graph) -> None:
+        """Refuse weights in a file that the manifest does not name for this graph, and so nobody hashed."""
+        try:
+            others = external_files(self.path / graph.file) - {(graph.data_file or "").encode()}
+        except (OSError, ValueError) as error:
+            what = f"{graph.file} of the bundle {self.name} is no graph"
+            raise BundleError(what, str(error), REDO) from error
+        if others:
+            why = f"it has weights in {min(others)[:60]!r}, which {MANIFEST} does not name"
+            raise BundleError(f"{graph.file} of the bundle {self.name} cannot be used", why, REDO)
 
 
 def find(bundle: str | os.PathLike[str]) -> Path:
@@ -356,8 +380,8 @@ def _parse(text: bytes) -> Manifest:
 
 def _positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= value <= MAX_SIZE:
+            raise ValueError(f"{name} is {str(value)[:20]}; it must be at least 1 and at most {MAX_SIZE}")
 
 
 def _hex64(**values: str) -> None:

@@ -2,9 +2,10 @@
 
     0 ok   1 bug   2 usage   3 bad input   4 not found   5 incompatible   6 resources
     7 device   8 integrity   9 numeric   130 interrupted   141 the reader of stdout went away
+    143 terminated
 
 The commands are in `cli_commands`, what they print in `cli_output`. Both are imported inside `run`, so that
-Ctrl-C during an import ends like Ctrl-C at any other time.
+Ctrl-C during an import ends like Ctrl-C at any other time.  SIGTERM is taken like Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,23 +23,26 @@ from hyperrt.errors import HyperRTError, ResourceError, UsageError
 if TYPE_CHECKING:
     from hyperrt.cli_output import Output
 
-INTERRUPTED = 130
-BROKEN_PIPE = 141  # 128 + SIGPIPE, as the shell reports it for programs that it kills
+STOPPED = 128  # + the signal's number, as the shell reports it for programs that a signal kills
+BROKEN_PIPE = STOPPED + 13  # SIGPIPE
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _FULL = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
-_interrupted = False
+_signal = 0  # the one that came, if any
 
 
 def main() -> int:
     """Entry point of the program: runs the command line and returns the exit code."""
-    signal.signal(signal.SIGINT, _on_interrupt)
+    for number in SIGNALS:
+        signal.signal(number, _on_signal)
     try:
         code = run(sys.argv[1:])
     except BaseException:  # an interrupted import may raise anything
-        if not _interrupted:
+        if not _signal:
             raise
-        code = INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: no traceback from the interpreter's end
+        code = STOPPED + _signal
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # all is written: no traceback from the interpreter's end
     return code
 
 
@@ -52,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         from hyperrt.cli_output import Output
 
-        output = Output(json="--json" in arguments, interrupted=lambda: _interrupted)
+        output = Output(json="--json" in arguments, stopped=lambda: bool(_signal))
         from hyperrt.cli_commands import hyperrt
 
         if "_HYPERRT_COMPLETE" in os.environ:  # the shell asks what could come next
@@ -68,8 +72,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _end(error: BaseException, output: Output | None, debug: bool) -> int:
     """Say what happened, in three lines at most; returns the exit code."""
-    if _interrupted or isinstance(error, KeyboardInterrupt):
-        known: Any = _Interrupted("interrupted")
+    if _signal or isinstance(error, KeyboardInterrupt):
+        known: Any = _Interrupted(_signal or signal.SIGINT)
     elif isinstance(error, BrokenPipeError):
         _silence_stdout()
         return BROKEN_PIPE
@@ -77,7 +81,7 @@ def _end(error: BaseException, output: Output | None, debug: bool) -> int:
         return int(getattr(error, "exit_code", getattr(error, "code", 1)) or 0)
     else:
         known = _explained(error)
-    if debug and known.code != INTERRUPTED:
+    if debug and not isinstance(known, _Interrupted):
         import traceback
 
         traceback.print_exception(error)
@@ -93,7 +97,9 @@ def _end(error: BaseException, output: Output | None, debug: bool) -> int:
 
 
 class _Interrupted(HyperRTError):
-    code = INTERRUPTED
+    def __init__(self, number: int) -> None:
+        super().__init__(SIGNALS[signal.Signals(number)])
+        self.code = STOPPED + number  # type: ignore[misc]
 
 
 class _Bug(HyperRTError):
@@ -113,6 +119,9 @@ def _explained(error: BaseException) -> Any:
         return ResourceError(
             f"{name}{error.strerror}", "the system has no more of it", "make room, then try again"
         )
+    if isinstance(error, OSError) and error.filename:
+        what = f"{str(error.filename)[-200:]}: {error.strerror}"
+        return UsageError(what, "the system refuses it", "check that name, or choose another")
     click = sys.modules.get("click")
     if click is not None and isinstance(error, click.ClickException):
         from hyperrt.cli_commands import explain_click
@@ -130,11 +139,11 @@ def _is_engine_error(error: BaseException) -> bool:
     return base is not None and isinstance(error, base.EngineError)
 
 
-def _on_interrupt(number: int, frame: FrameType | None) -> None:
-    global _interrupted
-    if _interrupted:  # the second one: whoever presses it does not want to wait for the first
-        os._exit(INTERRUPTED)
-    _interrupted = True
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _signal
+    if _signal:  # the second one: whoever presses it does not want to wait for the first
+        os._exit(STOPPED + number)
+    _signal = number
     raise KeyboardInterrupt
 
 

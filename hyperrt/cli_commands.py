@@ -202,7 +202,15 @@ def personalize(context: click.Context, /, **options: Any) -> None:
 @hyperrt.command()
 @click.option("--model", required=True, metavar="NAME|DIR", help="tiny, or the folder of a base model.")
 @click.option("--output", "-o", required=True, metavar="DIR", help="Folder of the new bundle.")
-@click.option("--hypernet", metavar="CKPT", help="Checkpoint of the weight decoder.")
+@click.option(
+    "--hypernet", metavar="CKPT", help="Checkpoint of the weight decoder: its run's folder, or its file."
+)
+@click.option(
+    "--base", metavar="DIR", help="Folder of the base model [default: what the hypernet was trained on]."
+)
+@click.option(
+    "--random-weights", type=int, metavar="SEED", help="Random weights in place of both, to test and time."
+)
 @click.option(
     "--precision",
     default="fp32",

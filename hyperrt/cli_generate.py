@@ -30,20 +30,18 @@ def generate(config: GenerateConfig, output: Output) -> None:
     paths = [] if to_stdout else configs.output_paths(config.output, config.prompt, seeds, config.force)
     pictures = []
     with Runtime.open(config.bundle, config.backend, config.threads, keep_open=False) as runtime:
-        for k, result in enumerate(_drawn(runtime, config, output)):
+        for result in _drawn(runtime, config, output):
             if to_stdout:
                 output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
                 return
-            for path, image, seed in zip(
-                paths[k * config.batch_size :], result.images, result.seeds, strict=False
-            ):
+            for k, image in enumerate(result.images):
+                path, seed = paths[len(pictures)], result.seeds[k]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                recipe.save_png(path, image, {**result.recipe, "seed": seed}, force=config.force)
+                recipe.save_png(path, image, result.recipe_of(k), force=config.force)
                 pictures.append({"path": str(path), "seed": seed})
                 output.event("picture", **pictures[-1])
-    output.result(
-        "\n".join(str(picture["path"]) for picture in pictures), pictures=pictures, recipe=result.recipe
-    )
+    first = {**result.recipe, "seed": config.seed}  # that of the result is its batch's
+    output.result("\n".join(map(str, paths)), pictures=pictures, recipe=first)
 
 
 def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator[Result]:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from hyperrt import recipe, subject_file
+from hyperrt.cli_output import escaped
 from hyperrt.errors import BadInput
 from hyperrt.lora import VECTORS
 from hyperrt.subject_file import PEFT_FILE
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST = 1 << 30  # bytes of a subject file
-LONGEST = 400  # characters of one value, as text
+LONGEST = 400  # characters of one name or value, as text
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -66,12 +67,17 @@ def _lines(facts: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{_shown(name)}:", *_lines(value, indent + "  ")]
             continue
-        shown = value if isinstance(value, str) else json.dumps(value, default=str)
-        shown = shown.replace("\n", "\\n")
-        lines.append(f"{indent}{name}: {shown[:LONGEST]}{'…' if len(shown) > LONGEST else ''}")
+        shown = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+        lines.append(f"{indent}{_shown(name)}: {_shown(shown)}")
     return lines
+
+
+def _shown(text: str) -> str:
+    """The text on one line, cut where it is long, with nothing in it that a terminal would obey."""
+    cut = escaped(text[:LONGEST]).replace("\n", "\\n")
+    return cut + "…" if len(text) > LONGEST else cut
 
 
 def _bundle(path: str) -> dict[str, Any]:

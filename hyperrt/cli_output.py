@@ -24,15 +24,18 @@ class Output:
         json: whether events are printed instead of text.
     """
 
-    def __init__(self, json: bool, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, json: bool, stopped: Callable[[], bool]) -> None:
         self.json = json
-        self._interrupted = interrupted
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+        self._stopped = stopped
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by who started us: "hyperrt ... >&-"
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+            if hasattr(getattr(sys, name), "reconfigure"):
+                getattr(sys, name).reconfigure(errors="backslashreplace")
         logger = logging.getLogger("hyperrt")
         logger.handlers = [_ToOutput(self)]
         logger.propagate = False
+        logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a photo, we say
 
     def event(self, name: str, /, **fields: Any) -> None:
         """One line of JSON on stdout; nothing without `--json`."""
@@ -85,8 +88,8 @@ class Output:
         with _bar(label, total) if self._draws_bars() else self._lines(label, total) as show:
 
             def advance_to(done: int) -> None:
-                # Ctrl-C can be lost where Python cannot raise (a finaliser, a callback from C): look again.
-                if self._interrupted():
+                # A signal can be lost where Python cannot raise (a finaliser, a callback from C): look again.
+                if self._stopped():
                     raise KeyboardInterrupt
                 show(done)
 

@@ -139,13 +139,16 @@ class ExportConfig:
 
     model: str  # tiny, or the folder of a base model
     output: str  # folder of the new bundle
+    base: str | None = None  # folder of the base model; None: that of the hypernetwork's training
     hypernet: str | None = None  # checkpoint of the weight decoder
+    random_weights: int | None = None  # seed: random weights in place of both
     precision: str = "fp32"
     adapt: str = "inputs"
     dry_run: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
+        _in_range("random_weights", self.random_weights, 0, MAX_SEED)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("adapt", self.adapt, ADAPT_MODES)
 
@@ -163,16 +166,16 @@ def output_paths(output: str | None, prompt: str, seeds: Sequence[int], force: b
     from hyperrt import files
 
     target = Path(output or ".")
-    if target.suffix and not target.is_dir() and not (output or "").endswith(("/", os.sep)):
+    if target.suffix and not os.path.isdir(target) and not (output or "").endswith(("/", os.sep)):
         paths = _file_names(target, seeds)
-    elif os.path.lexists(target) and not target.is_dir():
+    elif os.path.lexists(target) and not os.path.isdir(target):
         why = "a name without .png means a folder"
         raise UsageError(f"{target} is not a folder", why, f"use -o {target}.png")
     else:
         words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60].strip("-") or "picture"
         paths = [target / f"{words}-{seed}.png" for seed in seeds]
-        if not target.is_dir():  # it will be made: look whether it can be
-            parent = next(folder for folder in target.absolute().parents if folder.exists())
+        if not os.path.isdir(target):  # it will be made: look whether it can be
+            parent = next(folder for folder in target.absolute().parents if os.path.exists(folder))
             files.check_file(parent / target.name, force=True)
             return paths
     for path in paths:

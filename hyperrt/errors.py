@@ -1,7 +1,7 @@
 """The errors HyperRT raises: each says what happened, why, and what to do, and carries an exit code.
 
 `str(error)` is three lines (``what``, ``why:``, ``do:``; the empty ones are left out).  `code` is the exit
-status of the command line for that error.  Every subclass is a `HyperRTError`, so a caller can catch one class.
+status of the command line for that error.  Every subclass is a `HyperRTError`: catch one, catch all.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def check_file(path: str | os.PathLike[str], force: bool = False) -> Path:
         _check_parent(target)
         if target.is_dir():
             raise UsageError(f"{target} is a folder", "a file is to be written", "add a file name to it")
-        if os.path.lexists(target):
+        if _is_taken(target):
             if not target.is_file():
                 why = "only plain files are replaced"
                 raise UsageError(f"{target} is no plain file", why, "choose another name")
@@ -132,7 +132,7 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
     target = Path(os.path.abspath(path))
     with _explained(target):
         _check_parent(target)
-        if not os.path.lexists(target):
+        if not _is_taken(target):
             return target
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
@@ -182,18 +182,32 @@ def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
         aside = _new_name(folder)
         if as_folder:
             aside.mkdir()
-            descriptor = os.open(aside, os.O_RDONLY) if _POSIX else -1
+            flags = os.O_RDONLY
         else:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
-            descriptor = os.open(aside, flags, 0o666)
-        if not _POSIX:
-            return aside, descriptor
-        _lock(descriptor, wait=True)
+        if as_folder and not _POSIX:
+            return aside, -1
         # Another run may sweep it between its creation and its lock: then it is gone, and a new one is made.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), aside.stat()):
-                return aside, descriptor
+        try:
+            descriptor = os.open(aside, flags, 0o666)
+        except FileNotFoundError:
+            if not folder.is_dir():
+                raise
+            continue
+        if _is_locked_at(descriptor, aside):
+            return aside, descriptor
         os.close(descriptor)
+
+
+def _is_locked_at(descriptor: int, path: Path) -> bool:
+    """Lock what is open; whether it still has its name."""
+    if not _POSIX:
+        return True
+    _lock(descriptor, wait=True)
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _new_name(folder: Path) -> Path:
@@ -304,6 +318,15 @@ def _check_parent(target: Path) -> None:
         raise UsageError(f"{parent} is not a folder", why, "choose another name")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _not_writable(target)
+
+
+def _is_taken(target: Path) -> bool:
+    """Whether something has this name, if only a dangling link; unlike `lexists` it raises where none can."""
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _already(target: Path) -> UsageError:

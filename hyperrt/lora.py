@@ -37,6 +37,7 @@ SUBJECT_VERSION = "1"
 METADATA = ("base_model", "hypernet", "class_noun", "photos", "trigger")
 MAX_WEIGHT = 1e4  # trained factors stay below 10; a file beyond this is damaged or hostile
 NOT_USABLE = f"it holds NaN, infinity or values beyond {MAX_WEIGHT:g}"
+MAX_WEIGHTS = 2**28  # numbers in a layout; SDXL at rank 64 has 40 million
 MAX_NOUN = 64  # characters
 
 # Which projections each packed vector holds.
@@ -66,7 +67,8 @@ class LoraLayout:
     """The adapted sites in UNet module order, and the rank: all that is needed to pack and unpack.
 
     Raises:
-        UsageError: a size is below 1, a path occurs twice, or ends in something else than to_q, to_k, to_v.
+        UsageError: a size is below 1, a path occurs twice or ends in something else than to_q, to_k, to_v,
+            or there are more than MAX_WEIGHTS weights.
     """
 
     sites: tuple[Site, ...]
@@ -83,6 +85,10 @@ class LoraLayout:
                 why = f"d_in {site.d_in}, d_out {site.d_out}, rank {self.rank}; each must be at least 1"
                 raise UsageError(f"the LoRA layout has an empty site {site.path!r}", why)
             seen.add(site.path)
+        weights = sum(site.numel(self.rank) for site in self.sites)
+        if weights > MAX_WEIGHTS:
+            why = f"it has more than {MAX_WEIGHTS} weights"
+            raise UsageError("the LoRA layout is too large", why, "use a smaller rank")
 
     @functools.cached_property
     def hash(self) -> str:

@@ -89,8 +89,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         BadImage: it is not a PNG, is damaged, or carries no recipe that this version knows.
     """
     name = Path(path).name
-    if not Path(path).exists():
-        raise NotFound(f"there is no file {name!r}", "", "check the name")
+    if not os.path.exists(path):  # unlike Path.exists it says False of a name that is too long
+        raise NotFound(f"there is no file {name[:200]!r}", "", "check the name")
     if not Path(path).is_file():
         raise BadImage(name, "it is not a plain file", "name a PNG file")
     text = _read_chunk(Path(path))

@@ -40,6 +40,7 @@ SOLVERS = frozenset({"ddim", "euler", "dpmpp_2m", "euler_ancestral"})
 PREDICTION_TYPES = frozenset({"epsilon", "v_prediction", "sample"})
 BETA_SCHEDULES = frozenset({"scaled_linear", "linear", "squaredcos_cap_v2"})
 MAX_STEPS = 1000
+LEAST_SIGNAL = 1e-30  # of alphas_cumprod: below, coefficients leave float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +55,11 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         betas = np.array(self.betas, dtype=np.float64)
-        if betas.ndim != 1 or betas.size == 0 or not np.all((betas > 0) & (betas < 1)):
+        usable = betas.ndim == 1 and betas.size > 0 and bool(np.all((betas > 0) & (betas < 1)))
+        if not usable or np.prod(1 - betas) < LEAST_SIGNAL:
             raise UsageError(
                 "the betas are no noise schedule",
-                "they must be a non-empty list of numbers between 0 and 1, both excluded",
+                "they must be a list of numbers between 0 and 1, both excluded, that leaves some signal",
                 "check `betas` in the bundle's bundle.json",
             )
         betas.flags.writeable = False

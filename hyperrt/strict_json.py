@@ -7,6 +7,7 @@ names the place: `graphs.denoiser.inputs[2].shape[0] is true; it must be a whole
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -141,8 +142,8 @@ def _join(where: str, name: str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise StrictError(f"the key {_short(next(n for n in names if names.count(n) > 1))} occurs twice")
+        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise StrictError(f"the key {_short(twice)} occurs twice")
     return found
 
 

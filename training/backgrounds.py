@@ -31,7 +31,9 @@ def _gradient(size: int, top: Colour, bottom: Colour) -> Image.Image:
     return Image.fromarray(np.broadcast_to(rows, (size, size, 3)).astype(np.uint8))
 
 
-def _ground(size: int, sky: tuple[Colour, Colour], ground: Colour, horizon: float) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def _ground(
+    size: int, sky: tuple[Colour, Colour], ground: Colour, horizon: float
+) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = _gradient(size, *sky)
     canvas = ImageDraw.Draw(image)
     canvas.rectangle((0, horizon * size, size, size), fill=ground)
@@ -44,7 +46,9 @@ def _plain(colour: Colour) -> Callable[[int, Rng], Image.Image]:
 
 def _beach(size: int, rng: Rng) -> Image.Image:
     horizon = rng.uniform(0.42, 0.5)
-    image, canvas = _ground(size, ((120, 195, 245), (190, 230, 250)), _near((236, 211, 150), rng), horizon + 0.2)
+    image, canvas = _ground(
+        size, ((120, 195, 245), (190, 230, 250)), _near((236, 211, 150), rng), horizon + 0.2
+    )
     canvas.rectangle((0, horizon * size, size, (horizon + 0.2) * size), fill=_near((35, 130, 190), rng))
     x = rng.uniform(0.1, 0.9) * size
     canvas.ellipse((x - 0.09 * size, 0.06 * size, x + 0.09 * size, 0.24 * size), fill=(255, 225, 90))
@@ -64,7 +68,9 @@ def _forest(size: int, rng: Rng) -> Image.Image:
         x = (k + rng.uniform(0.2, 0.8)) / 6 * size
         top, half = rng.uniform(0.02, 0.2) * size, 0.12 * size
         canvas.rectangle((x - 4, 0.6 * size, x + 4, 0.8 * size), fill=(95, 65, 40))
-        canvas.polygon([(x, top), (x - half, 0.7 * size), (x + half, 0.7 * size)], fill=_near((25, 95, 45), rng, 15))
+        canvas.polygon(
+            [(x, top), (x - half, 0.7 * size), (x + half, 0.7 * size)], fill=_near((25, 95, 45), rng, 15)
+        )
     return image
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
+from transformers.utils.logging import disable_progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,42 +87,80 @@ def tiny_image_encoder() -> ViTModel:
 
 def tiny_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule, with v-prediction: at high noise, where the colours of a subject
-    are settled, the error of v is the error of the picture; that of epsilon is the same divided by the noise."""
+    are settled, the error of v is the error of the picture; that of epsilon is the same divided by the
+    noise."""
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1,
     )  # fmt: skip
 
 
-PARTS = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderTiny,
-    "text_encoder": CLIPTextModel,
-    "tokenizer": CLIPTokenizer,
-    "image_encoder": ViTModel,
-    "scheduler": DDIMScheduler,
+PARTS: dict[str, tuple[type[Any], ...]] = {  # classes that each may have
+    "unet": (UNet2DConditionModel,),
+    "vae": (AutoencoderTiny, AutoencoderKL),
+    "text_encoder": (CLIPTextModel,),
+    "tokenizer": (CLIPTokenizer,),
+    "image_encoder": (ViTModel,),
+    "scheduler": (DDIMScheduler,),
 }
+# The pooler is not part of the features, and a checkpoint without one would leave it empty.
+OPTIONS = {"image_encoder": {"add_pooling_layer": False}}
 
 
 def load(folder: Path | str) -> Base:
-    """Reads a base folder; raises FileNotFoundError where a part is missing."""
+    """Reads a base folder; no pickles.
+
+    Raises:
+        FileNotFoundError: the folder, or a part of it, is missing.
+        ValueError: a part cannot be read, is of another class, lacks weights, or does not fit the others.
+    """
     folder = Path(folder)
     missing = [name for name in PARTS if not (folder / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{folder} is not a base model: it has no {', '.join(missing)}")
-    parts = {name: cls.from_pretrained(folder / name) for name, cls in PARTS.items()}
-    for part in parts.values():
-        if isinstance(part, torch.nn.Module):
-            part.float().eval().requires_grad_(False)
-    return Base(**parts)
+    disable_progress_bar()  # the parts of one model are not worth six bars
+    base = Base(**{name: _part(folder / name, name) for name in PARTS})
+    tokens, embeddings = len(base.tokenizer), base.text_encoder.config.vocab_size
+    if tokens != embeddings:  # an empty tokenizer folder makes a tokenizer, too
+        raise ValueError(f"{folder / 'tokenizer'} knows {tokens} tokens, the text encoder {embeddings}")
+    return base
+
+
+def _part(folder: Path, name: str) -> Any:
+    """One part, frozen, fp32 and in eval mode; errors as `load`."""
+    try:
+        if not issubclass(PARTS[name][0], nn.Module):
+            return PARTS[name][0].from_pretrained(folder)
+        part, info = _class_of(folder, name).from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **OPTIONS.get(name, {})
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers, transformers and safetensors have no common one
+        raise ValueError(f"{folder} cannot be read: {(str(error).strip() or repr(error))}") from error
+    # transformers reports a weight of another shape as (name, shape, shape), and goes on with a random one
+    if lacking := [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"])]:
+        raise ValueError(f"{folder} lacks {len(lacking)} weights, or has others; the first is {lacking[0]}")
+    return part.float().eval().requires_grad_(False)
+
+
+def _class_of(folder: Path, name: str) -> type[Any]:
+    """The class that config.json names, where there is a choice."""
+    classes = {cls.__name__: cls for cls in PARTS[name]}
+    if len(classes) == 1:
+        return PARTS[name][0]
+    found = json.loads((folder / "config.json").read_text())["_class_name"]
+    if found not in classes:
+        raise ValueError(f"it is of the class {found!r}; known are {', '.join(classes)}")
+    return classes[found]
 
 
 def save(base: Base, folder: Path) -> None:
     """Writes every part and the index that makes the folder one of diffusers'."""
-    for name in PARTS:
-        getattr(base, name).save_pretrained(folder / name)
-    library = {name: "diffusers" for name in ("unet", "vae", "scheduler")}
+    library = dict.fromkeys(("unet", "vae", "scheduler"), "diffusers")
     index: dict[str, object] = {"_class_name": "StableDiffusionPipeline"}
-    for name, cls in PARTS.items():
-        index[name] = [library.get(name, "transformers"), cls.__name__]
+    for name in PARTS:
+        part = getattr(base, name)
+        part.save_pretrained(folder / name)
+        index[name] = [library.get(name, "transformers"), type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))

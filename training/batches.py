@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hyperrt.errors import UsageError
 from training.config import TrainConfig
 from training.data import SceneCache
 from training.features import CaptionTable
@@ -51,11 +52,13 @@ class Batches:
         self.count = len(cache.nouns) - config.holdout
         self.subjects = config.batch // config.targets
         if self.count < 1:
-            raise ValueError(
-                f"the cache has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
+            why = f"the cache has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
+            raise UsageError(
+                "no identity is left to train on", why, "lower --holdout, or draw a larger cache"
             )
         if config.photos > self.views:
-            raise ValueError(f"photos is {config.photos}, but the cache has {self.views} views of a subject")
+            why = f"the cache has {self.views} views of a subject"
+            raise UsageError(f"photos is {config.photos}", why, f"set --photos to at most {self.views}")
         self._permutation = lru_cache(2)(self._shuffled)
 
     def at(self, step: int) -> Batch:

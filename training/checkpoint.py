@@ -14,15 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hyperrt import files
+from hyperrt.errors import Incompatible, IntegrityError
 from hyperrt.lora import LoraLayout
 from training.config import DecoderConfig, TrainConfig, to_json
 from training.hypernet import WeightDecoder
+from training.loop import Descent
 
 FORMAT = 1
 HYPERNET, STATE = "hypernet", "state.safetensors"
@@ -89,53 +90,50 @@ def load_hypernet(path: Path | str) -> tuple[WeightDecoder, dict[str, Any]]:
 
 
 def save_state(
-    folder: Path,
-    decoder: WeightDecoder,
-    ema: WeightDecoder,
-    optimizer: torch.optim.Optimizer,
-    window: Tensor,
-    config: TrainConfig,
-    step: int,
+    folder: Path, decoder: WeightDecoder, descent: Descent, window: Tensor, config: TrainConfig, step: int
 ) -> Path:
     """Writes state.safetensors; `step` steps are done, `window` holds their losses not logged yet."""
     tensors = {"window": window}
     tensors.update({f"decoder/{name}": tensor for name, tensor in decoder.state_dict().items()})
-    tensors.update({f"ema/{name}": tensor for name, tensor in ema.state_dict().items()})
+    tensors.update({f"ema/{name}": tensor for name, tensor in descent.ema.state_dict().items()})
     for name, parameter in decoder.named_parameters():
-        tensors.update({f"adam.{key}/{name}": value for key, value in optimizer.state[parameter].items()})
+        moments = descent.optimizer.state[parameter]
+        tensors.update({f"adam.{key}/{name}": value for key, value in moments.items()})
     return _publish(folder / STATE, tensors, {"step": str(step), "config": json.dumps(to_json(config))})
 
 
 def load_state(
-    folder: Path,
-    decoder: WeightDecoder,
-    ema: WeightDecoder,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
+    folder: Path, decoder: WeightDecoder, descent: Descent, config: TrainConfig
 ) -> tuple[int, Tensor, dict[str, tuple[Any, Any]]]:
     """Puts everything back; returns the step, the window, and what differs as {name: (then, now)}.
 
     Raises:
-        ValueError: a setting in `FIXED` differs.
+        Incompatible: a setting in `FIXED` differs.
+        IntegrityError: the file is damaged.
     """
-    with safe_open(folder / STATE, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(folder / STATE)
+    path = folder / STATE
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+        done, before = int(metadata["step"]), json.loads(metadata["config"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise IntegrityError(f"{path} is damaged", str(error), f"remove {folder} to train it anew") from error
     now = to_json(config)
-    then = json.loads(metadata["config"])
-    changed = {name: (then.get(name), now[name]) for name in now if then.get(name) != now[name]}
+    changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
     if fatal := [f"{name} was {then} and is {now}" for name, (then, now) in changed.items() if name in FIXED]:
-        raise ValueError(f"{folder / STATE} is of another decoder: {', '.join(fatal)}")
+        raise Incompatible(
+            f"{path} is of another decoder", ", ".join(fatal), "set it back, or choose another --out"
+        )
     decoder.load_state_dict(_under("decoder/", tensors))
-    ema.load_state_dict(_under("ema/", tensors))
+    descent.ema.load_state_dict(_under("ema/", tensors))
     keys = {name.partition("/")[0] for name in tensors if name.startswith("adam.")}
     moments = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
     for name, parameter in decoder.named_parameters():
-        optimizer.state[parameter] = {
-            key: values[name] if key == "step" else values[name].to(parameter.device)
-            for key, values in moments.items()
+        descent.optimizer.state[parameter] = {
+            key: values[name].to(parameter.device) for key, values in moments.items()
         }
-    return int(metadata["step"]), tensors["window"], changed
+    return done, tensors["window"], changed
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ simply takes more tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -17,9 +18,12 @@ from training import scenes
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build(folder: Path, max_tokens: int) -> CLIPTokenizer:
-    """Writes `folder`/tokenizer.json and the config that transformers reads beside it."""
-    vocabulary, merges = _learn(_corpus())
+def build(folder: Path, max_tokens: int, nouns: Sequence[str] = scenes.NOUNS) -> CLIPTokenizer:
+    """Writes `folder`/tokenizer.json and the config that transformers reads beside it.
+
+    nouns: those of the captions; each of their words becomes one token.
+    """
+    vocabulary, merges = _learn(_corpus(nouns))
     tokenizer = CLIPTokenizer(
         vocab=vocabulary, merges=merges, bos_token=START, eos_token=END, pad_token=END, unk_token=END,
         model_max_length=max_tokens,
@@ -28,8 +32,8 @@ def build(folder: Path, max_tokens: int) -> CLIPTokenizer:
     return tokenizer
 
 
-def _corpus() -> list[str]:
-    captions = [scenes.caption(noun, place, scenes.TOKEN) for noun in scenes.NOUNS for place in scenes.BACKGROUNDS]
+def _corpus(nouns: Sequence[str]) -> list[str]:
+    captions = [scenes.caption(noun, place, scenes.TOKEN) for noun in nouns for place in scenes.BACKGROUNDS]
     return [*captions, "a photo of the picture drawing toy cat dog house with and of in at by"]
 
 
@@ -39,7 +43,11 @@ def _learn(corpus: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=4096,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator(corpus, trainer)
     pieces = alphabet + [letter + "</w>" for letter in alphabet]

@@ -49,7 +49,7 @@ def encode_text(base: Base, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """Hidden states of every caption of a cache: `hidden[subject[identity, view]]`; row 0 is the empty prompt."""
+    """Hidden states of every caption of a cache: `hidden[subject[identity, view]]`; row 0: no text."""
 
     hidden: Tensor  # [captions, L, D]
     subject: np.ndarray  # [N, V] row of the caption with the token
@@ -74,7 +74,7 @@ def caption_table(base: Base, cache: SceneCache, token: str) -> CaptionTable:
 def image_features(base: Base, cache: SceneCache, batch: int = 250) -> np.ndarray:
     """Features of every picture of the cache, (N, V, T, F) float16, memory-mapped.
 
-    They lie in the cache's folder; the encoder's weights are part of their name, so another encoder computes anew.
+    They lie in the cache's folder; the encoder's weights are part of their name: another one computes anew.
     """
     path = cache.path / f"features-{fingerprint(base, cache)}.npy"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The loop that every training here runs: steps, a log of JSON lines, checkpoints, exact resume.
+"""What every training shares: rate and descent, a log of JSON lines, whole states, stopping and going on.
 
 What a step draws at random comes from a generator seeded by (seed, step), so a run that was killed
 goes on with the losses it would have had, and no generator state needs to be kept.
@@ -6,34 +6,45 @@ goes on with the losses it would have had, and no generator state needs to be ke
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
 import math
-import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import click
 import torch
 from torch import Generator, Tensor, nn
 
+from hyperrt import files
+from hyperrt.errors import HyperRTError, IntegrityError, NumericError
 from training import device
+
+log = logging.getLogger("training")
 
 Loss = Callable[[int, Generator], Mapping[str, Tensor]]
 Report = Callable[[int, nn.Module], Mapping[str, float]]
 
+LOG, STATE = "log.jsonl", "state.pt"
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: linear warm-up, then cosine to a twentieth of `lr`; EMA of the weights."""
+    """How long and how fast: linear warm-up, then a cosine to a share of `lr`; EMA of the weights."""
 
     steps: int
     lr: float
-    warmup: int = 100
+    warmup: int = 100  # steps
+    final_lr: float = 0.05  # share of lr that the cosine ends at
     ema: float = 0.999
     weight_decay: float = 1e-4
-    clip: float = 1.0
+    clip: float = 1.0  # norm of the gradient
     log_every: int = 20
     report_every: int = 500
 
@@ -41,76 +52,181 @@ class Schedule:
         """The learning rate at a step."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def fit(out: Path, model: nn.Module, loss: Loss, schedule: Schedule, seed: int = 0, report: Report | None = None) -> nn.Module:
+class Descent:
+    """AdamW at a schedule's rate with clipped gradients, and the EMA of the weights.
+
+    Norms, biases and other vectors do not decay, nor do the parameters named in `undecayed`.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule, undecayed: Sequence[str] = ()) -> None:
+        self.schedule = schedule
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.parameters = list(model.parameters())
+        self.averages = list(self.ema.parameters())
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            (matrices if parameter.ndim > 1 and name not in undecayed else others).append(parameter)
+        groups = [
+            {"params": matrices, "weight_decay": schedule.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.99), fused=True)
+
+    def step(self, step: int, losses: Mapping[str, Tensor], batch: str = "") -> Tensor:
+        """One update down losses["loss"]; returns all the losses and the gradient's norm, on the CPU.
+
+        Args:
+            batch: what the batch holds, for the message of an error.
+
+        Raises:
+            NumericError: one of them is not a finite number; the weights are left as they were.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
+        figures = torch.stack([*(value.detach().float() for value in losses.values()), norm.detach()]).cpu()
+        if not figures.isfinite().all():
+            found = ", ".join(
+                f"{k} {v:g}" for k, v in zip((*losses, "gradient"), figures.tolist(), strict=True)
+            )
+            why = f"{found}; {batch}" if batch else found
+            raise NumericError(
+                f"step {step}: the loss is not a finite number", why, "lower the learning rate"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate(step)
+        self.optimizer.step()
+        decay = min(self.schedule.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        return figures
+
+
+class RunLog:
+    """log.jsonl of a run's folder, one JSON object a line; on a terminal, its plain numbers.
+
+    Args:
+        step: steps done. What was logged after them is dropped: a resumed run will log it again.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int) -> None:
+        self.path, self.steps = folder / LOG, steps
+        kept = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
+        kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
+        files.publish(self.path, lambda file: file.write("".join(kept).encode()), force=True)
+
+    def write(self, step: int, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if numbers := [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)]:
+            log.info("%s: step %d of %d, %s", self.path.parent.name, step, self.steps, ", ".join(numbers))
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[list[int]]:
+    """The signals (SIGTERM, SIGINT) that arrived: the first asks the loop to stop, a second one ends it.
+
+    Raises SystemExit(128 + number) at the end, if one did.
+    """
+    stopped: list[int] = []
+    before: dict[int, Any] = {}
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        log.warning("stopped by signal %d; the state is saved", stopped[0])
+        raise SystemExit(128 + stopped[0])
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """For a command: progress on stderr; an error raised on purpose is its message and its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except (HyperRTError, FileNotFoundError) as error:
+        failure = click.ClickException(str(error))
+        failure.exit_code = getattr(error, "code", 4)  # 4: not found
+        raise failure from error
+
+
+def fit(
+    out: Path, model: nn.Module, loss: Loss, schedule: Schedule, seed: int = 0, report: Report | None = None
+) -> nn.Module:
     """Trains `model` in place and returns its EMA copy.
 
-    out:    folder of log.jsonl and state.pt; a state that is there is resumed.
-    loss:   (step, generator) -> named losses; "loss" is the one that is followed downhill.
-    report: (step, EMA model) -> figures for the log, every `report_every` steps; may write sample sheets into `out`.
+    Args:
+        out: folder of log.jsonl and state.pt; a state that is there is resumed.
+        loss: (step, generator) -> named losses; "loss" is the one that is followed downhill.
+        report: (step, EMA model) -> figures for the log, every `report_every` steps; may write into `out`.
+
+    Raises:
+        NumericError: a loss is not a finite number.
+        IntegrityError: state.pt is damaged, or of another model.
+        SystemExit: SIGTERM or SIGINT arrived; the state is saved.
     """
     out.mkdir(parents=True, exist_ok=True)
     where = next(model.parameters()).device
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.99))
-    step = _resume(out / "state.pt", model, ema, optimizer)
+    descent = Descent(model, schedule)
+    step = _resume(out / STATE, model, descent)
+    if step >= schedule.steps:
+        return descent.ema
+    journal = RunLog(out, step, schedule.steps)
     began = time.perf_counter()
-    while step < schedule.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
-        with device.autocast(where):
-            losses = loss(step, Generator().manual_seed(seed * 1_000_003 + step))
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-        optimizer.step()
-        _follow(ema, model, min(schedule.ema, (1 + step) / (10 + step)))
-        step += 1
-        if step % schedule.log_every == 0 or step == schedule.steps:
-            figures = {name: value.item() for name, value in losses.items()}
-            log(out, step, seconds=time.perf_counter() - began, lr=schedule.rate(step), grad_norm=norm.item(), **figures)
-        if step % schedule.report_every == 0 or step == schedule.steps:
-            if report is not None:
-                log(out, step, **report(step, ema))
-            save(out / "state.pt", {"step": step, "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
-    return ema
+    with stopping() as stopped:
+        while step < schedule.steps and not stopped:
+            with device.autocast(where):
+                losses = loss(step, Generator().manual_seed(seed * 1_000_003 + step))
+            figures = dict(zip((*losses, "grad_norm"), descent.step(step, losses).tolist(), strict=True))
+            step += 1
+            end = step == schedule.steps
+            if end or step % schedule.log_every == 0:
+                seconds = time.perf_counter() - began
+                journal.write(step, seconds=seconds, lr=schedule.rate(step), **figures)
+            due = end or step % schedule.report_every == 0
+            if due and report is not None:
+                journal.write(step, **report(step, descent.ema))
+            if due or stopped:
+                _save(out / STATE, step, model, descent)
+    return descent.ema
 
 
-def log(out: Path, step: int, **figures: float) -> None:
-    """One JSON line in `out`/log.jsonl."""
-    with (out / "log.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in figures.items()}}) + "\n")
+def _save(path: Path, step: int, model: nn.Module, descent: Descent) -> None:
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "ema": descent.ema.state_dict(),
+        "optimizer": descent.optimizer.state_dict(),
+    }
+    files.publish(path, lambda file: torch.save(state, file), force=True)
 
 
-def save(path: Path, state: Mapping[str, object]) -> None:
-    """Writes aside and renames, so that a kill leaves the old state or the new one."""
-    aside = path.with_name(path.name + ".part")
-    torch.save(dict(state), aside)
-    os.replace(aside, path)
-
-
-def _resume(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(path: Path, model: nn.Module, descent: Descent) -> int:
+    """Puts a saved state back; returns the steps done, 0 where there is no state."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; norms, biases and other vectors do not."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in wanted if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-@torch.no_grad()
-def _follow(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(state["model"])
+        descent.ema.load_state_dict(state["ema"])
+        descent.optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise IntegrityError(
+            f"{path} cannot be resumed", why, f"remove {path.parent} to train it anew"
+        ) from error

@@ -105,7 +105,7 @@ class RowAttention:
 
 
 def attentions(unet: nn.Module, suffix: str = "") -> Iterator[tuple[str, Attention]]:
-    """The attention modules of a UNet in module order: (path, module); suffix "attn2": cross-attention only."""
+    """The attention modules of a UNet in module order: (path, module); suffix "attn2": cross-attention."""
     for path, module in unet.named_modules():
         if isinstance(module, Attention) and path.endswith(suffix):
             yield path, module

@@ -2,7 +2,7 @@
 
 Stages, each resumable, in RUN/<stage>/ with log.jsonl, state.pt and sample sheets:
 
-    cache          draws the scenes                                       training/data.py
+    cache          draws the scenes, of drawn subjects and cut-outs       training/data.py, cutouts.py
     vae            autoencoder: pixels <-> latents [C, 8, 8]
     image_encoder  ViT, contrastive on two views of a subject (InfoNCE)
     latents        encodes the cache, so that the UNet trains on latents alone
@@ -13,6 +13,7 @@ The result is RUN/base, a folder in diffusers' format (training/base.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,17 +25,27 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from training import base as bases
-from training import clip_tokenizer, data, device, scenes
-from training.loop import Schedule, fit
+from training import clip_tokenizer, cutouts, data, device, scenes
+from training.loop import Schedule, fit, reported
 from training.sample import sample, sheet
 
-VAE = Schedule(steps=14000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000)
+log = logging.getLogger("training")
+
+VAE = Schedule(
+    steps=14000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000
+)
 IMAGE_ENCODER = Schedule(steps=650, lr=1e-3, warmup=100, ema=0.99, report_every=150)
 UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
 LATENT_NOISE = 0.1  # in standard deviations of the latents
 TEMPERATURE = 0.07
 TEXT_DROPOUT = 0.1
 VALIDATION = 128  # identities at the end of the cache that no stage trains on
+
+STAGES = ("vae", "image_encoder", "unet")
+PATH = click.Path(path_type=Path)
+SHARE, FACTOR = click.FloatRange(0, 1), click.FloatRange(0, min_open=True)
+SUBJECTS = click.IntRange(2 * VALIDATION)
+VIEWS = click.IntRange(2, len(scenes.BACKGROUNDS))
 
 
 def pictures(cache: data.SceneCache, identities: Tensor, views: Tensor) -> Tensor:
@@ -88,11 +99,14 @@ def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int,
     return fit(out, vae, loss, schedule, seed, report)
 
 
-def train_image_encoder(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
-    """InfoNCE between two views of each subject; every other batch is of one noun, where only identity tells apart."""
+def train_image_encoder(
+    out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int
+) -> nn.Module:
+    """InfoNCE between two views of each subject; every other batch is of one noun: only identity differs."""
     torch.manual_seed(seed)
     encoder = bases.tiny_image_encoder().to(device.pick())
-    by_noun = [np.flatnonzero(cache.nouns[:-VALIDATION] == k) for k in range(len(scenes.NOUNS))]
+    by_noun = [np.flatnonzero(cache.nouns[:-VALIDATION] == k) for k in range(len(cache.names))]
+    by_noun = [identities for identities in by_noun if len(identities) > 1]
 
     def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
         noun = by_noun[step // 2 % len(by_noun)] if step % 2 else np.arange(len(cache.nouns) - VALIDATION)
@@ -112,20 +126,28 @@ def train_image_encoder(out: Path, cache: data.SceneCache, schedule: Schedule, b
     return fit(out, encoder, loss, schedule, seed, report)
 
 
-def _similarity(encoder: nn.Module, cache: data.SceneCache, who: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _similarity(
+    encoder: nn.Module, cache: data.SceneCache, who: Tensor, first: Tensor, second: Tensor
+) -> Tensor:
     """Cosines [n, n] between the CLS features of two views."""
-    features = encoder(torch.cat([pictures(cache, who, first), pictures(cache, who, second)])).last_hidden_state[:, 0].float()
+    features = (
+        encoder(torch.cat([pictures(cache, who, first), pictures(cache, who, second)]))
+        .last_hidden_state[:, 0]
+        .float()
+    )
     one, other = F.normalize(features, dim=-1).chunk(2)
     return one @ other.T
 
 
 @torch.no_grad()
 def encode_latents(vae: nn.Module, cache: data.SceneCache) -> None:
-    """Writes latents.npy beside the pictures, scaled to unit standard deviation; sets the VAE's scaling_factor."""
+    """Writes latents.npy beside the pictures, scaled to unit deviation; sets the VAE's scaling_factor."""
     identities, views = cache.backgrounds.shape
     side = bases.IMAGE_SIZE // 8
-    path = cache.path / "latents.npy"
-    latents = np.lib.format.open_memmap(path, "w+", np.float16, (identities, views, bases.LATENT_CHANNELS, side, side))
+    aside = cache.path / f"{data.LATENTS}.part"
+    latents = np.lib.format.open_memmap(
+        aside, "w+", np.float16, (identities, views, bases.LATENT_CHANNELS, side, side)
+    )
     who = torch.arange(identities)
     for part in who.split(128):
         pixels = torch.cat([pictures(cache, part, torch.full_like(part, view)) for view in range(views)])
@@ -135,6 +157,7 @@ def encode_latents(vae: nn.Module, cache: data.SceneCache) -> None:
     for part in np.array_split(np.arange(identities), 64):
         latents[part] = latents[part].astype(np.float32) * scale
     latents.flush()
+    aside.replace(cache.path / data.LATENTS)
     vae.register_to_config(scaling_factor=scale)
 
 
@@ -150,8 +173,10 @@ class Denoiser(nn.Module):
         return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
 
 
-def train_unet(out: Path, cache: data.SceneCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int) -> bases.Base:
-    """Denoises cached latents under their captions, with the subject's token in half of them: `[V]` means nothing yet."""
+def train_unet(
+    out: Path, cache: data.SceneCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int
+) -> bases.Base:
+    """Denoises cached latents under their captions, half with the token, which means nothing yet."""
     where = device.pick()
     model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder).to(where)
     latents, ids = cache.latents, _caption_ids(cache, parts)
@@ -210,37 +235,59 @@ def _scaled(schedule: Schedule, scale: float) -> Schedule:
     return Schedule(**{**vars(schedule), "steps": max(1, round(schedule.steps * scale))})
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; an unfinished one goes on.")
-@click.option("--cache", "cache_path", type=click.Path(path_type=Path), help="Folder of the scenes [default: OUT/cache].")
-@click.option("--identities", default=12000, show_default=True, help="Subjects to draw.")
-@click.option("--views", default=4, show_default=True, help="Scenes per subject.")
-@click.option("--scale", default=1.0, show_default=True, help="Factor on the steps of every stage.")
-@click.option("--batch", default=64, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", type=int, help="Threads of PyTorch [default: its own choice].")
-@click.option("--until", type=click.Choice(["vae", "image_encoder", "unet"]), default="unet", show_default=True)
+@click.command(context_settings={"show_default": True})
+@click.option("--out", type=PATH, required=True, help="Folder of the run; an unfinished one goes on.")
+@click.option("--cache", "cache_path", type=PATH, help="Folder of the scenes [default: OUT/cache].")
+@click.option("--identities", type=SUBJECTS, default=12000, help="Subjects to draw.")
+@click.option("--views", type=VIEWS, default=4, help="Scenes per subject.")
+@click.option(
+    "--cutouts", "cutouts_path", type=PATH, help="Folder of RGBA cut-outs to mix in."
+)
+@click.option(
+    "--cutout-share", type=SHARE, default=data.CUTOUT_SHARE, help="Of the subjects."
+)
+@click.option("--scale", type=FACTOR, default=1.0, help="Factor on the steps of every stage.")
+@click.option(
+    "--batch", type=click.IntRange(8), default=64, help="Rows of a step; autoencoder: an eighth."
+)
+@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: its own choice].")
+@click.option("--workers", type=click.IntRange(1), default=2, help="Processes that draw.")
+@click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], help="Last stage.")
 def main(
-    out: Path, cache_path: Path | None, identities: int, views: int, scale: float, batch: int, seed: int,
-    threads: int | None, until: str,
+    out: Path, cache_path: Path | None, identities: int, views: int, cutouts_path: Path | None, cutout_share: float,
+    scale: float, batch: int, seed: int, threads: int | None, workers: int, until: str,
 ) -> None:  # fmt: skip
-    """Train the tiny base model from nothing and write OUT/base."""
-    device.prepare(threads)
-    cache = data.build(cache_path or out / "cache", identities, views, bases.IMAGE_SIZE)
+    """Train the tiny base model from nothing and write OUT/base. Started again, it goes on where it was."""
+    with reported():
+        device.prepare(threads)
+        found = cutouts.load(cutouts_path) if cutouts_path else None
+        cache = data.build(
+            cache_path or out / "cache", identities, views, bases.IMAGE_SIZE,
+            workers=workers, cutouts=found, share=cutout_share,
+        )  # fmt: skip
+        train(out, cache, scale, batch, seed, until)
+
+
+def train(out: Path, cache: data.SceneCache, scale: float, batch: int, seed: int, until: str) -> None:
+    """All stages, to the one that `until` names; a finished one is read and not repeated."""
     vae = train_vae(out / "vae", cache, _scaled(VAE, scale), max(1, batch // 8), seed)
     if until == "vae":
         return
-    image_encoder = train_image_encoder(out / "image_encoder", cache, _scaled(IMAGE_ENCODER, scale), batch, seed)
+    image_encoder = train_image_encoder(
+        out / "image_encoder", cache, _scaled(IMAGE_ENCODER, scale), batch, seed
+    )
     if until == "image_encoder":
         return
     encode_latents(vae, cache)
-    tokenizer = clip_tokenizer.build(out / "tokenizer", bases.MAX_TOKENS)
+    tokenizer = clip_tokenizer.build(out / "tokenizer", bases.MAX_TOKENS, cache.names)
     torch.manual_seed(seed)
     parts = bases.Base(
         unet=bases.tiny_unet(), vae=vae, text_encoder=bases.tiny_text_encoder(tokenizer), tokenizer=tokenizer,
         image_encoder=image_encoder, scheduler=bases.tiny_scheduler(),
     )  # fmt: skip
     bases.save(train_unet(out / "unet", cache, parts, _scaled(UNET, scale), batch, seed), out / "base")
+    log.info("the base model is in %s", out / "base")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def write(path: Path, trainer: Trainer) -> None:
     """Draws the sheet of the EMA decoder as a PNG."""
     cache, token = trainer.cache, trainer.config.token
     who = np.arange(len(cache.nouns))[-min(SUBJECTS, trainer.config.holdout) :]
-    nouns = [scenes.NOUNS[k] for k in cache.nouns[who]]
+    nouns = [cache.names[k] for k in cache.nouns[who]]
     photos = torch.from_numpy(trainer.features[who, 0].astype(np.float32)).to(trainer.device)
     lora = trainer.ema(photos)
     other = {name: vector.roll(-1, 0) for name, vector in lora.items()}

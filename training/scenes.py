@@ -90,7 +90,9 @@ class Painter:
         self.draw.rounded_rectangle((x0 * s, y0 * s, x1 * s, y1 * s), radius * s, fill=colour)
 
     def line(self, values: list[tuple[float, float]], colour: Colour, width: float) -> None:
-        self.draw.line(self.points(values), fill=colour, width=max(1, round(width * self.size)), joint="curve")
+        self.draw.line(
+            self.points(values), fill=colour, width=max(1, round(width * self.size)), joint="curve"
+        )
 
     def ring(self, x: float, y: float, radius: float, colour: Colour, width: float) -> None:
         s = self.size
@@ -215,7 +217,14 @@ def _monster(p: Painter, q: tuple[float, ...]) -> None:
     _, second, accent = p.who.palette
     wide, top = 0.26 + 0.08 * q[0], 0.2 + 0.06 * q[1]
     for side in (-1, 1):
-        p.polygon([(0.5 + side * 0.2, top + 0.1), (0.5 + side * (0.2 + 0.15 * q[2]), 0.03), (0.5 + side * 0.07, top + 0.03)], accent)
+        p.polygon(
+            [
+                (0.5 + side * 0.2, top + 0.1),
+                (0.5 + side * (0.2 + 0.15 * q[2]), 0.03),
+                (0.5 + side * 0.07, top + 0.03),
+            ],
+            accent,
+        )
         p.line([(0.5 + side * wide, 0.55), (0.5 + side * (wide + 0.12), 0.4 + 0.3 * q[3])], second, 0.08)
         p.ellipse(0.5 + side * 0.13, 0.92, 0.1, 0.05, second)
     p.body(lambda s: s.box(0.5 - wide, top, 0.5 + wide, 0.92, INK, 0.12 + 0.12 * q[4]))
@@ -259,7 +268,7 @@ def draw_subject(who: Identity, size: int) -> Image.Image:
 
 
 def compose(subject: Image.Image, background: str, rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """RGBA subject + scene name => picture (size, size, 3) uint8, with a little variation in place, size and tilt."""
+    """RGBA subject + scene name => picture (size, size, 3) uint8; place, size and tilt vary a little."""
     scene = backgrounds.draw(background, size, rng)
     side = round(size * rng.uniform(0.7, 0.82))
     placed = subject.resize((side, side), Image.Resampling.LANCZOS)

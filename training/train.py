@@ -8,28 +8,24 @@ on with --resume, with the loss curve that it would have had.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import logging
-import math
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hyperrt import files
+from hyperrt.errors import IntegrityError, UsageError
 from training import base as bases
 from training import checkpoint, device, features, monitors, preview
 from training.batches import Batch, Batches
 from training.config import PRESETS, TrainConfig, resolve, to_json
 from training.data import SceneCache
 from training.hypernet import Packed, WeightDecoder
+from training.loop import LOG, Descent, RunLog, Schedule, reported, stopping
 from training.lora_layers import Rows, install, layout_of, unpack
 from training.losses import Noising, regulariser, row_loss
 
@@ -39,13 +35,13 @@ LOSSES = ("loss", "ft", "reg", "prior", "grad_norm")
 
 
 class Trainer:
-    """All that a run holds: the frozen base, the batches, the decoder, its EMA and its optimizer."""
+    """All that a run holds: the frozen base, the batches, the decoder, its EMA and its descent."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.device = device.pick(config.device)
         device.seed_everything(config.seed)
-        self.base = bases.load(config.base)
+        self.base = _load_base(config.base)
         for module in (self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder):
             module.to(self.device)
         self.cache = SceneCache.open(config.cache)
@@ -61,10 +57,17 @@ class Trainer:
         decoder = WeightDecoder(self.layout, self.features.shape[-1], config.decoder)
         decoder.set_feature_statistics(*features.feature_statistics(self.features))
         self.decoder = decoder.to(self.device)
-        self.ema = copy.deepcopy(self.decoder).requires_grad_(False)
-        self.optimizer = _optimizer(self.decoder, config)
-        self.parameters = list(self.decoder.parameters())
-        self.averages = list(self.ema.parameters())
+        self.schedule = Schedule(
+            config.steps,
+            config.lr,
+            config.warmup,
+            config.final_lr,
+            config.ema,
+            config.weight_decay,
+            config.clip,
+        )
+        self.descent = Descent(self.decoder, self.schedule, undecayed=("position",))
+        self.ema = self.descent.ema
 
     def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor, lora: Packed | None) -> Tensor:
         """The UNet on rows, each with its own LoRA [rows, N]; None: the base model."""
@@ -117,52 +120,24 @@ class Trainer:
         """One update; returns `LOSSES` as one tensor.
 
         Raises:
-            FloatingPointError: the loss is not a finite number.
+            NumericError: the loss is not a finite number.
         """
         batch = self.batches.at(step)
         terms = self.losses(batch, self.batches.prior_at(step) if self.config.gamma else None)
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        figures = torch.stack([*(terms[name].detach() for name in LOSSES[:-1]), norm.detach()]).cpu()
-        if not figures.isfinite().all():
-            raise FloatingPointError(
-                f"step {step}: {dict(zip(LOSSES, figures.tolist(), strict=True))}, "
-                f"identities {batch.identities.tolist()}"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
-        self.optimizer.step()
-        decay = min(self.config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
-        return figures
+        return self.descent.step(step, terms, f"identities {batch.identities.tolist()}")
 
     def save(self, folder: Path, step: int, window: Tensor) -> None:
         """Everything that resuming needs, and the EMA for export."""
-        checkpoint.save_state(folder, self.decoder, self.ema, self.optimizer, window, self.config, step)
+        checkpoint.save_state(folder, self.decoder, self.descent, window, self.config, step)
         checkpoint.save_hypernet(folder, self.ema, self.config, step, self.base_hash)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to `final_lr` of the peak."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (
-        config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    )
-
-
-def _optimizer(decoder: WeightDecoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; norms, biases, the tokens' position and the static A0 do not decay."""
-    decays = {True: [], False: []}
-    for name, parameter in decoder.named_parameters():
-        decays[parameter.ndim > 1 and name != "position"].append(parameter)
-    groups = [
-        {"params": decays[True], "weight_decay": config.weight_decay},
-        {"params": decays[False], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+def _load_base(folder: str) -> bases.Base:
+    try:
+        return bases.load(folder)
+    except ValueError as error:
+        do = "make it anew: python -m training.pretrain"
+        raise IntegrityError(f"{folder} is no base model", str(error), do) from error
 
 
 def _repeated(vector: Tensor, times: int) -> Tensor:
@@ -170,76 +145,58 @@ def _repeated(vector: Tensor, times: int) -> Tensor:
     return vector.unsqueeze(1).expand(-1, times, -1).reshape(-1, vector.shape[1])
 
 
-class RunLog:
-    """log.jsonl; a resumed run drops what was written after its checkpoint."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
-        files.publish(path, lambda file: file.write("".join(kept).encode()), force=True)
-        self.file = path.open("a")
-
-    def write(self, **values: Any) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-
-
 def run(config: TrainConfig, resume: bool = False) -> Path:
     """Trains to the end, or to SIGTERM or SIGINT, at which the state is saved; returns the run's folder.
 
     Raises:
-        FileExistsError: the folder holds a run and `resume` is off.
+        UsageError: the folder holds a run and `resume` is off.
+        Incompatible, IntegrityError: the state in the folder is of another decoder, or damaged.
+        NumericError: the loss is not a finite number; the last checkpoint is kept.
+        SystemExit: 128 + the number of the signal.
     """
     out = Path(config.out)
-    if not resume and (out / "log.jsonl").exists():
-        raise FileExistsError(f"{out} holds a run; add --resume, or choose another --out")
+    if not resume and (out / LOG).exists():
+        raise UsageError(
+            f"{out} holds a run", "nothing is overwritten unasked", "add --resume, or another --out"
+        )
     (out / "samples").mkdir(parents=True, exist_ok=True)
     device.prepare(config.threads)
     trainer = Trainer(config)
     start, window = 0, torch.zeros(0, len(LOSSES))
     if resume and (out / checkpoint.STATE).exists():
-        state = checkpoint.load_state(out, trainer.decoder, trainer.ema, trainer.optimizer, config)
-        start, window, changed = state
+        start, window, changed = checkpoint.load_state(out, trainer.decoder, trainer.descent, config)
         for name, (then, now) in changed.items():
             log.warning("%s was %s and is %s now", name, then, now)
-    stopped = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: stopped.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
+    with stopping() as stopped:
         _loop(trainer, out, start, window, stopped)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if stopped:
-        log.warning("stopped by signal %d; go on with --resume", stopped[0])
-        raise SystemExit(128 + stopped[0])
     return out
 
 
 def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list[int]) -> None:
     config = trainer.config
-    journal = RunLog(out / "log.jsonl", start)
+    journal = RunLog(out, start, config.steps)
     probe = monitors.probe(trainer.cache, trainer.features, trainer.captions, config, trainer.noising.steps)
     watch = monitors.Monitor(
         probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, config.batch
     )
     if start == 0:
-        journal.write(step=0, config=to_json(config), parameters=sum(p.numel() for p in trainer.parameters))
-        journal.write(step=0, monitor=watch.measure(trainer.ema))
+        parameters = sum(p.numel() for p in trainer.decoder.parameters())
+        journal.write(0, config=to_json(config), parameters=parameters)
+        journal.write(0, monitor=watch.measure(trainer.ema))
     clock = time.perf_counter()
     for step in range(start, config.steps):
         window = torch.cat([window, trainer.step(step)[None]])
         done = step + 1
         end = done == config.steps
         if end or done % config.log_every == 0:
-            seconds, rate = time.perf_counter() - clock, learning_rate(config, step)
             means = dict(zip(LOSSES, window.double().mean(0).tolist(), strict=True))
-            journal.write(step=done, **means, lr=rate, rows_per_s=len(window) * config.batch / seconds)
+            speed = len(window) * config.batch / (time.perf_counter() - clock)
+            journal.write(done, **means, lr=trainer.schedule.rate(step), rows_per_s=speed)
             window = window[:0]
         if end or done % config.monitor_every == 0:
-            journal.write(step=done, monitor=watch.measure(trainer.ema))
+            figures = watch.measure(trainer.ema)
+            journal.write(done, monitor=figures)
+            log.info("held out: gap %.4g, gain %.4g", figures["gap"], figures["gain"])
         if end or done % config.sample_every == 0:
             preview.write(out / "samples" / f"step-{done:06d}.png", trainer)
         if end or done % config.save_every == 0 or stopped:
@@ -275,12 +232,12 @@ def _options(command: click.Command) -> click.Command:
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 def main(preset: str, file: Path | None, resume: bool, **flags: Any) -> None:
     """Train the hypernetwork on a frozen base model."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        settings = resolve(flags, preset, file)
+    with reported():
+        try:
+            settings = resolve(flags, preset, file)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
         run(settings, resume)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 _options(main)

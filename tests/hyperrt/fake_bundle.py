@@ -131,7 +131,9 @@ def write(folder: Path, **changes: Any) -> Path:
         graphs[name] = {"file": f"{name}.onnx", "sha256": hashlib.sha256(content).hexdigest(), **specs}
     _write_tokenizer(folder / "tokenizer.json")
     (folder / "LICENSES").write_text("none\n")
-    (folder / "bundle.json").write_text(json.dumps({**_manifest(graphs), **changes}))
+    tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    manifest = {**_manifest(graphs), "tokenizer_sha256": tokenizer, **changes}
+    (folder / "bundle.json").write_text(json.dumps(manifest))
     return folder
 
 

@@ -15,6 +15,7 @@ from hyperrt import bundle as bundles
 from hyperrt.bundle import FORMAT, GRAPHS, MANIFEST, TOKENIZER, Bundle, LoraSection, sha256_of
 from hyperrt.errors import BundleError, BundleMismatch, HyperRTError, NotFound, UsageError
 from hyperrt.lora import LoraLayout, Site
+from tests.hyperrt.onnx_bytes import external_graph
 
 ATTN = "mid.attn2"
 LAYOUT = LoraLayout((Site(f"{ATTN}.to_q", 4, 4), Site(f"{ATTN}.to_k", 6, 4), Site(f"{ATTN}.to_v", 6, 4)), 2)
@@ -63,6 +64,7 @@ def manifest_of(folder: Path) -> dict:
             "default_class": "mug",
             "nouns": ["mug", "fish"],
         },
+        "tokenizer_sha256": sha256_of(folder / TOKENIZER),
         "hashes": {"base_model": "b" * 64, "hypernet": "a" * 64},
         "precision": "fp32",
         "storage": "fp16",
@@ -141,6 +143,9 @@ def test_the_layout_in_the_manifest_is_complete(folder, name):
         ("image_size", 64.0, "image_size is 64.0"),
         ("image_size", True, "image_size is true"),
         ("image_size", 0, "image_size is 0; it must be at least 1"),
+        ("latent.size", 2**40, "latent: size is 1099511627776; it must be at least 1 and at most 65536"),
+        ("prompts.max_tokens", 10**4000, "max_tokens is 1000"),
+        ("betas.steps", 10**12, "betas: steps is"),
         ("latent", [], r"latent is \[\]; it must be an object"),
         ("betas.start", True, "betas.start is true"),
         ("betas.end", 2, "betas: start is"),
@@ -162,6 +167,7 @@ def test_the_layout_in_the_manifest_is_complete(folder, name):
         ("graphs.context.inputs.1.name", "lora", r"graphs\.context must take lora_kv"),
         ("lora.hash", "c" * 64, "lora: hash is"),
         ("lora.rank", 3, "lora: hash is"),
+        ("lora.rank", 2**60, "the LoRA layout is too large"),
         ("lora.sites.0.path", "mid.attn2.to_out", "lora: the LoRA layout cannot hold"),
         ("parity.onnxruntime_fp32", "small", "parity.onnxruntime_fp32 is"),
         ("format", "1", "format is"),
@@ -278,6 +284,40 @@ def test_a_manifest_with_damaged_bytes_is_read_or_refused(sound, data):
         return
 
 
+def with_graph(folder: Path, name: str, content: bytes) -> Path:
+    """The bundle with another file for the graph `name`, hash included."""
+    (folder / f"{name}.onnx").write_bytes(content)
+    return changed(folder, f"graphs.{name}.sha256", sha256_of(folder / f"{name}.onnx"))
+
+
+def test_weights_are_taken_from_the_data_file_that_is_hashed_and_from_no_other(folder):
+    with_graph(folder, "denoiser", external_graph(b"denoiser.onnx.data"))
+    Bundle.open(folder).graph("denoiser")
+    for name in (b"other.data", b"../denoiser.onnx.data", b"/etc/passwd", b"*/_ORT_MEM_ADDR_/*", b"\x1b[2J"):
+        with_graph(folder, "denoiser", external_graph(name))
+        with pytest.raises(BundleError, match="has weights in b'") as caught:
+            Bundle.open(folder).graph("denoiser")
+        assert "\x1b" not in str(caught.value)
+
+
+def test_a_graph_with_no_data_file_has_its_weights_inside(folder):
+    with_graph(folder, "context", external_graph(b"denoiser.onnx.data"))
+    with pytest.raises(BundleError, match=r"context\.onnx .*cannot be used"):
+        Bundle.open(folder).graph("context")
+    with_graph(folder, "context", external_graph(b"x")[:-1])
+    with pytest.raises(BundleError, match=r"context\.onnx .*is no graph"):
+        Bundle.open(folder).graph("context")
+
+
+def test_a_damaged_tokenizer_is_found_before_it_is_used(folder):
+    (folder / TOKENIZER).write_text("{ }")
+    opened = Bundle.open(folder)
+    with pytest.raises(BundleError, match=r"tokenizer\.json .*damaged"):
+        _ = opened.tokenizer
+    with pytest.raises(BundleError, match=r"tokenizer\.json .*damaged"):
+        opened.verify()
+
+
 @pytest.mark.parametrize("file", ["denoiser.onnx", "denoiser.onnx.data"])
 def test_one_wrong_bit_in_a_graph_is_found_before_it_is_used(folder, file):
     content = bytearray((folder / file).read_bytes())
@@ -301,7 +341,7 @@ def test_a_graph_is_hashed_once_and_again_by_verify(folder, monkeypatch):
     opened.graph("denoiser")
     assert hashed == ["denoiser.onnx", "denoiser.onnx.data"]
     opened.verify()
-    assert len(hashed) == 2 + len(GRAPHS) + 1
+    assert set(hashed) == {*(f"{name}.onnx" for name in GRAPHS), "denoiser.onnx.data", TOKENIZER}
 
 
 @pytest.mark.parametrize("file", ["vae_decoder.onnx", "denoiser.onnx.data", TOKENIZER])

@@ -122,11 +122,12 @@ def test_without_hard_links_a_file_is_published_by_rename(tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["out.png"]
 
 
-def test_a_name_of_255_bytes_is_fine_and_a_longer_one_is_refused(tmp_path):
-    assert files.publish(tmp_path / ("a" * 255), text("x")).read_text() == "x"
+@either
+def test_a_name_of_255_bytes_is_fine_and_a_longer_one_is_refused_before_the_work(kind, tmp_path):
+    path = publish_either(kind, tmp_path / ("a" * 255), new_content(kind))
+    assert read_either(kind, path) == "new"
     with pytest.raises(UsageError, match="too long"):
-        files.publish(tmp_path / ("a" * 256), text("x"))
-    assert not leftovers(tmp_path)
+        publish_either(kind, tmp_path / ("a" * 256), stop(AssertionError("the work was begun")))
 
 
 def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path):
@@ -285,6 +286,20 @@ def test_a_sweep_does_not_follow_links_or_touch_other_names(tmp_path):
     files.sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "precious" / "file").exists()
+
+
+def test_what_another_run_sweeps_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    mkdir, swept = Path.mkdir, []
+
+    def mkdir_and_sweep(self, *args, **kwargs):
+        mkdir(self, *args, **kwargs)
+        if self.name.startswith(files.PREFIX) and not swept:
+            swept.append(self)
+            files.sweep(self.parent)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_sweep)
+    assert read_bundle(files.publish_folder(tmp_path / "robot", bundle("new"), marker=MARKER))[0] == "new"
+    assert len(swept) == 1
 
 
 def test_a_sweep_of_a_folder_that_is_gone_is_quiet(tmp_path):

@@ -182,6 +182,8 @@ def test_text_behind_the_pixels_is_found(saved):
 def test_a_missing_file_is_not_found(tmp_path):
     with pytest.raises(NotFound, match=re.escape("none.png")):
         recipe.read(tmp_path / "none.png")
+    with pytest.raises(NotFound, match="there is no file 'xxx"):
+        recipe.read("x" * 5000)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_unknown_names_are_refused_with_those_known():
         NoiseSchedule.named("cosine", 0.1, 0.2)
 
 
-@pytest.mark.parametrize("betas", [[], [0.1, 0.0], [0.1, 1.0], [0.1, np.nan], [[0.1]]])
+@pytest.mark.parametrize("betas", [[], [0.1, 0.0], [0.1, 1.0], [0.1, np.nan], [[0.1]], [0.9] * 99])
 def test_betas_that_are_no_schedule_are_refused(betas):
     with pytest.raises(UsageError, match="betas"):
         NoiseSchedule(np.array(betas))

@@ -35,7 +35,14 @@ def test_missing_folders_are_named_as_flags():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"ema": 1.5}, {"lambda_": -1}, {"reduction": "median"}, {"batch": 6, "targets": 4}, {"lr": 0}],
+    [
+        {"steps": 0},
+        {"ema": 1.5},
+        {"lambda_": -1},
+        {"reduction": "median"},
+        {"batch": 6, "targets": 4},
+        {"lr": 0},
+    ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_number_out_of_range_is_refused_by_name(wrong):

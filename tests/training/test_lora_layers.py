@@ -33,7 +33,10 @@ def inputs():
 def packed(unet):
     layout = lora_layers.layout_of(unet, RANK)
     generator = torch.Generator().manual_seed(1)
-    return {name: 0.2 * torch.randn(ROWS, layout.size(name), generator=generator) for name in ("lora_q", "lora_kv")}
+    return {
+        name: 0.2 * torch.randn(ROWS, layout.size(name), generator=generator)
+        for name in ("lora_q", "lora_kv")
+    }
 
 
 def call(unet, inputs, packed=None, gate=1.0):

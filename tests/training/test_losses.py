@@ -27,8 +27,12 @@ def noise():
 
 def test_noising_and_velocity_agree_with_diffusers(latents, noise):
     ours, theirs = Noising(scheduler()), scheduler()
-    torch.testing.assert_close(ours.noised(latents, noise, TIMESTEPS), theirs.add_noise(latents, noise, TIMESTEPS))
-    torch.testing.assert_close(ours.target(latents, noise, TIMESTEPS), theirs.get_velocity(latents, noise, TIMESTEPS))
+    torch.testing.assert_close(
+        ours.noised(latents, noise, TIMESTEPS), theirs.add_noise(latents, noise, TIMESTEPS)
+    )
+    torch.testing.assert_close(
+        ours.target(latents, noise, TIMESTEPS), theirs.get_velocity(latents, noise, TIMESTEPS)
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])

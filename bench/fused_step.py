@@ -1,0 +1,145 @@
+"""Does it pay to compute all branches of HM-CFG in one call, and what does the LoRA cost there?
+
+The design computes a step as one call of three rows: base with the empty prompt, personalised, base with the
+generic prompt. The usual way is two models: the base model on its two rows, the personalised one on its row.
+
+    fused_over_two_calls   time of the call of three rows / (base pair + personalised single)
+    lora_overhead          time of the call of three rows / the same three rows of the plain UNet, minus 1
+
+The plain UNet is the bundle's own denoiser with the LoRA cut out of the graph, so everything else is equal; it
+is checked to give what the denoiser gives with the LoRA's gate at 0. The base pair runs on it. All calls are
+made as the runtime makes them: same backend and threads, constants bound. Calls take turns within every round,
+in changing order, and a figure is the median over rounds of the ratio within a round: what else the machine
+does hits all of them alike. One picture, at the bundle's size.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx_ir as ir
+import report
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+import engines
+from engines.base import Engine
+from hyperrt import guidance
+from hyperrt.bundle import Bundle
+
+BARS = {"fused_over_two_calls": "< 0.95", "lora_overhead": "< 0.05"}
+WARM_UP = 5  # rounds that are not counted
+BASE_PAIR, SUBJECT = [0, 2], [1]  # rows of the three
+
+
+def main() -> None:
+    parser = report.options(__doc__)
+    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--threads", type=int, help="default: what the runtime uses")
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = without_lora(bundle.graph("denoiser"), Path(folder) / "plain.onnx")
+        times, error = measure(bundle, plain, 3 if args.quick else args.rounds, args.threads)
+    print(f"plain UNet against the denoiser with its gate at 0: relative difference {error:.1e}\n")
+    names = {"fused": "three rows, LoRA", "plain": "three rows, plain UNet", "pair": "base pair, plain UNet"}
+    names["single"] = "personalised single, LoRA"
+    rows = [(names[key], len(times[key]), median(times[key]), min(times[key])) for key in names]
+    report.table(rows, ("call", "rounds", "median ms", "least ms"))
+    fused, plain_times, pair, single = (np.array(times[key]) for key in names)
+    figures = {
+        "fused_over_two_calls": float(np.median(fused / (pair + single))),
+        "lora_overhead": float(np.median(fused / plain_times)) - 1,
+        "fused_ms": float(np.median(fused)),
+    }
+    report.finish(__file__, figures, BARS)
+
+
+def without_lora(denoiser: Path, path: Path) -> Path:
+    """Write the denoiser's graph without its LoRA: every sum of a projection and a LoRA becomes the projection."""
+    model = ir.load(denoiser)
+    graph = model.graph
+    lora = next(value for value in graph.inputs if value.name == "lora_q")
+    of_lora = {lora}  # values that the LoRA reaches before it is added to anything
+    for node in graph:
+        own = [value for value in node.inputs if value not in of_lora]
+        if len(own) == len(node.inputs):
+            continue
+        if node.op_type == "Add" and len(own) == 1:
+            node.outputs[0].replace_all_uses_with(own[0])
+        else:
+            of_lora.update(node.outputs)
+    RemoveUnusedNodesPass()(model)
+    graph.inputs.remove(lora)
+    ir.save(model, path)
+    return path
+
+
+def measure(bundle: Bundle, plain: Path, rounds: int, threads: int | None) -> tuple[dict[str, list[float]], float]:
+    """Milliseconds of every call in every round, and how far the plain UNet is from the denoiser at gate 0."""
+    constants = random_constants(bundle)
+    variable = random_latents(bundle)
+    base = {name: value for name, value in constants.items() if name != "lora_q"}
+
+    def step(path: Path, rows: list[int], feeds: dict[str, np.ndarray], **changed: np.ndarray) -> Callable:
+        engine = engines.open(path, threads=threads)
+        by_row = {name: feeds[name][rows] for name in ("context", "gate", "guidance")}
+        engine.bind({**feeds, **by_row, **changed})
+        return partial(Engine.run, engine, variable)
+
+    denoiser = bundle.graph("denoiser")
+    everything = [0, 1, 2]
+    calls = {
+        "fused": step(denoiser, everything, constants),
+        "plain": step(plain, everything, base),
+        "pair": step(plain, BASE_PAIR, base),
+        "single": step(denoiser, SUBJECT, constants),
+    }
+    gate_shut = step(denoiser, everything, constants, gate=np.zeros(3, np.float32))()["next_latents"]
+    error = np.abs(calls["plain"]()["next_latents"] - gate_shut).max() / np.abs(gate_shut).max()
+    if not error < 1e-5:
+        raise SystemExit(f"the LoRA was not cut out cleanly: relative difference {error:.1e}")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    for turn in range(WARM_UP + rounds):
+        shuffle(order)
+        for name in order:
+            elapsed = report.milliseconds(calls[name])
+            if turn >= WARM_UP:
+                times[name].append(elapsed)
+    return times, float(error)
+
+
+def random_constants(bundle: Bundle) -> dict[str, np.ndarray]:
+    """What the denoiser holds over a loop, for the rows uncond, subject, generic of one picture."""
+    rng = np.random.default_rng(0)
+    sizes = {spec.name: spec.shape for spec in bundle.graphs["denoiser"].inputs}
+    defaults = bundle.defaults
+    weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
+    return {
+        "context": rng.standard_normal((3, *sizes["context"][1:]), np.float32),
+        "gate": np.array([0, 1, 0], np.float32),
+        "guidance": np.array(weights, np.float32),
+        "lora_q": 0.1 * rng.standard_normal((1, *sizes["lora_q"][1:]), np.float32),
+    }
+
+
+def random_latents(bundle: Bundle) -> dict[str, np.ndarray]:
+    """What the denoiser is given at every step, for one picture."""
+    rng = np.random.default_rng(1)
+    shape = (1, bundle.latent.channels, bundle.latent.size, bundle.latent.size)
+    return {
+        **{name: rng.standard_normal(shape, np.float32) for name in ("latents", "previous", "noise")},
+        "timestep": np.array(501, np.float32),
+        "coefficients": np.array([1, 0.9, 0.1, 0.05, 0, 0.9, 0.1], np.float32),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Does the compiled runtime compute what the paper's formula says?
+
+The reference shares no code with the runtime's step: a plain PyTorch loop with diffusers' own UNet, attention
+and schedulers, the LoRA injected by PEFT and switched on and off between the branches, every branch a call of
+its own, and the sum of the paper's equation 20 written out:
+
+    eps = (1 - 2 s) eps_base(empty) + kappa s eps_lora(subject) + (2 - kappa) s eps_base(generic)
+
+    worst_rel   max |runtime - reference| / max |reference| of the final latents, the largest over kappa 0.4,
+                1, 2 and every solver, 30 steps
+
+Both start from the same noise (the runtime's generator), and a stochastic solver adds the same. The LoRA is what
+the runtime makes of an example's photos; PEFT gets it by way of a subject file. With --base all of the
+reference comes from that folder, its weights rounded as export rounds them. Without it the UNet's weights are
+read back out of the bundle's graphs, and the prompts' hidden states come from its text encoder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import graph_weights
+import numpy as np
+import report
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+import engines
+from export import storage
+from hyperrt import Runtime, lora, sampling, solvers
+from hyperrt.bundle import Bundle
+from hyperrt.lora import Subject
+from hyperrt.tokenizer import Tokenizer
+from training import base as tiny
+
+KAPPAS = (0.4, 1.0, 2.0)
+SOLVERS = sorted(solvers.SOLVERS)
+STEPS = 30
+SEED = 7
+NOUN, SCENE = "mug", "on a beach"
+PHOTOS = report.ROOT / "examples" / "subjects" / NOUN
+SCHEDULERS = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+BARS = {"worst_rel": "< 1e-3"}
+
+Encode = Callable[[Sequence[str]], Tensor]  # prompts to hidden states [prompts, L, D]
+
+
+def main() -> None:
+    parser = report.options(__doc__)
+    parser.add_argument("--base", type=Path, help="folder of the base model that the bundle was exported from")
+    args = parser.parse_args()
+    kappas, steps = ((1.0,), 3) if args.quick else (KAPPAS, STEPS)
+    bundle = Bundle.open(args.bundle)
+    unet, encode = reference_of(bundle, args.base)
+    token = bundle.prompts.token
+    text = encode(["", f"a {token} {NOUN} {SCENE}", f"a {NOUN} {SCENE}"]).split(1)
+    rows, scale = [], bundle.defaults.guidance_scale
+    with Runtime.open(args.bundle) as runtime:
+        subject = runtime.personalize(PHOTOS, NOUN)
+        inject(unet, subject, bundle)
+        for solver, kappa in product(SOLVERS, kappas):
+            options = {"kappa": kappa, "guidance_scale": scale, "steps": steps, "solver": solver, "seed": SEED}
+            found = runtime.generate(f"a [V] {NOUN} {SCENE}", subject, **options).latents
+            expected = sample(unet, text, bundle, solver, steps, kappa, scale)
+            # How much the LoRA matters here: parity of a LoRA that does nothing would prove nothing.
+            plain = runtime.generate(f"a [V] {NOUN} {SCENE}", subject, strength=0.0, **options).latents
+            rows.append((solver, kappa, relative(found, expected), relative(plain, expected)))
+    report.table(rows, ("solver", "kappa", "relative difference", "the same without the LoRA"))
+    report.finish(__file__, {"worst_rel": max(row[2] for row in rows)}, BARS)
+
+
+def reference_of(bundle: Bundle, folder: Path | None) -> tuple[UNet2DConditionModel, Encode]:
+    """The base model's UNet as diffusers has it, and its text encoder."""
+    if folder is not None:
+        parts = tiny.load(folder)
+        for name in ("unet", "text_encoder"):
+            storage.round_weights(getattr(parts, name), name)
+        return parts.unet, parts.hidden_states
+    if bundle.family != "tiny":
+        raise SystemExit(f"the sizes of {bundle.family} are not known here: give --base")
+    unet = graph_weights.read_into(tiny.tiny_unet(), bundle).eval().requires_grad_(False)
+    tokenizer = Tokenizer(bundle.tokenizer, bundle.prompts.max_tokens)
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        ids = np.stack([tokenizer.encode(prompt).ids for prompt in prompts])
+        with engines.open(bundle.graph("text_encoder")) as engine:
+            return torch.from_numpy(engine.run({"input_ids": ids})["hidden_states"])
+
+    return unet, encode
+
+
+def inject(unet: UNet2DConditionModel, subject: Subject, bundle: Bundle) -> None:
+    """The subject as a PEFT adapter of the UNet, read from a subject file by diffusers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "subject.safetensors"
+        lora.save_subject(path, subject.lora, bundle.layout, subject.metadata)
+        unet.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
+
+
+@torch.no_grad()
+def sample(
+    unet: UNet2DConditionModel,
+    text: Sequence[Tensor],
+    bundle: Bundle,
+    solver: str,
+    steps: int,
+    kappa: float,
+    s: float,
+) -> np.ndarray:
+    """Final latents [1, C, h, w] of the reference; `text`: empty, subject, generic, each [1, L, D]."""
+    empty, subject, generic = text
+    kind, more = SCHEDULERS[solver]
+    scheduler = kind(
+        num_train_timesteps=bundle.betas.steps, beta_schedule=bundle.betas.schedule,
+        beta_start=bundle.betas.start, beta_end=bundle.betas.end, prediction_type=bundle.prediction_type,
+        timestep_spacing="leading", steps_offset=1, **more,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    shape = (bundle.latent.channels, bundle.latent.size, bundle.latent.size)
+    latents = torch.from_numpy(sampling.initial_noise(SEED, shape, 1)) * scheduler.init_noise_sigma
+    noise = fresh_noise(shape)
+    with mock.patch("diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *_, **__: next(noise)):
+        for t in scheduler.timesteps:
+            x = scheduler.scale_model_input(latents, t)
+            unet.disable_lora()
+            base_empty, base_generic = unet(x, t, empty).sample, unet(x, t, generic).sample
+            unet.enable_lora()
+            personal = unet(x, t, subject).sample
+            guided = (1 - 2 * s) * base_empty + kappa * s * personal + (2 - kappa) * s * base_generic
+            latents = scheduler.step(guided, t, latents).prev_sample
+    return latents.numpy()
+
+
+def fresh_noise(shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """What the runtime's stochastic solver adds, step by step: [1, *shape]."""
+    generator = sampling.noise_generators(SEED, 1)[0]
+    while True:
+        yield torch.from_numpy(generator.standard_normal((1, *shape), np.float32))
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+if __name__ == "__main__":
+    main()

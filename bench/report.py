@@ -1,0 +1,81 @@
+"""What every measurement here has in common: its options, and how it ends.
+
+A script prints a table for people; its last line on stdout is one JSON object, so that figures can be compared
+between commits:
+
+    {"bench": name, "commit": ..., "machine": ..., "figures": {key: number}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts take; `description` is the script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--bundle", default="tiny", help="name of a bundle in the wheel, or a folder (default: tiny)"
+    )
+    parser.add_argument("--quick", action="store_true", help="the least of everything: is the script in order?")
+    return parser
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = perf_counter()
+    work()
+    return 1000 * (perf_counter() - start)
+
+
+def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> None:
+    """Print rows under a head, columns aligned; floats with four significant digits."""
+    cells = [list(head)] + [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def finish(script: str, figures: Mapping[str, float], bars: Mapping[str, str] | None = None) -> None:
+    """Print the figures as a table, and as the JSON line that ends every script.
+
+    Args:
+        script: its `__file__`.
+        figures: key -> number.
+        bars: key -> what is wanted of it, for the table.
+    """
+    table([(key, float(value), (bars or {}).get(key, "")) for key, value in figures.items()], ("figure", "measured", "wanted"))
+    line = {"bench": Path(script).stem, "commit": commit(), "machine": machine(), "figures": dict(figures)}
+    print(json.dumps(line), flush=True)
+
+
+def commit() -> str:
+    """Short hash of the checkout, "-dirty" where files differ from it; "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """Processor, how many of its CPUs this process may use, and the versions that matter."""
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{names[0] if names else platform.machine()}, {usable} CPUs, {platform.system()}, "
+        f"Python {platform.python_version()}, onnxruntime {version('onnxruntime')}"
+    )

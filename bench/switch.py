@@ -1,0 +1,143 @@
+"""What does a change of subject cost, and is it complete?
+
+Engines stay open and nothing is compiled: another subject's factors replace those that are there.
+
+    switch_ms          from having another subject's LoRA to being able to run a step with it, the prompt staying:
+                       its factors checked and copied into both graphs, K and V of all three branches computed
+                       anew by the `context` graph and bound to the denoiser. Median over changes to and fro.
+                       Not in it: the photos, the hypernetwork, the step, and the prompt's hidden states
+    aba_max_diff       largest difference between the latents of subject A, and of A again after subject B
+    a_base_max_diff    the same of the base model, before and after a subject
+    row_alone_max_rel  largest relative difference between a row of a batch (subjects and base rows mixed, a LoRA
+                       of its own in every row) and the same row computed alone, K and V included
+
+Differences are of bits where 0 is wanted: both pictures come from one open runtime, seed for seed.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle
+from statistics import median
+
+import numpy as np
+import report
+
+import engines
+from engines.base import Engine
+from hyperrt import Runtime
+from hyperrt.adapt import Adapter
+from hyperrt.bundle import Bundle
+from hyperrt.lora import Subject
+
+BARS = {"switch_ms": "< 2", "aba_max_diff": "0", "a_base_max_diff": "0", "row_alone_max_rel": "< 1e-5"}
+SUBJECTS = report.ROOT / "examples" / "subjects"
+GATE = np.array([0, 1, 0], np.float32)  # empty prompt, subject, generic prompt
+WARM_UP = 10
+IMAGES, BRANCHES = 2, 3
+
+
+def main() -> None:
+    parser = report.options(__doc__)
+    parser.add_argument("--changes", type=int, default=500)
+    args = parser.parse_args()
+    changes, steps = (5, 2) if args.quick else (args.changes, None)
+    with Runtime.open(args.bundle) as runtime:
+        subjects = [runtime.personalize(SUBJECTS / name, name) for name in ("mug", "robot")]
+        bundle = runtime.bundle
+        figures = return_differences(runtime, *subjects, steps)
+    with (
+        engines.open(bundle.graph("context")) as context,
+        engines.open(bundle.graph("denoiser")) as denoiser,
+    ):
+        times = switch_times(bundle, context, denoiser, subjects, changes)
+        alone = row_alone(bundle, context, denoiser, subjects)
+    report.table([(name, len(x), median(x), max(x)) for name, x in times.items()], ("part of a switch", "changes", "median ms", "most ms"))
+    totals = [sum(parts) for parts in zip(*times.values(), strict=True)]
+    report.finish(__file__, {"switch_ms": median(totals), **figures, "row_alone_max_rel": alone}, BARS)
+
+
+def switch_times(
+    bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[Subject], changes: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every change of subject, by its parts."""
+    adapters = [
+        Adapter(engine, name, bundle.layout, bundle.adapt)
+        for engine, name in ((denoiser, "lora_q"), (context, "lora_kv"))
+    ]
+    hidden = random_inputs(bundle, "context", len(GATE))["hidden_states"]
+
+    def put(subject: Subject) -> None:
+        for adapter in adapters:
+            adapter.put(subject)
+
+    def renew() -> None:
+        denoiser.bind(context.run({"hidden_states": hidden, "gate": GATE}))
+
+    times: dict[str, list[float]] = {"factors into both graphs": [], "K and V": []}
+    for turn, subject in zip(range(WARM_UP + changes), cycle(subjects), strict=False):
+        parts = report.milliseconds(lambda subject=subject: put(subject)), report.milliseconds(renew)
+        if turn >= WARM_UP:
+            for known, part in zip(times.values(), parts, strict=True):
+                known.append(part)
+    for engine in (context, denoiser):
+        engine.unbind([spec.name for spec in engine.inputs if spec.name in ("lora_q", "lora_kv", "context")])
+    return times
+
+
+def return_differences(runtime: Runtime, a: Subject, b: Subject, steps: int | None) -> dict[str, float]:
+    """How far subject A, and the base model, are from themselves after something else was drawn."""
+    prompt = "a [V] {} on a beach"
+
+    def latents(subject: Subject | None) -> np.ndarray:
+        text = prompt.format(subject.class_noun) if subject else "a mug on a beach"
+        return runtime.generate(text, subject, seed=3, steps=steps).latents
+
+    base, first, other, again, base_again = (latents(subject) for subject in (None, a, b, a, None))
+    if np.array_equal(first, other):
+        raise SystemExit("both subjects give the same latents: returning to one of them proves nothing")
+    return {
+        "aba_max_diff": float(np.abs(again - first).max()),
+        "a_base_max_diff": float(np.abs(base_again - base).max()),
+    }
+
+
+def row_alone(bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[Subject]) -> float:
+    """Rows = branches x images, branch-major, the rows of the middle branch with a subject of their own."""
+    rows = IMAGES * BRANCHES
+    rng = np.random.default_rng(0)
+    gate = np.repeat(GATE, IMAGES)
+    lora = {
+        name: np.stack([subjects[row % len(subjects)].lora[name] for row in range(rows)])
+        for name in ("lora_q", "lora_kv")
+    }
+    hidden = random_inputs(bundle, "context", rows)["hidden_states"]
+    latents = rng.standard_normal((IMAGES, bundle.latent.channels, bundle.latent.size, bundle.latent.size), np.float32)
+
+    def outputs(which: list[int], guidance: np.ndarray) -> np.ndarray:
+        """The guidance sum of these rows' predictions, [images, C, h, w]."""
+        own = {name: vectors[which] for name, vectors in lora.items()}
+        feeds = {"hidden_states": hidden[which], "gate": gate[which], "lora_kv": own["lora_kv"]}
+        x = latents[sorted({row % IMAGES for row in which})]
+        constants = {"gate": gate[which], "lora_q": own["lora_q"], "guidance": guidance, **context.run(feeds)}
+        # With these coefficients the next latents are the sum itself.
+        solver = {"coefficients": np.array([1, 0, 1, 0, 0, 0, 1], np.float32), "timestep": np.array(501, np.float32)}
+        return denoiser.run({"latents": x, "previous": x, "noise": x, **solver, **constants})["next_latents"]
+
+    worst = 0.0
+    for row in range(rows):
+        branch, image = divmod(row, IMAGES)
+        fused = outputs(list(range(rows)), np.eye(BRANCHES, dtype=np.float32)[branch])[image]
+        alone = outputs([row], np.ones(1, np.float32))[0]
+        worst = max(worst, float(np.abs(fused - alone).max() / np.abs(alone).max()))
+    return worst
+
+
+def random_inputs(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
+    """Gaussian arrays for a graph's inputs of several dims, with as many rows."""
+    rng = np.random.default_rng(1)
+    specs = [spec for spec in bundle.graphs[graph].inputs if len(spec.shape) > 2]
+    return {spec.name: rng.standard_normal((rows, *spec.shape[1:]), np.float32) for spec in specs}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Runs of a few steps on a random base model: logged, stopped, killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from hyperrt.errors import Incompatible, IntegrityError, NumericError, UsageError
+from training import checkpoint, train
+from training.config import TrainConfig
+
+KILLS = 3
+
+
+def entries(folder: Path | str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path | str) -> list[dict]:
+    """The log without what the clock and the folder's name decide."""
+    return [{k: v for k, v in entry.items() if k not in ("rows_per_s", "config")} for entry in entries(folder)]
+
+
+@pytest.fixture
+def no_sheets(monkeypatch):
+    """Sample sheets are tested once; they are the longest part of a short run."""
+    monkeypatch.setattr(train.preview, "write", lambda path, trainer: None)
+
+
+@pytest.fixture
+def straight(settings, tmp_path, no_sheets) -> Path:
+    """A run of the settings that nothing interrupted."""
+    return train.run(TrainConfig(**{**settings, "out": str(tmp_path / "straight")}))
+
+
+def stop_before(monkeypatch, step: int, action) -> None:
+    """Calls `action` when the trainer begins that step."""
+    whole = train.Trainer.step
+
+    def interrupted(self, number):
+        if number == step:
+            action()
+        return whole(self, number)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+
+
+def test_the_smoke_preset_logs_monitors_from_step_0_and_writes_a_sheet_and_a_hypernetwork(world, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--preset", "smoke", "--base", world.base, "--cache", world.cache, "--out", out, "--steps", 4]
+    result = CliRunner().invoke(train.main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    logged = entries(out)
+    assert logged[0]["config"]["steps"] == 4
+    assert {"own", "shuffled", "base", "gap", "cos_subjects"} <= logged[1]["monitor"].keys()
+    assert (logged[1]["step"], logged[-1]["step"]) == (0, 4)
+    assert {"loss", "ft", "reg", "grad_norm", "lr"} <= logged[2].keys()
+    with Image.open(out / "samples" / "step-000004.png") as sheet:
+        assert sheet.width > 5 * 64
+    decoder, about = checkpoint.load_hypernet(out)
+    assert (about["step"], about["token"]) == (4, "sks")
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
+
+
+def test_a_fresh_decoders_lora_changes_no_picture(settings):
+    trainer = train.Trainer(TrainConfig(**settings))
+    batch = trainer.batches.at(0)
+    lora = trainer.decoder(batch.features)
+    inputs = (batch.latents[: len(batch.features)], batch.timesteps, batch.text)
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.predict(*inputs, lora), trainer.predict(*inputs, None), atol=0, rtol=0)
+
+
+def test_the_log_falls_together_with_the_loss(settings, no_sheets):
+    config = TrainConfig(**{**settings, "steps": 40, "lr": 0.02, "log_every": 10, "monitor_every": 40})
+    first, *_, last = [entry["loss"] for entry in entries(train.run(config)) if "loss" in entry]
+    assert last < first
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(settings, straight):
+    """SIGKILL at random moments, from start-up to the last step, until a run gets through."""
+    seed = random.randrange(2**32)
+    print(f"random.seed({seed})")
+    moments = random.Random(seed)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.train"])
+    config = TrainConfig(**settings)
+    run = Path(config.out)
+    for _ in range(KILLS):
+        process = context.Process(target=train.run, args=(config, True))
+        process.start()
+        wait_for_line(process, run, moments.randrange(8))
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.join()
+    train.run(config, resume=True)
+    assert curve(run) == curve(straight)
+    assert (run / "hypernet.safetensors").read_bytes() == (straight / "hypernet.safetensors").read_bytes()
+
+
+def wait_for_line(process, run: Path, count: int) -> None:
+    """Until the log has so many lines, or the process has ended."""
+    while process.is_alive():
+        log = run / "log.jsonl"
+        if log.exists() and log.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_exits_128_plus_the_signal_and_goes_on(settings, straight, monkeypatch, number):
+    config = TrainConfig(**settings)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 4, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as stopped:
+            train.run(config)
+    assert stopped.value.code == 128 + number
+    assert checkpoint.load_hypernet(config.out)[1]["step"] == 5
+    train.run(config, resume=True)
+    assert curve(config.out) == curve(straight)
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_identities(settings, no_sheets, monkeypatch):
+    config = TrainConfig(**settings)
+    whole = train.row_loss
+    calls = []
+
+    def broken(prediction, target):
+        calls.append(1)
+        return whole(prediction, target) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train, "row_loss", broken)
+    with pytest.raises(NumericError, match=r"step 4: .*\n.*loss nan.*identities \[\d+, \d+, \d+, \d+\]"):
+        train.run(config)
+    assert checkpoint.load_hypernet(config.out)[1]["step"] == 3
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(settings, straight):
+    with pytest.raises(UsageError, match="holds a run"):
+        train.run(TrainConfig(**{**settings, "out": str(straight)}))
+
+
+def test_resuming_with_another_rank_is_refused(settings, straight):
+    with pytest.raises(Incompatible, match="rank was 2 and is 3"):
+        train.run(TrainConfig(**{**settings, "out": str(straight), "rank": 3}), resume=True)
+
+
+@pytest.mark.parametrize("length", [0, 7, 200, 5000])
+def test_a_truncated_state_is_refused_by_name(settings, straight, length):
+    state = straight / checkpoint.STATE
+    os.truncate(state, length)
+    with pytest.raises(IntegrityError, match=r"state.safetensors is damaged"):
+        train.run(TrainConfig(**{**settings, "out": str(straight)}), resume=True)
+
+
+def test_the_command_ends_with_the_errors_message_and_code(settings, straight):
+    flags = ["--base", settings["base"], "--cache", settings["cache"]]
+    taken = CliRunner().invoke(train.main, [*flags, "--out", str(straight), "--holdout", "16"])
+    assert taken.exit_code == 2
+    assert "do:  add --resume" in taken.output
+    absent = CliRunner().invoke(train.main, ["--base", "nowhere", *flags[2:], "--out", str(straight / "new")])
+    assert absent.exit_code == 4
+    wrong = CliRunner().invoke(train.main, [*flags, "--out", "new", "--lr", "0"])
+    assert wrong.exit_code == 2
+    assert "lr" in wrong.output
