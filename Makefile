@@ -1,6 +1,7 @@
 # One word per chore; CI calls these and nothing else. PYTHON=... chooses the interpreter.
 PYTHON ?= python
 RUNTIME_TESTS = $(wildcard tests/engines tests/hyperrt) $(wildcard tests/test_*.py)
+MEASUREMENTS = coldstart parity fused_step switch fidelity
 
 .PHONY: check test test-runtime bench wheel clean
 
@@ -15,7 +16,7 @@ test-runtime:  ## what an install without torch must pass; needs .[cpu,test]
 	$(PYTHON) -m pytest $(RUNTIME_TESTS)
 
 bench:  ## every measurement; each script ends in one JSON line
-	@for script in bench/*.py; do $(PYTHON) "$$script" || exit 1; done
+	@for name in $(MEASUREMENTS); do $(PYTHON) "bench/$$name.py" || exit 1; done
 
 wheel:  ## the wheel, in dist/
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .

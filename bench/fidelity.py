@@ -4,8 +4,9 @@
 picture is made by the runtime with the bundle's defaults, in three ways: with the subject's LoRA, with none
 (`_none`: the base model, which knows the noun), and with the LoRA of another subject of the noun (`_wrong`).
 
-    identity_hist      "a [V] NOUN on a plain white background" at kappa 1.2: how often the nearest of 20 unseen
-                       subjects of the noun is the right one, by the colours of what is not white (chance: 0.05)
+    identity_hist      "a [V] NOUN on a plain white background" at kappa 1.2: how often the nearest of 20
+                       unseen subjects of the noun is the right one, by the colours of what is not white
+                       (chance: 0.05)
     identity_encoder   the same by the bundle's frozen image encoder, which the hypernetwork also reads
     background         "a [V] NOUN SCENE" at kappa 1, every subject in two of the twelve scenes: how often the
                        scene is the right one, by the picture's border among real pictures
@@ -37,7 +38,9 @@ PER_NOUN, CANDIDATES = 5, 20
 PHOTO_SIZE, VIEW_SIZE = 256, 64  # pixels
 PHOTOS, VIEWS = 4, 4
 SCENES_EACH = 2
-REAL_SCENES = 25  # pictures of each scene that the judge of scenes knows; as many others for `background_real`
+REAL_SCENES = (
+    25  # pictures of each scene that the judge of scenes knows; as many others for `background_real`
+)
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0
 FIRST_INDEX, SEED_STRIDE = 1_000_000, 1_000  # far from the indices that training looks at
 CUTOUTS = 40
@@ -83,10 +86,18 @@ def main() -> None:
         steps = 2 if args.quick else None
         encoder = judges.Encoder(runtime.bundle)
         subjects = [runtime.personalize(case.photos, case.noun) for case in cases]
-        ways = {"": subjects, "_none": [None] * len(cases), "_wrong": wrong_subjects(runtime, cases, subjects)}
+        ways = {
+            "": subjects,
+            "_none": [None] * len(cases),
+            "_wrong": wrong_subjects(runtime, cases, subjects),
+        }
         white = {way: [*identity_pictures(runtime, cases, by, args.seed, steps)] for way, by in ways.items()}
-        figures = identity_figures(cases, white, {"identity_hist": judges.histogram, "identity_encoder": encoder})
-        in_scenes = {way: [*background_pictures(runtime, cases, by, args.seed, steps)] for way, by in ways.items()}
+        figures = identity_figures(
+            cases, white, {"identity_hist": judges.histogram, "identity_encoder": encoder}
+        )
+        in_scenes = {
+            way: [*background_pictures(runtime, cases, by, args.seed, steps)] for way, by in ways.items()
+        }
         figures |= background_figures(cases, in_scenes)
         if args.cutouts:
             others = cutout_cases(args.cutouts, args.seed)
@@ -106,7 +117,8 @@ def drawn_cases(seed: int, per_noun: int) -> list[Case]:
     first = FIRST_INDEX + SEED_STRIDE * seed
     for noun in scenes.NOUNS:
         drawings = [
-            scenes.draw_subject(scenes.identity(noun, "test", first + k), PHOTO_SIZE) for k in range(CANDIDATES)
+            scenes.draw_subject(scenes.identity(noun, "test", first + k), PHOTO_SIZE)
+            for k in range(CANDIDATES)
         ]
         cases += [Case(noun, first + len(cases) + k, drawings[k], k, drawings) for k in range(per_noun)]
     return cases
@@ -118,7 +130,11 @@ def cutout_cases(folder: Path, seed: int) -> list[Case]:
     rng = np.random.default_rng([FIRST_INDEX, seed])
     cases = []
     for k in rng.permutation(len(found.files))[:CUTOUTS]:
-        same = [other for other in rng.permutation(len(found.files)) if other != k and found.noun(other) == found.noun(k)]
+        same = [
+            other
+            for other in rng.permutation(len(found.files))
+            if other != k and found.noun(other) == found.noun(k)
+        ]
         rest = [other for other in rng.permutation(len(found.files)) if other != k and other not in same]
         candidates = [found.subject(int(index), PHOTO_SIZE) for index in [k, *same, *rest][:CANDIDATES]]
         cases.append(Case(found.noun(int(k)), FIRST_INDEX + len(cases), candidates[0], 0, candidates))
@@ -209,7 +225,10 @@ def share(judge: judges.Scenes, pictures: Sequence[np.ndarray], wanted: Sequence
 
 
 def write_sheet(
-    path: Path, cases: Sequence[Case], white: dict[str, list[np.ndarray]], in_scenes: dict[str, list[np.ndarray]]
+    path: Path,
+    cases: Sequence[Case],
+    white: dict[str, list[np.ndarray]],
+    in_scenes: dict[str, list[np.ndarray]],
 ) -> None:
     """A row per case: four photos | on white with its own LoRA, none, another's | its scenes, likewise."""
     rows = []

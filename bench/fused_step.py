@@ -6,11 +6,11 @@ generic prompt. The usual way is two models: the base model on its two rows, the
     fused_over_two_calls   time of the call of three rows / (base pair + personalised single)
     lora_overhead          time of the call of three rows / the same three rows of the plain UNet, minus 1
 
-The plain UNet is the bundle's own denoiser with the LoRA cut out of the graph, so everything else is equal; it
-is checked to give what the denoiser gives with the LoRA's gate at 0. The base pair runs on it. All calls are
-made as the runtime makes them: same backend and threads, constants bound. Calls take turns within every round,
-in changing order, and a figure is the median over rounds of the ratio within a round: what else the machine
-does hits all of them alike. One picture, at the bundle's size.
+The plain UNet is the bundle's own denoiser with the LoRA cut out of the graph, so everything else is equal;
+it is checked to give what the denoiser gives with the LoRA's gate at 0. The base pair runs on it. All calls
+are made as the runtime makes them: same backend and threads, constants bound. Calls take turns within every
+round, in changing order, and a figure is the median over rounds of the ratio within a round: what else the
+machine does hits all of them alike. One picture, at the bundle's size.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def without_lora(denoiser: Path, path: Path) -> Path:
-    """Write the denoiser's graph without its LoRA: every sum of a projection and a LoRA becomes the projection."""
+    """Write the denoiser without its LoRA: every sum of a projection and a LoRA becomes the projection."""
     model = ir.load(denoiser)
     graph = model.graph
     lora = next(value for value in graph.inputs if value.name == "lora_q")
@@ -80,8 +80,10 @@ def without_lora(denoiser: Path, path: Path) -> Path:
     return path
 
 
-def measure(bundle: Bundle, plain: Path, rounds: int, threads: int | None) -> tuple[dict[str, list[float]], float]:
-    """Milliseconds of every call in every round, and how far the plain UNet is from the denoiser at gate 0."""
+def measure(
+    bundle: Bundle, plain: Path, rounds: int, threads: int | None
+) -> tuple[dict[str, list[float]], float]:
+    """Milliseconds of every call in every round; how far the plain UNet is from the denoiser at gate 0."""
     constants = random_constants(bundle)
     variable = random_latents(bundle)
     base = {name: value for name, value in constants.items() if name != "lora_q"}

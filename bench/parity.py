@@ -9,8 +9,8 @@ its own, and the sum of the paper's equation 20 written out:
     worst_rel   max |runtime - reference| / max |reference| of the final latents, the largest over kappa 0.4,
                 1, 2 and every solver, 30 steps
 
-Both start from the same noise (the runtime's generator), and a stochastic solver adds the same. The LoRA is what
-the runtime makes of an example's photos; PEFT gets it by way of a subject file. With --base all of the
+Both start from the same noise (the runtime's generator), and a stochastic solver adds the same. The LoRA is
+what the runtime makes of an example's photos; PEFT gets it by way of a subject file. With --base all of the
 reference comes from that folder, its weights rounded as export rounds them. Without it the UNet's weights are
 read back out of the bundle's graphs, and the prompts' hidden states come from its text encoder.
 """
@@ -58,7 +58,9 @@ Encode = Callable[[Sequence[str]], Tensor]  # prompts to hidden states [prompts,
 
 def main() -> None:
     parser = report.options(__doc__)
-    parser.add_argument("--base", type=Path, help="folder of the base model that the bundle was exported from")
+    parser.add_argument(
+        "--base", type=Path, help="folder of the base model that the bundle was exported from"
+    )
     args = parser.parse_args()
     kappas, steps = ((1.0,), 3) if args.quick else (KAPPAS, STEPS)
     bundle = Bundle.open(args.bundle)
@@ -70,7 +72,13 @@ def main() -> None:
         subject = runtime.personalize(PHOTOS, NOUN)
         inject(unet, subject, bundle)
         for solver, kappa in product(SOLVERS, kappas):
-            options = {"kappa": kappa, "guidance_scale": scale, "steps": steps, "solver": solver, "seed": SEED}
+            options = {
+                "kappa": kappa,
+                "guidance_scale": scale,
+                "steps": steps,
+                "solver": solver,
+                "seed": SEED,
+            }
             found = runtime.generate(f"a [V] {NOUN} {SCENE}", subject, **options).latents
             expected = sample(unet, text, bundle, solver, steps, kappa, scale)
             # How much the LoRA matters here: parity of a LoRA that does nothing would prove nothing.
@@ -130,7 +138,9 @@ def sample(
     shape = (bundle.latent.channels, bundle.latent.size, bundle.latent.size)
     latents = torch.from_numpy(sampling.initial_noise(SEED, shape, 1)) * scheduler.init_noise_sigma
     noise = fresh_noise(shape)
-    with mock.patch("diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *_, **__: next(noise)):
+    with mock.patch(
+        "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *_, **__: next(noise)
+    ):
         for t in scheduler.timesteps:
             x = scheduler.scale_model_input(latents, t)
             unet.disable_lora()

@@ -1,7 +1,7 @@
 """What every measurement here has in common: its options, and how it ends.
 
-A script prints a table for people; its last line on stdout is one JSON object, so that figures can be compared
-between commits:
+A script prints a table for people; its last line on stdout is one JSON object, so that figures can be
+compared between commits:
 
     {"bench": name, "commit": ..., "machine": ..., "figures": {key: number}}
 """
@@ -30,7 +30,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--bundle", default="tiny", help="name of a bundle in the wheel, or a folder (default: tiny)"
     )
-    parser.add_argument("--quick", action="store_true", help="the least of everything: is the script in order?")
+    parser.add_argument(
+        "--quick", action="store_true", help="the least of everything: is the script in order?"
+    )
     return parser
 
 
@@ -58,7 +60,10 @@ def finish(script: str, figures: Mapping[str, float], bars: Mapping[str, str] | 
         figures: key -> number.
         bars: key -> what is wanted of it, for the table.
     """
-    table([(key, float(value), (bars or {}).get(key, "")) for key, value in figures.items()], ("figure", "measured", "wanted"))
+    table(
+        [(key, float(value), (bars or {}).get(key, "")) for key, value in figures.items()],
+        ("figure", "measured", "wanted"),
+    )
     line = {"bench": Path(script).stem, "commit": commit(), "machine": machine(), "figures": dict(figures)}
     print(json.dumps(line), flush=True)
 

@@ -158,7 +158,11 @@ def _described(graph: Graph, folder: Path) -> bundle.Graph:
 
 def _write_texts(folder: Path, family: Family, source: Source) -> None:
     """tokenizer.json and LICENSES."""
-    source.base.tokenizer.backend_tokenizer.save(str(folder / bundle.TOKENIZER))
+    tokenizer = source.base.tokenizer.backend_tokenizer
+    # The last text that was encoded left its padding here; the runtime does its own.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.save(str(folder / bundle.TOKENIZER))
     theirs = sorted(source.folder.glob("LICENSE*")) if source.folder else []
     if theirs:
         shutil.copyfile(theirs[0], folder / "LICENSES")

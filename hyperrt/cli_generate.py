@@ -28,7 +28,7 @@ def generate(config: GenerateConfig, output: Output) -> None:
         )
     seeds = range(config.seed, config.seed + config.n)
     paths = [] if to_stdout else configs.output_paths(config.output, config.prompt, seeds, config.force)
-    pictures = []
+    pictures: list[dict[str, Any]] = []
     with Runtime.open(config.bundle, config.backend, config.threads, keep_open=False) as runtime:
         for result in _drawn(runtime, config, output):
             if to_stdout:
@@ -81,7 +81,7 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
             path, subject.lora, runtime.bundle.layout, subject.metadata, config.format, config.force
         )
     weights = sum(vector.size for vector in subject.lora.values())
-    output.note(f"subject: {subject.photos} photos, {weights:,} weights", photos=subject.photos)
+    output.note(f"subject: {_count(subject)}, {weights:,} weights", photos=subject.photos)
     output.result(
         str(path), path=str(path), format=config.format, photos=subject.photos, class_noun=subject.class_noun
     )
@@ -95,8 +95,12 @@ def _subject(runtime: Runtime, config: GenerateConfig, output: Output) -> Subjec
         return None
     noun = config.class_noun or noun_in(config.prompt, runtime.bundle)
     subject = runtime.personalize(_photos(config.images), noun, config.strict_images)
-    output.note(f"subject: {subject.photos} photos of a {subject.class_noun}", photos=subject.photos)
+    output.note(f"subject: {_count(subject)} of a {subject.class_noun}", photos=subject.photos)
     return subject
+
+
+def _count(subject: Subject) -> str:
+    return "1 photo" if subject.photos == 1 else f"{subject.photos} photos"
 
 
 def _photos(images: tuple[str, ...]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def describe(path: str) -> dict[str, Any]:
         BundleError: the bundle is damaged.
     """
     target = Path(path)
-    if target.is_file():
+    if os.path.isfile(target):  # unlike Path.is_file it says False of a name that is too long
         head = _head(target)
         if head.startswith(PNG):
             return {"kind": "picture", "recipe": recipe.read(target)}
@@ -41,11 +42,11 @@ def describe(path: str) -> dict[str, Any]:
             "it is no PNG and no safetensors file",
             "name a bundle, a picture that hyperrt generate wrote, or a subject file",
         )
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):
         raise BadInput(
             f"{path} is not a plain file", "it is a pipe, socket or device", "name a file or a folder"
         )
-    if (target / PEFT_FILE).is_file():
+    if os.path.isfile(target / PEFT_FILE):
         return _subject(target / PEFT_FILE)
     return _bundle(path)
 

@@ -191,7 +191,7 @@ def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
         try:
             descriptor = os.open(aside, flags, 0o666)
         except FileNotFoundError:
-            if not folder.is_dir():
+            if not as_folder:  # a file is made by the opening: it was not swept, it cannot be made (/proc)
                 raise
             continue
         if _is_locked_at(descriptor, aside):

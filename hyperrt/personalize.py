@@ -21,6 +21,8 @@ from hyperrt.errors import BadImage, BadInput, NumericError
 
 log = logging.getLogger("hyperrt")
 
+MOST_SAID = 10  # photos that are left out with a line each; a folder may hold thousands
+
 Photo = Any  # path, [H, W, 3] uint8, or PIL image
 Photos = str | os.PathLike[str] | Sequence[Photo]
 Weights = NDArray[np.float32]
@@ -41,7 +43,7 @@ def read_photos(photos: Photos, strict: bool = False) -> list[NDArray[np.uint8]]
     usable: list[NDArray[np.uint8]] = []
     bad: list[BadImage] = []
     for photo in sequence:
-        if isinstance(photo, (str, os.PathLike)) and Path(photo).is_dir():
+        if isinstance(photo, (str, os.PathLike)) and os.path.isdir(photo):
             folder = photo_files.load_folder(Path(photo), strict=strict)
             bad += [BadImage(name, reason) for name, reason in folder.rejected]
             usable += folder.images
@@ -54,8 +56,10 @@ def read_photos(photos: Photos, strict: bool = False) -> list[NDArray[np.uint8]]
             bad.append(error)
     if bad and not usable:
         raise bad[0] if len(bad) == 1 else _none_left(bad)
-    for left_out in bad:
+    for left_out in bad[:MOST_SAID]:
         log.warning("left out %s: %s", left_out.name, left_out.reason)
+    if len(bad) > MOST_SAID:
+        log.warning("left out %s more photos", f"{len(bad) - MOST_SAID:,}")
     return usable
 
 

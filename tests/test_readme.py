@@ -96,18 +96,38 @@ def commands(block: Block) -> list[list[str]]:
     return [w for w in words if w[:1] == ["hyperrt"] or w[:2] == ["python", "-m"]]
 
 
-def test_blocks_that_are_not_run_use_options_that_exist(environment):
-    for block in blocks():
-        if block.language != "bash" or not block.mark.startswith("not run"):
-            continue
-        for words in commands(block):
-            program = words[: 3 if words[0] == "python" else 2]
-            if words[0] == "python":
-                pytest.importorskip("torch")
-            result = run([*program, "--help"], ROOT, environment)
-            assert result.returncode == 0, result.stderr
-            missing = [word for word in words if word.startswith("--") and word not in result.stdout]
-            assert not missing, f"{shlex.join(program)} has no {missing}"
+NOT_RUN = [words for block in blocks() if block.mark.startswith("not run") for words in commands(block)]
+
+
+@pytest.mark.parametrize("words", NOT_RUN, ids=shlex.join)
+def test_commands_that_are_not_run_use_options_that_exist(words, environment):
+    program = words[: 3 if words[0] == "python" else 2]
+    if words[0] == "python":
+        pytest.importorskip("torch")
+    result = run([*program, "--help"], ROOT, environment)
+    assert result.returncode == 0, result.stderr
+    missing = {word for word in words if word.startswith("-")} - {"-m"} - options_in(result.stdout)
+    assert not missing, f"{shlex.join(program)} has no {missing}"
+
+
+def options_in(text: str) -> set[str]:
+    """The options that a --help names: {"-o", "--output"}."""
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
+
+
+def test_every_block_is_run_or_says_why_not():
+    fences = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("```")]
+    assert len(fences) == 2 * len(blocks()), "a block without a language is not seen by these tests"
+    others = [block for block in blocks() if block.language not in INTERPRETERS]
+    assert [block.mark for block in others] == ["tree"]
+
+
+WRONG = [("bash", "false | true"), ("bash", "false\ntrue"), ("bash", "hyperrt paint"), ("python", "import no")]
+
+
+@pytest.mark.parametrize(("language", "code"), WRONG)
+def test_a_block_that_is_wrong_would_be_noticed(language, code, environment, tmp_path):
+    assert run([*INTERPRETERS[language], code], tmp_path, environment).returncode != 0
 
 
 def test_the_two_commands_of_ci_are_there():
@@ -115,15 +135,15 @@ def test_the_two_commands_of_ci_are_there():
     assert marked("ci: development").code == "pip install -e '.[dev]' && make test\n"
 
 
-def tree() -> dict[str, str]:
-    """The README's tree: path => what is said about it."""
-    entries, folder = {}, ""
+def tree() -> list[str]:
+    """The paths of the README's tree, each of which has something said about it."""
+    paths, folder = [], ""
     for line in marked("tree").code.splitlines():
-        name, says = line.split(maxsplit=1)
+        name, _ = line.split(maxsplit=1)
         if not line.startswith(" "):
             folder = name
-        entries[name if name == folder else folder + name] = says
-    return entries
+        paths.append(name if name == folder else folder + name)
+    return paths
 
 
 def test_the_tree_names_every_module_once_and_nothing_else():
@@ -133,9 +153,10 @@ def test_the_tree_names_every_module_once_and_nothing_else():
         for path in (ROOT / package).rglob("*.py")
         if not path.name.startswith("__")
     }
-    in_readme = {path for path in tree() if path.endswith(".py")}
-    assert not on_disk - in_readme, "add to the tree"
-    assert not in_readme - on_disk, "gone from the disk"
+    in_readme = [path for path in tree() if path.endswith(".py")]
+    assert not on_disk - set(in_readme), "add to the tree"
+    assert not set(in_readme) - on_disk, "gone from the disk"
+    assert len(in_readme) == len(on_disk), "named twice"
 
 
 def test_the_tree_has_no_folder_that_is_not_there():

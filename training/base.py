@@ -103,8 +103,13 @@ PARTS: dict[str, tuple[type[Any], ...]] = {  # classes that each may have
     "image_encoder": (ViTModel,),
     "scheduler": (DDIMScheduler,),
 }
-# The pooler is not part of the features, and a checkpoint without one would leave it empty.
-OPTIONS = {"image_encoder": {"add_pooling_layer": False}}
+# transformers names weights of another shape only if it may ignore them; `_part` does not.
+NAMED = {"ignore_mismatched_sizes": True}
+OPTIONS = {
+    "text_encoder": NAMED,
+    # The pooler is not part of the features, and a checkpoint without one would leave it empty.
+    "image_encoder": NAMED | {"add_pooling_layer": False},
+}
 
 
 def load(folder: Path | str) -> Base:
@@ -138,9 +143,9 @@ def _part(folder: Path, name: str) -> Any:
         raise
     except Exception as error:  # diffusers, transformers and safetensors have no common one
         raise ValueError(f"{folder} cannot be read: {(str(error).strip() or repr(error))}") from error
-    # transformers reports a weight of another shape as (name, shape, shape), and goes on with a random one
-    if lacking := [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"])]:
-        raise ValueError(f"{folder} lacks {len(lacking)} weights, or has others; the first is {lacking[0]}")
+    if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        why = f"{len(lacking)} weights are absent or of another shape"
+        raise ValueError(f"{folder}: {why}, the first is {lacking[0]}")
     return part.float().eval().requires_grad_(False)
 
 

@@ -255,8 +255,8 @@ def _scaled(schedule: Schedule, scale: float) -> Schedule:
 @click.option("--workers", type=click.IntRange(1), default=2, help="Processes that draw.")
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], help="Last stage.")
 def main(
-    out: Path, cache_path: Path | None, identities: int, views: int, cutouts_path: Path | None, cutout_share: float,
-    scale: float, batch: int, seed: int, threads: int | None, workers: int, until: str,
+    out: Path, cache_path: Path | None, identities: int, views: int, cutouts_path: Path | None,
+    cutout_share: float, scale: float, batch: int, seed: int, threads: int | None, workers: int, until: str,
 ) -> None:  # fmt: skip
     """Train the tiny base model from nothing and write OUT/base. Started again, it goes on where it was."""
     with reported():

@@ -30,8 +30,9 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     torch.manual_seed(1)
     parts = base.load(folder / "base")
     config = TrainConfig(
-        base="base", cache="cache", out="hypernet", rank=2, dim=32, layers=1, iterations=2, head_dim=8
-    )
+        base=str(folder / "base"), cache="cache", out="hypernet",
+        rank=2, dim=32, layers=1, iterations=2, head_dim=8,
+    )  # fmt: skip
     source = families.random_source(parts, config.rank, config.decoder)
     (folder / "hypernet").mkdir()
     checkpoint.save_hypernet(folder / "hypernet", source.decoder, config, 1, checkpoint.hash_of(parts.unet))

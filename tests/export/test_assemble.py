@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from export import assemble, export_bundle, onnx_graph, verify
+from export import assemble, export_bundle, families, onnx_graph, verify
 from export.errors import ExportError, ParityError
 from hyperrt.bundle import Bundle
 from hyperrt.errors import NotFound, UsageError
@@ -19,15 +19,22 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from export import export_bundle, onnx_graph
+from export import export_bundle, onnx_graph, verify
+from hyperrt import bundle
 
 def write(graph, folder):
     (folder / f"{graph.name}.onnx").write_bytes(b"half")
-    if graph.name == "context":
+    reached(graph.name)
+
+def reached(now):
+    if now == moment:
         os.kill(os.getpid(), signal.SIGKILL)
 
 onnx_graph.write = write
-base, hypernet, output = map(Path, sys.argv[1:])
+verify.ladder = lambda *_: {}
+bundle.write_manifest = lambda *_: reached("manifest")
+moment, *paths = sys.argv[1:]
+base, hypernet, output = map(Path, paths)
 export_bundle("tiny", base, hypernet, output, force=True)
 """
 
@@ -90,13 +97,17 @@ def test_a_failed_rung_leaves_nothing(trained, tmp_path, monkeypatch, ready_grap
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["over an old bundle", "into a new folder"])
-def test_a_killed_export_leaves_the_old_bundle_or_none(old, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("old", "moment"), [(True, "context"), (False, "manifest")],
+    ids=["at a graph, over an old bundle", "at the end, into a new folder"],
+)  # fmt: skip
+def test_a_killed_export_leaves_the_old_bundle_or_none(old, moment, trained, tmp_path):
     output = tmp_path / "bundle"
     if old:
         output.mkdir()
         (output / "bundle.json").write_text("old")
-    command = [sys.executable, "-c", KILLED, str(trained.base), str(trained.hypernet), str(output)]
+    arguments = [moment, str(trained.base), str(trained.hypernet), str(output)]
+    command = [sys.executable, "-c", KILLED, *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert [path.read_text() for path in output.glob("*")] == ["old"] * old
@@ -121,14 +132,54 @@ def test_a_source_that_is_not_there_is_named(missing, trained, tmp_path):
         export_bundle("tiny", folders["base"], folders["hypernet"], tmp_path / "new")
 
 
-@pytest.mark.parametrize("missing", ["base", "hypernet"])
-def test_a_source_that_is_not_given_is_asked_for(missing, trained, tmp_path):
-    folders = vars(trained) | {missing: None}
-    with pytest.raises(UsageError, match=f"--{missing} is not given"):
-        export_bundle("tiny", folders["base"], folders["hypernet"], tmp_path / "new")
+def test_a_hypernetwork_that_is_not_given_is_asked_for(trained, tmp_path):
+    with pytest.raises(UsageError, match="--hypernet is not given"):
+        export_bundle("tiny", trained.base, None, tmp_path / "new")
+
+
+def test_without_a_base_it_is_that_of_the_hypernetworks_training(trained):
+    assert assemble.load(families.get("tiny"), None, trained.hypernet).folder == trained.base
+
+
+def test_a_base_that_has_moved_since_the_training_is_asked_for(trained, tmp_path):
+    hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(base="moved"))
+    with pytest.raises(NotFound, match=r"trained on moved, which is not there(?s:.*)--base BASE"):
+        assemble.load(families.get("tiny"), None, hypernet)
+
+
+@pytest.mark.parametrize("given", ["base", "hypernet"])
+def test_random_weights_and_trained_ones_exclude_each_other(given, trained):
+    folders = dict.fromkeys(("base", "hypernet")) | {given: getattr(trained, given)}
+    with pytest.raises(UsageError, match=f"--{given} and --random-weights"):
+        assemble.load(families.get("tiny"), **folders, random_weights=0)
 
 
 def test_a_hypernetwork_of_another_base_model_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "hash_of", lambda module: "0" * 64)
     with pytest.raises(ExportError, match="of another base model"):
         export_bundle("tiny", trained.base, trained.hypernet, tmp_path / "new")
+
+
+def test_a_hypernetwork_for_another_image_encoder_is_refused(trained):
+    source = assemble.load(families.get("tiny"), trained.base, trained.hypernet)
+    source.base.image_encoder.config.hidden_size = 48
+    with pytest.raises(ExportError, match="features of 32 numbers, the image encoder makes 48"):
+        families._check_fit(source.base, source.decoder, checkpoint.hash_of(source.base.unet))
+
+
+def test_a_hypernetwork_of_another_layout_is_refused(trained, tmp_path):
+    def renamed(about):
+        site = about["layout"]["sites"][0]
+        site["path"] = "elsewhere." + site["path"]
+
+    with pytest.raises(ExportError, match="their LoRA layouts differ"):
+        assemble.load(families.get("tiny"), None, edited_hypernet(trained, tmp_path, renamed))
+
+
+def edited_hypernet(trained, tmp_path, edit):
+    """A copy of the hypernetwork's folder, its hypernet.json changed in place by `edit`."""
+    folder = shutil.copytree(trained.hypernet, tmp_path / "edited")
+    about = json.loads((folder / "hypernet.json").read_text())
+    edit(about)
+    (folder / "hypernet.json").write_text(json.dumps(about))
+    return folder

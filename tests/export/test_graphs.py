@@ -1,11 +1,15 @@
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 from onnx import numpy_helper
 
-from export import graphs
+import engines
+from export import graphs, onnx_graph, verify
 from hyperrt.bundle import GRAPHS
 from training import lora_layers
 
@@ -59,3 +63,20 @@ def test_the_estimate_of_a_graphs_size_is_close(parts, exported):
     for graph in parts.values():
         size = (exported / f"{graph.name}.onnx").stat().st_size
         assert 2 * graphs.weights_of(graph) <= size <= 2 * graphs.weights_of(graph) + 400_000
+
+
+def test_the_decoder_of_an_autoencoder_tiny_is_exported_too(source, tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        latent_channels=8, scaling_factor=0.5,
+        encoder_block_out_channels=(8,) * 4, num_encoder_blocks=(0, 1, 1, 1),
+        decoder_block_out_channels=(8,) * 4, num_decoder_blocks=(1, 1, 1, 0),
+    ).eval().requires_grad_(False)  # fmt: skip
+    *_, graph = graphs.build(dataclasses.replace(source.base, vae=vae), source.decoder)
+    with engines.open(onnx_graph.write(graph, tmp_path)) as engine:
+        assert engine.outputs == graph.outputs
+        assert verify.graph_error(graph, engine) <= verify.TOLERANCE["vae_decoder"]
+        latents = graph.feeds({"images": 1}, seed=0)["latents"]
+        expected = vae.decode(latents / vae.config.scaling_factor).sample
+        found = engine.run({"latents": latents.numpy()})["pixels"]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)

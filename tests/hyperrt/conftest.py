@@ -1,12 +1,15 @@
-"""Bundles and photos that the tests of the runtime share."""
+"""Bundles, photos and the command line that the tests of the runtime share."""
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hyperrt import cli
 from tests.hyperrt import fake_bundle
 
 TINY = Path(__file__).resolve().parents[2] / "hyperrt" / "bundles" / "tiny"
@@ -43,3 +46,37 @@ def photos(tmp_path_factory) -> Path:
         pixels = np.random.default_rng(k).integers(0, 256, (40, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"photo {k}.png")
     return folder
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """No settings of the machine, and an empty current folder to write to."""
+    for name in [name for name in os.environ if name.startswith("HYPERRT")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    logger = logging.getLogger("hyperrt")
+    before = logger.handlers, logger.propagate
+    yield
+    logger.handlers, logger.propagate = before
+
+
+@pytest.fixture
+def run(alone, pretend, capsys):
+    """Run a command on the fake bundle: (exit code, stdout, stderr)."""
+
+    def run(command, *arguments, here=("--backend", "fake")):
+        bundle = ["--bundle", str(pretend), *here] if here else []
+        code = cli.run([command, *bundle, *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def subject_file(run, photos, tmp_path):
+    """A subject file made from the photos with the fake bundle."""
+    path = tmp_path / "robot.safetensors"
+    assert run("personalize", "--images", photos, "-o", path)[0] == 0
+    return path

@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
-import logging
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,69 +12,10 @@ import pytest
 
 from hyperrt import cli, config, recipe
 from hyperrt.cli_commands import hyperrt as group
-from hyperrt.cli_output import escaped
 from tests.hyperrt import fake_bundle
+from tests.hyperrt.command_line import PROMPT, ROOT, events, is_three_lines
 
-ROOT = Path(__file__).resolve().parents[2]
-PROMPT = "a [V] robot on the beach"
-# The command line with the fake graphs, as a process that says "ready" when it starts; WAIT slows steps down.
-PROCESS = """
-import sys, time
-from hyperrt import cli
-true_run = cli.run
-def run(arguments):
-    print("ready", file=sys.stderr, flush=True)
-    from tests.hyperrt import fake_bundle
-    def slow(tensors):
-        time.sleep(WAIT)
-        return fake_bundle.GRAPHS["denoiser"](tensors)
-    fake_bundle.register(denoiser=slow)
-    return true_run(arguments)
-cli.run = run
-sys.exit(cli.main())
-"""
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """No settings of the machine, and a folder of its own to write to."""
-    for name in [name for name in os.environ if name.startswith("HYPERRT")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path / "out")
-    logger = logging.getLogger("hyperrt")
-    before = logger.handlers, logger.propagate
-    yield
-    logger.handlers, logger.propagate = before
-
-
-@pytest.fixture
-def run(pretend, capsys):
-    """Run a command on the fake bundle: (exit code, stdout, stderr)."""
-
-    def run(command, *arguments, here=("--backend", "fake")):
-        bundle = ["--bundle", str(pretend), *here] if here else []
-        code = cli.run([command, *bundle, *map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def subject_file(run, photos, tmp_path):
-    path = tmp_path / "robot.safetensors"
-    assert run("personalize", "--images", photos, "-o", path)[0] == 0
-    return path
-
-
-def events(text):
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def is_three_lines(text):
-    lines = text.splitlines()
-    return lines[0].startswith("error: ") and 1 <= len(lines) <= 3 and "Traceback" not in text
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 # generate
@@ -350,7 +287,7 @@ def test_json_tells_steps_pictures_and_warnings(run):
     assert err == ""
 
 
-# personalize, info, export
+# personalize, export
 
 
 @pytest.mark.parametrize("format", config.SUBJECT_FORMATS)
@@ -367,45 +304,6 @@ def test_personalize_takes_files_one_by_one(run, photos):
     assert (events(out)[-1]["photos"], events(out)[-1]["class_noun"]) == (3, "mug")
 
 
-def test_info_tells_what_a_subject_file_is(run, subject_file, capsys):
-    code = cli.run(["info", str(subject_file)])
-    out = capsys.readouterr().out
-    assert code == 0
-    assert "kind: subject" in out and "class_noun: robot" in out and fake_bundle.BASE_MODEL in out
-
-
-def test_info_gives_the_recipe_of_a_picture(run, capsys):
-    run("generate", "-p", "a robot", "--seed", 7, "-o", "a.png")
-    cli.run(["info", "a.png", "--json"])
-    assert events(capsys.readouterr().out)[-1]["recipe"]["seed"] == 7
-
-
-def test_info_tells_what_a_bundle_is(pretend, capsys):
-    assert cli.run(["info", str(pretend)]) == 0
-    out = capsys.readouterr().out
-    assert "kind: bundle" in out and "default" in out and "robot" in out
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "code"),
-    [
-        ("x.png", b"\x89PNG\r\n\x1a\n", 3),
-        ("x.safetensors", b"short", 3),
-        ("x.txt", b"hello", 3),
-        ("nowhere", None, 4),
-    ],
-)
-def test_info_refuses_what_it_cannot_read(capsys, name, content, code):
-    if content is not None:
-        Path(name).write_bytes(content)
-    assert cli.run(["info", name]) == code
-    assert is_three_lines(capsys.readouterr().err)
-
-
-def test_no_text_of_a_file_reaches_the_terminal_as_a_command():
-    assert escaped("a\x1b[2Jb\nc\u202e\udc80é") == "a\\x1b[2Jb\nc\\u202e\\udc80é"
-
-
 def test_export_without_pytorch_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code = cli.run(["export", "--model", "tiny", "-o", "b"])
@@ -419,59 +317,3 @@ def test_help_of_every_command_has_examples_and_needs_no_numpy():
         command = [sys.executable, "-c", code, *arguments, "--help"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert "Examples:" in out and out.endswith("False\n")
-
-
-# how a process ends
-
-
-def start(arguments, wait="0.05", **options):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", PROCESS.replace("WAIT", wait), *map(str, arguments)]
-    process = subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE, **options)
-    assert process.stderr.readline() == "ready\n"
-    return process
-
-
-@pytest.mark.parametrize("moment", [0.0, 0.1, 0.3, 0.6, "drawing"])
-def test_an_interrupt_at_any_moment_ends_with_130_and_no_file(pretend, photos, moment):
-    bundle = ["--bundle", pretend, "--backend", "fake"]
-    process = start(
-        ["generate", "-i", photos, "-p", PROMPT, "--steps", 1000, *bundle], stdout=subprocess.PIPE
-    )
-    if moment == "drawing":
-        while "drawing" not in process.stderr.readline():
-            pass
-    else:
-        time.sleep(moment)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert "Traceback" not in err
-    assert not list(Path().iterdir())
-
-
-def test_a_reader_that_goes_away_is_no_error(pretend):
-    process = start(["info", pretend], stdout=subprocess.PIPE)
-    process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=60) == 141
-    assert err == ""
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_stdout_is_an_error_of_resources(pretend):
-    with open("/dev/full", "w") as full:
-        process = start(["info", pretend], stdout=full)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 6 and is_three_lines(err)
-
-
-def test_a_terminal_without_colours_and_a_locale_without_letters_are_fine(pretend, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    monkeypatch.setenv("TERM", "dumb")
-    arguments = ["generate", "-p", "a robot é", "--bundle", str(pretend), "--backend", "fake", "-o", "ü"]
-    process = start(arguments, "0", stdout=subprocess.PIPE)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert out == "\\xfc/a-robot-0.png\n"

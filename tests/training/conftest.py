@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+torch.set_num_threads(1)  # the models are too small for two
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> SimpleNamespace:
@@ -31,13 +33,12 @@ def parts(world):
     return base.load(world.base)
 
 
-@pytest.fixture
-def settings(world, tmp_path) -> dict:
-    """Settings of a run of a few steps."""
+@pytest.fixture(scope="session")
+def short_run(world) -> dict:
+    """Settings of a run of a few steps, without its folder."""
     return {
         "base": str(world.base),
         "cache": str(world.cache),
-        "out": str(tmp_path / "run"),
         "steps": 6,
         "batch": 4,
         "rank": 2,
@@ -46,9 +47,37 @@ def settings(world, tmp_path) -> dict:
         "iterations": 2,
         "head_dim": 8,
         "warmup": 2,
-        "holdout": 16,
+        "holdout": 8,
         "log_every": 2,
         "monitor_every": 3,
         "save_every": 3,
         "device": "cpu",
     }
+
+
+@pytest.fixture
+def settings(short_run, tmp_path) -> dict:
+    """The same with a folder of the test's own."""
+    return {**short_run, "out": str(tmp_path / "run")}
+
+
+@pytest.fixture(scope="session")
+def cutout_folder():
+    """A function that makes a folder of small cut-outs from (name or colour, noun) pairs, and their table."""
+    from PIL import Image, ImageColor
+
+    def make(
+        folder: Path, entries: list[tuple[str, str]], table: bool = True, colours: int | None = None
+    ) -> Path:
+        folder.mkdir(exist_ok=True)
+        names = [name if name.endswith(".png") else f"{name}.png" for name, _ in entries]
+        for (colour, _), name in list(zip(entries, names, strict=True))[:colours]:
+            picture = Image.new("RGBA", (48, 64), (0, 0, 0, 0))
+            picture.paste(ImageColor.getrgb(colour), (20, 8, 36, 40))
+            picture.save(folder / name)
+        if table:
+            lines = [f"{name},{noun},train" for name, (_, noun) in zip(names, entries, strict=True)]
+            (folder / "metadata.csv").write_text("\n".join(["file,class_noun,split", *lines]))
+        return folder
+
+    return make

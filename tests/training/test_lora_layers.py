@@ -69,6 +69,30 @@ def test_every_row_has_the_lora_that_merging_would_give_it(unet, inputs, packed)
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
 
 
+def peft_adapted(parts, packed, row):
+    """The UNet with one row's LoRA as PEFT applies it, beside the weights."""
+    peft = pytest.importorskip("peft")
+    unet = copy.deepcopy(parts.unet)
+    factors = {
+        path: (A[row], B[row])
+        for path, (A, B) in lora_layers.unpack(lora_layers.layout_of(unet, RANK), packed).items()
+    }
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(factors))
+    unet = peft.inject_adapter_in_model(config, unet)
+    for path, (A, B) in factors.items():
+        layer = unet.get_submodule(path)
+        layer.lora_A.default.weight.data.copy_(A.T)
+        layer.lora_B.default.weight.data.copy_(B.T)
+    return unet
+
+
+def test_every_row_has_the_lora_that_peft_would_give_it(parts, unet, inputs, packed):
+    together = call(unet, inputs, packed)
+    for row in range(ROWS):
+        alone = call(peft_adapted(parts, packed, row), [part[row : row + 1] for part in inputs])
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+
+
 def test_a_gate_of_zero_gives_the_base_model_and_a_half_gives_half_the_lora(unet, inputs, packed):
     mixed = call(unet, inputs, packed, gate=torch.tensor([0.0, 0.5, 1.0]))
     torch.testing.assert_close(mixed[:1], call(unet, [part[:1] for part in inputs]), atol=1e-6, rtol=1e-5)

@@ -1,0 +1,130 @@
+"""A subject file in diffusers and PEFT: it loads there, computes the same, and gives the runtime's picture."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from hyperrt import Runtime, sampling
+from hyperrt.lora import save_subject
+
+pytest.importorskip("peft")
+
+PROMPT, STEPS, SEED = "a [V] robot on a beach", 6, 11
+
+
+@pytest.fixture
+def unet(source):
+    """The base model's UNet as diffusers would load it, the test's own."""
+    from export import reference
+
+    return reference.plain(source.base.unet)
+
+
+@pytest.fixture(scope="module")
+def made(exported, drawn_photos):
+    """A subject, and the runtime's picture and latents of it: κ = 2 and s = 1/2 leave its own branch alone."""
+    with Runtime.open(exported) as runtime:
+        subject = runtime.personalize(drawn_photos, class_noun="robot")
+        alone = {"kappa": 2, "guidance_scale": 0.5, "solver": "ddim", "steps": STEPS, "seed": SEED}
+        return subject, runtime.generate(PROMPT, subject, **alone)
+
+
+def save(path, source, subject, format):
+    save_subject(path, subject.lora, source.decoder.layout, subject.metadata, format)
+    return path
+
+
+# Pictures
+
+
+@pytest.fixture
+def pipeline(source, unet):
+    """diffusers' own pipeline, of the parts that the bundle was made from."""
+    diffusers = pytest.importorskip("diffusers")
+    base = source.base
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=unet,
+        scheduler=base.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, source, output):
+    """What the pipeline makes of the prompt, as "latent" or "np"; no guidance, so one branch here too."""
+    unet = source.base.unet.config
+    shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+    latents = torch.from_numpy(sampling.initial_noise(SEED, shape, 1))
+    prompt = PROMPT.replace("[V]", source.token)
+    result = pipeline(
+        prompt, guidance_scale=1.0, num_inference_steps=STEPS, latents=latents, output_type=output
+    ).images
+    return result.numpy() if output == "latent" else np.rint(result * 255).astype(int)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_diffusers_draws_the_picture_of_the_runtime_from_the_same_file(
+    tmp_path, pipeline, source, made, format
+):
+    subject, ours = made
+    of_the_base = draw(pipeline, source, "latent")
+    pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", source, subject, format)))
+    latents = draw(pipeline, source, "latent")
+    scale = np.abs(latents).max()
+    assert np.abs(latents - of_the_base).max() / scale > 1e-2  # the subject does something
+    assert np.abs(latents - ours.latents).max() / scale < 1e-4
+    assert np.abs(draw(pipeline, source, "np") - ours.images).max() <= 1
+
+
+# UNets
+
+
+def run(unet):
+    config, generator = unet.config, torch.Generator().manual_seed(1)
+    latents = torch.randn(1, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    text = torch.randn(1, 5, config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        return unet(latents, 7, text).sample.numpy()
+
+
+def load_in_diffusers(unet, path, layout):
+    unet.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
+
+
+def load_in_peft(unet, path, layout):
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    targets = [site.path for site in layout.sites]
+    config = LoraConfig(r=layout.rank, lora_alpha=layout.rank, target_modules=targets)
+    inject_adapter_in_model(config, unet)
+    report = set_peft_model_state_dict(unet, load_file(path))
+    assert not report.unexpected_keys
+    assert not [key for key in report.missing_keys if "lora_" in key]
+
+
+@pytest.mark.parametrize(("format", "load"), [("diffusers", load_in_diffusers), ("peft", load_in_peft)])
+def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, made, format, load):
+    from export import reference
+
+    layout, subject = source.decoder.layout, made[0]
+    expected = run(reference.personalised(unet, layout, subject.lora))
+    theirs = copy.deepcopy(unet)
+    load(theirs, save(tmp_path / "robot.safetensors", source, subject, format), layout)
+    assert np.abs(expected - run(unet)).max() > 1e-2
+    np.testing.assert_allclose(run(theirs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_peft_loads_the_folder(tmp_path, unet, source, made):
+    from export import reference
+    from peft import PeftModel
+
+    expected = run(reference.personalised(unet, source.decoder.layout, made[0].lora))
+    theirs = PeftModel.from_pretrained(
+        copy.deepcopy(unet), str(save(tmp_path / "robot", source, made[0], "peft"))
+    )
+    np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)

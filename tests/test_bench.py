@@ -1,0 +1,121 @@
+"""Every measurement runs, ends as it should, and measures something: the smallest run of each script.
+
+No time is asserted here; what a figure is worth is for the script's full run to say.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hyperrt.bundle import packaged
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+# Keys by which figures are compared between commits; a script may have more.
+KEYS = {
+    "coldstart": {"generate_s", "peak_mb", "help_s", "forbidden_modules"},  # sizes need pip's index
+    "parity": {"worst_rel"},
+    "fused_step": {"fused_over_two_calls", "lora_overhead"},
+    "switch": {"switch_ms", "aba_max_diff", "a_base_max_diff", "row_alone_max_rel"},
+    "fidelity": {
+        f"{key}{way}"
+        for key in ("identity_hist", "identity_encoder", "background")
+        for way in ("", "_none", "_wrong", "_real")
+    },
+}
+NEEDS = {"parity": ("torch", "diffusers", "peft", "onnx_ir"), "fused_step": ("onnx_ir",)}
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def figures():
+    """A function: name of a script -> the figures of its smallest run; each runs once."""
+    done: dict[str, dict[str, float]] = {}
+
+    def run(script: str) -> dict[str, float]:
+        for package in NEEDS.get(script, ()):
+            pytest.importorskip(package)
+        if "tiny" not in packaged():
+            pytest.skip("the default bundle is not in this checkout")
+        if script not in done:
+            command = [sys.executable, str(BENCH / f"{script}.py"), "--quick"]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            assert result.returncode == 0, result.stderr
+            line = json.loads(result.stdout.splitlines()[-1])
+            assert line.keys() == {"bench", "commit", "machine", "figures"}
+            assert line["bench"] == script
+            done[script] = line["figures"]
+        return done[script]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", KEYS)
+def test_a_script_ends_in_its_figures_and_explains_them(figures, script):
+    found = figures(script)
+    assert found.keys() >= KEYS[script]
+    assert all(math.isfinite(value) for value in found.values())
+    text = ast.get_docstring(ast.parse((BENCH / f"{script}.py").read_text(encoding="utf-8")))
+    assert not [
+        key for key in KEYS[script] if key not in text and not key.endswith(("_none", "_wrong", "_real"))
+    ]
+
+
+def test_every_script_is_tested_here():
+    scripts = {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    assert scripts == KEYS.keys()
+
+
+@pytest.mark.slow
+def test_the_bundle_computes_what_diffusers_and_peft_do(figures):
+    assert figures("parity")["worst_rel"] < 1e-3
+
+
+@pytest.mark.slow
+def test_subjects_come_and_go_without_a_trace(figures):
+    found = figures("switch")
+    assert found["aba_max_diff"] == found["a_base_max_diff"] == 0
+    assert found["row_alone_max_rel"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_picture_loads_no_training_framework(figures):
+    assert figures("coldstart")["forbidden_modules"] == 0
+
+
+@pytest.mark.slow
+def test_the_judges_are_right_about_real_pictures(figures):
+    found = figures("fidelity")
+    assert min(found["identity_hist_real"], found["background_real"]) > 0.9
+
+
+def coloured(*colours: tuple[int, int, int]) -> np.ndarray:
+    """A picture with one row of each colour, and as much white."""
+    rows = [*colours, *[(255, 255, 255)] * len(colours)]
+    return np.repeat(np.array(rows, np.uint8)[:, None], 4, axis=1)
+
+
+def test_the_colour_judge_sees_colours_and_not_white_or_place():
+    histogram = module("judges").histogram
+    mine = histogram(coloured((200, 30, 40), (20, 90, 200)))
+    assert np.linalg.norm(mine) == pytest.approx(1)
+    assert mine @ histogram(coloured((20, 90, 200), (200, 30, 40))) == pytest.approx(1)
+    a_little_off = mine @ histogram(coloured((210, 35, 50), (30, 80, 190)))
+    another = mine @ histogram(coloured((30, 200, 40), (20, 90, 200)))
+    assert another < a_little_off < 1
+    assert not histogram(coloured((255, 255, 255))).any()

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+
+from training import base as bases
+
+
+def modules(base):
+    return base.unet, base.vae, base.text_encoder, base.image_encoder
+
+
+@pytest.fixture
+def folder(parts, tmp_path):
+    """A base folder of the test's own."""
+    bases.save(parts, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_every_part_is_loaded_with_its_weights_and_frozen(parts, folder):
+    loaded = bases.load(folder)
+    for before, after in zip(modules(parts), modules(loaded), strict=True):
+        expected = before.state_dict()
+        assert after.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in after.state_dict().items())
+        assert not after.training
+        assert not any(parameter.requires_grad for parameter in after.parameters())
+
+
+def test_the_autoencoder_is_of_the_class_that_its_config_names(folder):
+    vae = AutoencoderTiny(
+        latent_channels=8, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
+    )
+    vae.save_pretrained(folder / "vae")
+    assert isinstance(bases.load(folder).vae, AutoencoderTiny)
+
+
+def test_the_index_names_the_classes_of_the_parts(parts, folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["vae"] == ["diffusers", type(parts.vae).__name__]
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [("unet", "diffusion_pytorch_model.safetensors"), ("image_encoder", "model.safetensors")],
+)
+@pytest.mark.parametrize("change", ["absent", "of another shape"])
+def test_weights_that_do_not_fill_a_part_are_refused(part, file, change, folder):
+    tensors = load_file(folder / part / file)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    weight = tensors.pop(name)
+    if change != "absent":
+        tensors[name] = weight.flatten()[:4].clone()
+    save_file(tensors, folder / part / file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part}(?s:.*){name}"):
+        bases.load(folder)
+
+
+def test_a_part_that_is_missing_is_named(folder):
+    (folder / "scheduler").rename(folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="it has no scheduler"):
+        bases.load(folder)

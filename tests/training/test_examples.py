@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+from PIL import Image
+
+from training import examples, scenes
+
+SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "subjects"
+
+
+def draw(out):
+    result = CliRunner().invoke(examples.main, ["--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return {path.relative_to(out): np.asarray(Image.open(path)) for path in sorted(out.rglob("*.png"))}
+
+
+def test_every_noun_has_its_photos_and_they_are_the_shipped_ones(tmp_path):
+    drawn = draw(tmp_path)
+    assert {path.parent.name for path in drawn} == set(scenes.NOUNS)
+    assert len(drawn) == len(scenes.NOUNS) * len(examples.PLACES)
+    shipped = {path.relative_to(SHIPPED): np.asarray(Image.open(path)) for path in SHIPPED.rglob("*.png")}
+    assert shipped.keys() == drawn.keys()
+    for path, picture in drawn.items():
+        assert np.array_equal(picture, shipped[path]), path
