@@ -188,16 +188,16 @@ def identity_figures(
     """How often the right candidate is the nearest, by each judge, in each way, and of real pictures."""
     figures = {}
     real = [case.view(WHITE, 0) for case in cases]
+    lists = {id(case.candidates): case.candidates for case in cases}  # the cases of a noun share theirs
+    views = {
+        key: [[view(c, WHITE, [k, 2, v]) for v in range(VIEWS)] for k, c in enumerate(candidates)]
+        for key, candidates in lists.items()
+    }
     for name, features in by.items():
-        references: dict[int, np.ndarray] = {}  # of a list of candidates, which cases share
-        for case in cases:
-            if id(case.candidates) not in references:
-                references[id(case.candidates)] = np.stack(
-                    [
-                        judges.reference([view(c, WHITE, [k, 2, v]) for v in range(VIEWS)], features)
-                        for k, c in enumerate(case.candidates)
-                    ]
-                )
+        references = {
+            key: np.stack([judges.reference(of_one, features) for of_one in of_all])
+            for key, of_all in views.items()
+        }
         for way, made in {**pictures, "_real": real}.items():
             right = [
                 judges.nearest(picture, references[id(case.candidates)], features) == case.place

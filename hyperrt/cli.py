@@ -65,6 +65,8 @@ def run(arguments: Sequence[str]) -> int:
         with hyperrt.make_context("hyperrt", list(arguments), obj=output) as context:
             hyperrt.invoke(context)
         output.flush()
+        if _signal:  # it came where Python cannot raise
+            raise KeyboardInterrupt
         return 0
     except BaseException as error:
         return _end(error, output, "--debug" in arguments or bool(os.environ.get("HYPERRT_DEBUG")))
@@ -144,6 +146,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if _signal:  # the second one: whoever presses it does not want to wait for the first
         os._exit(STOPPED + number)
     _signal = number
+    sys.unraisablehook = lambda _: None  # in a finaliser or a callback the next line would print a traceback
     raise KeyboardInterrupt
 
 

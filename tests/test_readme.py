@@ -122,7 +122,7 @@ def test_every_block_is_run_or_says_why_not():
     assert [block.mark for block in others] == ["tree"]
 
 
-WRONG = [("bash", "false | true"), ("bash", "false\ntrue"), ("bash", "hyperrt paint"), ("python", "import no")]
+WRONG = [("bash", "false | true"), ("bash", "false\ntrue"), ("bash", "hyperrt x"), ("python", "import no")]
 
 
 @pytest.mark.parametrize(("language", "code"), WRONG)

@@ -126,7 +126,7 @@ def _pattern(who: Identity, size: int) -> Image.Image:
         inside = ((u % 1.0) - 0.5) ** 2 + ((v % 1.0) - 0.5) ** 2 < 0.09
     else:
         inside = ((u % 1.0) < 0.5) == ((v % 1.0) < 0.5)
-    return Image.fromarray((inside * 255).astype(np.uint8), "L")
+    return Image.fromarray((inside * 255).astype(np.uint8))
 
 
 def _robot(p: Painter, q: tuple[float, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A subject file in diffusers and PEFT: it loads there, computes the same, and gives the runtime's picture."""
+"""A subject file in diffusers and PEFT: it loads there, and gives the picture that the runtime gives."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from hyperrt import Runtime, sampling
 from hyperrt.lora import save_subject
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 PROMPT, STEPS, SEED = "a [V] robot on a beach", 6, 11
 
@@ -26,7 +28,7 @@ def unet(source):
 
 @pytest.fixture(scope="module")
 def made(exported, drawn_photos):
-    """A subject, and the runtime's picture and latents of it: κ = 2 and s = 1/2 leave its own branch alone."""
+    """A subject, and what the runtime makes of it; κ = 2 and s = 1/2 leave nothing but its own branch."""
     with Runtime.open(exported) as runtime:
         subject = runtime.personalize(drawn_photos, class_noun="robot")
         alone = {"kappa": 2, "guidance_scale": 0.5, "solver": "ddim", "steps": STEPS, "seed": SEED}
@@ -44,9 +46,8 @@ def save(path, source, subject, format):
 @pytest.fixture
 def pipeline(source, unet):
     """diffusers' own pipeline, of the parts that the bundle was made from."""
-    diffusers = pytest.importorskip("diffusers")
     base = source.base
-    pipeline = diffusers.StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline(
         vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=unet,
         scheduler=base.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -96,13 +97,10 @@ def load_in_diffusers(unet, path, layout):
 
 
 def load_in_peft(unet, path, layout):
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     targets = [site.path for site in layout.sites]
-    config = LoraConfig(r=layout.rank, lora_alpha=layout.rank, target_modules=targets)
-    inject_adapter_in_model(config, unet)
-    report = set_peft_model_state_dict(unet, load_file(path))
+    config = peft.LoraConfig(r=layout.rank, lora_alpha=layout.rank, target_modules=targets)
+    peft.inject_adapter_in_model(config, unet)
+    report = peft.set_peft_model_state_dict(unet, load_file(path))
     assert not report.unexpected_keys
     assert not [key for key in report.missing_keys if "lora_" in key]
 
@@ -121,10 +119,8 @@ def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, 
 
 def test_peft_loads_the_folder(tmp_path, unet, source, made):
     from export import reference
-    from peft import PeftModel
 
     expected = run(reference.personalised(unet, source.decoder.layout, made[0].lora))
-    theirs = PeftModel.from_pretrained(
-        copy.deepcopy(unet), str(save(tmp_path / "robot", source, made[0], "peft"))
-    )
+    folder = save(tmp_path / "robot", source, made[0], "peft")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder))
     np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)

@@ -115,6 +115,7 @@ def test_factors_are_stored_a_then_b_row_major(layout):
         ((Site("a.to_q", 2, 2), Site("a.to_q", 2, 2)), 1),
         ((Site("a.to_q", 0, 2),), 1),
         ((Site("a.to_q", 2, 2),), 0),
+        ((Site("a.to_q", 2**20, 2**20),), 2**10),
     ],
 )
 def test_a_layout_that_cannot_be_packed_is_refused(sites, rank):

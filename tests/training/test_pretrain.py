@@ -67,7 +67,7 @@ def weights(folder):
 
 
 def crash_at_sheet(monkeypatch, number):
-    """Dies when the sample sheet of that number is put together: two are of the autoencoder, two of the UNet."""
+    """Dies when the sheet of that number is put together: two are of the autoencoder, two of the UNet."""
     whole, calls = pretrain.sheet, []
 
     def sheet(rows):
