@@ -141,7 +141,10 @@ def test_what_help_needs_does_not_load_what_pictures_need(module):
     assert loaded_after(f"import {module}", SLOW_TO_IMPORT | HEAVY | VENDORS) == set()
 
 
-@each("tests/engines", "tests/hyperrt")
+RUNTIME_TESTS = [*sources("tests/engines", "tests/hyperrt"), *sorted((ROOT / "tests").glob("*.py"))]  # Makefile
+
+
+@pytest.mark.parametrize("path", RUNTIME_TESTS, ids=name)
 def test_the_tests_of_the_runtime_start_without_a_training_framework(path):
     if path.name.startswith("test_") or path.name == "conftest.py":
         assert not HEAVY & imports(path, at_import=True), 'write: torch = pytest.importorskip("torch")'

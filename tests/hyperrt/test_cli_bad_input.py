@@ -168,7 +168,7 @@ def rewritten(path, change=None, metadata=None):
 
 def first_replaced(value):
     def change(tensors):
-        name = next(iter(tensors))
+        name = min(tensors)
         return {**tensors, name: np.full_like(tensors[name], value)}
 
     return change
@@ -181,13 +181,13 @@ def first_replaced(value):
         (lambda path: path.write_bytes(b""), 3, "damaged"),
         (lambda path: path.write_bytes(pickle.dumps({"a": 1})), 3, "pickle"),
         (
-            lambda path: rewritten(path, lambda t: dict(list(t.items())[1:])),
+            lambda path: rewritten(path, lambda t: {name: t[name] for name in sorted(t)[1:]}),
             3,
             "1 missing (12 expected): unet.",
         ),
         (lambda path: rewritten(path, lambda t: {**t, "extra": np.zeros(1, np.float32)}), 3, "1 unknown"),
-        (lambda path: rewritten(path, first_replaced(np.nan)), 3, "to_q.lora_A.weight cannot be used"),
-        (lambda path: rewritten(path, first_replaced(np.inf)), 3, "to_q.lora_A.weight cannot be used"),
+        (lambda path: rewritten(path, first_replaced(np.nan)), 3, "to_k.lora_A.weight cannot be used"),
+        (lambda path: rewritten(path, first_replaced(np.inf)), 3, "to_k.lora_A.weight cannot be used"),
         (lambda path: rewritten(path, metadata={"base_model": "d" * 64}), 5, "dddddddddddd"),
         (lambda path: rewritten(path, metadata={"layout": "e" * 64}), 5, "eeeeeeeeeeee"),
         (lambda path: (path.unlink(), path.mkdir()), 4, "there is no subject file"),

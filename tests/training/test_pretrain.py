@@ -100,7 +100,7 @@ def test_latents_are_scaled_to_a_unit_deviation(straight):
     assert np.std(latents.astype(np.float32)) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("sheet", [1, 2, 3, 4])
+@pytest.mark.parametrize("sheet", [2, 4])
 def test_a_run_that_died_goes_on_with_the_same_curve_and_weights(straight, tmp_path, monkeypatch, sheet):
     with monkeypatch.context() as patch:
         crash_at_sheet(patch, sheet)

@@ -1,0 +1,142 @@
+"""Configs are checked once, before anything slow; every picture has its path before it is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hyperrt import config, solvers
+from hyperrt.config import ExportConfig, GenerateConfig, PersonalizeConfig, SamplingConfig, output_paths
+from hyperrt.errors import NotFound, UsageError
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("kappa", [0, 1, 2], [-0.1, 2.1, float("nan")]),
+        ("guidance_scale", [0, 7.5, 100], [-1, 101, float("inf")]),
+        ("steps", [1, 1000], [0, 1001]),
+        ("n", [1, 1000], [0, 1001]),
+        ("batch_size", [1, 1000], [0, 1001]),
+        ("seed", [0, 2**63 - 2], [-1, 2**63 - 1]),
+        ("strength", [-10, 0, 10], [11, float("nan")]),
+        ("solver", sorted(solvers.SOLVERS), ["magic", ""]),
+    ],
+)
+def test_a_value_out_of_range_is_refused_and_named(field, good, bad):
+    for value in good:
+        assert getattr(SamplingConfig(**{field: value}), field) == value
+    for value in bad:
+        with pytest.raises(UsageError, match=f"{field.replace('_', ' ')} is ") as caught:
+            SamplingConfig(**{field: value})
+        assert caught.value.why
+
+
+def test_the_solvers_of_the_command_line_are_those_of_the_runtime():
+    assert set(config.SOLVER_NAMES) == set(solvers.SOLVERS)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingConfig().steps = 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"images": ("a",), "subject": "b"},
+        {"output": "-", "n": 2},
+        {"images": ("",)},
+        {"subject": ""},
+        {"threads": 0},
+    ],
+    ids=str,
+)
+def test_options_that_exclude_each_other_or_name_nothing_are_refused(options):
+    with pytest.raises(UsageError):
+        GenerateConfig(prompt="a robot", **options)
+
+
+def test_the_sampling_options_are_taken_over_and_changed():
+    asked = GenerateConfig(prompt="a robot", kappa=0.5, n=8, seed=3)
+    assert asked.sampling(n=2) == SamplingConfig(kappa=0.5, n=2, seed=3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "zip"}, {"images": ()}, {"images": ("",)}, {"output": ""}], ids=str
+)
+def test_personalize_refuses_what_it_cannot_do(options):
+    with pytest.raises(UsageError):
+        PersonalizeConfig(**{"images": ("photos",), "output": "a.safetensors", **options})
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"adapt": "magic"}], ids=str)
+def test_export_refuses_what_it_cannot_do(options):
+    with pytest.raises(UsageError, match="must be one of"):
+        ExportConfig(model="tiny", output="bundle", **options)
+
+
+# output_paths
+
+
+@pytest.mark.parametrize(
+    ("output", "seeds", "paths"),
+    [
+        (None, [3], ["a-v-mug-on-the-moon-3.png"]),
+        (".", [3], ["a-v-mug-on-the-moon-3.png"]),
+        ("x.png", [3], ["x.png"]),
+        ("X.PNG", [3], ["X.PNG"]),
+        ("x.png", [3, 4], ["x-3.png", "x-4.png"]),
+        ("new", [3, 4], ["new/a-v-mug-on-the-moon-3.png", "new/a-v-mug-on-the-moon-4.png"]),
+        ("new/er", [3], ["new/er/a-v-mug-on-the-moon-3.png"]),
+        ("v1.5/", [3], ["v1.5/a-v-mug-on-the-moon-3.png"]),
+    ],
+)
+def test_every_picture_has_a_path(output, seeds, paths):
+    found = output_paths(output, "A [V] mug, on the Moon!", seeds)
+    assert [path.as_posix() for path in found] == paths
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [("日本", "picture-0.png"), ("../../etc/passwd", "etc-passwd-0.png"), ("x" * 500, "x" * 60 + "-0.png")],
+    ids=["no Latin letters", "a path", "long"],
+)
+def test_a_prompt_makes_a_harmless_file_name(prompt, name):
+    assert [str(path) for path in output_paths(None, prompt, [0])] == [name]
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "words"),
+    [
+        ("x.jpg", UsageError, "use -o x.png"),
+        ("no/x.png", NotFound, "does not exist"),
+        ("file", UsageError, "not a folder"),
+        ("file/x.png", UsageError, "not a folder"),
+        ("taken.png", UsageError, "--force"),
+        ("y" * 300, UsageError, "too long"),
+        ("y" * 300 + ".png", UsageError, "too long"),
+    ],
+)
+def test_where_nothing_can_be_written_is_known_before_the_work(output, error, words):
+    Path("file").touch()
+    Path("taken.png").touch()
+    with pytest.raises(error) as caught:
+        output_paths(output, "a robot", [0])
+    assert words in str(caught.value)
+
+
+def test_force_replaces_files_but_no_folders():
+    Path("taken.png").touch()
+    Path("folder-1.png").mkdir()
+    assert output_paths("taken.png", "a robot", [0], force=True) == [Path("taken.png")]
+    with pytest.raises(UsageError, match="is a folder"):
+        output_paths("folder.png", "a robot", [0, 1], force=True)

@@ -1,0 +1,134 @@
+"""Photos to weights: what is read and what is left out, and the mean over the photos."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperrt import personalize
+from hyperrt.errors import BadImage, BadInput, NotFound, NumericError
+from tests.hyperrt.pictures import half_and_half
+
+
+class Recorded:
+    """An engine that is a function; it keeps what it was fed."""
+
+    def __init__(self, function):
+        self.function = function
+        self.fed = []
+
+    def run(self, feeds):
+        self.fed.append(feeds)
+        return self.function(feeds)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    return path
+
+
+# read_photos
+
+
+def test_folders_files_arrays_and_images_are_photos(photos):
+    array = np.zeros((40, 40, 3), np.uint8)
+    found = personalize.read_photos([photos, photos / "photo 0.png", array, half_and_half()])
+    assert len(found) == 6
+    assert all(photo.dtype == np.uint8 and photo.shape[2:] == (3,) for photo in found)
+
+
+@pytest.mark.parametrize("kind", ["folder", "text", "file", "array", "image"])
+def test_one_photo_or_folder_needs_no_list(photos, kind):
+    single = {
+        "folder": photos,
+        "text": str(photos / "photo 1.png"),
+        "file": photos / "photo 1.png",
+        "array": np.zeros((40, 40, 3), np.uint8),
+        "image": half_and_half(),
+    }[kind]
+    assert len(personalize.read_photos(single)) == (3 if kind == "folder" else 1)
+
+
+def test_a_bad_photo_among_good_ones_is_left_out_and_said(photos, broken, caplog):
+    with caplog.at_level(logging.WARNING, "hyperrt"):
+        assert len(personalize.read_photos([photos, broken])) == 3
+    [message] = caplog.messages
+    assert message.startswith("left out ") and "broken.png" in message and "damaged" in message
+
+
+def test_strict_refuses_the_bad_photo(photos, broken):
+    with pytest.raises(BadImage, match=r"broken\.png"):
+        personalize.read_photos([photos, broken], strict=True)
+
+
+def test_many_bad_photos_are_said_in_few_lines(tmp_path, caplog):
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    for number in range(personalize.MOST_SAID + 5):
+        (tmp_path / f"{number}.png").touch()
+    with caplog.at_level(logging.WARNING, "hyperrt"):
+        assert len(personalize.read_photos(tmp_path)) == 1
+    assert len(caplog.messages) == personalize.MOST_SAID + 1
+    assert caplog.messages[-1] == "left out 5 more photos"
+
+
+def test_the_only_photo_is_refused_with_its_own_reason(broken):
+    with pytest.raises(BadImage, match=r"broken\.png"):
+        personalize.read_photos(broken)
+
+
+def test_when_no_photo_is_left_all_are_counted(broken):
+    with pytest.raises(BadInput, match=r"none of the 2 photos could be used\n.*broken\.png: "):
+        personalize.read_photos([broken, np.zeros((2, 2, 3), np.uint8)])
+
+
+def test_no_photos_are_refused():
+    with pytest.raises(BadInput, match="no photos were given"):
+        personalize.read_photos([])
+
+
+@pytest.mark.parametrize("name", ["gone", "gone.png"])
+def test_a_name_of_nothing_is_not_found(tmp_path, name):
+    with pytest.raises(NotFound, match=name):
+        personalize.read_photos(tmp_path / name)
+
+
+def test_a_name_that_is_too_long_is_a_bad_photo(tmp_path):
+    with pytest.raises(BadImage, match="too long"):
+        personalize.read_photos(tmp_path / ("x" * 300))
+
+
+# encode_photos, predict_lora
+
+
+def test_photos_are_encoded_one_at_a_time():
+    pixels = np.arange(3 * 3 * 2 * 2, dtype=np.float32).reshape(3, 3, 2, 2)
+    encoder = Recorded(lambda feeds: {"features": feeds["pixels"].reshape(1, 1, -1)})
+    features = personalize.encode_photos(pixels, encoder)
+    assert [feeds["pixels"].shape for feeds in encoder.fed] == [(1, 3, 2, 2)] * 3
+    np.testing.assert_array_equal(np.concatenate(features), pixels.reshape(3, 1, -1))
+
+
+def test_the_weights_are_the_mean_over_the_photos():
+    features = [np.full((1, 1, 1), value, np.float32) for value in (1, 2, 6)]
+    decoder = Recorded(lambda feeds: {"lora_q": feeds["features"][0], "lora_kv": -feeds["features"][0]})
+    weights = personalize.predict_lora(features, decoder)
+    assert weights["lora_q"].dtype == np.float32
+    assert (weights["lora_q"].tolist(), weights["lora_kv"].tolist()) == ([3.0], [-3.0])
+
+
+def test_one_photo_gives_the_bits_that_were_predicted():
+    row = np.random.default_rng(0).normal(size=(1, 50)).astype(np.float32)
+    weights = personalize.predict_lora([row[None]], Recorded(lambda feeds: {"lora_q": row, "lora_kv": row}))
+    np.testing.assert_array_equal(weights["lora_q"], row[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_no_number_is_refused(value):
+    decoder = Recorded(lambda feeds: {"lora_q": np.array([[1, value]], np.float32)})
+    with pytest.raises(NumericError, match="1 of 2 values of lora_q"):
+        personalize.predict_lora([np.zeros((1, 1, 1), np.float32)], decoder)
