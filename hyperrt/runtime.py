@@ -79,6 +79,7 @@ class Runtime:
         self._engines: dict[str, Engine] = {}
         self._adapters: dict[str, Adapter] = {}
         self._tokenizer: Tokenizer | None = None
+        self._hidden: tuple[tuple[str, ...], Floats] | None = None  # of the last prompts: texts, features
         self._context: tuple[tuple[Any, ...], Floats] | None = None  # of the last prompt: its key, K and V
         self._bound: tuple[Job, int] | None = None  # whose constants the denoiser holds, for how many images
         self._closed = False
@@ -265,15 +266,22 @@ class Runtime:
         """K and V of every cross-attention [branches, L, W], computed once per prompt and subject."""
         key = (job.texts, job.gate.tobytes(), job.subject)
         if self._context is None or self._context[0] != key:
-            ids = self._token_ids(job.texts)
-            hidden = self._engine("text_encoder").run({"input_ids": ids})["hidden_states"]
-            self._done_with("text_encoder")
+            hidden = self._hidden_states(job.texts)
             self._adapter("context", "lora_kv").put(job.subject)
             context = self._engine("context").run({"hidden_states": hidden, "gate": job.gate})["context"]
             self._done_with("context")
             check_finite({"context": context}, "what the prompt says")
             self._context = key, context
         return self._context[1]
+
+    def _hidden_states(self, texts: tuple[str, ...]) -> Floats:
+        """Text features [branches, L, D]; those of the last prompts are kept for the next subject."""
+        if self._hidden is None or self._hidden[0] != texts:
+            ids = self._token_ids(texts)
+            hidden = self._engine("text_encoder").run({"input_ids": ids})["hidden_states"]
+            self._done_with("text_encoder")
+            self._hidden = texts, hidden
+        return self._hidden[1]
 
     def _token_ids(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids [texts, L]; what does not fit is logged as a warning."""
