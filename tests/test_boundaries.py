@@ -141,7 +141,8 @@ def test_what_help_needs_does_not_load_what_pictures_need(module):
     assert loaded_after(f"import {module}", SLOW_TO_IMPORT | HEAVY | VENDORS) == set()
 
 
-RUNTIME_TESTS = [*sources("tests/engines", "tests/hyperrt"), *sorted((ROOT / "tests").glob("*.py"))]  # Makefile
+# As in the Makefile.
+RUNTIME_TESTS = [*sources("tests/engines", "tests/hyperrt"), *sorted((ROOT / "tests").glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", RUNTIME_TESTS, ids=name)

@@ -6,6 +6,7 @@ Stages, each resumable, in RUN/<stage>/ with log.jsonl, state.pt and sample shee
     vae            autoencoder: pixels <-> latents [C, 8, 8]
     image_encoder  ViT, contrastive on two views of a subject (InfoNCE)
     latents        encodes the cache, so that the UNet trains on latents alone
+    decoder        the autoencoder's second half goes on alone, on whole pictures
     unet           UNet and text encoder together, denoising captioned latents
 
 The result is RUN/base, a folder in diffusers' format (training/base.py).
@@ -13,6 +14,7 @@ The result is RUN/base, a folder in diffusers' format (training/base.py).
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +36,9 @@ log = logging.getLogger("training")
 VAE = Schedule(
     steps=14000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000
 )
+DECODER = Schedule(
+    steps=6000, lr=1e-3, warmup=100, ema=0.999, weight_decay=0.0, log_every=100, report_every=1000
+)
 IMAGE_ENCODER = Schedule(steps=650, lr=1e-3, warmup=100, ema=0.99, report_every=150)
 UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
 LATENT_NOISE = 0.1  # in standard deviations of the latents
@@ -41,7 +46,7 @@ TEMPERATURE = 0.07
 TEXT_DROPOUT = 0.1
 VALIDATION = 128  # identities at the end of the cache that no stage trains on
 
-STAGES = ("vae", "image_encoder", "unet")
+STAGES = ("vae", "image_encoder", "decoder", "unet")
 PATH = click.Path(path_type=Path)
 SHARE, FACTOR = click.FloatRange(0, 1), click.FloatRange(0, min_open=True)
 SUBJECTS = click.IntRange(2 * VALIDATION)
@@ -83,20 +88,56 @@ def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int,
         if step < cropped:
             top, left = torch.randint(half // 8 + 1, (2,), generator=generator) * 8
             real = real[:, :, top : top + half, left : left + half]
-        latents = vae.encode(real).latents
+        latents = vae.encoder(real)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        fake = vae.decode(latents + LATENT_NOISE * latents.detach().std() * noise).sample.float()
-        pixels = F.l1_loss(fake, real)
-        return {"loss": pixels + F.mse_loss(fake, real), "pixels": pixels}
+        fake = vae.decoder(latents + LATENT_NOISE * latents.detach().std() * noise)
+        return _pixel_losses(fake.float(), real)
 
-    @torch.no_grad()
     def report(step: int, ema: nn.Module) -> Mapping[str, float]:
-        real = pictures(cache, *held_out(cache, 32, 0))
-        fake = ema.decode(ema.encode(real).latents).sample.clamp(-1, 1)
-        _write_sheet(out / f"{step:06d}.png", _uint8(real), _uint8(fake))
-        return {"psnr": (10 * torch.log10(4 / (fake - real).square().mean((1, 2, 3)))).mean().item()}
+        return _reconstruct(out, step, cache, ema.encoder, ema.decoder)
 
     return fit(out, vae, loss, schedule, seed, report)
+
+
+def refine_decoder(
+    out: Path, cache: data.SceneCache, vae: nn.Module, schedule: Schedule, batch: int, seed: int
+) -> None:
+    """Trains the decoder of `vae` further from the cached latents: to the UNet nothing changes."""
+    latents, scale = cache.latents, vae.config.scaling_factor
+    decoder = copy.deepcopy(vae.decoder).requires_grad_(True)
+
+    def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
+        who, view = draw(cache, batch, generator)
+        clean = torch.from_numpy(latents[who.numpy(), view.numpy()].astype(np.float32))
+        noised = clean + LATENT_NOISE * torch.randn(clean.shape, generator=generator)
+        real = pictures(cache, who, view)
+        fake = decoder((noised / scale).to(real)).float()
+        losses = _pixel_losses(fake, real)
+        # Neighbours' differences: what is soft in a picture is wrong here.
+        edges = F.l1_loss(fake.diff(dim=2), real.diff(dim=2)) + F.l1_loss(fake.diff(dim=3), real.diff(dim=3))
+        return {**losses, "loss": losses["loss"] + edges, "edges": edges}
+
+    def report(step: int, ema: nn.Module) -> Mapping[str, float]:
+        return _reconstruct(out, step, cache, vae.encoder, ema)
+
+    vae.decoder = fit(out, decoder, loss, schedule, seed, report)
+
+
+def _pixel_losses(fake: Tensor, real: Tensor) -> Mapping[str, Tensor]:
+    """L1 and L2."""
+    pixels = F.l1_loss(fake, real)
+    return {"loss": pixels + F.mse_loss(fake, real), "pixels": pixels}
+
+
+@torch.no_grad()
+def _reconstruct(
+    out: Path, step: int, cache: data.SceneCache, encoder: nn.Module, decoder: nn.Module
+) -> Mapping[str, float]:
+    """Held-out pictures through both halves: their PSNR in dB, and a sheet."""
+    real = pictures(cache, *held_out(cache, 32, 0))
+    fake = decoder(encoder(real)).clamp(-1, 1)
+    _write_sheet(out / f"{step:06d}.png", _uint8(real), _uint8(fake))
+    return {"psnr": (10 * torch.log10(4 / (fake - real).square().mean((1, 2, 3)))).mean().item()}
 
 
 def train_image_encoder(
@@ -280,6 +321,9 @@ def train(out: Path, cache: data.SceneCache, scale: float, batch: int, seed: int
     if until == "image_encoder":
         return
     encode_latents(vae, cache)
+    refine_decoder(out / "decoder", cache, vae, _scaled(DECODER, scale), max(1, batch // 4), seed)
+    if until == "decoder":
+        return
     tokenizer = clip_tokenizer.build(out / "tokenizer", bases.MAX_TOKENS, cache.names)
     torch.manual_seed(seed)
     parts = bases.Base(

@@ -17,7 +17,7 @@ from training.loop import Schedule
 from training.sample import sample
 
 SCHEDULE = Schedule(steps=4, lr=1e-3, warmup=2, log_every=1, report_every=2)
-STAGES = ("vae", "image_encoder", "unet")
+STAGES = pretrain.STAGES
 
 
 class Crash(BaseException):
@@ -37,7 +37,7 @@ def small_unet():
 def small():
     """Everything that takes long, made small."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VAE", "IMAGE_ENCODER", "UNET"):
+        for name in ("VAE", "IMAGE_ENCODER", "DECODER", "UNET"):
             patch.setattr(pretrain, name, SCHEDULE)
         patch.setattr(pretrain, "VALIDATION", 8)
         patch.setattr(pretrain, "sample", lambda *args, **options: sample(*args, **{**options, "steps": 1}))
@@ -67,7 +67,7 @@ def weights(folder):
 
 
 def crash_at_sheet(monkeypatch, number):
-    """Dies when the sheet of that number is put together: two are of the autoencoder, two of the UNet."""
+    """Dies when the sheet of that number is put together: two are of each stage that draws them."""
     whole, calls = pretrain.sheet, []
 
     def sheet(rows):
@@ -88,7 +88,7 @@ def test_the_base_model_is_written_and_can_be_loaded(straight):
 
 
 def test_every_stage_logs_its_losses_and_what_it_measures(straight):
-    for stage, measured in zip(STAGES, ("psnr", "held_out_top1", None), strict=True):
+    for stage, measured in zip(STAGES, ("psnr", "held_out_top1", "psnr", None), strict=True):
         entries = curve(straight, stage)
         assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4]
         assert measured is None or measured in entries[-1]
@@ -100,7 +100,7 @@ def test_latents_are_scaled_to_a_unit_deviation(straight):
     assert np.std(latents.astype(np.float32)) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("sheet", [2, 4])
+@pytest.mark.parametrize("sheet", [2, 3, 6])
 def test_a_run_that_died_goes_on_with_the_same_curve_and_weights(straight, tmp_path, monkeypatch, sheet):
     with monkeypatch.context() as patch:
         crash_at_sheet(patch, sheet)
