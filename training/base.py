@@ -37,10 +37,6 @@ class Base:
     image_encoder: ViTModel
     scheduler: DDIMScheduler
 
-    def hidden_states(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to text features [prompts, L, D]; each prompt is padded to the full length."""
-        return self.text_encoder(tokens(self.tokenizer, prompts)).last_hidden_state
-
 
 def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Token ids [prompts, L]."""
@@ -48,6 +44,7 @@ def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def tiny_unet() -> UNet2DConditionModel:
+    """9.4 M weights on latents [C, 8, 8]; attention at both levels, seven cross-attentions in all."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 8, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         block_out_channels=(96, 192), layers_per_block=1, norm_num_groups=16, attention_head_dim=4,
@@ -67,6 +64,7 @@ def tiny_vae() -> AutoencoderTiny:
 
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers: prompts of this world are a noun and a scene."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
@@ -78,6 +76,7 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tiny_image_encoder() -> ViTModel:
+    """Features [65, 128]: one for the picture and one for each patch of 8 x 8 pixels."""
     config = ViTConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
         image_size=IMAGE_SIZE, patch_size=8,

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from training import base as bases
 from training import data, pretrain
+from training.features import encode_text
 from training.loop import Schedule
 from training.sample import sample
 
@@ -83,7 +84,7 @@ def test_the_base_model_is_written_and_can_be_loaded(straight):
     base = bases.load(straight / "base")
     assert base.vae.config.scaling_factor > 0
     assert base.unet.config.in_channels == bases.LATENT_CHANNELS
-    assert base.hidden_states(["a robot on a beach"]).shape == (1, bases.MAX_TOKENS, bases.TEXT_WIDTH)
+    assert encode_text(base, ["a robot on a beach"]).shape == (1, bases.MAX_TOKENS, bases.TEXT_WIDTH)
     assert {path.name for path in (straight / "unet").glob("*.png")} == {"000002.png", "000004.png"}
 
 
