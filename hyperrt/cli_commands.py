@@ -32,6 +32,7 @@ from hyperrt.config import (
 from hyperrt.errors import Incompatible, UsageError
 
 ENV = "HYPERRT"
+EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 SETTINGS = {
     "auto_envvar_prefix": ENV,
     "help_option_names": ["-h", "--help"],
@@ -234,7 +235,7 @@ def export(context: click.Context, /, **options: Any) -> None:
       hyperrt generate --bundle my-bundle -p "a house in the snow"
     """
     config = _config(context, ExportConfig, options)
-    missing = [name for name in ("torch", "diffusers", "onnx") if importlib.util.find_spec(name) is None]
+    missing = [name for name in EXPORT_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         why = f"export needs PyTorch and the ONNX exporter; there is no {', no '.join(missing)}"
         raise Incompatible("export is not installed", why, "pip install 'hyperrt[export]'")

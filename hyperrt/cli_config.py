@@ -10,7 +10,6 @@ current folder, where somebody else may have put it.
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -58,15 +57,10 @@ def default_map(path: Path, group: click.Group) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import tomllib  # here: most users have no config file to wait for
+
     try:
-        tomllib: Any = importlib.import_module("tomllib")
-    except ModuleNotFoundError:
-        raise UsageError(
-            f"the config file {path} cannot be read", "TOML needs Python 3.11", "use options"
-        ) from None
-    try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tables
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotFound(f"there is no config file {path}", "", "check --config") from None
     except (OSError, ValueError) as error:

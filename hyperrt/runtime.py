@@ -30,7 +30,7 @@ from hyperrt import lora, prompts, sampling
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
 from hyperrt.config import SamplingConfig
-from hyperrt.errors import UsageError
+from hyperrt.errors import NumericError, UsageError
 from hyperrt.images import preprocess
 from hyperrt.job import Job, plan
 from hyperrt.lora import Subject
@@ -254,7 +254,7 @@ class Runtime:
             self._adapter("denoiser", "lora_q").put(job.subject)
             denoiser.bind(
                 {
-                    "guidance": np.array([branch.weight for branch in job.branches], np.float32),
+                    "guidance": job.weights,
                     "context": np.repeat(context, images, axis=0),
                     "gate": np.repeat(job.gate, images),
                 }
@@ -298,13 +298,14 @@ class Runtime:
         """Latents [n, C, h, w] to pictures [n, H, W, 3] uint8, one at a time.
 
         Raises:
-            NumericError: a pixel is NaN or infinite.
+            NumericError: a pixel is NaN or infinite, or all pixels are the same.
         """
         pictures = []
         for k in range(len(latents)):
             with self._lock:
                 pixels = self._engine("vae_decoder").run({"latents": latents[k : k + 1]})["pixels"]
             check_finite({"pixels": pixels}, "the picture")
+            _check_not_flat(pixels)
             pictures.append(pictures_from_pixels(pixels))
         return np.concatenate(pictures)
 
@@ -347,6 +348,16 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_not_flat(pixels: Floats) -> None:
+    """Refuse pixels [1, 3, H, W] of one colour: a black picture is how overflow in a decoder shows."""
+    if not np.ptp(np.clip(pixels, -1, 1), axis=(2, 3)).any():
+        raise NumericError(
+            "the picture is all of one colour",
+            "every pixel came out of the decoder the same, or beyond black or white",
+            "try a lower guidance scale or another seed; if it stays, check the bundle: hyperrt doctor",
+        )
 
 
 def pictures_from_pixels(pixels: Floats) -> Pictures:

@@ -10,6 +10,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -98,7 +99,6 @@ def test_the_readme_is_read_in_one_sitting():
 
 
 def test_the_runtime_needs_few_packages():
-    tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert len(project["dependencies"]) <= RUNTIME_DEPENDENCIES
 

@@ -50,10 +50,10 @@ class TrainConfig:
     base: str  # folder of the base model
     cache: str  # folder of the scene cache, with latents
     out: str  # folder of the run
-    steps: int = 4000
+    steps: int = 2200
     batch: int = 64  # rows per step, each with a LoRA of its own photos and its own noise
     targets: int = 1  # rows that share a subject's photos and LoRA; the decoder runs batch / targets times
-    photos: int = 1  # most photos of a subject that are averaged; each step draws 1 to this many
+    photos: int = 2  # most photos of a subject that are averaged; each step draws 1 to this many
     rank: int = 4
     dim: int = 128
     layers: int = 2
@@ -65,11 +65,11 @@ class TrainConfig:
     final_lr: float = 0.05  # share of lr that the cosine ends at
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.999
-    lambda_: float = 100.0  # weight of R(h), paper eq. 5
+    lambda_: float = 0.05  # weight of R(h), paper eq. 5
     reduction: str = "mean"  # of R(h): mean, sum, per_factor
     gamma: float = 0.0  # weight of L_reg, paper eq. 5; doubles the rows
     min_snr: float = 0.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0: none
-    noise_shift: float = 1.0  # above 1, more of the timesteps are noisy ones
+    noise_shift: float = 2.0  # above 1, more of the timesteps are noisy ones
     text_dropout: float = 0.1  # share of rows with the empty prompt
     cross_view: float = 0.7  # share of rows whose target is not one of the photos
     token: str = "sks"  # stands for [V]
@@ -119,22 +119,17 @@ class TrainConfig:
         )
 
 
+PAPER: dict[str, Any] = {
+    "steps": 4000, "photos": 1, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
+    "lambda_": 0.5, "reduction": "per_factor", "noise_shift": 1.0,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},  # the defaults
     "smoke": {"steps": 20, "batch": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16},
-    "paper_celeba": {
-        "steps": 30_000, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
-        "lambda_": 0.15, "reduction": "per_factor",
-    },
-    "paper_afhq": {
-        "steps": 4000, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
-        "lambda_": 0.5, "reduction": "per_factor",
-    },
-    "paper_literal": {  # "embedding dimension of 4"
-        "steps": 4000, "rank": 3, "dim": 4, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
-        "lambda_": 0.5, "reduction": "per_factor",
-    },
-}  # fmt: skip
+    "paper_celeba": {**PAPER, "steps": 30_000, "lambda_": 0.15},
+    "paper_afhq": PAPER,
+    "paper_literal": {**PAPER, "dim": 4},  # "embedding dimension of 4"
+}
 
 
 def resolve(flags: dict[str, Any], preset: str = "tiny", file: Path | None = None) -> TrainConfig:

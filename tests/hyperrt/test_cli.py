@@ -225,7 +225,6 @@ def test_a_bad_value_of_the_environment_is_reported_with_the_variable(run, monke
     ids=["unknown option", "no table", "no TOML", "wrong type", "out of range"],
 )
 def test_a_bad_config_file_is_reported_with_its_name(run, capsys, text, words):
-    pytest.importorskip("tomllib")
     Path("mine.toml").write_text(text)
     code = cli.run(["--config", "mine.toml", "generate", "-p", "a robot"])
     err = capsys.readouterr().err

@@ -292,6 +292,17 @@ def test_nan_out_of_any_graph_is_an_error(runtime, photos, graph):
         runtime.generate(PROMPT, runtime.personalize(photos))
 
 
+@pytest.mark.parametrize("level", [-3.0, 0.0, 2.0], ids=["black", "grey", "white"])
+def test_a_picture_of_one_colour_is_an_error(runtime, subject, level):
+    def flat(tensors):
+        noise = 0.1 * fake_bundle.GRAPHS["vae_decoder"](tensors)["pixels"] * bool(level)  # clipped away
+        return {"pixels": noise + np.float32(level)}
+
+    fake_bundle.register(vae_decoder=flat)
+    with pytest.raises(NumericError, match="one colour"):
+        runtime.generate(PROMPT, subject)
+
+
 def test_after_a_failed_step_the_next_call_is_right(runtime, subject):
     expected = runtime.generate(PROMPT, subject).latents
 
