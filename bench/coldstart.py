@@ -38,10 +38,9 @@ HYPERRT = (sys.executable, "-m", "hyperrt")
 SPY = f"""
 import sys
 from hyperrt.cli import main
-try:
-    main()
-finally:
-    print(*[name for name in {FORBIDDEN!r} if name in sys.modules], sep=",", file=open({{report!r}}, "w"))
+code = main()
+print(*[name for name in {FORBIDDEN!r} if name in sys.modules], sep=",", file=open({{report!r}}, "w"))
+sys.exit(code)
 """
 BARS = {
     "generate_s": "<= 2.5",

@@ -38,9 +38,7 @@ PER_NOUN, CANDIDATES = 5, 20
 PHOTO_SIZE, VIEW_SIZE = 256, 64  # pixels
 PHOTOS, VIEWS = 4, 4
 SCENES_EACH = 2
-REAL_SCENES = (
-    25  # pictures of each scene that the judge of scenes knows; as many others for `background_real`
-)
+REAL_SCENES = 25  # pictures of each scene that the judge knows; as many others for `background_real`
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0
 FIRST_INDEX, SEED_STRIDE = 1_000_000, 1_000  # far from the indices that training looks at
 CUTOUTS = 40
@@ -147,8 +145,10 @@ def wrong_subjects(runtime: Runtime, cases: Sequence[Case], subjects: Sequence[S
     for case in cases:
         other = case.candidates[(case.place + 1) % len(case.candidates)]
         known = [s for c, s in zip(cases, subjects, strict=True) if c.drawing is other]
-        photos = Case(case.noun, case.index + SEED_STRIDE // 2, other, 0, ()).photos
-        wrong.append(known[0] if known else runtime.personalize(photos, case.noun))
+        if not known:
+            photos = Case(case.noun, case.index + SEED_STRIDE // 2, other, 0, ()).photos
+            known = [runtime.personalize(photos, case.noun)]
+        wrong.append(known[0])
     return wrong
 
 

@@ -28,7 +28,6 @@ import report
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 import engines
-from engines.base import Engine
 from hyperrt import guidance
 from hyperrt.bundle import Bundle
 
@@ -92,7 +91,7 @@ def measure(
         engine = engines.open(path, threads=threads)
         by_row = {name: feeds[name][rows] for name in ("context", "gate", "guidance")}
         engine.bind({**feeds, **by_row, **changed})
-        return partial(Engine.run, engine, variable)
+        return partial(engine.run, variable)
 
     denoiser = bundle.graph("denoiser")
     everything = [0, 1, 2]

@@ -20,7 +20,6 @@ Features = Callable[[np.ndarray], np.ndarray]  # a picture to a vector of unit l
 
 LEVELS = 6  # of each channel in the colour histogram: bins are 51 apart
 NOT_WHITE = 40  # how far below 255 the least channel of a pixel must be for it to count
-BORDER = 8  # pixels at the picture's edge, of 64: subjects hardly reach there
 SCENE_NEIGHBOURS = 5
 
 
@@ -82,7 +81,10 @@ class Scenes:
 
 
 def border(picture: np.ndarray) -> np.ndarray:
-    """Mean colours of the blocks of 8 x 8 along the edge of a 64 px picture: 28 blocks, [84] in [0, 1]."""
+    """Mean colours of the blocks of 8 x 8 along the edge of a 64 px picture: 28 blocks, [84] in [0, 1].
+
+    Subjects hardly reach there.
+    """
     blocks = picture.reshape(8, picture.shape[0] // 8, 8, picture.shape[1] // 8, 3).mean(axis=(1, 3)) / 255
     edge = np.ones((8, 8), bool)
     edge[1:-1, 1:-1] = False

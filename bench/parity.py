@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -38,6 +39,7 @@ from hyperrt.bundle import Bundle
 from hyperrt.lora import Subject
 from hyperrt.tokenizer import Tokenizer
 from training import base as tiny
+from training.features import encode_text
 
 KAPPAS = (0.4, 1.0, 2.0)
 SOLVERS = sorted(solvers.SOLVERS)
@@ -94,7 +96,7 @@ def reference_of(bundle: Bundle, folder: Path | None) -> tuple[UNet2DConditionMo
         parts = tiny.load(folder)
         for name in ("unet", "text_encoder"):
             storage.round_weights(getattr(parts, name), name)
-        return parts.unet, parts.hidden_states
+        return parts.unet, partial(encode_text, parts)
     if bundle.family != "tiny":
         raise SystemExit(f"the sizes of {bundle.family} are not known here: give --base")
     unet = graph_weights.read_into(tiny.tiny_unet(), bundle).eval().requires_grad_(False)

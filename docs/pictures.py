@@ -11,13 +11,13 @@ from PIL import Image
 
 from hyperrt import Runtime
 from hyperrt.lora import Subject
+from training.scenes import NOUNS
 
 Picture = NDArray[np.uint8]
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "images"
 SUBJECTS = ROOT / "examples" / "subjects"
-NOUNS = ("robot", "fish", "bird", "house", "car", "flower", "monster", "mug")
 SCENES = ("on a beach", "in the snow", "in a forest", "under a night sky", "in a desert", "underwater")
 KAPPAS = (0.0, 0.4, 0.8, 1.0, 1.2, 1.6, 2.0)
 GAP, ZOOM = 4, 2
@@ -52,6 +52,7 @@ def draw(
 
 
 def main() -> None:
+    """Write docs/images/{first,subjects,kappa}.png."""
     OUT.mkdir(exist_ok=True)
     with Runtime.open("tiny") as runtime:
         subjects = {noun: runtime.personalize(SUBJECTS / noun, noun) for noun in NOUNS}

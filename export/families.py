@@ -16,6 +16,7 @@ from torch import nn
 from export.errors import ExportError
 from hyperrt.bundle import Betas, Defaults, Preprocess, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
+from hyperrt.solvers import BETA_SCHEDULES
 from training import base as tiny
 from training import checkpoint, clip_tokenizer, lora_layers, scenes
 from training.base import Base
@@ -99,7 +100,7 @@ def betas(source: Source) -> Betas:
         ExportError: the runtime does not know it.
     """
     config = source.base.scheduler.config
-    if config.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+    if config.beta_schedule not in BETA_SCHEDULES:
         why = f"its beta_schedule is {config.beta_schedule!r}"
         raise ExportError("the base model has an unknown noise schedule", why, "train it with scaled_linear")
     return Betas(config.beta_schedule, config.beta_start, config.beta_end, config.num_train_timesteps)

@@ -19,7 +19,6 @@ from hyperrt import guidance, solvers
 from hyperrt.lora import LoraLayout
 
 Arrays = Mapping[str, np.ndarray]
-BRANCHES = ("uncond", "subject", "generic")
 
 
 def plain(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -49,7 +48,7 @@ def stepper(
 
     Args:
         base, subject: of `plain` and `personalised`.
-        hidden: per branch of BRANCHES the hidden states of its prompt [1, L, D].
+        hidden: per branch of `guidance.BRANCHES` the hidden states of its prompt [1, L, D].
         weights: per branch its share of the sum.
     """
 
@@ -61,7 +60,7 @@ def stepper(
             (subject if name == "subject" else base)(
                 x, float(feeds["timestep"]), text.expand(len(x), -1, -1), return_dict=False
             )[0].numpy()
-            for name, text in zip(BRANCHES, hidden, strict=True)
+            for name, text in zip(guidance.BRANCHES, hidden, strict=True)
         ]
         output = guidance.combine(list(weights), outputs)
         following = solvers.apply(c, latents, output, feeds["previous"], feeds["noise"])

@@ -6,6 +6,7 @@ above its tolerance ends the export.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from export.families import Source
 from export.graphs import Graph
 from hyperrt import guidance, sampling, solvers
 from hyperrt.bundle import Defaults
+from training.base import tokens
 
 # rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
 TOLERANCE = {
@@ -61,8 +63,11 @@ def ladder(
         ParityError: a rung is above its tolerance.
         engines.EngineError: ONNX Runtime is missing or cannot run a graph.
     """
-    opened = {graph.name: engines.open(folder / f"{graph.name}.onnx", "onnxruntime") for graph in graphs}
-    try:
+    with contextlib.ExitStack() as stack:
+        opened = {
+            graph.name: stack.enter_context(engines.open(folder / f"{graph.name}.onnx", "onnxruntime"))
+            for graph in graphs
+        }
         rungs: dict[str, Callable[[], float]] = {
             graph.name: lambda graph=graph: graph_error(graph, opened[graph.name]) for graph in graphs
         }
@@ -79,9 +84,6 @@ def ladder(
             progress(name)
             figures[name] = _checked(name, measure())
         return figures
-    finally:
-        for engine in opened.values():
-            engine.close()
 
 
 def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
@@ -136,7 +138,7 @@ def fused_step_error(source: Source, opened: Mapping[str, Engine]) -> float:
         "coefficients": rng.uniform(0.5, 1, 7).astype(np.float32),
     }
     hidden = [
-        torch.from_numpy(rng.standard_normal(_hidden_shape(source), np.float32)) for _ in reference.BRANCHES
+        torch.from_numpy(rng.standard_normal(_hidden_shape(source), np.float32)) for _ in guidance.BRANCHES
     ]
     weights = guidance.hm_cfg_weights(2.0, 0.8)
     unet = reference.plain(base.unet)
@@ -151,13 +153,11 @@ def loop_error(source: Source, opened: Mapping[str, Engine], defaults: Defaults)
     size = base.image_encoder.config.image_size
     pixels = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
     text = ["", f"a {source.token} toy on a beach", "a toy on a beach"]
-    ids = base.tokenizer(text, padding="max_length", truncation=True, return_tensors="np").input_ids.astype(
-        np.int64
-    )
+    ids = tokens(base.tokenizer, text)
     weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
     with torch.no_grad():
         packed = source.decoder(base.image_encoder(torch.from_numpy(pixels)).last_hidden_state)
-        hidden = base.text_encoder(torch.from_numpy(ids)).last_hidden_state.split(1)
+        hidden = base.text_encoder(ids).last_hidden_state.split(1)
     unet = reference.plain(base.unet)
     lora = {name: vector[0].numpy() for name, vector in packed.items()}
     expected = _sampled(
@@ -171,7 +171,8 @@ def loop_error(source: Source, opened: Mapping[str, Engine], defaults: Defaults)
 
     features = opened["image_encoder"].run({"pixels": pixels})
     found_lora = {name: vector[0] for name, vector in opened["weight_decoder"].run(features).items()}
-    found_hidden = torch.from_numpy(opened["text_encoder"].run({"input_ids": ids})["hidden_states"]).split(1)
+    found_text = opened["text_encoder"].run({"input_ids": ids.numpy()})["hidden_states"]
+    found_hidden = torch.from_numpy(found_text).split(1)
     latents = _sampled(source, _stepper(opened, found_lora, found_hidden, weights, images=1))
     found = {"latents": latents, **opened["vae_decoder"].run({"latents": latents})}
     return relative(found, {"latents": expected, "pixels": picture})

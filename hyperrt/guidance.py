@@ -20,6 +20,7 @@ from typing import Any, Literal
 from hyperrt.errors import UsageError
 
 BranchName = Literal["uncond", "subject", "generic"]
+BRANCHES: tuple[BranchName, ...] = ("uncond", "subject", "generic")  # as hm_cfg_weights returns their weights
 
 
 @dataclass(frozen=True)

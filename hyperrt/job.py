@@ -25,8 +25,6 @@ from hyperrt.lora import VECTORS, Subject
 
 log = logging.getLogger("hyperrt")
 
-BRANCHES: tuple[guidance.BranchName, ...] = ("uncond", "subject", "generic")  # as hm_cfg_weights returns them
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
@@ -79,7 +77,7 @@ def plan(bundle: Bundle, backend: str, prompt: str, subject: Subject | None, opt
     settings = _settings(bundle, subject, options)
     schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(bundle.betas))
     weights = guidance.hm_cfg_weights(settings["guidance_scale"], settings["kappa"])
-    branches = guidance.active(map(guidance.Branch, BRANCHES, weights))
+    branches = guidance.active(map(guidance.Branch, guidance.BRANCHES, weights))
     origin = {
         "generic_prompt": texts["generic"],
         "negative_prompt": texts["uncond"],

@@ -336,7 +336,7 @@ class Runtime:
         """Free the engines; a closed runtime samples no more. Closing twice does nothing."""
         with self._lock:
             self._closed = True
-            self._bound = None
+            self._hidden = self._context = self._bound = None
             self._adapters.clear()
             while self._engines:
                 self._engines.popitem()[1].close()

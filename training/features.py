@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -90,8 +91,6 @@ def fingerprint(base: Base, cache: SceneCache) -> str:
     """Twelve hex digits that stand for the encoder's weights and the cache's pictures."""
     digest = hashlib.sha256()
     for name, tensor in base.image_encoder.state_dict().items():
-        if name.startswith("pooler."):
-            continue  # not used, and random where the folder does not hold one
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     digest.update(str(cache.images.shape).encode())
@@ -99,7 +98,7 @@ def fingerprint(base: Base, cache: SceneCache) -> str:
     return digest.hexdigest()[:12]
 
 
-def _write_features(file, base: Base, cache: SceneCache, batch: int) -> None:
+def _write_features(file: BinaryIO, base: Base, cache: SceneCache, batch: int) -> None:
     pictures = cache.images.reshape(-1, *cache.images.shape[2:])
     shape = tuple(encode_images(base, pictures[:1]).shape[1:])
     header = {"descr": "<f2", "fortran_order": False, "shape": (*cache.images.shape[:2], *shape)}

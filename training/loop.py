@@ -188,7 +188,7 @@ def fit(
     journal = RunLog(out, step, schedule.steps)
     began = time.perf_counter()
     with stopping() as stopped:
-        while step < schedule.steps and not stopped:
+        while step < schedule.steps:
             with device.autocast(where):
                 losses = loss(step, Generator().manual_seed(seed * 1_000_003 + step))
             figures = dict(zip((*losses, "grad_norm"), descent.step(step, losses).tolist(), strict=True))
@@ -200,8 +200,11 @@ def fit(
             due = end or step % schedule.report_every == 0
             if due and report is not None:
                 journal.write(step, **report(step, descent.ema))
-            if due or stopped:
+            leaving = bool(stopped)  # asked once: a signal that comes later is for the next step
+            if due or leaving:
                 _save(out / STATE, step, model, descent)
+            if leaving:
+                break
     return descent.ema
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperrt.solvers import PREDICTION_TYPES
+
 
 class Noising:
     """The forward process of a scheduler, and what its model is to predict.
@@ -26,7 +28,7 @@ class Noising:
     def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
         kept = scheduler.alphas_cumprod.double()
         self.prediction_type = scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction type {self.prediction_type!r} is not supported")
         self.steps = len(kept)
         self.signal = kept.sqrt().float().to(device)

@@ -6,25 +6,24 @@ is the picture that the exported bundle makes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hyperrt import guidance, sampling, solvers
+from hyperrt.runtime import pictures_from_pixels
 from training.base import Base
 from training.features import encode_text
 from training.lora_layers import Rows, install, layout_of, unpack
-
-Text = Sequence[str] | Tensor  # prompts, or hidden states [images, L, D]
 
 
 @torch.no_grad()
 def sample(
     base: Base,
-    generic: Text,
-    subject: Text | None = None,
+    generic: Sequence[str],
+    subject: Sequence[str] | None = None,
     lora: Mapping[str, Tensor] | None = None,
     *,
     rank: int = 4,
@@ -45,14 +44,11 @@ def sample(
         uint8 [images, H, W, 3].
     """
     hidden = {
-        "generic": _hidden(base, generic),
-        "subject": None if subject is None else _hidden(base, subject),
+        "generic": encode_text(base, generic),
+        "subject": None if subject is None else encode_text(base, subject),
     }
     weights = guidance.hm_cfg_weights(guidance_scale, 0.0 if subject is None else kappa)
-    names = ("uncond", "subject", "generic")
-    branches = guidance.active(
-        guidance.Branch(name, weight) for name, weight in zip(names, weights, strict=True)
-    )
+    branches = guidance.active(map(guidance.Branch, guidance.BRANCHES, weights))
     hidden["uncond"] = encode_text(base, [""]).expand_as(hidden["generic"])
     predict = _predictor(base, branches, hidden, lora, rank)
 
@@ -81,8 +77,8 @@ def decode(base: Base, latents: Tensor) -> np.ndarray:
     """Latents as the UNet takes them [n, C, h, w] => uint8 [n, H, W, 3]."""
     config = base.vae.config
     latents = latents.float().to(next(base.vae.parameters()).device)
-    pictures = base.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
-    return ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = base.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
+    return pictures_from_pixels(pixels.cpu().numpy())
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 2, zoom: int = 2) -> np.ndarray:
@@ -97,11 +93,13 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 2, zoom: int = 2) -> 
     return canvas.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def _hidden(base: Base, text: Text) -> Tensor:
-    return text if isinstance(text, Tensor) else encode_text(base, text)
-
-
-def _predictor(base: Base, branches, hidden, lora, rank):
+def _predictor(
+    base: Base,
+    branches: Sequence[guidance.Branch],
+    hidden: Mapping[str, Tensor],
+    lora: Mapping[str, Tensor] | None,
+    rank: int,
+) -> Callable[[Tensor, float], Tensor]:
     """The guided prediction as a function of (latents [images, C, h, w], timestep)."""
     install(base.unet)
     device = next(base.unet.parameters()).device

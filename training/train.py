@@ -58,13 +58,13 @@ class Trainer:
         decoder.set_feature_statistics(*features.feature_statistics(self.features))
         self.decoder = decoder.to(self.device)
         self.schedule = Schedule(
-            config.steps,
-            config.lr,
-            config.warmup,
-            config.final_lr,
-            config.ema,
-            config.weight_decay,
-            config.clip,
+            steps=config.steps,
+            lr=config.lr,
+            warmup=config.warmup,
+            final_lr=config.final_lr,
+            ema=config.ema,
+            weight_decay=config.weight_decay,
+            clip=config.clip,
         )
         self.descent = Descent(self.decoder, self.schedule, undecayed=("position",))
         self.ema = self.descent.ema
@@ -199,9 +199,10 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
             log.info("held out: gap %.4g, gain %.4g", figures["gap"], figures["gain"])
         if end or done % config.sample_every == 0:
             preview.write(out / "samples" / f"step-{done:06d}.png", trainer)
-        if end or done % config.save_every == 0 or stopped:
+        leaving = bool(stopped)  # asked once: a signal that comes later is for the next step
+        if end or done % config.save_every == 0 or leaving:
             trainer.save(out, done, window)
-        if stopped:
+        if leaving:
             return
         if not len(window):
             clock = time.perf_counter()
