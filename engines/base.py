@@ -197,7 +197,7 @@ class Engine(ABC):
             raise EngineError(
                 "this graph cannot be refitted",
                 "it has no constants that its backend can replace",
-                "pass the LoRA as inputs: hyperrt export --adapt inputs",
+                "export the bundle with the LoRA as inputs",
             )
         arrays = checked(self.weights, weights, "weight")
         with self._lock:

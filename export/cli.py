@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def run(config: ExportConfig, output: Output) -> None:
     """Export as `config` says; progress and parity go to stderr, the bundle's folder to stdout."""
-    _check(config)
-    from export import assemble  # seconds: PyTorch
+    files.check_folder(config.output, MANIFEST, config.force)  # before seconds are spent on PyTorch
+    from export import assemble
 
     _silence_libraries()
     family, base = _family_and_base(config, assemble.families.FAMILIES)
@@ -43,17 +43,6 @@ def run(config: ExportConfig, output: Output) -> None:
         rows = [f"  {rung:20}{error:8.0e} ({allowed[rung]:.0e})" for rung, error in parity.items()]
         output.note("\n".join(["largest relative errors against PyTorch (and what is allowed):", *rows]))
     output.result(str(path), path=str(path), parity=dict(parity))
-
-
-def _check(config: ExportConfig) -> None:
-    """What can be refused before PyTorch is loaded."""
-    for name, only in (("precision", "fp32"), ("adapt", "inputs")):
-        value = getattr(config, name)
-        if value != only:
-            raise UsageError(
-                f"--{name} {value} is not there yet", f"this version exports {only}", f"leave --{name} out"
-            )
-    files.check_folder(config.output, MANIFEST, config.force)
 
 
 def _family_and_base(config: ExportConfig, families: Container[str]) -> tuple[str, Path | None]:

@@ -33,7 +33,7 @@ class Adapter:
             raise BundleMismatch(
                 f"the bundle takes its LoRA by {mode!r}",
                 "this version knows 'inputs'",
-                "export it with --adapt inputs",
+                "export it with the LoRA as inputs",
             )
         self._engine = engine
         self._name = name

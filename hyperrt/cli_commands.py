@@ -21,8 +21,6 @@ from hyperrt import __version__
 from hyperrt.cli_config import default_map, user_config
 from hyperrt.cli_output import Output
 from hyperrt.config import (
-    ADAPT_MODES,
-    PRECISIONS,
     SOLVER_NAMES,
     SUBJECT_FORMATS,
     ExportConfig,
@@ -211,16 +209,6 @@ def personalize(context: click.Context, /, **options: Any) -> None:
 )
 @click.option(
     "--random-weights", type=int, metavar="SEED", help="Random weights in place of both, to test and time."
-)
-@click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    type=click.Choice(PRECISIONS),
-    help="Of the computation.",
-)
-@click.option(
-    "--adapt", default="inputs", show_default=True, type=click.Choice(ADAPT_MODES), help="How a LoRA enters."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and how big it is.")
 @click.option("--force", "-f", is_flag=True, help="Replace a bundle that exists.")

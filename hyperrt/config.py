@@ -17,8 +17,6 @@ from typing import Any
 from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
-PRECISIONS = ("fp32", "fp16", "bf16")
-ADAPT_MODES = ("inputs", "refit")
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
 MAX_SEED = 2**63 - 1
@@ -142,15 +140,11 @@ class ExportConfig:
     base: str | None = None  # folder of the base model; None: that of the hypernetwork's training
     hypernet: str | None = None  # checkpoint of the weight decoder
     random_weights: int | None = None  # seed: random weights in place of both
-    precision: str = "fp32"
-    adapt: str = "inputs"
     dry_run: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
         _in_range("random_weights", self.random_weights, 0, MAX_SEED)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("adapt", self.adapt, ADAPT_MODES)
 
 
 def output_paths(output: str | None, prompt: str, seeds: Sequence[int], force: bool = False) -> list[Path]:

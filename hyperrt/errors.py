@@ -97,12 +97,6 @@ class ResourceError(HyperRTError):
     code: ClassVar[int] = 6
 
 
-class DeviceError(HyperRTError):
-    """The inference backend or its device failed."""
-
-    code: ClassVar[int] = 7
-
-
 class IntegrityError(HyperRTError):
     """Stored data is damaged."""
 
@@ -123,9 +117,3 @@ class NumericError(HyperRTError):
     """A result holds NaN or infinity, or left the range it must keep."""
 
     code: ClassVar[int] = 9
-
-
-class Cancelled(HyperRTError):
-    """The work was stopped on request."""
-
-    code: ClassVar[int] = 130

@@ -90,7 +90,13 @@ def load_hypernet(path: Path | str) -> tuple[WeightDecoder, dict[str, Any]]:
 
 
 def save_state(
-    folder: Path, decoder: WeightDecoder, descent: Descent, window: Tensor, config: TrainConfig, step: int
+    folder: Path,
+    decoder: WeightDecoder,
+    descent: Descent,
+    window: Tensor,
+    config: TrainConfig,
+    step: int,
+    base_model: str,
 ) -> Path:
     """Writes state.safetensors; `step` steps are done, `window` holds their losses not logged yet."""
     tensors = {"window": window}
@@ -99,16 +105,17 @@ def save_state(
     for name, parameter in decoder.named_parameters():
         moments = descent.optimizer.state[parameter]
         tensors.update({f"adam.{key}/{name}": value for key, value in moments.items()})
-    return _publish(folder / STATE, tensors, {"step": str(step), "config": json.dumps(to_json(config))})
+    metadata = {"step": str(step), "base_model": base_model, "config": json.dumps(to_json(config))}
+    return _publish(folder / STATE, tensors, metadata)
 
 
 def load_state(
-    folder: Path, decoder: WeightDecoder, descent: Descent, config: TrainConfig
+    folder: Path, decoder: WeightDecoder, descent: Descent, config: TrainConfig, base_model: str
 ) -> tuple[int, Tensor, dict[str, tuple[Any, Any]]]:
     """Puts everything back; returns the step, the window, and what differs as {name: (then, now)}.
 
     Raises:
-        Incompatible: a setting in `FIXED` differs.
+        Incompatible: a setting in `FIXED` differs, or the hash of the base model.
         IntegrityError: the file is damaged.
     """
     path = folder / STATE
@@ -117,6 +124,7 @@ def load_state(
             metadata = file.metadata() or {}
         tensors = load_file(path)
         done, before = int(metadata["step"]), json.loads(metadata["config"])
+        was = metadata["base_model"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged", str(error), f"remove {folder} to train it anew") from error
     now = to_json(config)
@@ -125,6 +133,10 @@ def load_state(
         raise Incompatible(
             f"{path} is of another decoder", ", ".join(fatal), "set it back, or choose another --out"
         )
+    if was != base_model:
+        why = f"it has the hash {was[:12]}, the one of --base has {base_model[:12]}"
+        do = "set --base back, or choose another --out"
+        raise Incompatible(f"{path} is of another base model", why, do)
     decoder.load_state_dict(_under("decoder/", tensors))
     descent.ema.load_state_dict(_under("ema/", tensors))
     keys = {name.partition("/")[0] for name in tensors if name.startswith("adam.")}

@@ -128,7 +128,7 @@ class Trainer:
 
     def save(self, folder: Path, step: int, window: Tensor) -> None:
         """Everything that resuming needs, and the EMA for export."""
-        checkpoint.save_state(folder, self.decoder, self.descent, window, self.config, step)
+        checkpoint.save_state(folder, self.decoder, self.descent, window, self.config, step, self.base_hash)
         checkpoint.save_hypernet(folder, self.ema, self.config, step, self.base_hash)
 
 
@@ -164,7 +164,9 @@ def run(config: TrainConfig, resume: bool = False) -> Path:
     trainer = Trainer(config)
     start, window = 0, torch.zeros(0, len(LOSSES))
     if resume and (out / checkpoint.STATE).exists():
-        start, window, changed = checkpoint.load_state(out, trainer.decoder, trainer.descent, config)
+        start, window, changed = checkpoint.load_state(
+            out, trainer.decoder, trainer.descent, config, trainer.base_hash
+        )
         for name, (then, now) in changed.items():
             log.warning("%s was %s and is %s now", name, then, now)
     with stopping() as stopped:

@@ -75,14 +75,6 @@ def test_two_base_models_are_one_too_many(trained, tmp_path, capfd):
     assert "there are two base models" in three_lines(capfd)
 
 
-@pytest.mark.parametrize(
-    "option", [["--precision", "fp16"], ["--adapt", "refit"]], ids=lambda option: option[0]
-)
-def test_what_is_not_there_yet_is_refused(option, tmp_path, capfd):
-    assert command.run(["export", "--model", "tiny", "-o", str(tmp_path / "new"), *option]) == 2
-    assert "not there yet" in three_lines(capfd)
-
-
 def test_the_parity_figures_are_shown(trained, tmp_path, capsys, called, exported):
     assert command.run(arguments(trained.base, trained.hypernet, tmp_path / "new")) == 0
     shown = capsys.readouterr()

@@ -22,11 +22,9 @@ CODES = {
     "LoraMismatch": 5,
     "BundleMismatch": 5,
     "ResourceError": 6,
-    "DeviceError": 7,
     "IntegrityError": 8,
     "BundleError": 8,
     "NumericError": 9,
-    "Cancelled": 130,
 }
 CLASSES = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception)]
 each_class = pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

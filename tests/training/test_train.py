@@ -176,6 +176,12 @@ def test_a_folder_with_a_run_is_refused_without_resume(settings, finished):
         train.run(TrainConfig(**settings))
 
 
+def test_resuming_on_another_base_model_is_refused(settings, finished, monkeypatch):
+    monkeypatch.setattr(train.checkpoint, "hash_of", lambda module: "0" * 64)
+    with pytest.raises(Incompatible, match="of another base model"):
+        train.run(TrainConfig(**settings), resume=True)
+
+
 def test_resuming_with_another_rank_is_refused(settings, finished):
     with pytest.raises(Incompatible, match="rank was 2 and is 3"):
         train.run(TrainConfig(**{**settings, "rank": 3}), resume=True)
