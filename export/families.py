@@ -217,7 +217,7 @@ FAMILIES = {
         name="tiny",
         load=_load_tiny,
         random=_random_tiny,
-        defaults=Defaults(solver="dpmpp_2m", steps=30, guidance_scale=3.75, kappa=1.0),
+        defaults=Defaults(solver="dpmpp_2m", steps=30, guidance_scale=2.5, kappa=1.0),
         default_class="toy",
         nouns=scenes.NOUNS,
         license=LICENSE,

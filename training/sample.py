@@ -28,7 +28,7 @@ def sample(
     *,
     rank: int = 4,
     kappa: float = 1.0,
-    guidance_scale: float = 3.75,
+    guidance_scale: float = 2.5,
     steps: int = 20,
     seed: int = 0,
     solver: str = "dpmpp_2m",
