@@ -77,10 +77,9 @@ def test_personalize_refuses_what_it_cannot_do(options):
         PersonalizeConfig(**{"images": ("photos",), "output": "a.safetensors", **options})
 
 
-@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"adapt": "magic"}], ids=str)
-def test_export_refuses_what_it_cannot_do(options):
-    with pytest.raises(UsageError, match="must be one of"):
-        ExportConfig(model="tiny", output="bundle", **options)
+def test_export_refuses_a_seed_that_is_none():
+    with pytest.raises(UsageError, match="random_weights|random-weights"):
+        ExportConfig(model="tiny", output="bundle", random_weights=-1)
 
 
 # output_paths
