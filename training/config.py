@@ -50,7 +50,7 @@ class TrainConfig:
     base: str  # folder of the base model
     cache: str  # folder of the scene cache, with latents
     out: str  # folder of the run
-    steps: int = 2200
+    steps: int = 3500
     batch: int = 64  # rows per step, each with a LoRA of its own photos and its own noise
     targets: int = 1  # rows that share a subject's photos and LoRA; the decoder runs batch / targets times
     photos: int = 2  # most photos of a subject that are averaged; each step draws 1 to this many

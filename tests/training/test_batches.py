@@ -48,7 +48,7 @@ def test_targets_share_their_subject_and_photos(make):
 @pytest.mark.parametrize("cross_view", [0.0, 1.0])
 def test_the_target_is_one_of_the_photos_or_another_view(make, read, cross_view):
     cache = read[0]
-    source = make(cross_view=cross_view)
+    source = make(cross_view=cross_view, photos=1)
     for step in range(5):
         batch = source.at(step)
         for who, photo, latents in zip(batch.identities, batch.features, batch.latents, strict=True):
