@@ -63,10 +63,10 @@ def read(kind: Callable[..., T], data: object, where: str = "") -> T:
 
 
 def dump(value: object) -> Any:
-    """The inverse of `read`, for `json.dumps`; fields that are None are left out."""
+    """The inverse of `read`, for `json.dumps`; fields that hold their default are left out."""
     if dataclasses.is_dataclass(value):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: dump(item) for name, item in pairs if item is not None}
+        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: dump(item) for field, item in pairs if item is not None and item != field.default}
     if isinstance(value, Mapping):
         return {key: dump(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
