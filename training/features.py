@@ -15,13 +15,15 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperrt import files
 from training.base import Base, tokens
 from training.data import SceneCache
 
 log = logging.getLogger("training")
+
+CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with projection or not
 
 
 def pixels(images: np.ndarray, size: int) -> Tensor:
@@ -32,13 +34,24 @@ def pixels(images: np.ndarray, size: int) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def encode_pixels(encoder: nn.Module, pixels: Tensor) -> Tensor:
+    """Pixels as the encoder takes them => the features that hypernetwork and image prompt read [n, T, F].
+
+    Of CLIP's vision model what goes into its last layer, as IP-Adapter does: the last layer is trained to
+    leave in the first token what a text can say, and forgets the rest. Of a ViT its output.
+    """
+    if encoder.config.model_type == CLIP_VISION:
+        return encoder(pixels, output_hidden_states=True).hidden_states[-2]
+    return encoder(pixels).last_hidden_state
+
+
 @torch.no_grad()
 def encode_images(base: Base, images: np.ndarray) -> Tensor:
     """uint8 [n, H, W, 3] => features [n, T, F]."""
     device = next(base.image_encoder.parameters()).device
-    return base.image_encoder(
-        pixels(images, base.image_encoder.config.image_size).to(device)
-    ).last_hidden_state
+    return encode_pixels(
+        base.image_encoder, pixels(images, base.image_encoder.config.image_size).to(device)
+    )
 
 
 @torch.no_grad()

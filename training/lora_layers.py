@@ -8,7 +8,12 @@ UNet mixes subjects with the plain base model:
 What a call needs travels as an argument (`cross_attention_kwargs={"rows": Rows(...)}`), never as an attribute
 of a module: an exporter would bake an attribute into the graph as a constant.
 
-Shapes: rows = branches x images, L text tokens, D text width, r rank, inner = heads x head size.
+A row may also see an image prompt (training/image_prompt.py), by an attention of its own with the same
+query: out = Attn(q, K_text, V_text) + Attn(q, K_image, s V_image). The scale s of the row lies in V_image,
+so a row of scale 0 adds exact zeros.
+
+Shapes: rows = branches x images, L text tokens, I image tokens, D text width, r rank, inner = heads x head
+size, W = sum over attn2 of 2 x inner.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from torch import Tensor, nn
 from hyperrt.lora import LoraLayout, Site
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
+KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # path of an attn2 -> (K, V), each [rows, tokens, inner]
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -38,11 +44,14 @@ class Rows:
     factors: path of a projection -> (A [1|rows, d_in, r], B [1|rows, r, d_out]); an absent path has no LoRA.
     gate:    LoRA strength of each row, [rows, 1, 1]; 0 makes it a row of the base model.
     context: path of an attn2 -> (K, V), each [rows, L, inner]; where given, text is not projected again.
+    image:   the same of the image prompt, [rows, I, inner], V times the scale of its row; an absent path has
+             no image prompt.
     """
 
     factors: Factors
     gate: Tensor
-    context: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    context: KeyValues = field(default_factory=dict)
+    image: KeyValues = field(default_factory=dict)
 
 
 def row_lora(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
@@ -71,7 +80,7 @@ def project(linear: nn.Module, path: str, x: Tensor, rows: Rows | None) -> Tenso
 
 
 class RowAttention:
-    """Processor for `attn1` and `attn2`: plain attention, with LoRA and K/V as its `rows` argument says.
+    """Processor for `attn1` and `attn2`: plain attention, with LoRA, K/V and image prompt as `rows` says.
 
     name:   path of the attention module in the UNet, the key into `Rows`.
     attend: the attention operator; export passes one that becomes a single ONNX node.
@@ -101,6 +110,8 @@ class RowAttention:
             key = project(attn.to_k, f"{self.name}.to_k", text, rows)
             value = project(attn.to_v, f"{self.name}.to_v", text, rows)
         hidden_states = self.attend(query, key, value, attn.heads)
+        if rows is not None and self.name in rows.image:
+            hidden_states = hidden_states + self.attend(query, *rows.image[self.name], attn.heads)
         return attn.to_out[0](hidden_states) / attn.rescale_output_factor  # to_out[1] is dropout
 
 
@@ -150,20 +161,31 @@ def unpack(layout: LoraLayout, packed: Mapping[str, Tensor]) -> dict[str, tuple[
 
 
 def context(
-    unet: nn.Module, hidden_states: Tensor, gate: Tensor, lora_kv: Tensor, layout: LoraLayout
+    unet: nn.Module,
+    hidden_states: Tensor,
+    gate: Tensor,
+    lora_kv: Tensor,
+    layout: LoraLayout,
+    image: KeyValues | None = None,
 ) -> Tensor:
     """Keys and values of every cross-attention, K/V LoRA included, for one prompt per row.
 
-    hidden_states [rows, L, D], gate [rows] or [rows, 1, 1], lora_kv [1|rows, N].
-    Returns [rows, L, W]: per attn2 in UNet order K then V, side by side on the last axis.
+    hidden_states [rows, L, D], gate [rows] or [rows, 1, 1], lora_kv [1|rows, N]; image as `Rows.image`, of
+    every attn2: what `ImagePrompt.key_values` makes. Of the UNet only to_k and to_v of every attn2 are used.
+    Returns [rows, L, W], with an image prompt [rows, L + I, W], its tokens last: per attn2 in UNet order K
+    then V, side by side on the last axis.
     """
     rows = Rows(unpack(layout, {"lora_kv": lora_kv}), gate.reshape(-1, 1, 1))
-    parts = [
-        project(getattr(module, name), f"{path}.{name}", hidden_states, rows)
-        for path, module in attentions(unet, "attn2")
-        for name in ("to_k", "to_v")
-    ]
-    return torch.cat(parts, dim=-1)
+    paths = []
+    parts = []
+    for path, module in attentions(unet, "attn2"):
+        paths.append(path)
+        for name in ("to_k", "to_v"):
+            parts.append(project(getattr(module, name), f"{path}.{name}", hidden_states, rows))
+    text = torch.cat(parts, dim=-1)
+    if image is None:
+        return text
+    return torch.cat([text, torch.cat([part for path in paths for part in image[path]], dim=-1)], dim=1)
 
 
 def split_context(unet: nn.Module, packed: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -172,3 +194,16 @@ def split_context(unet: nn.Module, packed: Tensor) -> dict[str, tuple[Tensor, Te
     widths = [width for _, m in modules for width in (m.to_k.out_features, m.to_v.out_features)]
     parts = packed.split(widths, dim=-1)
     return {path: (parts[2 * i], parts[2 * i + 1]) for i, (path, _) in enumerate(modules)}
+
+
+def split_text_and_image(
+    unet: nn.Module, packed: Tensor, image_tokens: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
+    """[rows, L + I, W] to what `Rows.context` and `Rows.image` hold.
+
+    image_tokens: I; 0 where there is no image prompt.
+    """
+    if not image_tokens:
+        return split_context(unet, packed), {}
+    text, image = packed[:, :-image_tokens], packed[:, -image_tokens:]
+    return split_context(unet, text), split_context(unet, image)
