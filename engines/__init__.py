@@ -18,6 +18,7 @@ from engines.base import (
     EngineMemoryError,
     TensorSpec,
     open,
+    resolve,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "EngineMemoryError",
     "TensorSpec",
     "open",
+    "resolve",
 ]

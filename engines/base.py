@@ -14,6 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar, cast
@@ -27,9 +28,11 @@ Tensors = Mapping[str, Array]
 BACKENDS = {  # name -> the module that its vendor's package installs ("": none needed)
     "fake": "",
     "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
 }
 INSTALL = {  # name -> the line that installs it
     "onnxruntime": "pip install 'hyperrt[cpu]'",
+    "openvino": "pip install 'hyperrt[openvino]'",
 }
 
 
@@ -273,25 +276,32 @@ def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str
     return {name: _checked(known[name], array, role) for name, array in arrays.items()}
 
 
-def open(path: Path | str, backend: str = "onnxruntime", **options: Any) -> Engine:
+def open(
+    path: Path | str,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    **options: Any,
+) -> Engine:
     """Open a graph.
 
     Args:
         path: the graph's file.
-        backend: one of `BACKENDS`.
-        options: the backend's own; all take `threads: int | None`, None for the physical cores it may use.
+        backend: one of `BACKENDS`, or "auto": see `resolve`.
+        threads: within an operator; None for the physical cores that this process may use.
+        sizes: name of a size in the graph's shapes -> its value, for good: the specs then have the number.  A
+            backend that compiles makes a smaller and faster graph of it.  Names that the graph does not have
+            are left out, so that one table serves all graphs of a bundle.
+        options: the backend's own.
 
     Raises:
         BackendMissing: no such backend, or its package is not installed.
-        EngineInputError: `threads` is less than 1.
+        EngineInputError: `threads` or a size is less than 1, or an option is not one that is taken.
         EngineLoadError: the file is not there, or is not a graph that this backend can run.
         EngineMemoryError: memory ran out.
         EngineError: the backend is installed but does not start.
     """
-    if backend not in BACKENDS:
-        raise BackendMissing(
-            f"no backend is called {backend!r}", f"there are: {listed(BACKENDS)}", _nearest(backend, BACKENDS)
-        )
+    backend = resolve(backend)
     module = _backend_module(backend)
     path = Path(path)
     if not path.is_file():
@@ -299,7 +309,34 @@ def open(path: Path | str, backend: str = "onnxruntime", **options: Any) -> Engi
         raise EngineLoadError(
             f"cannot open the graph {path}", why, "check the path, or export the bundle again"
         )
-    return cast(Callable[..., Engine], module.open)(path, **options)
+    for name, size in (sizes or {}).items():
+        if size < 1:
+            raise EngineInputError(f"the size {name!r} is {size}", "a size is at least 1")
+    return cast(Callable[..., Engine], module.open)(path, threads=threads, sizes=sizes, **options)
+
+
+def resolve(backend: str) -> str:
+    """The name of a backend in `BACKENDS`; for "auto" the fastest that is installed.
+
+    That is openvino on processors of Intel and on those that multiply bfloat16, and onnxruntime on others.
+
+    Raises:
+        BackendMissing: there is no such backend.
+    """
+    if backend == "auto":
+        installed = {name for name, vendor in BACKENDS.items() if vendor and find_spec(vendor)}
+        from engines.cores import suits_openvino  # it needs this module's errors
+
+        if "openvino" in installed and (suits_openvino() or "onnxruntime" not in installed):
+            return "openvino"
+        return "onnxruntime"
+    if backend not in BACKENDS:
+        raise BackendMissing(
+            f"no backend is called {backend!r}",
+            f"there are: {listed(BACKENDS)}, auto",
+            _nearest(backend, [*BACKENDS, "auto"]),
+        )
+    return backend
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,4 +1,6 @@
-"""How many physical cores this process may use: the default number of threads of a backend.
+"""What processor this is: how many physical cores the process may use, and whether OpenVINO suits it.
+
+The cores are the default number of threads of a backend.
 
 Two threads on the two halves of one core only get in each other's way in dense arithmetic, and threads beyond
 a container's share wait for one another: so neither the machine's count nor its hyper-threads are right.
@@ -7,10 +9,13 @@ a container's share wait for one another: so neither the machine's count nor its
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 from engines.base import EngineInputError
 
+CPU_INFO = Path("/proc/cpuinfo")
+BF16 = {"avx512_bf16", "amx_bf16"}  # what Linux calls processors that multiply bfloat16
 CPUS = Path("/sys/devices/system/cpu")
 # Inside a container: its own; "max 100000" or "<quota> <period>", in us.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -37,6 +42,15 @@ def available_cores(cpus: Path = CPUS, quota: Path = QUOTA) -> int:
         return os.cpu_count() or 1
     cores = {_siblings(cpus, cpu) for cpu in os.sched_getaffinity(0)}
     return max(1, min(len(cores), _quota(quota, len(cores))))
+
+
+def suits_openvino(info: Path = CPU_INFO) -> bool:
+    """Whether the processor is one of Intel's, or multiplies bfloat16."""
+    try:
+        text = info.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return "intel" in platform.processor().lower()
+    return "GenuineIntel" in text or not BF16.isdisjoint(text.split())
 
 
 def _siblings(cpus: Path, cpu: int) -> str:

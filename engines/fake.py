@@ -76,8 +76,8 @@ class FakeEngine(Engine):
         """Nothing to give up: a run that has started still needs the constants."""
 
 
-def open(path: Path, threads: int | None = None) -> FakeEngine:
-    """Open a recipe; `threads` is checked, as every backend does, and not used.
+def open(path: Path, threads: int | None = None, sizes: Mapping[str, int] | None = None) -> FakeEngine:
+    """Open a recipe; `threads` is checked, as in every backend, and not used; `sizes` enter its shapes.
 
     Raises:
         EngineInputError: `threads` is less than 1.
@@ -86,7 +86,8 @@ def open(path: Path, threads: int | None = None) -> FakeEngine:
     thread_count(threads)
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
-        specs = {side: [_spec(entry) for entry in recipe[side]] for side in ("inputs", "outputs")}
+        sides = (recipe[side] for side in ("inputs", "outputs"))
+        inputs, outputs = ([_spec(entry, sizes or {}) for entry in side] for side in sides)
         function = FUNCTIONS[recipe["function"]]
     except (ValueError, TypeError, KeyError) as error:
         raise EngineLoadError(
@@ -94,8 +95,9 @@ def open(path: Path, threads: int | None = None) -> FakeEngine:
             f"it is not a recipe of the fake backend: {error!r}",
             f"see engines/fake.py; functions are: {listed(FUNCTIONS)}",
         ) from error
-    return FakeEngine(function, specs["inputs"], specs["outputs"])
+    return FakeEngine(function, inputs, outputs)
 
 
-def _spec(entry: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(entry["name"], tuple(entry["shape"]), np.dtype(entry["dtype"]).name)
+def _spec(entry: dict[str, Any], sizes: Mapping[str, int]) -> TensorSpec:
+    shape = tuple(sizes.get(dim, dim) for dim in entry["shape"])
+    return TensorSpec(entry["name"], shape, np.dtype(entry["dtype"]).name)

@@ -69,12 +69,15 @@ class OnnxRuntimeEngine(Engine):
         self._session = None
 
 
-def open(path: Path, threads: int | None = None) -> OnnxRuntimeEngine:
+def open(
+    path: Path, threads: int | None = None, sizes: Mapping[str, int] | None = None
+) -> OnnxRuntimeEngine:
     """Open an ONNX file.
 
     Args:
         path: the file; its external data lies beside it.
         threads: within an operator; None for the physical cores that this process may use.
+        sizes: name of a size -> its value, for good.
 
     Raises:
         EngineInputError: `threads` is less than 1.
@@ -82,6 +85,8 @@ def open(path: Path, threads: int | None = None) -> OnnxRuntimeEngine:
         EngineMemoryError: memory ran out.
     """
     options = _session_options(thread_count(threads))
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
     with _errors(f"cannot open the graph {path}", EngineLoadError):
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return OnnxRuntimeEngine(session)

@@ -13,7 +13,8 @@ import engines
 from engines import EngineClosed, EngineError, EngineInputError, EngineLoadError, TensorSpec
 
 GRAPHS = Path(__file__).parent / "engines" / "graphs"
-FILES = {"fake": "affine.json", "onnxruntime": "affine.onnx"}  # backend -> its form of the graph
+ONNX = "affine.onnx"
+FILES = {"fake": "affine.json", "onnxruntime": ONNX, "openvino": ONNX}  # backend -> its form of the graph
 W = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 LORA = np.array([[10, 20]], np.float32)
@@ -294,3 +295,21 @@ def test_any_number_of_threads_gives_the_same_result(backend, threads):
 def test_less_than_one_thread_is_refused(backend, threads):
     with pytest.raises(EngineInputError, match=f"threads is {threads}"):
         engines.open(GRAPHS / FILES[backend], backend, threads=threads)
+
+
+@pytest.mark.parametrize("sizes", [{"rows": 2}, {"subjects": 1}, {"rows": 2, "subjects": 1, "absent": 7}])
+def test_a_size_that_is_given_is_fixed_and_the_others_stay_free(backend, sizes):
+    with engines.open(GRAPHS / FILES[backend], backend, threads=1, sizes=sizes) as engine:
+        rows, subjects = (sizes.get(name, name) for name in ("rows", "subjects"))
+        assert [spec.shape for spec in engine.inputs] == [(rows, 3), (subjects, 2), ()]
+        assert [spec.shape for spec in engine.outputs] == [(rows, 2), (rows, 3)]
+        np.testing.assert_array_equal(engine.run(FEEDS)["y"], Y)
+        if "rows" in sizes:
+            with pytest.raises(EngineInputError, match=r"\[3, 3\]\n.*takes \[2, 3\]"):
+                engine.run(FEEDS | {"x": np.ones((3, 3), np.float32)})
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_less_than_one_is_refused(backend, size):
+    with pytest.raises(EngineInputError, match=f"'rows' is {size}"):
+        engines.open(GRAPHS / FILES[backend], backend, sizes={"rows": size})

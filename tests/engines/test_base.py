@@ -11,6 +11,7 @@ import pytest
 
 import engines
 from engines import BackendMissing, EngineError
+from engines.base import INSTALL
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {
@@ -87,3 +88,28 @@ def test_importing_engines_loads_no_backend_and_no_vendor():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == ""
+
+
+AUTO = {
+    "openvino where it suits": ({"openvino", "onnxruntime"}, True, "openvino"),
+    "onnxruntime elsewhere": ({"openvino", "onnxruntime"}, False, "onnxruntime"),
+    "the only one": ({"openvino"}, False, "openvino"),
+    "none, so the default is asked for": (set(), True, "onnxruntime"),
+}
+
+
+@pytest.mark.parametrize(("installed", "suits", "chosen"), AUTO.values(), ids=AUTO)
+def test_auto_is_the_fastest_backend_that_is_installed(monkeypatch, installed, suits, chosen):
+    monkeypatch.setattr("engines.base.find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr("engines.cores.suits_openvino", lambda: suits)
+    assert engines.resolve("auto") == chosen
+
+
+def test_a_name_stands_for_itself_and_an_unknown_one_is_refused():
+    assert [engines.resolve(name) for name in engines.BACKENDS] == list(engines.BACKENDS)
+    with pytest.raises(BackendMissing, match="'cuda'"):
+        engines.resolve("cuda")
+
+
+def test_every_backend_with_a_package_says_how_to_install_it():
+    assert INSTALL.keys() == {name for name, vendor in engines.BACKENDS.items() if vendor}

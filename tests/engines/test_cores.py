@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from engines.cores import available_cores, thread_count
+from engines.cores import available_cores, suits_openvino, thread_count
 
 
 @pytest.fixture
@@ -47,3 +47,17 @@ def test_threads_that_the_machine_has_no_cpu_for_are_not_started():
 
 def test_no_number_means_all_cores():
     assert thread_count(None) == available_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("info", "suits"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx2", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512f", False),
+    ],
+    ids=["Intel", "bf16", "neither"],
+)
+def test_openvino_suits_intel_and_processors_that_multiply_bf16(tmp_path, info, suits):
+    (tmp_path / "cpuinfo").write_text(info)
+    assert suits_openvino(tmp_path / "cpuinfo") is suits

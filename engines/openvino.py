@@ -1,0 +1,250 @@
+"""The OpenVINO backend, on the CPU: compiles the graph when it is opened; bf16 where the processor has it.
+
+OpenVINO forgets what the sizes of a graph are called, so they are read from the file (engines.onnx_dims).
+Results are new arrays.  Figures behind the options: docs/log.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino.frontend import FrontEndManager
+
+from engines.base import (
+    Array,
+    Engine,
+    EngineError,
+    EngineInputError,
+    EngineLoadError,
+    EngineMemoryError,
+    TensorSpec,
+    closed,
+)
+from engines.cores import thread_count
+from engines.onnx_dims import Dims, tensor_dims
+
+DTYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "f64": "float64",
+    "i64": "int64",
+    "i32": "int32",
+    "i8": "int8",
+    "u8": "uint8",
+    "boolean": "bool",
+}
+PRECISIONS = ("auto", "f32", "bf16")
+# Where in OpenVINO's source an exception was thrown, and how it came from there.
+NOISE = re.compile(r"Exception from \S+:\d+: ?|FrontEnd API failed with \w+: ?| at src/\S+:\d+:?")
+ASKED_FOR = re.compile(r"Failed to allocate (\d+) bytes")
+OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "out_of_memory")
+
+
+class OpenVinoEngine(Engine):
+    """A graph that OpenVINO compiled.
+
+    Args:
+        compile: compiles the graph; called again after a run that failed.
+        inputs, outputs: dims of the graph's tensors by name.
+    """
+
+    def __init__(
+        self, compile: Callable[[], ov.CompiledModel], inputs: Mapping[str, Dims], outputs: Mapping[str, Dims]
+    ) -> None:
+        super().__init__()
+        self._compile = compile
+        self._compiling = threading.Lock()
+        self._compiled: ov.CompiledModel | None = compile()
+        ports = self._compiled
+        # An input with a default is none here; an output may share its tensor, and its names, with another.
+        self.inputs = tuple(_spec(_name(port, inputs), inputs, port) for port in ports.inputs)
+        self.outputs = tuple(
+            _spec(name, outputs, port) for name, port in zip(outputs, ports.outputs, strict=True)
+        )
+
+    def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
+        compiled = self._current()
+        tensors = {name: _view(array) for name, array in arrays.items()} | dict(resident)
+        try:
+            with _errors("running the graph failed", EngineError):
+                results = _computed(compiled, tensors)
+        except EngineError:
+            # The sizes of a run that failed stay in what was compiled, and the next run would fail too.
+            with self._compiling:
+                if self._compiled is compiled:
+                    self._compiled = None
+            raise
+        return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
+
+    def _current(self) -> ov.CompiledModel:
+        with self._compiling:
+            if self._closed:  # by another thread, after the check
+                raise closed()
+            if self._compiled is None:
+                self._compiled = self._compile()
+            return self._compiled
+
+    def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
+        with _errors("binding an input failed", EngineError):
+            return {name: ov.Tensor(array) for name, array in arrays.items()}  # a copy
+
+    def _release(self) -> None:
+        with self._compiling:
+            self._compiled = None
+
+
+def open(
+    path: Path,
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    precision: str = "auto",
+    cache: Path | None = None,
+) -> OpenVinoEngine:
+    """Compile an ONNX file.
+
+    Args:
+        path: the file; its external data lies beside it.
+        threads: within an operator; None for the physical cores that this process may use.
+        sizes: name of a size -> its value, for good: the compiled graph is smaller and faster.
+        precision: of the arithmetic: "f32", "bf16", or "auto": bf16 where the processor multiplies it.
+        cache: folder for compiled graphs, which makes the next opening faster; made if it is not there, for
+            this user alone.  As large as the weights.
+
+    Raises:
+        EngineInputError: `threads` or `precision` is not taken; `cache` lies in the folder of the graph.
+        EngineLoadError: not an ONNX graph, an unknown operator or type, missing external data, sizes that do
+            not fit together, or a cache that others can write to.
+        EngineMemoryError: memory ran out.
+    """
+    core = ov.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": thread_count(threads),
+        # Two processes with fewer threads than cores would be pinned to the same cores.
+        "ENABLE_CPU_PINNING": False,
+        "INFERENCE_PRECISION_HINT": _precision(core, precision),
+    }
+    if cache is not None:
+        settings["CACHE_DIR"] = str(_private(cache, path))
+    with _errors(f"cannot open the graph {path}", EngineLoadError):
+        inputs, outputs = (_fixed(side, sizes or {}) for side in tensor_dims(path))
+
+    def compile() -> ov.CompiledModel:
+        with _errors(f"cannot open the graph {path}", EngineLoadError):
+            return core.compile_model(_read(path, inputs), "CPU", settings)
+
+    return OpenVinoEngine(compile, inputs, outputs)
+
+
+def _read(path: Path, inputs: Mapping[str, Dims]) -> ov.Model:
+    """The graph, with those sizes fixed that are numbers."""
+    # Not Core.read_model: whatever the file is called, it would try six other formats on what is not ONNX.
+    frontend = FrontEndManager().load_by_framework("onnx")
+    model = frontend.convert(frontend.load(str(path)))
+    shapes = {}
+    for port in model.inputs:
+        dims = inputs[_name(port, inputs)]
+        shapes[port] = ov.PartialShape([-1 if isinstance(dim, str) else dim for dim in dims])
+    if any(port.partial_shape != shape for port, shape in shapes.items()):
+        model.reshape(shapes)
+    return model
+
+
+def _precision(core: ov.Core, precision: str) -> str:
+    native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision not in PRECISIONS:
+        raise EngineInputError(f"precision is {precision!r}", f"OpenVINO takes {', '.join(PRECISIONS)}")
+    if precision == "bf16" and not native:  # OpenVINO would compute in float32, and not say so
+        raise EngineInputError(
+            "precision is 'bf16'", "this processor does not multiply bfloat16", "use 'auto' or 'f32'"
+        )
+    return ("bf16" if native else "f32") if precision == "auto" else precision
+
+
+def _private(cache: Path, path: Path) -> Path:
+    """The folder `cache`, of this user alone: what lies there is loaded without another look."""
+    cache = Path(cache).resolve()
+    if cache.is_relative_to(path.resolve().parent):
+        raise EngineInputError(
+            f"the cache {cache} lies in the folder of the graph", "compiled graphs are this machine's own",
+            "choose another folder",
+        )  # fmt: skip
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = cache.stat()
+    except OSError as error:
+        raise EngineLoadError(
+            f"cannot make the cache {cache}", str(error), "choose another folder, or none"
+        ) from error
+    if os.name == "posix" and (found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077):
+        raise EngineLoadError(
+            f"the cache {cache} is not this user's alone", "a compiled graph that others wrote would be run",
+            f"run: chmod 700 {cache}; or choose another folder",
+        )  # fmt: skip
+    return cache
+
+
+def _fixed(side: Mapping[str, Dims], sizes: Mapping[str, int]) -> dict[str, Dims]:
+    return {
+        name: tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
+        for name, dims in side.items()
+    }
+
+
+def _name(port: Any, names: Mapping[str, Dims]) -> str:
+    """What the ONNX file calls it: OpenVINO may know a tensor by several names."""
+    return next((name for name in names if name in port.names), "")
+
+
+def _spec(name: str, dims: Mapping[str, Dims], port: Any) -> TensorSpec:
+    kind = port.element_type.get_type_name()
+    if kind not in DTYPES:
+        raise EngineLoadError(
+            f"the graph's tensor {name!r} is a tensor({kind})", f"known are: {', '.join(DTYPES)}"
+        )
+    return TensorSpec(name, dims[name], DTYPES[kind])
+
+
+def _computed(compiled: ov.CompiledModel, tensors: Mapping[str, ov.Tensor]) -> list[Array]:
+    # A request of this call's own is cheap (0.1 ms) and makes runs independent.
+    request = compiled.create_infer_request()
+    for name, tensor in tensors.items():
+        request.set_tensor(name, tensor)
+    # Not infer(): with one thread it swallows exceptions and leaves the results of the run before.
+    request.start_async()
+    request.wait()
+    return [np.array(tensor.data) for tensor in request.output_tensors]
+
+
+def _view(array: Array) -> ov.Tensor:
+    """The array itself; a copy where it is read-only, which OpenVINO does not take."""
+    return ov.Tensor(array, shared_memory=bool(array.flags.writeable))
+
+
+@contextmanager
+def _errors(what: str, kind: type[EngineError]) -> Iterator[None]:
+    """OpenVINO's exceptions, which have no common base but Exception, as ours."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        text = " ".join(NOISE.sub(" ", str(error)).split())
+        if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
+            size = ASKED_FOR.search(text)
+            why = (
+                f"no {int(size[1]) / 1e6:.0f} MB could be had at once" if size else f"memory ran out: {text}"
+            )
+            raise EngineMemoryError(what, why, "use a smaller batch, or end other programs") from error
+        do = "check the file, or export the bundle again" if kind is EngineLoadError else ""
+        raise kind(what, text, do) from error
