@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from hyperrt import files
 from hyperrt.errors import Incompatible, IntegrityError
 from hyperrt.lora import LoraLayout
 from training.config import DecoderConfig, TrainConfig, to_json
-from training.hypernet import WeightDecoder
+from training.hypernet import Decoder, decoder_of
 from training.loop import Descent
 
 FORMAT = 1
@@ -31,17 +32,22 @@ HYPERNET, STATE = "hypernet", "state.safetensors"
 FIXED = ("rank", "dim", "layers", "iterations", "head_dim")
 
 
-def hash_of(module: nn.Module) -> str:
-    """sha256 (hex) of a module's weights, names and values; tells one base model from another."""
+def hash_of(module: nn.Module, half: bool = False) -> str:
+    """sha256 (hex) of a module's weights, names and values; tells one base model from another.
+
+    half: of the values rounded to fp16, which a model has whether it was loaded as fp32 or as fp16; for the
+        large families. Without it, of fp32 values, as in the checkpoints and bundles of the tiny family.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        values = tensor.detach().cpu().to(torch.float16 if half else torch.float32)
+        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def save_hypernet(
-    folder: Path, decoder: WeightDecoder, config: TrainConfig, step: int, base_model: str
+    folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str
 ) -> Path:
     """Writes hypernet.json and hypernet.safetensors; returns the path of the latter."""
     about = {
@@ -60,7 +66,7 @@ def save_hypernet(
     return _publish(folder / f"{HYPERNET}.safetensors", decoder.state_dict(), {"format": str(FORMAT)})
 
 
-def load_hypernet(path: Path | str) -> tuple[WeightDecoder, dict[str, Any]]:
+def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
     """The decoder, frozen and in eval mode, and what hypernet.json says of it.
 
     Args:
@@ -79,11 +85,13 @@ def load_hypernet(path: Path | str) -> tuple[WeightDecoder, dict[str, Any]]:
         raise ValueError(f"{stem} is damaged: {error}") from error
     if about.get("format") != FORMAT:
         raise ValueError(f"{stem}.json has format {about.get('format')!r}; this version reads {FORMAT}")
-    decoder = WeightDecoder(
-        LoraLayout.from_json(about["layout"]), about["feature_dim"], DecoderConfig(**about["decoder"])
-    )
+    layout, config = LoraLayout.from_json(about["layout"]), DecoderConfig(**about["decoder"])
+    with torch.device("meta"):  # the tensors take the place of the parameters; those of SDXL are 2.6 GB
+        decoder = decoder_of(layout, about["feature_dim"], config)
+    # Copied: where the file has them they are not aligned, and products round in another way.
+    tensors = {name: tensors.pop(name).to(torch.float32, copy=True) for name in list(tensors)}
     try:
-        decoder.load_state_dict(tensors)
+        decoder.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{stem}.safetensors does not fit {stem}.json: {error}") from error
     return decoder.eval().requires_grad_(False), about
@@ -91,7 +99,7 @@ def load_hypernet(path: Path | str) -> tuple[WeightDecoder, dict[str, Any]]:
 
 def save_state(
     folder: Path,
-    decoder: WeightDecoder,
+    decoder: Decoder,
     descent: Descent,
     window: Tensor,
     config: TrainConfig,
@@ -110,7 +118,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, decoder: WeightDecoder, descent: Descent, config: TrainConfig, base_model: str
+    folder: Path, decoder: Decoder, descent: Descent, config: TrainConfig, base_model: str
 ) -> tuple[int, Tensor, dict[str, tuple[Any, Any]]]:
     """Puts everything back; returns the step, the window, and what differs as {name: (then, now)}.
 

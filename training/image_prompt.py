@@ -130,14 +130,15 @@ def load(path: Path | str, unet: nn.Module, dtype: torch.dtype = torch.float32) 
 def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of the two parts; a published file has no others."""
     if not path.is_file():
-        raise NotFound(f"there is no image prompt {path}", "", PUBLISHED)
+        raise NotFound(f"there is no image prompt {path}", "it is no file", PUBLISHED)
     if path.suffix != ".safetensors":
         why = "it is not .safetensors; pickles (.bin, .pt, .ckpt) can run code and are not read"
         raise BadInput(f"{path} cannot be read as an image prompt", why, PUBLISHED)
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name.startswith(PARTS)]  # noqa: SIM118
-            return {name: file.get_tensor(name).to(dtype) for name in names}
+            # Copied: where the file has them they are not aligned, and products round in another way.
+            return {name: file.get_tensor(name).to(dtype, copy=True) for name in names}
     except SafetensorError as error:
         raise IntegrityError(f"{path} is damaged", str(error), "download or copy it again") from error
 

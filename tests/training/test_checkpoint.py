@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from training import checkpoint
-from training.config import TrainConfig
-from training.hypernet import WeightDecoder
+from training.config import DecoderConfig, TrainConfig
+from training.hypernet import ResamplerDecoder, WeightDecoder
 from training.lora_layers import layout_of
 
 FEATURES = 32
@@ -69,3 +72,44 @@ def test_the_hash_tells_models_apart_and_not_copies(parts):
     first = checkpoint.hash_of(parts.text_encoder)
     assert first == checkpoint.hash_of(parts.text_encoder)
     assert first != checkpoint.hash_of(parts.image_encoder)
+
+
+def test_the_half_hash_does_not_depend_on_the_precision_that_a_model_was_loaded_in(parts):
+    encoder = parts.text_encoder
+    found = checkpoint.hash_of(encoder, half=True)
+    assert found == checkpoint.hash_of(copy.deepcopy(encoder).half(), half=True)
+    assert found != checkpoint.hash_of(encoder)
+
+
+def test_the_hash_is_that_of_names_and_float_values():
+    """Checkpoints and bundles hold it: it may not change."""
+    layer = torch.nn.Linear(2, 1)
+    layer.load_state_dict({"weight": torch.tensor([[1.0, -2.5]]), "bias": torch.tensor([0.125])})
+    content = b"bias" + np.float32(0.125).tobytes() + b"weight" + np.float32([1.0, -2.5]).tobytes()
+    assert checkpoint.hash_of(layer) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_decoder_of_the_open_category_comes_back_with_what_training_needs(parts, settings, tmp_path):
+    config = TrainConfig(**settings)
+    shape = DecoderConfig(kind="resampler", dim=16, layers=1, head_dim=0, shared_heads=True, queries="site")
+    torch.manual_seed(0)
+    decoder = ResamplerDecoder(layout_of(parts.unet, config.rank), FEATURES, shape)
+    checkpoint.save_hypernet(tmp_path, decoder, config, 7, checkpoint.hash_of(parts.unet))
+    found, _ = checkpoint.load_hypernet(tmp_path)
+    features = torch.randn(2, 5, FEATURES, generator=torch.Generator().manual_seed(0))
+    assert found.config == shape
+    with torch.no_grad():  # as `found` computes: attention has another kernel for gradients
+        expected = decoder(features)
+    for name, vector in found(features).items():
+        assert torch.equal(vector, expected[name])
+        assert torch.equal(found.deltas({name: vector})[name], decoder.deltas(expected)[name])
+
+
+def test_a_checkpoint_from_before_there_were_kinds_is_hyperdreambooths(saved):
+    decoder, folder = saved
+    about = json.loads((folder / "hypernet.json").read_text())
+    about["decoder"] = {name: about["decoder"][name] for name in ("dim", "layers", "iterations", "head_dim")}
+    (folder / "hypernet.json").write_text(json.dumps(about))
+    found, _ = checkpoint.load_hypernet(folder)
+    assert type(found) is WeightDecoder
+    assert found.config == decoder.config

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hyperrt.lora import LoraLayout, Site
-from training.config import DecoderConfig
-from training.hypernet import WeightDecoder
-from training.lora_layers import unpack
+from tests.training import full_size
+from training.config import FULL_CLOSED, FULL_OPEN, OPEN_VARIANTS, DecoderConfig
+from training.hypernet import ResamplerDecoder, WeightDecoder, decoder_of
+from training.lora_layers import layout_of, unpack
 
 PATH = "blocks.{}.attn2.to_{}"
 LAYOUT = LoraLayout(
@@ -20,9 +21,21 @@ LAYOUT = LoraLayout(
 PHOTOS, TOKENS, WIDTH = 3, 5, 10
 
 
-def decoder(**changes) -> WeightDecoder:
+KINDS = {
+    "closed": {},
+    "closed with shared heads": {"shared_heads": True},
+    "open": {"kind": "resampler"},
+    "open without bottleneck": {"kind": "resampler", "head_dim": 0},
+    "open with a narrow output": {"kind": "resampler", "head_dim": 0, "output_dim": 4},
+    "open with shared heads": {"kind": "resampler", "head_dim": 0, "shared_heads": True},
+    "open with a query per site": {"kind": "resampler", "queries": "site"},
+}
+each_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+
+
+def decoder(**changes):
     torch.manual_seed(0)
-    return WeightDecoder(LAYOUT, WIDTH, DecoderConfig(**{"dim": 16, "layers": 2, "head_dim": 8, **changes}))
+    return decoder_of(LAYOUT, WIDTH, DecoderConfig(**{"dim": 16, "layers": 2, "head_dim": 8, **changes}))
 
 
 @pytest.fixture
@@ -30,22 +43,29 @@ def features():
     return torch.randn(PHOTOS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("head_dim", [0, 8], ids=["heads as in the paper", "heads behind a bottleneck"])
-def test_output_is_the_layouts_packed_vectors(features, head_dim):
-    packed = decoder(head_dim=head_dim)(features)
+def test_the_configuration_names_the_kind():
+    assert type(decoder()) is WeightDecoder
+    assert type(decoder(kind="resampler")) is ResamplerDecoder
+
+
+@each_kind
+def test_output_is_the_layouts_packed_vectors(features, changes):
+    packed = decoder(**changes)(features)
     assert {name: tuple(vector.shape) for name, vector in packed.items()} == {
         name: (PHOTOS, LAYOUT.size(name)) for name in ("lora_q", "lora_kv")
     }
 
 
-def test_a_fresh_decoder_predicts_the_base_model_but_not_a_zero_a(features):
-    for A, B in unpack(LAYOUT, decoder()(features)).values():
+@each_kind
+def test_a_fresh_decoder_predicts_the_base_model_but_not_a_zero_a(features, changes):
+    for A, B in unpack(LAYOUT, decoder(**changes)(features)).values():
         assert B.abs().max() == 0
         assert A.abs().mean() > 0
 
 
-def test_every_b_of_a_fresh_decoder_has_a_gradient(features):
-    packed = decoder()(features)
+@each_kind
+def test_every_b_of_a_fresh_decoder_has_a_gradient(features, changes):
+    packed = decoder(**changes)(features)
     for vector in packed.values():
         vector.retain_grad()
     sum((A @ B).sum() for A, B in unpack(LAYOUT, packed).values()).backward()
@@ -73,10 +93,51 @@ def test_each_head_writes_to_its_own_factor_in_packed_order(features):
         assert (vector != 0).sum() == parts[factor].stop - parts[factor].start
 
 
-def test_a_photos_lora_does_not_depend_on_the_other_photos(features):
-    model = decoder()
+def randomised(**changes):
+    """A decoder whose B, too, depends on the photo."""
+    model = decoder(**changes)
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
+def test_a_site_reads_one_query_for_its_a_and_its_b(features):
+    model = randomised(kind="resampler", queries="site")
+    tokens = model.encode(features)
+    assert tokens.shape[1] == len(LAYOUT.sites)
+    names = [site.path for name in ("lora_q", "lora_kv") for site in LAYOUT.sites_of(name)]
+    before = unpack(LAYOUT, model.heads(tokens))
+    tokens = tokens.clone()
+    tokens[:, 4] += 1.0
+    after = unpack(LAYOUT, model.heads(tokens))
+    for number, path in enumerate(names):
+        moved = [not torch.equal(old, new) for old, new in zip(before[path], after[path], strict=True)]
+        assert moved == [number == 4] * 2
+
+
+def test_layers_that_share_a_head_differ_by_their_embedding(features):
+    model = randomised(kind="resampler", head_dim=0, shared_heads=True)
+    same = torch.ones(1, 2 * len(LAYOUT.sites), 16)
+    first, _, third = (PATH.format(block, "k") for block in range(3))  # blocks 0 and 2 are of one size
+    A = {path: A for path, (A, _) in unpack(LAYOUT, model.heads(same)).items()}
+    assert not torch.allclose(A[first], A[third])
+    model.heads.layer.data.zero_()
+    A = {path: A for path, (A, _) in unpack(LAYOUT, model.heads(same)).items()}
+    torch.testing.assert_close(A[first], A[third])
+
+
+def test_shared_heads_are_one_per_projection_width_and_factor():
+    widths, projections, factors = 2, 3, 2
+    assert len(decoder(shared_heads=True).heads.weights) == widths * projections * factors
+
+
+@each_kind
+def test_a_photos_lora_does_not_depend_on_the_other_photos(features, changes):
+    model = randomised(**changes)
     together, alone = model(features), model(features[1:2])
-    torch.testing.assert_close(together["lora_kv"][1:2], alone["lora_kv"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(together["lora_kv"][1:2], alone["lora_kv"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together["lora_kv"][:1], alone["lora_kv"], rtol=1e-2)
 
 
 def test_the_penalty_does_not_see_the_static_a(features):
@@ -96,8 +157,9 @@ def test_the_penalty_sees_the_bias_of_b(features):
     assert torch.all(deltas["lora_q"][:, part_b] == 0.5)
 
 
-def test_feature_statistics_make_the_decoder_blind_to_scale_and_offset(features):
-    plain, shifted = decoder(), decoder()
+@each_kind
+def test_feature_statistics_make_the_decoder_blind_to_scale_and_offset(features, changes):
+    plain, shifted = decoder(**changes), decoder(**changes)
     shifted.set_feature_statistics(torch.full((WIDTH,), 3.0), torch.full((WIDTH,), 2.0))
     torch.testing.assert_close(
         plain(features)["lora_q"], shifted(features * 2 + 3)["lora_q"], atol=1e-5, rtol=1e-5
@@ -107,3 +169,48 @@ def test_feature_statistics_make_the_decoder_blind_to_scale_and_offset(features)
 def test_a_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="multiple of"):
         DecoderConfig(dim=129)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"kind": "mlp"}, {"kind": "resampler", "queries": "photo"}, {"output_dim": 8}, {"queries": "site"}],
+)
+def test_an_option_that_the_kind_does_not_have_is_refused(wrong):
+    with pytest.raises(ValueError, match="kind"):
+        DecoderConfig(**wrong)
+
+
+def millions(module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("config", "heads", "resampler"),
+    [
+        (FULL_OPEN, 634.4, 13.7),
+        (OPEN_VARIANTS["width_128"], 159, 13.7),
+        (OPEN_VARIANTS["bottleneck_64"], 79, 13.7),
+        (OPEN_VARIANTS["shared_heads"], 16.25, 13.7),
+        (OPEN_VARIANTS["wide"], 634.4, 81.5),
+        (OPEN_VARIANTS["query_per_site"], 634.4, 13.7),
+    ],
+    ids=["paper", *OPEN_VARIANTS],
+)
+def test_the_open_decoder_of_sdxl_has_the_size_that_the_method_says(config, heads, resampler):
+    with torch.device("meta"):
+        model = decoder_of(layout_of(full_size.sdxl(), 2), 1280, config)
+    assert millions(model.heads) == pytest.approx(heads, rel=0.02)
+    assert millions(model.resampler) == pytest.approx(resampler, rel=0.02)
+    lora = model(torch.empty(2, 257, 1280, device="meta"))
+    assert sum(vector.shape[1] for vector in lora.values()) == 1_239_040
+
+
+def test_the_closed_decoder_of_sd15_is_hyperdreambooths_at_rank_three():
+    with torch.device("meta"):
+        model = decoder_of(layout_of(full_size.sd15(), 3), 768, FULL_CLOSED)
+    assert type(model) is WeightDecoder
+    assert model.position.shape == (96, 512)
+    assert (len(model.blocks), model.config.iterations, model.blocks[0].heads) == (4, 4, 8)
+    assert millions(model.heads) == pytest.approx(512 * 0.223488)
+    lora = model(torch.empty(2, 197, 768, device="meta"))
+    assert sum(vector.shape[1] for vector in lora.values()) == 223_488

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.training import full_size
 from training import lora_layers
 from training.lora_layers import Rows
 
@@ -142,3 +143,90 @@ def test_an_attention_mask_is_refused(unet, inputs):
     latents, timesteps, text = inputs
     with pytest.raises(ValueError, match="masks are not supported"):
         unet(latents, timesteps, text, encoder_attention_mask=torch.ones(ROWS, TOKENS))
+
+
+IMAGE_TOKENS = 4
+
+
+@pytest.fixture
+def image(unet):
+    """K and V of an image prompt for every attn2."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        path: tuple(torch.randn(ROWS, IMAGE_TOKENS, m.to_k.out_features, generator=generator) for _ in "kv")
+        for path, m in lora_layers.attentions(unet, "attn2")
+    }
+
+
+def scaled(image, scale):
+    """V times the scale of its row."""
+    return {path: (key, value * torch.tensor(scale).view(-1, 1, 1)) for path, (key, value) in image.items()}
+
+
+def prompted(unet, inputs, rows):
+    latents, timesteps, text = inputs
+    return unet(latents, timesteps, text, cross_attention_kwargs={"rows": rows}).sample
+
+
+def test_a_row_without_image_scale_is_the_plain_unet_bit_for_bit(unet, inputs, image):
+    rows = Rows({}, torch.ones(ROWS, 1, 1), image=scaled(image, [0.0, 0.55, 0.0]))
+    mixed, plain = prompted(unet, inputs, rows), call(unet, inputs)
+    assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
+    assert not torch.allclose(mixed[1], plain[1], rtol=1e-3)
+
+
+def test_the_image_adds_an_attention_of_its_own_and_does_not_share_the_softmax(unet, inputs, image):
+    path, attn = next(lora_layers.attentions(unet, "attn2"))
+    hidden = torch.randn(ROWS, 5, attn.to_q.in_features, generator=torch.Generator().manual_seed(3))
+    text = inputs[2]
+    query = attn.to_q(hidden)
+    expected = lora_layers.attend(query, attn.to_k(text), attn.to_v(text), attn.heads)
+    expected = attn.to_out[0](expected + lora_layers.attend(query, *image[path], attn.heads))
+    found = attn(hidden, text, rows=Rows({}, torch.ones(ROWS, 1, 1), image=image))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_image_prompt_computed_ahead_changes_nothing(unet, inputs, packed, image):
+    layout = lora_layers.layout_of(unet, RANK)
+    gate = torch.tensor([0.0, 1.0, 0.5])
+    image = scaled(image, [0.0, 0.55, 1.0])
+    ahead = lora_layers.context(unet, inputs[2], gate, packed["lora_kv"], layout, image)
+    plain = lora_layers.context(unet, inputs[2], gate, packed["lora_kv"], layout)
+    assert ahead.shape == (ROWS, TOKENS + IMAGE_TOKENS, plain.shape[2])
+    assert torch.equal(ahead[:, :TOKENS], plain)
+    split = Rows(
+        lora_layers.unpack(layout, {"lora_q": packed["lora_q"]}),
+        gate.view(-1, 1, 1),
+        *lora_layers.split_text_and_image(unet, ahead, IMAGE_TOKENS),
+    )
+    direct = Rows(lora_layers.unpack(layout, packed), gate.view(-1, 1, 1), image=image)
+    torch.testing.assert_close(
+        prompted(unet, inputs, split), prompted(unet, inputs, direct), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_context_without_an_image_prompt_has_none_to_split_off(unet, inputs, packed):
+    ahead = lora_layers.context(
+        unet, inputs[2], torch.ones(ROWS), packed["lora_kv"], lora_layers.layout_of(unet, RANK)
+    )
+    text, image = lora_layers.split_text_and_image(unet, ahead, 0)
+    assert image == {}
+    assert next(iter(text.values()))[0].shape[1] == TOKENS
+
+
+@pytest.mark.parametrize(
+    ("unet_of", "rank", "sites", "numbers"),
+    [(full_size.sdxl, 2, 210, 1_239_040), (full_size.sd15, 3, 48, 223_488)],
+    ids=["sdxl", "sd15"],
+)
+def test_the_full_size_layouts_have_the_sizes_of_the_paper(unet_of, rank, sites, numbers):
+    layout = lora_layers.layout_of(unet_of(), rank)
+    assert len(layout.sites) == sites
+    assert layout.size("lora_q") + layout.size("lora_kv") == numbers
+
+
+@pytest.mark.parametrize("unet_of", [full_size.sdxl, full_size.sd15], ids=["sdxl", "sd15"])
+def test_the_full_size_unets_can_be_adapted(unet_of):
+    unet = unet_of()
+    lora_layers.install(unet)
+    assert {type(processor) for processor in unet.attn_processors.values()} == {lora_layers.RowAttention}
