@@ -24,6 +24,7 @@ KEYS = {
     "coldstart": {"generate_s", "peak_mb", "help_s", "forbidden_modules"},  # sizes need pip's index
     "parity": {"worst_rel"},
     "fused_step": {"fused_over_two_calls", "lora_overhead"},
+    "peers": {"ours_s"},  # the smallest run makes no environments
     "switch": {"switch_ms", "aba_max_diff", "a_base_max_diff", "row_alone_max_rel"},
     "fidelity": {
         f"{key}{way}"
@@ -77,8 +78,63 @@ def test_a_script_ends_in_its_figures_and_explains_them(figures, script):
 
 
 def test_every_script_is_tested_here():
+    """Those of the peers run in the peers' environments, which no test makes."""
     scripts = {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
-    assert scripts == KEYS.keys()
+    assert {name for name in scripts if not name.startswith("peer_")} == KEYS.keys()
+
+
+def test_every_peer_is_pinned_and_has_a_script():
+    peers = module("peer_environment").PEERS
+    assert {path.stem for path in (BENCH / "peers").glob("*.txt")} == set(peers)
+    for peer in peers:
+        lines = (BENCH / "peers" / f"{peer}.txt").read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if not line.startswith("#") and "==" not in line]
+        assert (BENCH / f"peer_{peer}.py").is_file()
+
+
+def test_what_runs_at_the_peers_imports_nothing_of_the_project():
+    own = {"engines", "hyperrt", "training", "export", "report"}
+    for path in BENCH.glob("peer_*.py"):
+        if path.stem == "peer_ours":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        for node in ast.walk(tree):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        assert not own & {name.split(".")[0] for name in names}, path.name
+
+
+def test_an_environment_is_made_anew_only_when_its_packages_change(tmp_path, monkeypatch):
+    environment = module("peer_environment")
+    monkeypatch.setattr(environment, "HOME", tmp_path)
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        (tmp_path / "onnxruntime").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(environment.subprocess, "run", run)
+    first = environment.python("onnxruntime")
+    assert first == tmp_path / "onnxruntime" / "bin" / "python" and len(calls) == 2
+    assert environment.python("onnxruntime") == first and len(calls) == 2
+    (tmp_path / "onnxruntime" / "done").write_text("of other packages")
+    assert environment.python("onnxruntime") == first and len(calls) == 4
+
+
+def test_a_peer_that_fails_ends_the_measurement():
+    with pytest.raises(SystemExit, match="exit code 3"):
+        module("peer_environment").run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_ratios_take_the_faster_precision_of_diffusers(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    times = {"ours_s": 1.0, "diffusers_toggle_fp32_s": 4.0, "diffusers_toggle_bf16_s": 8.0}
+    found = module("peers").with_ratios(times | {"openvino_genai_s": 2.0})
+    assert found["diffusers_toggle_s"] == 4
+    assert found["vs_diffusers_toggle"] == 0.25
+    assert found["vs_diffusers_bf16"] == 0.125
+    assert found["vs_openvino_genai"] == 0.5
+    assert "vs_onnxruntime" not in found
 
 
 @pytest.mark.slow

@@ -1,0 +1,275 @@
+"""A random Stable Diffusion of the true size, as each peer wants it.  Runs in the environment `diffusers`.
+
+    python peer_model.py FOLDER --family sd15 --part diffusers|openvino_genai|onnxruntime|lora
+
+    diffusers/        unet (fp32), text encoder, tokenizer, scheduler, and a small VAE, as no decoder is measured
+    openvino_genai/   the same as OpenVINO IR in fp32, by OpenVINO's own converter, uncompressed, with inputs
+                      and outputs named as optimum-intel names them
+    onnxruntime/      the UNet as torch.onnx.export writes it, fp32, and which initialiser is which projection
+    lora/             a.safetensors, b.safetensors: q, k, v of every cross-attention, kohya's names
+
+Weights are those of PyTorch's initialisers, seed 0; the time of a step does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+PROJECTIONS = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
+RANKS = {"sd15": 3, "sdxl": 2}  # design.md, "LoRA contract"
+DELTA = 0.01  # rms of a LoRA's product over that of the weight it is added to
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", choices=sorted(RANKS), default="sd15")
+    parser.add_argument("--part", choices=sorted(PARTS), required=True)
+    args = parser.parse_args()
+    target = args.folder / args.part
+    target.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        PARTS[args.part](args.folder, args.family)
+    (target / "done").touch()
+    print(json.dumps({"made": args.part}))
+
+
+def unet_config(family: str) -> dict[str, object]:
+    """The published configuration of the family's UNet, less what is UNet2DConditionModel's default."""
+    if family == "sd15":
+        return {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+    return {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+
+
+def write_diffusers(folder: Path, family: str) -> None:
+    """unet/ for every family; for sd15 also what a whole pipeline needs."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    root = folder / "diffusers"
+    torch.manual_seed(0)
+    UNet2DConditionModel(**unet_config(family)).save_pretrained(root / "unet")
+    if family != "sd15":
+        return
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12,
+        projection_dim=768, hidden_act="quick_gelu", bos_token_id=512, eos_token_id=513, pad_token_id=513,
+    )  # fmt: skip
+    CLIPTextModel(text).save_pretrained(root / "text_encoder")
+    blocks = 4  # a picture side is 8 latents, as in the full-size decoder
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(32,) * blocks, latent_channels=4, sample_size=512,
+    ).save_pretrained(root / "vae")  # fmt: skip
+    PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+        set_alpha_to_one=False, steps_offset=1,
+    ).save_pretrained(root / "scheduler")  # fmt: skip
+    tokenizer().save_pretrained(root / "tokenizer")
+    (root / "model_index.json").write_text(json.dumps(PIPELINE, indent=1))
+
+
+PIPELINE = {
+    "_class_name": "StableDiffusionPipeline",
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
+
+
+def tokenizer():
+    """CLIP's tokenizer without merges: one token a byte, 512 and 513 begin and end a text."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77
+    )
+
+
+def write_lora(folder: Path, family: str) -> None:
+    """Two subjects, a and b, in float32."""
+    rank = RANKS[family]
+    for seed, name in enumerate("ab", start=1):
+        rng = np.random.default_rng(seed)
+        tensors = {}
+        for path, linear in sites(unet(folder)).items():
+            wide, narrow = linear.out_features, linear.in_features
+            down = rng.standard_normal((rank, narrow), np.float32)
+            up = rng.standard_normal((wide, rank), np.float32)
+            # Entries of up @ down have the standard deviation sqrt(rank).
+            up *= DELTA * float(linear.weight.std()) / math.sqrt(rank)
+            key = "lora_unet_" + path.replace(".", "_")
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+            tensors[f"{key}.alpha"] = np.array(rank, np.float32)
+        save_file(tensors, folder / "lora" / f"{name}.safetensors")
+
+
+def unet(folder: Path):
+    """The family's UNet in float32, without PEFT."""
+    from diffusers import UNet2DConditionModel
+
+    if not (folder / "diffusers" / "done").is_file():
+        raise SystemExit(f"{folder} has no UNet yet: --part diffusers comes first")
+    found = UNet2DConditionModel.from_pretrained(folder / "diffusers" / "unet", torch_dtype=torch.float32)
+    return found.eval()
+
+
+def sites(module: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> projection, for q, k and v of every cross-attention."""
+    return {path: child for path, child in module.named_modules() if path.endswith(PROJECTIONS)}
+
+
+def unet_inputs(family: str, rows: int) -> dict[str, torch.Tensor]:
+    """Inputs of a call of the UNet, named as optimum-intel names them, of the family's own picture size."""
+    config = unet_config(family)
+    size, width = config["sample_size"], config["cross_attention_dim"]
+    inputs = {
+        "sample": torch.randn(rows, 4, size, size),
+        "timestep": torch.tensor([501]),
+        "encoder_hidden_states": torch.randn(rows, 77, width),
+    }
+    if family == "sdxl":
+        inputs |= {"text_embeds": torch.randn(rows, 1280), "time_ids": torch.full((rows, 6), 1024.0)}
+    return inputs
+
+
+class PlainUNet(nn.Module):
+    """A UNet whose inputs and single output are tensors, so that it can be traced."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, sample, timestep, encoder_hidden_states, text_embeds=None, time_ids=None):
+        added = {"text_embeds": text_embeds, "time_ids": time_ids} if text_embeds is not None else None
+        return self.inner(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
+def write_onnxruntime(folder: Path, family: str) -> None:
+    """unet.onnx as torch.onnx.export makes it, and sites.json: path -> name of its initialiser [in, out]."""
+    import onnx
+
+    model, path = unet(folder), folder / "onnxruntime" / "unet.onnx"
+    inputs = unet_inputs(family, 1)
+    torch.onnx.export(
+        PlainUNet(model), tuple(inputs.values()), path, input_names=list(inputs), output_names=["out_sample"],
+        dynamo=True, external_data=True,
+    )  # fmt: skip
+    # The exporter renames the weights of linear layers, so they are found again by what is in them.
+    proto = onnx.load(path)
+    known = {
+        onnx.numpy_helper.to_array(tensor)[0].tobytes(): tensor.name
+        for tensor in proto.graph.initializer
+        if len(tensor.dims) == 2
+    }
+    names = {
+        site: known[linear.weight.T.contiguous()[0].numpy().tobytes()]
+        for site, linear in sites(model).items()
+    }
+    (folder / "onnxruntime" / "sites.json").write_text(json.dumps(names, indent=1))
+
+
+def write_openvino_genai(folder: Path, family: str) -> None:
+    """IR of all parts of the pipeline, in the layout that Text2ImagePipeline reads."""
+    import shutil
+
+    import openvino as ov
+    from diffusers import AutoencoderKL
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    if family != "sd15":
+        raise SystemExit("only sd15 is converted for openvino.genai")
+    source, root = folder / "diffusers", folder / "openvino_genai"
+
+    def save(part: str, module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]) -> None:
+        shapes = {name: [-1, *x.shape[1:]] if x.ndim > 1 else [1] for name, x in inputs.items()}
+        for name in ("sample", "latent_sample"):
+            if name in shapes:
+                shapes[name] = [-1, 4, -1, -1]
+        converted = ov.convert_model(module.eval(), example_input=inputs, input=list(shapes.items()))
+        for port, name in zip(converted.outputs, outputs, strict=True):
+            port.get_tensor().set_names({name})
+        ov.save_model(converted, root / part / "openvino_model.xml", compress_to_fp16=False)
+        where = source / part.removesuffix("_decoder")
+        shutil.copy(where / "config.json", root / part / "config.json")
+
+    text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder", attn_implementation="eager")
+    ids = {"input_ids": torch.full((1, 77), 513)}
+    save("text_encoder", TextEncoder(text_encoder), ids, ["last_hidden_state", "pooler_output"])
+    vae = AutoencoderKL.from_pretrained(source / "vae")
+    vae.forward = lambda latent_sample: vae.decode(latent_sample, return_dict=False)[0]
+    save("vae_decoder", vae, {"latent_sample": torch.randn(1, 4, 64, 64)}, ["sample"])
+    model = unet(folder)
+    save("unet", model_by_tensors(model), unet_inputs(family, 2), ["out_sample"])
+    clip = AutoTokenizer.from_pretrained(source / "tokenizer")
+    reader, writer = convert_tokenizer(clip, with_detokenizer=True)
+    ov.save_model(reader, root / "tokenizer" / "openvino_tokenizer.xml")
+    ov.save_model(writer, root / "tokenizer" / "openvino_detokenizer.xml")
+    shutil.copytree(source / "tokenizer", root / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(source / "scheduler", root / "scheduler", dirs_exist_ok=True)
+    (root / "model_index.json").write_text(json.dumps(PIPELINE, indent=1))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text encoder from ids alone to its last hidden state and the pooled one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids):
+        return self.inner(input_ids, return_dict=False)
+
+
+def model_by_tensors(model: nn.Module) -> nn.Module:
+    """A UNet that returns one tensor; its modules keep their names, by which LoRA adapters find them."""
+    inner = model.forward
+
+    def forward(sample, timestep, encoder_hidden_states):
+        return inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+    model.forward = forward
+    return model
+
+
+PARTS = {
+    "diffusers": write_diffusers,
+    "lora": write_lora,
+    "onnxruntime": write_onnxruntime,
+    "openvino_genai": write_openvino_genai,
+}
+
+if __name__ == "__main__":
+    main()
