@@ -3,7 +3,7 @@
     python peer_diffusers.py step   FOLDER --way toggle|two_unets --precision fp32|bf16
     python peer_diffusers.py switch FOLDER
 
-`toggle`: one UNet with the LoRA as a PEFT adapter, three calls of one row, the adapter enabled for one of them.
+`toggle`: one UNet with the LoRA as a PEFT adapter, three calls of one row, the adapter on for one of them.
 `two_unets`: two UNets, one with the LoRA fused; the base calls are one call of two rows.
 `switch`, in ms, from LoRA tensors in memory to a UNet that computes with them and with nothing else:
     diffusers_fuse_ms     unfuse, delete the old adapter, load the new one, fuse

@@ -2,7 +2,7 @@
 
     python peer_model.py FOLDER --family sd15 --part diffusers|openvino_genai|onnxruntime|lora
 
-    diffusers/        unet (fp32), text encoder, tokenizer, scheduler, and a small VAE, as no decoder is measured
+    diffusers/        unet (fp32), text encoder, tokenizer, scheduler, a small VAE (no decoder is measured)
     openvino_genai/   the same as OpenVINO IR in fp32, by OpenVINO's own converter, uncompressed, with inputs
                       and outputs named as optimum-intel names them
     onnxruntime/      the UNet as torch.onnx.export writes it, fp32, and which initialiser is which projection

@@ -2,8 +2,8 @@
 
     python peer_ours.py BUNDLE --backend onnxruntime [--threads 2] [--rounds 5] [--warm-up 2]
 
-The step is the runtime's own: the time between one latent and the next of `Runtime.steps`, three rows, the LoRA
-on one of them, guidance and solver included.  The last line is JSON.
+The step is the runtime's own: the time between one latent and the next of `Runtime.steps`, three rows, the
+LoRA on one of them, guidance and solver included.  The last line is JSON.
 """
 
 from __future__ import annotations

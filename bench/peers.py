@@ -1,12 +1,12 @@
 """What does a step of HM-CFG cost here and elsewhere?  Stable Diffusion 1.5, 512 x 512, random weights.
 
-Seconds per branch of the guidance sum, median of `--rounds` after two that are not counted.  Each peer runs in
-its own environment and process, one after the other in one run, with as many threads; a step has three branches:
+Seconds per branch of the guidance sum, median of `--rounds` after two that are not counted.  Each peer runs
+in its own environment and process, one after the other in one run, with as many threads:
 
     ours_s                    one call of three rows, the LoRA on one of them (bench/peer_ours.py); the faster
                               backend of those installed, each beside it: ours_onnxruntime_s, ours_openvino_s
-    diffusers_toggle_s        one UNet, three calls, PEFT adapter on and off; the faster of fp32 and bf16, with
-                              both beside it: diffusers_toggle_fp32_s, diffusers_toggle_bf16_s
+    diffusers_toggle_s        one UNet, three calls, PEFT adapter on and off; the faster of fp32 and bf16, and
+                              each: diffusers_toggle_fp32_s, diffusers_toggle_bf16_s
     diffusers_two_unets_s     two UNets, one with the LoRA fused, base calls as two rows; likewise
     openvino_genai_s          openvino.genai's pipeline with a LoRA adapter: its pair of rows divided by two.
                               The LoRA is on both rows: it cannot do HM-CFG

@@ -25,6 +25,7 @@ KEYS = {
     "parity": {"worst_rel"},
     "fused_step": {"fused_over_two_calls", "lora_overhead"},
     "peers": {"ours_s"},  # the smallest run makes no environments
+    "delta_retention": {"beside", "merged"},
     "switch": {"switch_ms", "aba_max_diff", "a_base_max_diff", "row_alone_max_rel"},
     "fidelity": {
         f"{key}{way}"
@@ -158,6 +159,24 @@ def test_a_picture_loads_no_training_framework(figures):
 def test_the_judges_are_right_about_real_pictures(figures):
     found = figures("fidelity")
     assert min(found["identity_hist_real"], found["background_real"]) > 0.9
+
+
+def test_a_lora_beside_int8_weights_keeps_its_effect_and_a_merged_one_drowns(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    found = module("delta_retention").projections(delta=0.003, quick=True)
+    assert found["beside"].share > 0.9999
+    assert found["merged"].share < 0.3
+    assert found["merged"].projection == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_left_of_an_effect(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    compare = module("delta_retention").compare
+    effect = np.array([3.0, 4.0])
+    assert compare(effect, effect) == (1, 1, 0)
+    assert compare(effect, 0 * effect) == (0, 0, 1)
+    assert compare(effect, effect / 2) == pytest.approx((1, 0.5, 0.5))
+    assert compare(effect, np.array([7.0, 1.0])) == pytest.approx((0.5, 1, 1))
 
 
 def coloured(*colours: tuple[int, int, int]) -> np.ndarray:
