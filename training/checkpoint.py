@@ -88,10 +88,8 @@ def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
     layout, config = LoraLayout.from_json(about["layout"]), DecoderConfig(**about["decoder"])
     with torch.device("meta"):  # the tensors take the place of the parameters; those of SDXL are 2.6 GB
         decoder = decoder_of(layout, about["feature_dim"], config)
-    # Copied: where the file has them they are not aligned, and products round in another way.
-    tensors = {name: tensors.pop(name).to(torch.float32, copy=True) for name in list(tensors)}
     try:
-        decoder.load_state_dict(tensors, assign=True)
+        decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{stem}.safetensors does not fit {stem}.json: {error}") from error
     return decoder.eval().requires_grad_(False), about

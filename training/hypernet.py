@@ -175,7 +175,10 @@ class FactorHeads(nn.Module):
 
     def _products(self, group: Tensor, weight: Tensor) -> Tensor:
         """[G, B, d] times [G, d, n], or [1, d, n] if shared: [G, B, n]."""
-        return group @ weight[0] if self.shared else torch.bmm(group, weight)
+        if not self.shared:
+            return torch.bmm(group, weight)
+        # As one matrix: else PyTorch takes another product, of other bits, where no gradient is wanted.
+        return (group.flatten(0, 1) @ weight[0]).unflatten(0, (group.shape[0], -1))
 
 
 class Decoder(nn.Module):

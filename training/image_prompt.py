@@ -137,8 +137,7 @@ def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name.startswith(PARTS)]  # noqa: SIM118
-            # Copied: where the file has them they are not aligned, and products round in another way.
-            return {name: file.get_tensor(name).to(dtype, copy=True) for name in names}
+            return {name: file.get_tensor(name).to(dtype) for name in names}
     except SafetensorError as error:
         raise IntegrityError(f"{path} is damaged", str(error), "download or copy it again") from error
 
