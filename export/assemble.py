@@ -1,4 +1,4 @@
-"""A base model and a hypernetwork to a bundle: load, round, export, verify, publish.
+"""A base model and a hypernetwork to a bundle: trace, write, verify, publish; one network in memory at a time.
 
 Everything is written into a folder beside the output and renamed at the very end (hyperrt/files.py), so an
 export that fails or is killed leaves the old bundle, or none.
@@ -8,28 +8,56 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from export import families, graphs, onnx_graph, storage, verify
-from export.families import Family, Source
+from torch import nn
+
+from export import families, graphs, onnx_graph, precision, source, verify
+from export.families import Family
 from export.graphs import Graph
-from hyperrt import __version__, bundle, files
+from export.onnx_graph import Written
+from export.parts import numbers_of
+from export.precision import Precision
+from export.source import Inputs, Source
+from hyperrt import __version__, bundle, files, memory
 from hyperrt.errors import ResourceError, UsageError
-from training import checkpoint
 
 Progress = Callable[[int, int, str], None]  # stages done, stages in all, what comes now
 
-STAGES = 1 + len(bundle.GRAPHS) + len(verify.TOLERANCE)
+LIBRARIES = 1_200_000_000  # bytes: PyTorch, the exporter, a traced graph
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is made.
+
+    Attributes:
+        precision: of the arithmetic.
+        int8: store weights of products in eight bits.
+        verify: one of `verify.LEVELS`; None for what the family is for.
+    """
+
+    precision: Precision = "fp32"
+    int8: bool = False
+    verify: str | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """About what an export takes, in bytes: disk by graph, and memory at its peak."""
+
+    disk: Mapping[str, int]
+    memory: int
 
 
 def export_bundle(
     model: str,
-    base: Path | None,
-    hypernet: Path | None,
+    inputs: Inputs,
     output: Path,
+    options: Options = Options(),
     *,
-    random_weights: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -37,112 +65,166 @@ def export_bundle(
 
     Args:
         model: family, a key of `families.FAMILIES`.
-        base: folder of the base model, in diffusers' format; None for that of the hypernetwork's training.
-        hypernet: checkpoint of the weight decoder, or its folder.
+        inputs: what it is made from.
         output: the new folder; its parent must exist.
-        random_weights: a seed: random weights of the family's sizes in place of `base` and `hypernet`.
         force: replace a bundle that is there.
-        progress: called before each of STAGES stages.
+        progress: called before each stage.
 
     Raises:
         UsageError: unknown family, something is not given, or `output` exists and `force` is off.
-        NotFound: `base`, `hypernet` or the parent of `output` is missing.
-        BadInput: `hypernet` is another kind of file.
-        IntegrityError: `base` or `hypernet` is damaged.
-        ExportError: the two do not fit together, or cannot be exported.
-        ResourceError: the disk is too full.
+        NotFound: an input or the parent of `output` is missing.
+        BadInput: an input is another kind of file.
+        IntegrityError: an input is damaged.
+        ExportError: the inputs do not fit together, or cannot be exported.
+        ResourceError: the disk or the memory is too small.
         ParityError: a graph does not compute what the model does.
     """
     family = families.get(model)
     files.check_folder(output, bundle.MANIFEST, force)
-    tell = _Counter(progress or (lambda done, total, what: None))
-    tell("load")
-    source = load(family, base, hypernet, random_weights)
-    hashes = bundle.Hashes(checkpoint.hash_of(source.base.unet), checkpoint.hash_of(source.decoder))
-    for name, module in source.modules().items():
-        storage.round_weights(module, name)
-    parts = graphs.build(source.base, source.decoder)
-    _check_room(output, parts)
+    level = level_of(family, options)
+    with families.opened(family, inputs) as made_from:
+        parts = graphs.build(made_from)
+        tell = _Counter(progress, 1 + len(parts) + len(verify.TOLERANCE) * (level == "full"))
+        tell("check")
+        check_room(output, needs(made_from, parts, options.int8, level))
 
-    def write(folder: Path) -> None:
-        for graph in parts:
-            tell(graph.name)
-            onnx_graph.write(graph, folder)
-        parity = verify.ladder(source, parts, folder, family.defaults, tell)
-        _write_texts(folder, family, source)
-        bundle.write_manifest(folder, manifest(family, source, parts, folder, hashes, parity, output.name))
+        def write(folder: Path) -> None:
+            written, parity = _write_graphs(made_from, parts, folder, options, level, tell)
+            if level == "full":
+                modules = {name: part.load().float() for name, part in made_from.parts.items()}
+                parity = verify.ladder(made_from, parts, modules, folder, family.defaults, tell)
+            _write_texts(folder, made_from)
+            described = {graph.name: _described(graph, folder, written[graph.name]) for graph in parts}
+            about = manifest(family, made_from, described, folder, options, parity, output.name)
+            bundle.write_manifest(folder, about)
 
-    return files.publish_folder(output, write, marker=bundle.MANIFEST, force=force)
-
-
-def load(
-    family: Family, base: Path | None, hypernet: Path | None, random_weights: int | None = None
-) -> Source:
-    """What the bundle is made from; arguments and errors as `export_bundle`."""
-    if random_weights is not None:
-        if base is not None or hypernet is not None:
-            given = "--base" if base is not None else "--hypernet"
-            raise UsageError(f"{given} and --random-weights exclude each other", "", "leave one out")
-        return family.random(random_weights)
-    if hypernet is None:
-        why = "a bundle is made from a base model and the hypernetwork that was trained on it"
-        do = f"hyperrt export --model {family.name} --hypernet CKPT -o BUNDLE"
-        raise UsageError("--hypernet is not given", why, do)
-    return family.load(base, hypernet)
+        return files.publish_folder(output, write, marker=bundle.MANIFEST, force=force)
 
 
-def sizes(parts: Iterable[Graph]) -> dict[str, int]:
-    """About how many bytes each graph will have in the bundle."""
-    return {graph.name: 2 * graphs.weights_of(graph) for graph in parts}
+def needs(made_from: Source, parts: Sequence[Graph], int8: bool, level: str) -> Needs:
+    """What an export takes."""
+    skeletons = {name: part.skeleton for name, part in made_from.parts.items()}
+    held = {graph.name: graphs.numbers_of(graph, skeletons) for graph in parts}
+    disk = {name: (1 if int8 else 2) * count for name, count in held.items()}
+    if level == "full":
+        numbers = 4 * sum(numbers_of(skeleton) for skeleton in skeletons.values()) + 4 * sum(held.values())
+        return Needs(disk, LIBRARIES + numbers)
+    peaks = []
+    for graph, loaded in zip(parts, _loaded_parts(parts), strict=True):
+        own = sum(numbers_of(skeletons[name]) for name in graph.parts)
+        kept = sum(numbers_of(skeletons[name]) for name in loaded - {*graph.parts})
+        # Compared in fp32 with PyTorch, and then in an engine that holds the weights of the graph.
+        compared = max(4 * own, 4 * held[graph.name]) if level == "graphs" else 2 * own
+        peaks.append(compared + 2 * kept)
+    return Needs(disk, LIBRARIES + max(peaks))
 
 
-def _check_room(output: Path, parts: Iterable[Graph]) -> None:
-    """Whether the bundle fits on the disk: known before minutes of work, not after."""
+def check_room(output: Path, needed: Needs) -> None:
+    """Whether disk and memory suffice: known before minutes of work, not after.
+
+    Raises:
+        ResourceError: they do not.
+    """
     folder = Path(os.path.abspath(output)).parent
-    needed, free = sum(sizes(parts).values()), shutil.disk_usage(folder).free
-    if free < needed:
-        why = f"it takes about {needed / 1e6:.0f} MB; {free / 1e6:.0f} MB are free"
+    disk, free = sum(needed.disk.values()), shutil.disk_usage(folder).free
+    if free < disk:
+        why = f"it takes about {disk / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free"
         raise ResourceError(
             f"{folder} has no room for the bundle", why, "make room on the disk, or choose another folder"
         )
+    available = memory.available()
+    if available is not None and available < needed.memory:
+        why = f"it takes about {needed.memory / 1e9:.1f} GB; {available / 1e9:.1f} GB can be had"
+        do = "end other programs, leave the comparison out (--verify none), or export on another machine"
+        raise ResourceError("there is not enough memory for the export", why, do)
+
+
+def level_of(family: Family, options: Options) -> str:
+    """How much of the parity ladder is climbed.
+
+    Raises:
+        UsageError: the rungs that `options` ask for do not exist for this family.
+    """
+    level = options.verify or family.verify
+    if level == "full" and (family.verify != "full" or options.precision != "fp32" or options.int8):
+        if options.verify:
+            why = "all rungs are for fp32 graphs of the tiny family"
+            raise UsageError("--verify full cannot be done", why, "use --verify graphs")
+        return "graphs"
+    return level
+
+
+def _write_graphs(
+    made_from: Source, parts: Sequence[Graph], folder: Path, options: Options, level: str, tell: _Counter
+) -> tuple[dict[str, Written], dict[str, float]]:
+    """Every graph, its parts loaded when it is reached and gone when no later one needs them."""
+    skeletons = {name: part.skeleton for name, part in made_from.parts.items()}
+    written, parity = {}, {}
+    modules: dict[str, nn.Module] = {}
+    for k, (graph, loaded) in enumerate(zip(parts, _loaded_parts(parts), strict=True)):
+        tell(graph.name)
+        modules.update({name: made_from.parts[name].load() for name in graph.parts if name not in modules})
+        written[graph.name] = onnx_graph.write(
+            graph, skeletons, modules, folder, options.precision, options.int8
+        )
+        expected = verify.expectations(graph, modules, verify.LARGE_SIZES) if level == "graphs" else []
+        later = {name for following in parts[k + 1 :] for name in following.parts}
+        modules = {name: module for name, module in modules.items() if name in loaded & later}
+        if level == "graphs":
+            kind = "int8" if options.int8 else options.precision
+            backend = "onnxruntime" if options.precision == "fp32" else "openvino"
+            error = verify.graph_error(folder / f"{graph.name}.onnx", backend, expected)
+            parity[graph.name] = verify.checked(graph.name, error, verify.REDUCED[kind])
+    return written, parity
+
+
+def _loaded_parts(parts: Sequence[Graph]) -> list[set[str]]:
+    """Per graph the parts in memory while it is written: its own, and those that an earlier and a later one need."""
+    found = []
+    for k, graph in enumerate(parts):
+        earlier = {name for other in parts[:k] for name in other.parts}
+        later = {name for other in parts[k + 1 :] for name in other.parts}
+        found.append({*graph.parts} | (earlier & later))
+    return found
 
 
 def manifest(
     family: Family,
-    source: Source,
-    parts: tuple[Graph, ...],
+    made_from: Source,
+    described: Mapping[str, bundle.Graph],
     folder: Path,
-    hashes: bundle.Hashes,
-    parity: dict[str, float],
+    options: Options,
+    parity: Mapping[str, float],
     name: str,
 ) -> bundle.Manifest:
     """The manifest of the graphs that lie in `folder`."""
-    unet = source.base.unet.config
-    by_name = {graph.name: graph for graph in parts}
+    hashes = {part: made_from.parts[part].hash(family.half_hash) for part in ("unet", "weight_decoder")}
     return bundle.Manifest(
         format=bundle.FORMAT,
         family=family.name,
         name=name,
         created_by=f"hyperrt {__version__}",
-        image_size=int(by_name["vae_decoder"].outputs[0].shape[-1]),
-        latent=bundle.Latent(unet.in_channels, unet.sample_size),
-        prediction_type=source.base.scheduler.config.prediction_type,
-        betas=families.betas(source),
+        image_size=made_from.image_size,
+        latent=bundle.Latent(made_from.config("unet").in_channels, made_from.latent_size),
+        prediction_type=made_from.scheduler["prediction_type"],
+        betas=source.betas(made_from),
+        timestep_spacing=source.timestep_spacing(made_from),
         defaults=family.defaults,
-        graphs={graph.name: _described(graph, folder) for graph in parts},
-        lora=bundle.LoraSection.of(source.decoder.layout),
+        graphs=described,
+        lora=bundle.LoraSection.of(made_from.layout),
         adapt="inputs",
-        preprocess=families.preprocess(source),
-        prompts=family.prompts(source),
+        preprocess=source.preprocess(made_from),
+        prompts=family.prompts(made_from),
+        image_prompt=source.image_prompt_section(made_from),
         tokenizer_sha256=bundle.sha256_of(folder / bundle.TOKENIZER),
-        hashes=hashes,
-        precision="fp32",
-        storage="fp16",
+        hashes=bundle.Hashes(hashes["unet"], hashes["weight_decoder"]),
+        precision=options.precision,
+        storage="int8" if options.int8 else "bf16" if options.precision == "bf16" else "fp16",
         parity=parity,
     )
 
 
-def _described(graph: Graph, folder: Path) -> bundle.Graph:
+def _described(graph: Graph, folder: Path, written: Written) -> bundle.Graph:
     file = f"{graph.name}.onnx"
     data = f"{file}.data"
     external = (folder / data).exists()
@@ -153,30 +235,30 @@ def _described(graph: Graph, folder: Path) -> bundle.Graph:
         outputs=graph.outputs,
         data_file=data if external else None,
         data_sha256=bundle.sha256_of(folder / data) if external else None,
+        weight_bytes=written.weight_bytes,
+        row_bytes=written.row_bytes,
     )
 
 
-def _write_texts(folder: Path, family: Family, source: Source) -> None:
+def _write_texts(folder: Path, made_from: Source) -> None:
     """tokenizer.json and LICENSES."""
-    tokenizer = source.base.tokenizer.backend_tokenizer
+    tokenizer = made_from.tokenizer.backend_tokenizer
     # The last text that was encoded left its padding here; the runtime does its own.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(folder / bundle.TOKENIZER))
-    theirs = sorted(source.folder.glob("LICENSE*")) if source.folder else []
-    if theirs:
-        shutil.copyfile(theirs[0], folder / "LICENSES")
-    else:
-        (folder / "LICENSES").write_text(family.license, encoding="utf-8")
+    (folder / "LICENSES").write_text(made_from.license, encoding="utf-8")
 
 
 class _Counter:
-    """Counts the stages, which verify does not know the number of."""
+    """Counts the stages for whoever shows them."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress | None, stages: int) -> None:
         self._progress = progress
+        self._stages = stages
         self._done = 0
 
     def __call__(self, what: str) -> None:
-        self._progress(self._done, STAGES, what)
+        if self._progress:
+            self._progress(self._done, self._stages, what)
         self._done += 1

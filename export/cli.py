@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from hyperrt.bundle import MANIFEST, Bundle
 from hyperrt.errors import UsageError
 
 if TYPE_CHECKING:
+    from export.assemble import Options
+    from export.source import Inputs
     from hyperrt.cli_output import Output
     from hyperrt.config import ExportConfig
 
@@ -21,39 +24,73 @@ def run(config: ExportConfig, output: Output) -> None:
     from export import assemble
 
     _silence_libraries()
-    family, base = _family_and_base(config, assemble.families.FAMILIES)
-    hypernet = Path(config.hypernet) if config.hypernet else None
+    family, inputs = _family_and_inputs(config, assemble.families.FAMILIES)
+    options = assemble.Options(config.precision, config.quantize == "int8", config.verify)
     if config.dry_run:
-        source = assemble.load(assemble.families.get(family), base, hypernet, config.random_weights)
-        sizes = assemble.sizes(assemble.graphs.build(source.base, source.decoder))
-        rows = {**sizes, "in all": sum(sizes.values())}
-        text = "\n".join(f"{name:15} {size / 1e6:9.1f} MB" for name, size in rows.items())
-        output.result(text, graphs=sizes, output=config.output)
+        _tell_needs(family, inputs, options, config, output)
         return
-    with output.progress("export", assemble.STAGES) as advance_to:
-        path = assemble.export_bundle(
-            family, base, hypernet, Path(config.output),
-            random_weights=config.random_weights, force=config.force,
-            progress=lambda done, total, what: advance_to(done),
-        )  # fmt: skip
-        advance_to(assemble.STAGES)
+    path = _export(family, inputs, options, config, output)
     parity = Bundle.open(path).parity
-    if not output.json:
-        allowed = assemble.verify.TOLERANCE
-        rows = [f"  {rung:20}{error:8.0e} ({allowed[rung]:.0e})" for rung, error in parity.items()]
-        output.note("\n".join(["largest relative errors against PyTorch (and what is allowed):", *rows]))
+    if parity and not output.json:
+        rows = [f"  {rung:20}{error:8.0e}" for rung, error in parity.items()]
+        output.note("\n".join(["largest relative errors against PyTorch:", *rows]))
     output.result(str(path), path=str(path), parity=dict(parity))
 
 
-def _family_and_base(config: ExportConfig, families: Container[str]) -> tuple[str, Path | None]:
-    """`--model` is a family, or the folder of a base model of the family tiny."""
-    base = Path(config.base) if config.base else None
-    if config.model in families or not Path(config.model).is_dir():
-        return config.model, base
-    if base is not None:
-        why = f"--model {config.model} and --base {config.base} both name one"
-        raise UsageError("there are two base models", why, "leave one out, or say --model tiny")
-    return "tiny", Path(config.model)
+def _export(family: str, inputs: Inputs, options: Options, config: ExportConfig, output: Output) -> Path:
+    from export import assemble
+
+    with output.progress("export", 100) as advance_to:
+        path = assemble.export_bundle(
+            family, inputs, Path(config.output), options, force=config.force,
+            progress=lambda done, total, what: advance_to(100 * done // total),
+        )  # fmt: skip
+        advance_to(100)
+        return path
+
+
+def _tell_needs(
+    family: str, inputs: Inputs, options: Options, config: ExportConfig, output: Output
+) -> None:
+    """What an export would take of disk and memory; nothing is written."""
+    from export import assemble, families, graphs
+
+    known = families.get(family)
+    with families.opened(known, inputs) as source:
+        needed = assemble.needs(source, graphs.build(source), options.int8, assemble.level_of(known, options))
+    rows = {**needed.disk, "in all": sum(needed.disk.values())}
+    text = "\n".join(f"{name:15} {size / 1e6:9,.1f} MB" for name, size in rows.items())
+    text += f"\n{'peak of memory':15} {needed.memory / 1e6:9,.1f} MB"
+    output.result(text, graphs=dict(needed.disk), memory=needed.memory, output=config.output)
+
+
+def _family_and_inputs(config: ExportConfig, families: Container[str]) -> tuple[str, Inputs]:
+    """`--model` is a family, or the folder of a base model, whose family its configuration tells."""
+    from export.source import Inputs
+
+    family, base = config.model, config.base
+    if family not in families and Path(family).is_dir():
+        if base is not None:
+            why = f"--model {family} and --base {base} both name one"
+            raise UsageError("there are two base models", why, "leave one out, or say --model tiny")
+        family, base = _family_of(Path(family)), family
+    paths = {
+        name: Path(value) if (value := getattr(config, name)) else None
+        for name in ("hypernet", "image_encoder", "image_prompt")
+    }
+    others = {name: getattr(config, name) for name in ("random_weights", "like", "offline", "size")}
+    return family, Inputs(base=base, **paths, **others)
+
+
+def _family_of(folder: Path) -> str:
+    """SDXL has a second text encoder; SD1.5 reads text of 768 numbers a token."""
+    if (folder / "text_encoder_2").is_dir():
+        return "sdxl"
+    try:
+        width = json.loads((folder / "unet" / "config.json").read_text())["cross_attention_dim"]
+    except (OSError, ValueError, KeyError):
+        return "tiny"  # which says what is wrong with the folder
+    return "sd15" if width == 768 else "tiny"
 
 
 def _silence_libraries() -> None:

@@ -1,53 +1,56 @@
 """Model families: what `hyperrt export --model NAME` makes of a base model and a hypernetwork.
 
-A family knows how to load its parts and what the runtime is told about them; the graphs are the same for all.
+A family knows what the runtime is told about its models, and their sizes where weights are random; the graphs
+are the same for all, and follow the parts that there are: a second text encoder makes it an SDXL, an image
+prompt an open category.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from transformers import CLIPTokenizer
 
+from export import architectures, loading
 from export.errors import ExportError
-from hyperrt.bundle import Betas, Defaults, Preprocess, Prompts
+from export.parts import Part, random_part
+from export.source import Inputs, Source, sized, vae_factor
+from hyperrt.bundle import Defaults, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
-from hyperrt.solvers import BETA_SCHEDULES
+from hyperrt.lora import LoraLayout
 from training import base as tiny
-from training import checkpoint, clip_tokenizer, lora_layers, scenes
-from training.base import Base
-from training.config import DecoderConfig
-from training.hypernet import WeightDecoder
+from training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
+from training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
+from training.hypernet import decoder_of
 
-RANDOM_RANK = 4
+RANDOM_RANK = 4  # of tiny
+TOKEN = "sks"
+NOUNS = (
+    "man", "woman", "boy", "girl", "person", "face", "dog", "puppy", "cat", "kitten", "horse", "bird", "rabbit",
+    "backpack", "bag", "bear", "boot", "bottle", "bowl", "can", "candle", "car", "chair", "clock", "cup",
+    "glasses", "hat", "house", "jacket", "lamp", "monster", "mug", "robot", "shoe", "sneaker", "sunglasses",
+    "teapot", "toy", "stuffed animal", "vase", "wolf",
+)  # fmt: skip
 LICENSE = """\
 Weights, tokenizer and graphs of this bundle were made by HyperRT (Apache License 2.0) from pictures that
 HyperRT itself draws (training/scenes.py). No other model, text or picture went into them.
 """
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """What a bundle is made from, frozen and in eval mode, weights as they were trained.
-
-    token:  stands for the subject in prompts.
-    folder: of the base model; None where the weights are random.
-    """
-
-    base: Base
-    decoder: WeightDecoder
-    token: str
-    folder: Path | None = None
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Every module whose weights go into the bundle, by name."""
-        base = self.base
-        parts = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
-        return {**parts, "image_encoder": base.image_encoder, "weight_decoder": self.decoder}
+RANDOM_LICENSE = """\
+The weights of this bundle are random numbers; it draws noise. Its graphs were made by HyperRT (Apache License
+2.0) from the published configuration of the architecture.
+"""
+THEIR_LICENSE = """\
+The weights of this bundle are those of the base model that it was exported from, under the terms of that
+model; its folder had no LICENSE file to copy. Graphs were made by HyperRT (Apache License 2.0).
+"""
 
 
 @dataclass(frozen=True)
@@ -55,28 +58,31 @@ class Family:
     """One kind of base model.
 
     Attributes:
-        load: (base folder, checkpoint of the hypernetwork) to what the bundle is made from; without a folder
-            the base is where it was when the hypernetwork was trained.
-        random: (seed) to the same with random weights, for tests and measurements.
+        random: (seed) to a source with random weights, for tests and measurements.
         nouns: class nouns that the runtime recognises after the placeholder.
+        half_hash: whether base models are told apart by their weights rounded to fp16.
+        verify: how much of the parity ladder is climbed, see `verify.LEVELS`.
     """
 
     name: str
-    load: Callable[[Path | None, Path], Source]
     random: Callable[[int], Source]
     defaults: Defaults
     default_class: str
     nouns: tuple[str, ...]
     license: str
+    half_hash: bool
+    verify: str
 
     def prompts(self, source: Source) -> Prompts:
         """Prompt rules for the manifest."""
         return Prompts(
             placeholder="[V]",
             token=source.token,
-            max_tokens=source.base.tokenizer.model_max_length,
+            max_tokens=source.max_tokens,
             default_class=self.default_class,
             nouns=self.nouns,
+            pad_2=source.pad_2,
+            zero_empty=source.zero_empty,
         )
 
 
@@ -93,43 +99,88 @@ def get(name: str) -> Family:
     return FAMILIES[name]
 
 
-def betas(source: Source) -> Betas:
-    """The noise schedule for the manifest.
+@contextlib.contextmanager
+def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
+    """What the bundle is made from, for as long as its files are needed.
 
     Raises:
-        ExportError: the runtime does not know it.
+        UsageError: `inputs` contradict each other, or lack something.
+        NotFound, BadInput, IntegrityError: a file is missing, of another kind, or damaged.
+        ExportError: the parts do not fit each other, or the graphs cannot express them.
     """
-    config = source.base.scheduler.config
-    if config.beta_schedule not in BETA_SCHEDULES:
-        why = f"its beta_schedule is {config.beta_schedule!r}"
-        raise ExportError("the base model has an unknown noise schedule", why, "train it with scaled_linear")
-    return Betas(config.beta_schedule, config.beta_start, config.beta_end, config.num_train_timesteps)
+    if inputs.random_weights is not None:
+        for name in ("base", "hypernet", "image_encoder", "image_prompt"):
+            if getattr(inputs, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} and --random-weights exclude each other", "", "leave one out")
+        yield sized(family.random(inputs.random_weights), inputs.size)
+        return
+    if inputs.hypernet is None:
+        why = "a bundle is made from a base model and the hypernetwork that was trained on it"
+        do = f"hyperrt export --model {family.name} --hypernet CKPT -o BUNDLE"
+        raise UsageError("--hypernet is not given", why, do)
+    about = _about_hypernet(inputs.hypernet)
+    base = str(inputs.base or _base_of(inputs.hypernet, about))
+    with loading.as_folder(base, inputs.like, inputs.offline) as folder:
+        source = sized(_load(family, folder, inputs, about), inputs.size)
+        _check_fit(source, about, family.half_hash)
+        yield source
 
 
-def preprocess(source: Source) -> Preprocess:
-    """Photo preprocessing for the manifest: that of training/features.py."""
-    half = (0.5, 0.5, 0.5)
-    return Preprocess(source.base.image_encoder.config.image_size, half, half, "bicubic", "center")
+def _load(family: Family, folder: Path, inputs: Inputs, about: Mapping[str, Any]) -> Source:
+    parts = loading.parts_of(folder, inputs.image_encoder)
+    unet = parts["unet"].skeleton
+    parts["weight_decoder"] = _decoder_part(inputs.hypernet, about)
+    if inputs.image_prompt is not None:
+        path = inputs.image_prompt
+        read = lambda: image_prompt.load(path, unet, torch.float16)  # noqa: E731
+        loaded_sizes = read()  # the file is checked now; its sizes are what the skeleton is made of
+        parts["image_prompt"] = Part("image_prompt", lambda: loaded_sizes, read)
+    return Source(
+        parts=parts,
+        tokenizer=_tokenizer(folder / "tokenizer", parts["text_encoder"]),
+        scheduler=loading.scheduler_of(folder),
+        layout=about["layout"],
+        token=about["token"],
+        image_size=unet.config.sample_size * vae_factor(parts["vae"]),
+        license=_license_of(folder, family),
+        **_sdxl_rules(folder),
+    )
 
 
-def _load_tiny(folder: Path | None, hypernet: Path) -> Source:
-    decoder, about = _hypernet(hypernet)
-    folder = folder or _base_of(hypernet, about)
+def _sdxl_rules(folder: Path) -> dict[str, Any]:
+    if not (folder / "text_encoder_2").is_dir():
+        return {}
+    index = json.loads((folder / "model_index.json").read_text())
+    second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+    return {
+        "pad_2": second.pad_token_id,
+        "zero_empty": bool(index.get("force_zeros_for_empty_prompt", True)),  # diffusers' default
+    }
+
+
+def _tokenizer(folder: Path, text_encoder: Part) -> CLIPTokenizer:
+    what = f"{folder} cannot be used"
     try:
-        base = tiny.load(folder)
-    except OSError as error:
-        do = "train one: python -m training.pretrain"
-        raise NotFound(f"no base model can be read from {folder}", _why(error), do) from error
-    except ValueError as error:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers has no common one
+        raise IntegrityError(what, _why(error), "copy the model again") from error
+    known = text_encoder.skeleton.config.vocab_size
+    if len(tokenizer) > known or len(tokenizer) < 3:  # an empty folder makes a tokenizer, too
         raise IntegrityError(
-            f"the base model {folder} is damaged", _why(error), "copy it again, or train it again"
-        ) from error
-    _check_fit(base, decoder, about["base_model"])
-    return Source(base, decoder, about["token"], folder)
+            what, f"it knows {len(tokenizer)} tokens, the text encoder {known}", "copy the model again"
+        )
+    return tokenizer
 
 
-def _hypernet(path: Path) -> tuple[WeightDecoder, dict[str, str]]:
-    """The decoder, and of its hypernet.json: token, base (a folder) and base_model (a hash).
+def _license_of(folder: Path, family: Family) -> str:
+    for path in sorted(folder.glob("LICENSE*")):
+        return path.read_text(encoding="utf-8", errors="replace")
+    return family.license
+
+
+def _about_hypernet(path: Path) -> dict[str, Any]:
+    """Of hypernet.json: token, base (a folder), base_model (a hash), feature_dim, layout and decoder (its shape).
 
     Raises:
         NotFound: there is none, or it cannot be opened.
@@ -141,8 +192,14 @@ def _hypernet(path: Path) -> tuple[WeightDecoder, dict[str, str]]:
         raise BadInput(f"{path} is no checkpoint of a hypernetwork", why, "name the run's folder")
     try:
         decoder, about = checkpoint.load_hypernet(path)
-        entries = {"base": about["training"]["base"], **{key: about[key] for key in ("base_model", "token")}}
-        return decoder, {key: str(value) for key, value in entries.items()}
+        return {
+            "base": str(about["training"]["base"]),
+            "base_model": str(about["base_model"]),
+            "token": str(about["token"]),
+            "layout": decoder.layout,
+            "feature_dim": decoder.feature_dim,
+            "decoder": decoder.config,
+        }
     except OSError as error:
         do = "train one: python -m training.train"
         raise NotFound(f"no hypernetwork can be read from {path}", _why(error), do) from error
@@ -153,7 +210,15 @@ def _hypernet(path: Path) -> tuple[WeightDecoder, dict[str, str]]:
         ) from error
 
 
-def _base_of(hypernet: Path, about: dict[str, str]) -> Path:
+def _decoder_part(path: Path, about: Mapping[str, Any]) -> Part:
+    return Part(
+        "weight_decoder",
+        lambda: decoder_of(about["layout"], about["feature_dim"], about["decoder"]),
+        lambda: checkpoint.load_hypernet(path)[0],
+    )
+
+
+def _base_of(hypernet: Path, about: Mapping[str, Any]) -> Path:
     """The folder of the base model that the hypernetwork was trained on."""
     folder = Path(about["base"])
     if not folder.is_dir():
@@ -168,58 +233,121 @@ def _why(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _check_fit(base: Base, decoder: WeightDecoder, trained_on: str) -> None:
-    found = checkpoint.hash_of(base.unet)
+def _check_fit(source: Source, about: Mapping[str, Any], half_hash: bool) -> None:
+    trained_on, unet = about["base_model"], source.parts["unet"]
+    what = "the hypernetwork does not fit the base model"
+    if source.layout.hash != lora_layers.layout_of(unet.skeleton, source.layout.rank).hash:
+        raise ExportError(what, "their LoRA layouts differ", "train it again")
+    width = source.config("image_encoder").hidden_size
+    if about["feature_dim"] != width:
+        why = f"it reads features of {about['feature_dim']} numbers, the image encoder makes {width}"
+        raise ExportError(what, why, "train it again")
+    found = unet.hash(half_hash)
     if found != trained_on:
         why = f"it was trained on {trained_on[:12]}, the base model is {found[:12]}"
         do = "give the base that it was trained on: --base BASE"
         raise ExportError("the hypernetwork is of another base model", why, do)
-    what = "the hypernetwork does not fit the base model"
-    if decoder.layout.hash != lora_layers.layout_of(base.unet, decoder.layout.rank).hash:
-        raise ExportError(what, "their LoRA layouts differ", "train it again")
-    width = base.image_encoder.config.hidden_size
-    if decoder.feature_dim != width:
-        why = f"it reads features of {decoder.feature_dim} numbers, the image encoder makes {width}"
-        raise ExportError(what, why, "train it again")
 
 
 def _random_tiny(seed: int) -> Source:
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         tokenizer = clip_tokenizer.build(Path(folder), tiny.MAX_TOKENS)
-        base = Base(
-            unet=tiny.tiny_unet(),
-            vae=tiny.tiny_vae(),
-            text_encoder=tiny.tiny_text_encoder(tokenizer),
-            tokenizer=tokenizer,
-            image_encoder=tiny.tiny_image_encoder(),
-            scheduler=tiny.tiny_scheduler(),
-        )
-        return random_source(base, RANDOM_RANK, DecoderConfig())
+        modules = {
+            "unet": tiny.tiny_unet(),
+            "vae": tiny.tiny_vae(),
+            "text_encoder": tiny.tiny_text_encoder(tokenizer),
+            "image_encoder": tiny.tiny_image_encoder(),
+        }
+        scheduler = dict(tiny.tiny_scheduler().config)
+    parts = {name: Part.of(name, module) for name, module in modules.items()}
+    return _random(parts, tokenizer, scheduler, seed, RANDOM_RANK, DecoderConfig(), tiny.IMAGE_SIZE, LICENSE)
 
 
-def random_source(base: Base, rank: int, config: DecoderConfig) -> Source:
-    """`base` with a fresh weight decoder whose LoRA, unlike one at the start of training, is not zero."""
-    decoder = WeightDecoder(
-        lora_layers.layout_of(base.unet, rank), base.image_encoder.config.hidden_size, config
+def _random_sd15(seed: int) -> Source:
+    """SD1.5 of the closed category: rank 3, HyperDreamBooth's decoder."""
+    parts = {name: random_part(name, build, seed) for name, build in architectures.SD15.items()}
+    return _random(parts, _some_tokenizer(), architectures.SCHEDULER, seed, 3, FULL_CLOSED, 512, RANDOM_LICENSE)
+
+
+def _random_sdxl(seed: int) -> Source:
+    """SDXL of the open category: rank 2, the resampler decoder, an image prompt."""
+    parts = {name: random_part(name, build, seed) for name, build in architectures.SDXL.items()}
+    unet = parts["unet"].skeleton
+    parts["image_prompt"] = random_part("image_prompt", lambda: image_prompt.ImagePrompt(unet), seed)
+    source = _random(
+        parts, _some_tokenizer(), architectures.SCHEDULER, seed, 2, FULL_OPEN, 1024, RANDOM_LICENSE
     )
-    with torch.no_grad():
-        for vector in decoder.offsets.values():
-            vector.add_(torch.randn_like(vector), alpha=0.05)
-    source = Source(base, decoder, scenes.TOKEN)
-    for module in source.modules().values():
-        module.eval().requires_grad_(False)
-    return source
+    return dataclasses.replace(source, pad_2=0, zero_empty=True)
+
+
+def _random(
+    parts: dict[str, Part],
+    tokenizer: CLIPTokenizer,
+    scheduler: Mapping[str, Any],
+    seed: int,
+    rank: int,
+    config: DecoderConfig,
+    image_size: int,
+    license: str,
+) -> Source:
+    """These parts with a fresh weight decoder whose LoRA, unlike one at the start of training, is not zero."""
+    layout = lora_layers.layout_of(parts["unet"].skeleton, rank)
+    width = parts["image_encoder"].skeleton.config.hidden_size
+
+    def build() -> Any:
+        return decoder_of(layout, width, config)
+
+    def read() -> Any:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            decoder = build()
+            for vector in decoder.offsets.values():
+                vector.add_(torch.randn_like(vector), alpha=0.05)
+            return decoder
+
+    parts["weight_decoder"] = Part("weight_decoder", build, read, drawn_from=f"{seed}/weight_decoder")
+    return Source(
+        parts=parts, tokenizer=tokenizer, scheduler=scheduler, layout=layout, token=TOKEN,
+        image_size=image_size, license=license,
+    )  # fmt: skip
+
+
+def _some_tokenizer() -> CLIPTokenizer:
+    """CLIP's rules with a small vocabulary: random weights give no word a meaning."""
+    with tempfile.TemporaryDirectory() as folder:
+        return clip_tokenizer.build(Path(folder), architectures.MAX_TOKENS)
 
 
 FAMILIES = {
     "tiny": Family(
         name="tiny",
-        load=_load_tiny,
         random=_random_tiny,
         defaults=Defaults(solver="dpmpp_2m", steps=30, guidance_scale=2.5, kappa=1.0),
         default_class="toy",
         nouns=scenes.NOUNS,
         license=LICENSE,
+        half_hash=False,
+        verify="full",
+    ),
+    "sd15": Family(
+        name="sd15",
+        random=_random_sd15,
+        defaults=Defaults(solver="ddim", steps=30, guidance_scale=3.75, kappa=1.0),
+        default_class="object",
+        nouns=NOUNS,
+        license=THEIR_LICENSE,
+        half_hash=True,
+        verify="graphs",
+    ),
+    "sdxl": Family(
+        name="sdxl",
+        random=_random_sdxl,
+        defaults=Defaults(solver="euler", steps=30, guidance_scale=3.5, kappa=1.0),
+        default_class="object",
+        nouns=NOUNS,
+        license=THEIR_LICENSE,
+        half_hash=True,
+        verify="graphs",
     ),
 }

@@ -1,4 +1,4 @@
-"""The six graphs of a bundle as PyTorch modules around those of the base model and the weight decoder.
+"""The graphs of a bundle: which module each is, from which parts, with which inputs and outputs.
 
 Names, shapes and meaning of all tensors: docs/bundle-format.md. Dims: photos, prompts, images and branches
 are free; rows = branches x images, branch-major; subjects is 1 (one LoRA for all rows) or rows.
@@ -6,34 +6,49 @@ are free; rows = branches x images, branch-major; subjects is 1 (one LoRA for al
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from engines.base import TensorSpec
-from export import operators
-from hyperrt.lora import LoraLayout
-from training import lora_layers
-from training.base import Base
-from training.hypernet import WeightDecoder
-from training.lora_layers import Rows
+from export import modules, operators
+from export.parts import FAKE
+from export.source import Source
+from training import lora_layers, resampler
+
+Modules = Mapping[str, nn.Module]
 
 # Ranges of random inputs that are not Gaussian: sums must not cancel, or relative errors mean nothing.
-UNIFORM = {"timestep": (1.0, 999.0), "coefficients": (0.5, 1.0), "guidance": (0.5, 1.0), "gate": (0.0, 1.0)}
+UNIFORM = {
+    "timestep": (1.0, 999.0),
+    "coefficients": (0.5, 1.0),
+    "guidance": (0.5, 1.0),
+    "gate": (0.0, 1.0),
+    "image_scale": (0.0, 1.0),
+    "time_ids": (64.0, 1024.0),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """One graph: a module whose `forward` takes `inputs` by name and returns `outputs` in order."""
+    """One graph: a module whose `forward` takes `inputs` by name and returns `outputs` in order.
+
+    parts: names of those it is made from.
+    make:  the module from modules of these parts, with or without data; it replaces their attention.
+    """
 
     name: str
-    module: nn.Module
+    parts: tuple[str, ...]
+    make: Callable[[Modules], modules.GraphModule]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     integers: int = 0  # integer inputs are below this
 
-    def feeds(self, sizes: dict[str, int], seed: int) -> dict[str, Tensor]:
+    def feeds(self, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
         """Random inputs; `sizes` says how large each symbolic dim is."""
         generator = torch.Generator().manual_seed(seed)
         feeds = {}
@@ -51,160 +66,160 @@ class Graph:
         return feeds
 
 
-class ImageEncoder(nn.Module):
-    """pixels [photos, 3, S, S] to features [photos, T, F]."""
+@dataclass(frozen=True)
+class ImagePromptShape:
+    """tokens: how many; width: of each; both 0 where there is no image prompt."""
 
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.encoder = base.image_encoder
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.encoder(pixels).last_hidden_state
+    tokens: int = 0
+    width: int = 0
 
 
-class PackedDecoder(nn.Module):
-    """features [photos, T, F] to lora_q [photos, Nq] and lora_kv [photos, Nkv]."""
-
-    def __init__(self, decoder: WeightDecoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        packed = self.decoder(features)
-        return packed["lora_q"], packed["lora_kv"]
-
-
-class TextEncoder(nn.Module):
-    """input_ids [prompts, L] to hidden_states [prompts, L, D]."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.encoder = base.text_encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids).last_hidden_state
-
-
-class Context(nn.Module):
-    """Prompts to K and V of every cross-attention, K/V LoRA included: [rows, L, W]."""
-
-    def __init__(self, base: Base, layout: LoraLayout) -> None:
-        super().__init__()
-        self.unet = base.unet
-        self.layout = layout
-
-    def forward(self, hidden_states: Tensor, gate: Tensor, lora_kv: Tensor) -> Tensor:
-        return lora_layers.context(self.unet, hidden_states, gate, lora_kv, self.layout)
-
-
-class Denoiser(nn.Module):
-    """One step of the loop: tiling to rows, UNet with Q LoRA, guidance sum, solver update; all fp32.
-
-    x            = tile(c0 latents)
-    g            = sum_b guidance_b UNet(x, timestep, context, lora)_b      paper eq. 20
-    next_latents = c1 latents + c2 g + c3 previous + c4 noise               hyperrt/solvers.py
-    denoised     = c5 latents + c6 g
-    """
-
-    def __init__(self, base: Base, layout: LoraLayout) -> None:
-        super().__init__()
-        self.unet = base.unet
-        self.layout = layout
-
-    def forward(
-        self,
-        latents: Tensor,
-        previous: Tensor,
-        noise: Tensor,
-        timestep: Tensor,
-        coefficients: Tensor,
-        guidance: Tensor,
-        context: Tensor,
-        gate: Tensor,
-        lora_q: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        c = coefficients
-        factors = lora_layers.unpack(self.layout, {"lora_q": lora_q})
-        rows = Rows(factors, gate.reshape(-1, 1, 1), lora_layers.split_context(self.unet, context))
-        x = torch.ops.hyperrt.rows_from_images(latents * c[0], gate)
-        options = {"rows": rows}
-        # The text is in `context`: no projection reads encoder_hidden_states.
-        output = self.unet(x, timestep, None, cross_attention_kwargs=options, return_dict=False)[0]
-        g = torch.ops.hyperrt.combine(output, guidance, latents)
-        following = c[1] * latents + c[2] * g + c[3] * previous + c[4] * noise
-        return following, c[5] * latents + c[6] * g
-
-
-class VaeDecoder(nn.Module):
-    """Latents as the UNet takes them [images, C, h, w] to pixels [images, 3, H, W] in [-1, 1]."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.vae = base.vae
-        self.scale = float(base.vae.config.scaling_factor)
-        self.shift = float(base.vae.config.get("shift_factor") or 0.0)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
-
-
-def build(base: Base, decoder: WeightDecoder) -> tuple[Graph, ...]:
+def build(source: Source) -> tuple[Graph, ...]:
     """The graphs in the order in which a picture needs them.
 
-    Makes every attention of `base.unet` a `RowAttention`.
+    Raises:
+        ExportError: the UNet has a kind of attention or condition that the graphs do not compute.
     """
-    lora_layers.install(base.unet, operators.attend)
-    layout = decoder.layout
-    unet, vision, length = base.unet.config, base.image_encoder.config, base.tokenizer.model_max_length
-    size = vision.image_size
-    features = _f32("features", "photos", (size // vision.patch_size) ** 2 + 1, vision.hidden_size)
-    lora_q, lora_kv = (layout.size(name) for name in ("lora_q", "lora_kv"))
-    hidden = (length, base.text_encoder.config.hidden_size)
-    context = _f32("context", "rows", length, sum(site.d_out for site in layout.sites_of("lora_kv")))
-    gate = _f32("gate", "rows")
-    latent = ("images", unet.in_channels, unet.sample_size, unet.sample_size)
-    pixels = unet.sample_size * 2 ** (len(base.vae.config.block_out_channels) - 1)
-    step = (
+    image = ImagePromptShape()
+    if "image_prompt" in source.parts:
+        prompt = source.parts["image_prompt"].skeleton
+        image = ImagePromptShape(prompt.count, prompt.width)
+    return (
+        *_photo_graphs(source, image),
+        _text_graph(source),
+        _context_graph(source, image),
+        _denoiser_graph(source, image),
+        _vae_graph(source),
+    )
+
+
+# Which of its parts' weights a graph holds, where it does not hold all: by their names in the module.
+HELD = {
+    "context": re.compile(r"attn2\.to_[kv]\.|add_embedding\.|\.ip_adapter\."),
+    "denoiser": re.compile(r"^(?!.*(attn2\.to_[kv]\.|add_embedding\.))"),
+    "vae_decoder": re.compile(r"^vae\.(decoder|post_quant_conv)\."),
+}
+
+
+def numbers_of(graph: Graph, skeletons: Modules) -> int:
+    """About how many weights the graph holds: K and V projections are in `context` and not in `denoiser`."""
+    with FAKE:
+        names = graph.make(skeletons).named_parameters()
+    held = HELD.get(graph.name, re.compile(""))
+    return sum(parameter.numel() for name, parameter in names if held.search(name))
+
+
+def _photo_graphs(source: Source, image: ImagePromptShape) -> tuple[Graph, ...]:
+    vision = source.config("image_encoder")
+    patches = (vision.image_size // vision.patch_size) ** 2
+    features = _f32("features", "photos", patches + 1, vision.hidden_size)
+    pixels = _f32("pixels", "photos", 3, vision.image_size, vision.image_size)
+    vectors = tuple(_f32(name, "photos", source.layout.size(name)) for name in ("lora_q", "lora_kv"))
+    graphs = (
+        _graph("image_encoder", modules.ImageEncoder, ("image_encoder",), (pixels,), (features,)),
+        _graph("weight_decoder", modules.PackedDecoder, ("weight_decoder",), (features,), vectors),
+    )
+    if not image.tokens:
+        return graphs
+    shape = (image.tokens, image.width)
+    tokens = (_f32("image_tokens", "photos", *shape), _f32("zero_tokens", 1, *shape))
+    parts = ("image_prompt", "image_encoder")
+    return (*graphs, _graph("image_prompt", modules.ImageTokens, parts, (features,), tokens))
+
+
+def _text_graph(source: Source) -> Graph:
+    ids = ("prompts", source.max_tokens)
+    names = [name for name in ("text_encoder", "text_encoder_2") if name in source.parts]
+    inputs = tuple(TensorSpec(f"input_ids{name[12:]}", ids, "int64") for name in names)
+    outputs = [_f32("hidden_states", *ids, source.text_width)]
+    module: type[modules.GraphModule] = modules.TextEncoder
+    if source.is_sdxl:
+        module = modules.TwoTextEncoders
+        outputs.append(_f32("pooled", "prompts", source.config("text_encoder_2").projection_dim))
+    vocabulary = source.config("text_encoder").vocab_size
+    return _graph("text_encoder", module, tuple(names), inputs, tuple(outputs), integers=vocabulary)
+
+
+def _context_graph(source: Source, image: ImagePromptShape) -> Graph:
+    inputs = [_f32("hidden_states", "rows", source.max_tokens, source.text_width)]
+    outputs = [_context_spec(source, image)]
+    if source.is_sdxl:
+        inputs.append(_f32("pooled", "rows", source.config("text_encoder_2").projection_dim))
+        inputs.append(_f32("time_ids", "rows", 6))
+        outputs.append(_added_spec(source))
+    inputs += [_f32("gate", "rows"), _f32("lora_kv", "subjects", source.layout.size("lora_kv"))]
+    parts = ["unet"]
+    if image.tokens:
+        inputs += [_f32("image_tokens", "rows", image.tokens, image.width), _f32("image_scale", "rows")]
+        parts.append("image_prompt")
+    cls = modules.ContextWithAdded if source.is_sdxl else modules.Context
+    return _graph("context", cls, tuple(parts), tuple(inputs), tuple(outputs), layout=source.layout)
+
+
+def _denoiser_graph(source: Source, image: ImagePromptShape) -> Graph:
+    latent = ("images", source.config("unet").in_channels, source.latent_size, source.latent_size)
+    inputs = [
         *(_f32(name, *latent) for name in ("latents", "previous", "noise")),
         *(_f32("timestep"), _f32("coefficients", 7), _f32("guidance", "branches")),
-        *(context, gate, _f32("lora_q", "subjects", lora_q)),
-    )
-    return (
-        Graph("image_encoder", ImageEncoder(base), (_f32("pixels", "photos", 3, size, size),), (features,)),
-        Graph(
-            "weight_decoder", PackedDecoder(decoder), (features,),
-            (_f32("lora_q", "photos", lora_q), _f32("lora_kv", "photos", lora_kv)),
-        ),
-        Graph(
-            "text_encoder", TextEncoder(base), (TensorSpec("input_ids", ("prompts", length), "int64"),),
-            (_f32("hidden_states", "prompts", *hidden),), integers=base.text_encoder.config.vocab_size,
-        ),
-        Graph(
-            "context", Context(base, layout),
-            (_f32("hidden_states", "rows", *hidden), gate, _f32("lora_kv", "subjects", lora_kv)), (context,),
-        ),
-        Graph(
-            "denoiser", Denoiser(base, layout), step,
-            (_f32("next_latents", *latent), _f32("denoised", *latent)),
-        ),
-        Graph(
-            "vae_decoder", VaeDecoder(base), (_f32("latents", *latent),),
-            (_f32("pixels", "images", 3, pixels, pixels),),
-        ),
+        *(_context_spec(source, image), _f32("gate", "rows")),
+        _f32("lora_q", "subjects", source.layout.size("lora_q")),
+    ]
+    if source.is_sdxl:
+        inputs.append(_added_spec(source))
+    outputs = (_f32("next_latents", *latent), _f32("denoised", *latent))
+    return _graph(
+        "denoiser", modules.Denoiser, ("unet",), tuple(inputs), outputs,
+        layout=source.layout, image_tokens=image.tokens,
     )  # fmt: skip
 
 
-def weights_of(graph: Graph) -> int:
-    """How many numbers the graph stores: K and V projections are in `context` and not in `denoiser`."""
-    sizes = {name: parameter.numel() for name, parameter in graph.module.named_parameters()}
-    hoisted = {name for name in sizes if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
-    if graph.name == "context":
-        return sum(sizes[name] for name in hoisted)
-    if graph.name == "vae_decoder":
-        return sum(
-            n for name, n in sizes.items() if name.startswith(("vae.decoder.", "vae.post_quant_conv."))
-        )
-    return sum(sizes[name] for name in sizes.keys() - hoisted)
+def _vae_graph(source: Source) -> Graph:
+    channels = source.config("unet").in_channels
+    if isinstance(source.parts["vae"].skeleton, AutoencoderTiny):  # small: never decoded in tiles
+        latent, pixels = (source.latent_size,) * 2, (source.image_size,) * 2
+    else:
+        latent, pixels = ("h", "w"), ("H", "W")
+    inputs, outputs = (_f32("latents", "images", channels, *latent),), (_f32("pixels", "images", 3, *pixels),)
+    return _graph("vae_decoder", modules.VaeDecoder, ("vae",), inputs, outputs)
+
+
+def _context_spec(source: Source, image: ImagePromptShape) -> TensorSpec:
+    width = sum(site.d_out for site in source.layout.sites_of("lora_kv"))
+    return _f32("context", "rows", source.max_tokens + image.tokens, width)
+
+
+def _added_spec(source: Source) -> TensorSpec:
+    return _f32("added", "rows", 4 * source.config("unet").block_out_channels[0])
+
+
+def _graph(
+    name: str,
+    cls: type[modules.GraphModule],
+    parts: tuple[str, ...],
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    integers: int = 0,
+    **options: object,
+) -> Graph:
+    """A graph whose module is `cls` of the modules of `parts`, in their order."""
+
+    def make(loaded: Modules) -> modules.GraphModule:
+        for part in parts:
+            _use_operators(part, loaded[part])
+        return cls(*(loaded[part] for part in parts), **options)
+
+    return Graph(name, parts, make, inputs, outputs, integers)
+
+
+def _use_operators(part: str, module: nn.Module) -> None:
+    """Make the part's attention the operator that becomes one node of a graph."""
+    if part == "unet":
+        lora_layers.install(module, operators.attend)
+        modules.feed_added(module)
+    elif part == "vae":
+        modules.attend_in_vae(module)
+    elif part in ("image_prompt", "weight_decoder"):
+        resampler.use_attention(module, operators.attend)
 
 
 def _f32(name: str, *shape: int | str) -> TensorSpec:

@@ -1,5 +1,6 @@
 """A graph to an ONNX file: the only call of torch.onnx.export, and what is put right after it.
 
+A graph is traced through skeletons, whose weights have no data, and gets its weights when it is written.
 The LoRA is traced with one set of factors per row. Its first dim is then renamed to "subjects": MatMul
 broadcasts, so one set for all rows works in the same graph, provided that nothing reads the number of rows
 from the LoRA.
@@ -8,68 +9,168 @@ from the LoRA.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 
-from export import operators, storage
+from export import operators, precision, storage
 from export.errors import ExportError
 from export.graphs import Graph
+from export.parts import FAKE
+from export.precision import Precision
+from export.storage import Weight
 
 # GroupNormalization (21) has no CPU kernel in ONNX Runtime; below 18 the exporter converts down, and badly.
 OPSET = 20
 EXTERNAL_BYTES = 10**9  # weights go beside the graph from here on; protobuf ends at 2 GB
 # Any sizes above 1 that differ from one another: the exporter takes 0 and 1 for constants.
-SIZES = {"photos": 2, "prompts": 3, "images": 2, "branches": 3, "rows": 6, "subjects": 6}
+SIZES = {"photos": 2, "prompts": 3, "images": 2, "branches": 3, "rows": 6, "subjects": 6, "h": 10, "w": 14}
 TRACED_AS = {"subjects": "rows"}
 
 
-def write(graph: Graph, folder: Path) -> Path:
-    """Write `folder`/NAME.onnx (and NAME.onnx.data where the weights are large); returns its path.
+@dataclass(frozen=True)
+class Written:
+    """What a graph takes once it is open, in bytes: its weights, and its largest set of activations per row
+    (per picture where there are no rows), as operators are run one after the other.
+    """
+
+    weight_bytes: int
+    row_bytes: int
+
+
+def write(
+    graph: Graph,
+    skeletons: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    wanted: Precision = "fp32",
+    int8: bool = False,
+) -> Written:
+    """Write `folder`/NAME.onnx (and NAME.onnx.data where the weights are large).
+
+    Args:
+        skeletons: the graph's parts without data, through which it is traced.
+        modules: the same with data; read one weight after the other.
+        wanted: precision of the bundle, see `precision.of_graph`.
+        int8: store weights of products in eight bits.
 
     Raises:
         ExportError: the exporter cannot translate the model, or left out an input.
     """
-    path = folder / f"{graph.name}.onnx"
-    model = _traced(graph)
+    with FAKE:
+        module = graph.make(skeletons)
+    precision.apply(module, precision.of_graph(wanted, module))
+    model = _traced(graph, module)
+    weights = _weights(model)
+    written = Written(_bytes_of(model.graph.initializers.values()), _activation_bytes(model))
     _finish(model, graph)
-    storage.store_half(model)
-    bytes_of_weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    external = f"{graph.name}.onnx.data" if bytes_of_weights > EXTERNAL_BYTES else None
-    ir.save(model, path, external_data=external)
-    return path
+    storage.fill(model, weights, graph.make(modules).state_dict(keep_vars=True), int8)
+    size = _bytes_of(model.graph.initializers.values())
+    ir.save(model, folder / f"{graph.name}.onnx", external_data=_data_file(graph) if size > EXTERNAL_BYTES else None)
+    return written
 
 
-def _traced(graph: Graph) -> ir.Model:
+def _data_file(graph: Graph) -> str:
+    return f"{graph.name}.onnx.data"
+
+
+def _traced(graph: Graph, module: nn.Module) -> ir.Model:
     dims = {name: Dim(name) for name in SIZES}
     shapes = {
         spec.name: {k: dims[TRACED_AS.get(d, d)] for k, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in graph.inputs
     }
+    feeds = graph.feeds(SIZES, seed=0)
+    with FAKE:
+        feeds = {name: torch.empty_like(tensor) for name, tensor in feeds.items()}
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                graph.module,
+                module,
                 (),
-                kwargs=graph.feeds(SIZES, seed=0),
+                kwargs=feeds,
                 output_names=[spec.name for spec in graph.outputs],
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes=shapes,
                 custom_translation_table=operators.TRANSLATIONS,
+                optimize=False,  # it would look into weights that are not there
                 verbose=False,
             )
+            for value in program.model.graph.initializers.values():
+                if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+                    value.const_value = None
+            onnxscript.optimizer.optimize_ir(program.model)
     except torch.onnx.errors.OnnxExporterError as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         raise ExportError(
             f"PyTorch cannot export {graph.name}", why, "use the base model's original classes"
         ) from error
     return program.model
+
+
+def _weights(model: ir.Model) -> dict[str, Weight]:
+    """The initialisers without data; a Transpose of one becomes an initialiser of its own."""
+    graph = model.graph
+    weights = {name: Weight(name) for name, value in graph.initializers.items() if value.const_value is None}
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or source.name not in weights or weights[source.name].perm:
+            continue
+        perm = tuple(node.attributes.get_ints("perm"))
+        name = f"{source.name}.{''.join(map(str, perm))}"
+        if name not in graph.initializers:
+            shape = ir.Shape([source.shape[axis] for axis in perm])
+            graph.register_initializer(_without_data(name, shape, source.type))
+            weights[name] = Weight(source.name, perm)
+        node.outputs[0].replace_all_uses_with(graph.initializers[name])
+        graph.remove(node, safe=True)
+    for name in [name for name in weights if not graph.initializers[name].uses()]:
+        del graph.initializers[name], weights[name]
+    return weights
+
+
+def _without_data(name: str, shape: ir.Shape, kind: ir.TypeProtocol) -> ir.Value:
+    value = ir.Value(name=name, shape=shape, type=kind)
+    value.const_value = ir.tensor([0.0])  # what is registered must have some
+    return value
+
+
+def _bytes_of(values: Iterable[ir.Value]) -> int:
+    return sum(_size(value) for value in values)
+
+
+def _size(value: ir.Value) -> int:
+    """Bytes of a tensor, every symbolic dim taken for 1; 0 where its shape is not known."""
+    if value.shape is None or value.dtype is None:
+        return 0
+    sizes = [dim if isinstance(dim, int) else 1 for dim in value.shape]
+    return int(math.prod(sizes) * value.dtype.itemsize)
+
+
+def _activation_bytes(model: ir.Model) -> int:
+    """The largest sum of tensors that live at one time, when nodes run in their order."""
+    nodes = list(model.graph)
+    kept = {*model.graph.initializers.values(), *model.graph.inputs}
+    last = {value: k for k, node in enumerate(nodes) for value in node.inputs if value is not None}
+    alive, most, ends = 0, 0, {}
+    for k, node in enumerate(nodes):
+        for value in node.outputs:
+            alive += _size(value)
+            ends.setdefault(last.get(value, k), []).append(value)
+        most = max(most, alive)
+        alive -= sum(_size(value) for value in ends.pop(k, []) if value not in kept)
+    return most
 
 
 def _finish(model: ir.Model, graph: Graph) -> None:
@@ -130,13 +231,15 @@ def _strip(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about its own insides, and about torchvision, which is not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter warns about its own insides, about weights without data, and about torchvision."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

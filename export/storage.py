@@ -1,66 +1,131 @@
-"""Weights as fp16 in the file, fp32 in the arithmetic.
+"""Weights in the file: fp16, or int8 with a scale per output channel; the arithmetic is the graph's.
 
-`round_weights` rounds the model itself, before anything is exported or compared, so that parity is measured
-against the very numbers that are stored. `store_half` then stores as fp16 + Cast those initialisers that lose
-nothing by it; what the exporter worked out in fp32 (tables of the timestep embedding) stays as it is. ONNX
-Runtime folds the Casts when it loads the graph.
+A graph is traced without weights (export/parts.py). `fill` gives each the tensor of its name, which is read
+and converted when the file is written, one at a time. fp32 weights are stored as fp16 and a Cast: ONNX Runtime
+folds it when it loads the graph, OpenVINO keeps the weights compressed. int8 ones are stored with a Cast and a
+multiplication; LoRA and embeddings stay floating point.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import nn
-
-from export.errors import ExportError
+from torch import Tensor
 
 SMALLEST = 256  # numbers; below, a Cast is larger than what it saves
+SMALLEST_INT8 = 4096
+TORCH_TYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.BOOL: torch.bool,
+}
 
 
-def round_weights(module: nn.Module, name: str) -> None:
-    """Round every floating-point parameter and buffer to the nearest fp16 number, in place.
+@dataclass(frozen=True)
+class Weight:
+    """Where an initialiser comes from: the name of a tensor, and how its axes are permuted."""
 
-    Raises:
-        ExportError: a weight is beyond fp16 (65504), NaN or infinite.
+    key: str
+    perm: tuple[int, ...] | None = None
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor as the initialiser holds it."""
+        tensor = tensors[self.key].detach()
+        return tensor if self.perm is None else tensor.permute(self.perm)
+
+
+def fill(
+    model: ir.Model, weights: Mapping[str, Weight], tensors: Mapping[str, Tensor], int8: bool = False
+) -> None:
+    """Give every initialiser of `weights` (by its name) its tensor; nothing is read before the file is written.
+
+    int8: whether matrices and convolutions are stored in eight bits.
     """
-    with torch.no_grad():
-        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not tensor.is_floating_point():
-                continue
-            rounded = tensor.half().to(tensor.dtype)
-            if not torch.isfinite(rounded).all():
-                why = f"{key} holds values up to {tensor.abs().max().item():.3g}; fp16 ends at 65504"
-                raise ExportError(f"the weights of {name} cannot be stored", why, "check the training")
-            tensor.copy_(rounded)
+    nodes: list[ir.Node] = []
+    for name, weight in weights.items():
+        value = model.graph.initializers[name]
+        size = int(np.prod(value.shape.numpy()))
+        summed = _summed_axes(value) if int8 and size >= SMALLEST_INT8 else None
+        if summed is not None:
+            nodes += _store_int8(model.graph, value, weight, tensors, summed)
+        elif value.dtype == ir.DataType.FLOAT and size >= SMALLEST:
+            nodes += _store_half(model.graph, value, weight, tensors)
+        else:
+            value.const_value = _lazy(value, weight, tensors)
+    if nodes:
+        model.graph.insert_before(model.graph[0], nodes)
 
 
-def store_half(model: ir.Model) -> None:
-    """Store fp32 initialisers of at least `SMALLEST` numbers as fp16 and a Cast, where that is exact."""
-    graph = model.graph
-    casts = []
-    for name, value in list(graph.initializers.items()):
-        half = _half(value.const_value)
-        if half is None:
-            continue
-        stored = ir.Value(
-            name=f"{name}.fp16",
-            shape=ir.Shape(half.shape),
-            type=ir.TensorType(ir.DataType.FLOAT16),
-            const_value=ir.tensor(half, name=f"{name}.fp16"),
-        )
-        del graph.initializers[name]
-        value.const_value = None
-        graph.register_initializer(stored)
-        casts.append(ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.FLOAT)], outputs=[value]))
-    if casts:
-        graph.insert_before(graph[0], casts)
+def _store_half(
+    graph: ir.Graph, value: ir.Value, weight: Weight, tensors: Mapping[str, Tensor]
+) -> list[ir.Node]:
+    stored = _initializer(graph, value, "fp16", ir.DataType.FLOAT16)
+    stored.const_value = _lazy(stored, weight, tensors)
+    del graph.initializers[value.name]
+    return [ir.Node("", "Cast", [stored], [ir.AttrInt64("to", value.dtype)], outputs=[value])]
 
 
-def _half(tensor: ir.TensorProtocol | None) -> np.ndarray | None:
-    if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST:
+def _store_int8(
+    graph: ir.Graph, value: ir.Value, weight: Weight, tensors: Mapping[str, Tensor], summed: tuple[int, ...]
+) -> list[ir.Node]:
+    """w = scale q: q signed and symmetric, scale of the largest absolute value of each output channel."""
+
+    def scale_of(tensor: Tensor) -> Tensor:
+        return tensor.float().abs().amax(dim=summed, keepdim=True).clamp_min(1e-12) / 127
+
+    def quantized() -> ir.TensorProtocol:
+        tensor = weight.of(tensors)
+        rounded = torch.round(tensor.float() / scale_of(tensor)).to(torch.int8)
+        return ir.tensor(rounded.numpy(), name=stored.name)
+
+    stored = _initializer(graph, value, "int8", ir.DataType.INT8)
+    stored.const_value = ir.LazyTensor(quantized, dtype=stored.dtype, shape=stored.shape, name=stored.name)
+    scale = _initializer(graph, value, "scale", value.dtype)
+    scales = scale_of(weight.of(tensors)).to(TORCH_TYPES[value.dtype])
+    scale.shape = ir.Shape(scales.shape)
+    scale.const_value = ir.tensor_adapters.TorchTensor(scales, name=scale.name)
+    del graph.initializers[value.name]
+    cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", value.dtype)])
+    return [cast, ir.Node("", "Mul", [cast.outputs[0], scale], outputs=[value])]
+
+
+def _initializer(graph: ir.Graph, value: ir.Value, suffix: str, dtype: ir.DataType) -> ir.Value:
+    """A new initialiser of the shape of `value`, without data."""
+    name = f"{value.name}.{suffix}"
+    new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+    new.const_value = ir.tensor([0.0])  # an initialiser must have some; replaced by the caller
+    graph.register_initializer(new)
+    return new
+
+
+def _lazy(value: ir.Value, weight: Weight, tensors: Mapping[str, Tensor]) -> ir.TensorProtocol:
+    dtype = TORCH_TYPES[value.dtype]
+
+    def read() -> ir.TensorProtocol:
+        return ir.tensor_adapters.TorchTensor(weight.of(tensors).to(dtype).contiguous(), name=value.name)
+
+    return ir.LazyTensor(read, dtype=value.dtype, shape=value.shape, name=value.name)
+
+
+def _summed_axes(value: ir.Value) -> tuple[int, ...] | None:
+    """The axes that a product sums over, of a weight that nothing but products reads; None for others."""
+    axes = {_summed_by(use.node, use.idx, len(value.shape)) for use in value.uses()}
+    return axes.pop() if len(axes) == 1 else None
+
+
+def _summed_by(node: ir.Node, index: int, rank: int) -> tuple[int, ...] | None:
+    if index != 1:
         return None
-    array = tensor.numpy()
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    return half if np.array_equal(half.astype(np.float32), array) else None
+    if node.op_type == "MatMul" and rank >= 2:
+        return (rank - 2,)
+    if node.op_type == "Conv":
+        return tuple(range(1, rank))
+    if node.op_type == "Gemm":
+        return (1,) if node.attributes.get_int("transB", 0) else (0,)
+    return None

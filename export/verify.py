@@ -1,4 +1,8 @@
-"""The parity ladder: each rung compares the graphs, as the runtime will run them, with PyTorch.
+"""The parity ladder: each rung compares the graphs, as the runtime will run them, with PyTorch in fp32.
+
+    none    nothing is compared
+    graphs  each graph alone, right after it was written, so that one network is in memory at a time
+    full    all rungs, at the end, with all networks in memory: for the tiny family
 
 The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung
 above its tolerance ends the export.
@@ -7,27 +11,32 @@ above its tolerance ends the export.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import engines
 from engines.base import Engine
 from export import reference
 from export.errors import ParityError
-from export.families import Source
 from export.graphs import Graph
+from export.source import Source, betas
 from hyperrt import guidance, sampling, solvers
 from hyperrt.bundle import Defaults
 from training.base import tokens
 
+LEVELS = ("none", "graphs", "full")
 # rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
 TOLERANCE = {
     "image_encoder": 1e-4,  # 6e-7
     "weight_decoder": 1e-4,  # 1e-7
+    "image_prompt": 1e-4,
     "text_encoder": 1e-4,  # 6e-7
     "context": 1e-4,  # 2e-7
     "denoiser": 1e-4,  # 5e-6; under two LoRAs, one of them per row
@@ -37,9 +46,16 @@ TOLERANCE = {
     "subjects_broadcast": 1e-6,  # 0: one LoRA for all rows against the same one in every row
     "loop": 1e-3,  # photos and prompts to pixels, ten steps of HM-CFG
 }
+RUNGS = {"none": (), "graphs": tuple(TOLERANCE)[:7], "full": tuple(TOLERANCE)}
+# Of a graph whose arithmetic, or whose weights, have fewer bits than those of PyTorch's.
+REDUCED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 2e-1}
 GRAPH_SIZES = (
-    {"photos": 1, "prompts": 1, "images": 1, "branches": 3, "rows": 3, "subjects": 1},
-    {"photos": 3, "prompts": 3, "images": 2, "branches": 2, "rows": 4, "subjects": 4},
+    {"photos": 1, "prompts": 1, "images": 1, "branches": 3, "rows": 3, "subjects": 1, "h": 8, "w": 8},
+    {"photos": 3, "prompts": 3, "images": 2, "branches": 2, "rows": 4, "subjects": 4, "h": 6, "w": 10},
+)
+# Of large families: enough rows that one can be mixed up with another, few enough for the memory.
+LARGE_SIZES = (
+    {"photos": 2, "prompts": 2, "images": 1, "branches": 2, "rows": 2, "subjects": 2, "h": 16, "w": 24},
 )
 LOOP_STEPS = 10
 
@@ -48,13 +64,19 @@ Progress = Callable[[str], None]
 
 
 def ladder(
-    source: Source, graphs: Sequence[Graph], folder: Path, defaults: Defaults, progress: Progress
+    source: Source,
+    graphs: Sequence[Graph],
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    defaults: Defaults,
+    progress: Progress,
 ) -> dict[str, float]:
     """Climb every rung; returns rung -> relative error.
 
     Args:
-        source: what the graphs were made from, weights as they are stored.
+        source: what the graphs were made from.
         graphs: as `graphs.build` made them.
+        modules: its parts, fp32, weights as they are stored.
         folder: holds NAME.onnx of each.
         defaults: guidance of the loop.
         progress: told the name of each rung before it.
@@ -68,22 +90,63 @@ def ladder(
             graph.name: stack.enter_context(engines.open(folder / f"{graph.name}.onnx", "onnxruntime"))
             for graph in graphs
         }
+        torchs = Torch(source, modules)
         rungs: dict[str, Callable[[], float]] = {
-            graph.name: lambda graph=graph: graph_error(graph, opened[graph.name]) for graph in graphs
+            graph.name: lambda graph=graph: max(
+                relative(opened[graph.name].run(_arrays(feeds)), expected)
+                for feeds, expected in expectations(graph, modules, GRAPH_SIZES)
+            )
+            for graph in graphs
         }
-        rungs["fused_step"] = lambda: fused_step_error(source, opened)
+        rungs["fused_step"] = lambda: fused_step_error(torchs, opened)
         rungs["lora_zero"] = lambda: max(
             lora_zero_error(graph, opened) for graph in graphs if _lora_of(graph)
         )
         rungs["subjects_broadcast"] = lambda: max(
             broadcast_error(graph, opened) for graph in graphs if _lora_of(graph)
         )
-        rungs["loop"] = lambda: loop_error(source, opened, defaults)
+        rungs["loop"] = lambda: loop_error(torchs, opened, defaults)
         figures = {}
         for name, measure in rungs.items():
             progress(name)
-            figures[name] = _checked(name, measure())
+            figures[name] = checked(name, measure(), TOLERANCE[name])
         return figures
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The models in PyTorch, for the rungs of several graphs."""
+
+    source: Source
+    modules: Mapping[str, Any]
+
+
+Expected = tuple[dict[str, Tensor], Arrays]
+
+
+def expectations(
+    graph: Graph, modules: Mapping[str, nn.Module], sizes: Sequence[Mapping[str, int]]
+) -> list[Expected]:
+    """Random inputs of these sizes, and what the graph's module makes of them in fp32.
+
+    modules: the graph's parts; they are made fp32 in place, which changes no weight.
+    """
+    module = graph.make({name: modules[name].float() for name in graph.parts})
+    found = []
+    for seed, size in enumerate(sizes):
+        feeds = graph.feeds(size, seed)
+        with torch.no_grad():
+            results = module(**feeds)
+        results = results if isinstance(results, tuple) else (results,)
+        arrays = {spec.name: tensor.numpy() for spec, tensor in zip(graph.outputs, results, strict=True)}
+        found.append((feeds, arrays))
+    return found
+
+
+def graph_error(path: Path, backend: str, expected: Sequence[Expected], **options: Any) -> float:
+    """A graph's file on a backend, against what `expectations` found."""
+    with engines.open(path, backend, **options) as engine:
+        return max(relative(engine.run(_arrays(feeds)), arrays) for feeds, arrays in expected)
 
 
 def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
@@ -92,19 +155,6 @@ def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
     for name, right in expected.items():
         error = float(np.abs(found[name] - right).max()) / (float(np.abs(right).max()) or 1.0)
         worst = max(worst, error if np.isfinite(error) else float("inf"))
-    return worst
-
-
-def graph_error(graph: Graph, engine: Engine) -> float:
-    """A graph against its module, on random inputs of several sizes."""
-    worst = 0.0
-    for seed, sizes in enumerate(GRAPH_SIZES):
-        feeds = graph.feeds(sizes, seed)
-        with torch.no_grad():
-            results = graph.module(**feeds)
-        results = results if isinstance(results, tuple) else (results,)
-        expected = {spec.name: tensor.numpy() for spec, tensor in zip(graph.outputs, results, strict=True)}
-        worst = max(worst, relative(engine.run(_arrays(feeds)), expected))
     return worst
 
 
@@ -126,12 +176,13 @@ def broadcast_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
     )
 
 
-def fused_step_error(source: Source, opened: Mapping[str, Engine]) -> float:
+def fused_step_error(torchs: Torch, opened: Mapping[str, Engine]) -> float:
     """One denoiser call for two images, against three calls of diffusers' UNet with a merged random LoRA."""
-    base, layout = source.base, source.decoder.layout
+    source, base_unet = torchs.source, torchs.modules["unet"]
+    layout, unet_config = source.layout, source.config("unet")
     rng = np.random.default_rng(4)
     lora = {name: 0.2 * rng.standard_normal(layout.size(name), np.float32) for name in ("lora_q", "lora_kv")}
-    shape = (2, base.unet.config.in_channels, base.unet.config.sample_size, base.unet.config.sample_size)
+    shape = (2, unet_config.in_channels, source.latent_size, source.latent_size)
     feeds = {name: rng.standard_normal(shape, np.float32) for name in ("latents", "previous", "noise")}
     feeds |= {
         "timestep": np.array(601, np.float32),
@@ -141,36 +192,35 @@ def fused_step_error(source: Source, opened: Mapping[str, Engine]) -> float:
         torch.from_numpy(rng.standard_normal(_hidden_shape(source), np.float32)) for _ in guidance.BRANCHES
     ]
     weights = guidance.hm_cfg_weights(2.0, 0.8)
-    unet = reference.plain(base.unet)
+    unet = reference.plain(base_unet)
     expected = reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights)(feeds)
     return relative(_stepper(opened, lora, hidden, weights, images=2)(feeds), expected)
 
 
-def loop_error(source: Source, opened: Mapping[str, Engine], defaults: Defaults) -> float:
+def loop_error(torchs: Torch, opened: Mapping[str, Engine], defaults: Defaults) -> float:
     """Photos and prompts to pixels, all in graphs, against all in PyTorch."""
-    base, layout = source.base, source.decoder.layout
+    source, modules = torchs.source, torchs.modules
+    vae = modules["vae"]
     rng = np.random.default_rng(5)
-    size = base.image_encoder.config.image_size
+    size = source.config("image_encoder").image_size
     pixels = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
     text = ["", f"a {source.token} toy on a beach", "a toy on a beach"]
-    ids = tokens(base.tokenizer, text)
+    ids = tokens(source.tokenizer, text)
     weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
     with torch.no_grad():
-        packed = source.decoder(base.image_encoder(torch.from_numpy(pixels)).last_hidden_state)
-        hidden = base.text_encoder(ids).last_hidden_state.split(1)
-    unet = reference.plain(base.unet)
+        features = modules["image_encoder"](torch.from_numpy(pixels)).last_hidden_state
+        packed = modules["weight_decoder"](features)
+        hidden = modules["text_encoder"](ids).last_hidden_state.split(1)
+    unet = reference.plain(modules["unet"])
     lora = {name: vector[0].numpy() for name, vector in packed.items()}
-    expected = _sampled(
-        source, reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights)
-    )
+    subject = reference.personalised(unet, source.layout, lora)
+    expected = _sampled(source, reference.stepper(unet, subject, hidden, weights))
     with torch.no_grad():
-        z = torch.from_numpy(expected) / base.vae.config.scaling_factor + (
-            base.vae.config.get("shift_factor") or 0
-        )
-        picture = base.vae.decode(z).sample.numpy()
+        z = torch.from_numpy(expected) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+        picture = vae.decode(z).sample.numpy()
 
-    features = opened["image_encoder"].run({"pixels": pixels})
-    found_lora = {name: vector[0] for name, vector in opened["weight_decoder"].run(features).items()}
+    seen = opened["image_encoder"].run({"pixels": pixels})
+    found_lora = {name: vector[0] for name, vector in opened["weight_decoder"].run(seen).items()}
     found_text = opened["text_encoder"].run({"input_ids": ids.numpy()})["hidden_states"]
     found_hidden = torch.from_numpy(found_text).split(1)
     latents = _sampled(source, _stepper(opened, found_lora, found_hidden, weights, images=1))
@@ -180,10 +230,10 @@ def loop_error(source: Source, opened: Mapping[str, Engine], defaults: Defaults)
 
 def _sampled(source: Source, step: Callable[[Mapping[str, np.ndarray]], Arrays]) -> np.ndarray:
     """Latents [1, C, h, w] after LOOP_STEPS steps of DPM-Solver++(2M)."""
-    config = source.base.unet.config
-    schedule = solvers.NoiseSchedule(source.base.scheduler.betas.double().numpy())
-    table = solvers.table("dpmpp_2m", schedule, LOOP_STEPS, source.base.scheduler.config.prediction_type)
-    noise = sampling.initial_noise(0, (config.in_channels, config.sample_size, config.sample_size), 1)
+    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
+    table = solvers.table("dpmpp_2m", schedule, LOOP_STEPS, source.scheduler["prediction_type"])
+    channels = source.config("unet").in_channels
+    noise = sampling.initial_noise(0, (channels, source.latent_size, source.latent_size), 1)
     latents = noise * np.float32(table.initial_scale)
     for done in sampling.denoise(step, table, latents, sampling.noise_generators(0, 1)):
         latents = done.latents
@@ -209,7 +259,7 @@ def _stepper(
 
 
 def _hidden_shape(source: Source) -> tuple[int, int, int]:
-    return 1, source.base.tokenizer.model_max_length, source.base.text_encoder.config.hidden_size
+    return 1, source.max_tokens, source.text_width
 
 
 def _lora_of(graph: Graph) -> str:
@@ -221,9 +271,14 @@ def _arrays(feeds: Mapping[str, Tensor]) -> Arrays:
     return {name: tensor.numpy() for name, tensor in feeds.items()}
 
 
-def _checked(rung: str, error: float) -> float:
-    if not error <= TOLERANCE[rung]:
-        why = f"relative error {error:.2g}; allowed is {TOLERANCE[rung]:g}"
+def checked(rung: str, error: float, allowed: float) -> float:
+    """The error of a rung, where it is within what is allowed.
+
+    Raises:
+        ParityError: it is not.
+    """
+    if not error <= allowed:
+        why = f"relative error {error:.2g}; allowed is {allowed:g}"
         do = "try the pinned versions of torch, onnxscript and onnxruntime: pip install 'hyperrt[export]'"
         raise ParityError(f"the graphs do not compute what the model does: {rung}", why, do)
     return error

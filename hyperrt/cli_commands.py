@@ -21,6 +21,9 @@ from hyperrt import __version__
 from hyperrt.cli_config import default_map, user_config
 from hyperrt.cli_output import Output
 from hyperrt.config import (
+    PRECISIONS,
+    QUANTIZED,
+    VERIFIED,
     SOLVER_NAMES,
     SUBJECT_FORMATS,
     ExportConfig,
@@ -199,18 +202,39 @@ def personalize(context: click.Context, /, **options: Any) -> None:
 
 
 @hyperrt.command()
-@click.option("--model", required=True, metavar="NAME|DIR", help="tiny, or the folder of a base model.")
+@click.option(
+    "--model", required=True, metavar="NAME|DIR", help="tiny, sd15, sdxl, or the folder of a base model."
+)
 @click.option("--output", "-o", required=True, metavar="DIR", help="Folder of the new bundle.")
 @click.option(
     "--hypernet", metavar="CKPT", help="Checkpoint of the weight decoder: its run's folder, or its file."
 )
 @click.option(
-    "--base", metavar="DIR", help="Folder of the base model [default: what the hypernet was trained on]."
+    "--base",
+    metavar="MODEL",
+    help="The base model: a diffusers folder, a .safetensors file, or OWNER/NAME@COMMIT on the hub.  "
+    "[default: what the hypernet was trained on]",
+)
+@click.option("--like", metavar="MODEL", help="Folder or hub id whose configuration a single file has.")
+@click.option("--offline", is_flag=True, help="Use of the hub only what was downloaded before.")
+@click.option("--image-encoder", metavar="DIR", help="The ViT that the hypernet reads, if the base has none.")
+@click.option("--image-prompt", metavar="FILE", help="IP-Adapter-Plus weights, for the open category.")
+@click.option(
+    "--random-weights", type=int, metavar="SEED", help="Random weights in place of all, to test and time."
+)
+@click.option("--size", type=int, metavar="PIXELS", help="Of the pictures.  [default: the base model's]")
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the arithmetic."
 )
 @click.option(
-    "--random-weights", type=int, metavar="SEED", help="Random weights in place of both, to test and time."
+    "--quantize", type=click.Choice(QUANTIZED), default="none", show_default=True, help="Of stored weights."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and how big it is.")
+@click.option(
+    "--verify",
+    type=click.Choice(VERIFIED),
+    help="What is compared with PyTorch.  [default: full for tiny, graphs for the others]",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and what disk and memory it takes.")
 @click.option("--force", "-f", is_flag=True, help="Replace a bundle that exists.")
 @with_json
 @click.pass_context

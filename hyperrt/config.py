@@ -17,6 +17,10 @@ from typing import Any
 from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
+PRECISIONS = ("fp32", "fp16", "bf16")
+QUANTIZED = ("none", "int8")
+VERIFIED = ("none", "graphs", "full")
+MAX_SIZE = 2**14  # pixels
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
 MAX_SEED = 2**63 - 1
@@ -135,16 +139,29 @@ class ExportConfig:
         UsageError: a value is not one of those known.
     """
 
-    model: str  # tiny, or the folder of a base model
+    model: str  # a family, or the folder of a base model
     output: str  # folder of the new bundle
-    base: str | None = None  # folder of the base model; None: that of the hypernetwork's training
+    base: str | None = None  # folder, file or hub id of the base model; None: that of the hypernetwork's training
     hypernet: str | None = None  # checkpoint of the weight decoder
     random_weights: int | None = None  # seed: random weights in place of both
+    image_encoder: str | None = None  # folder of the ViT that the hypernetwork reads
+    image_prompt: str | None = None  # IP-Adapter-Plus file
+    like: str | None = None  # folder or hub id whose configuration a single file has
+    offline: bool = False
+    size: int | None = None  # pixels; None: what the base model was trained for
+    precision: str = "fp32"  # of the arithmetic
+    quantize: str = "none"  # how weights are stored
+    verify: str | None = None  # how much is compared with PyTorch; None: what suits the family
     dry_run: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
         _in_range("random_weights", self.random_weights, 0, MAX_SEED)
+        _in_range("size", self.size, 8, MAX_SIZE)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("quantize", self.quantize, QUANTIZED)
+        if self.verify is not None:
+            _one_of("verify", self.verify, VERIFIED)
 
 
 def output_paths(output: str | None, prompt: str, seeds: Sequence[int], force: bool = False) -> list[Path]:

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 if TYPE_CHECKING:
@@ -98,16 +107,20 @@ PARTS: dict[str, tuple[type[Any], ...]] = {  # classes that each may have
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderTiny, AutoencoderKL),
     "text_encoder": (CLIPTextModel,),
+    "text_encoder_2": (CLIPTextModelWithProjection,),
     "tokenizer": (CLIPTokenizer,),
-    "image_encoder": (ViTModel,),
+    "image_encoder": (ViTModel, CLIPVisionModelWithProjection),
     "scheduler": (DDIMScheduler,),
 }
-# transformers names weights of another shape only if it may ignore them; `_part` does not.
+OF_TINY = tuple(name for name in PARTS if name != "text_encoder_2")
+# transformers names weights of another shape only if it may ignore them; `read_part` does not.
 NAMED = {"ignore_mismatched_sizes": True}
-OPTIONS = {
-    "text_encoder": NAMED,
+OPTIONS: dict[str, dict[str, Any]] = {
+    "CLIPTextModel": NAMED,
+    "CLIPTextModelWithProjection": NAMED,
+    "CLIPVisionModelWithProjection": NAMED,
     # The pooler is not part of the features, and a checkpoint without one would leave it empty.
-    "image_encoder": NAMED | {"add_pooling_layer": False},
+    "ViTModel": NAMED | {"add_pooling_layer": False},
 }
 
 
@@ -119,25 +132,29 @@ def load(folder: Path | str) -> Base:
         ValueError: a part cannot be read, is of another class, lacks weights, or does not fit the others.
     """
     folder = Path(folder)
-    missing = [name for name in PARTS if not (folder / name).is_dir()]
+    missing = [name for name in OF_TINY if not (folder / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"{folder} is not a base model: it has no {', '.join(missing)}")
     disable_progress_bar()  # the parts of one model are not worth six bars
-    base = Base(**{name: _part(folder / name, name) for name in PARTS})
+    base = Base(**{name: read_part(folder / name, name) for name in OF_TINY})
     tokens, embeddings = len(base.tokenizer), base.text_encoder.config.vocab_size
     if tokens != embeddings:  # an empty tokenizer folder makes a tokenizer, too
         raise ValueError(f"{folder / 'tokenizer'} knows {tokens} tokens, the text encoder {embeddings}")
     return base
 
 
-def _part(folder: Path, name: str) -> Any:
-    """One part, frozen, fp32 and in eval mode; errors as `load`."""
+def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """One part of a base folder (a key of `PARTS`), frozen and in eval mode; errors as `load`."""
     try:
-        if not issubclass(PARTS[name][0], nn.Module):
-            return PARTS[name][0].from_pretrained(folder)
-        part, info = _class_of(folder, name).from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **OPTIONS.get(name, {})
-        )
+        cls = class_of(folder, name)
+        if not issubclass(cls, nn.Module):
+            return cls.from_pretrained(folder)
+        options = OPTIONS.get(cls.__name__, {})
+        if cls.__module__.startswith("diffusers"):
+            options = {"torch_dtype": dtype, "variant": _variant(folder)}
+        else:
+            options = options | {"dtype": dtype, "variant": _variant(folder)}
+        part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except MemoryError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors have no common one
@@ -145,25 +162,48 @@ def _part(folder: Path, name: str) -> Any:
     if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         why = f"{len(lacking)} weights are absent or of another shape"
         raise ValueError(f"{folder}: {why}, the first is {lacking[0]}")
-    return part.float().eval().requires_grad_(False)
+    return part.to(dtype).eval().requires_grad_(False)
 
 
-def _class_of(folder: Path, name: str) -> type[Any]:
-    """The class that config.json names, where there is a choice."""
+def empty_part(folder: Path, name: str) -> nn.Module:
+    """The part as its config.json says, weights as they are made; errors as `load`."""
+    try:
+        cls = class_of(folder, name)
+        if cls.__module__.startswith("diffusers"):
+            return cls.from_config(cls.load_config(folder))
+        options = {"add_pooling_layer": False} if cls is ViTModel else {}
+        return cls(cls.config_class.from_pretrained(folder), **options)
+    except Exception as error:  # as above
+        raise ValueError(f"{folder} cannot be read: {(str(error).strip() or repr(error))}") from error
+
+
+def class_of(folder: Path, name: str) -> type[Any]:
+    """The class that config.json names, where there is a choice.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or names another.
+    """
     classes = {cls.__name__: cls for cls in PARTS[name]}
     if len(classes) == 1:
         return PARTS[name][0]
-    found = json.loads((folder / "config.json").read_text())["_class_name"]
+    config = json.loads((folder / "config.json").read_text())
+    found = config.get("_class_name") or config.get("architectures", [config.get("model_type")])[0]
     if found not in classes:
         raise ValueError(f"it is of the class {found!r}; known are {', '.join(classes)}")
     return classes[found]
+
+
+def _variant(folder: Path) -> str | None:
+    """ "fp16" where the weights are there in that variant alone."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def save(base: Base, folder: Path) -> None:
     """Writes every part and the index that makes the folder one of diffusers'."""
     library = dict.fromkeys(("unet", "vae", "scheduler"), "diffusers")
     index: dict[str, object] = {"_class_name": "StableDiffusionPipeline"}
-    for name in PARTS:
+    for name in OF_TINY:
         part = getattr(base, name)
         part.save_pretrained(folder / name)
         index[name] = [library.get(name, "transformers"), type(part).__name__]

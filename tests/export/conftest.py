@@ -17,9 +17,9 @@ TINY_BASE = Path(__file__).resolve().parents[1] / "training" / "tiny_base.py"
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Folders of a base model and of a hypernetwork that fits it: `base`, `hypernet`."""
-    from export import families
-    from training import base, checkpoint
+    from training import base, checkpoint, lora_layers
     from training.config import TrainConfig
+    from training.hypernet import decoder_of
 
     spec = importlib.util.spec_from_file_location("tiny_base", TINY_BASE)
     tiny_base = importlib.util.module_from_spec(spec)
@@ -33,9 +33,13 @@ def trained(tmp_path_factory) -> SimpleNamespace:
         base=str(folder / "base"), cache="cache", out="hypernet",
         rank=2, dim=32, layers=1, iterations=2, head_dim=8,
     )  # fmt: skip
-    source = families.random_source(parts, config.rank, config.decoder)
+    layout = lora_layers.layout_of(parts.unet, config.rank)
+    decoder = decoder_of(layout, parts.image_encoder.config.hidden_size, config.decoder)
+    with torch.no_grad():
+        for vector in decoder.offsets.values():  # a fresh one predicts no change at all
+            vector.add_(torch.randn_like(vector), alpha=0.05)
     (folder / "hypernet").mkdir()
-    checkpoint.save_hypernet(folder / "hypernet", source.decoder, config, 1, checkpoint.hash_of(parts.unet))
+    checkpoint.save_hypernet(folder / "hypernet", decoder, config, 1, checkpoint.hash_of(parts.unet))
     return SimpleNamespace(base=folder / "base", hypernet=folder / "hypernet")
 
 
@@ -43,25 +47,44 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 def exported(trained, tmp_path_factory) -> Path:
     """A bundle, made by the real export."""
     from export import export_bundle
+    from export.source import Inputs
 
     output = tmp_path_factory.mktemp("exported") / "small"
-    return export_bundle("tiny", trained.base, trained.hypernet, output)
+    return export_bundle("tiny", Inputs(trained.base, trained.hypernet), output)
 
 
 @pytest.fixture(scope="session")
 def source(trained):
-    """What `exported` was made from, weights rounded as they are stored there."""
-    from export import families, storage
+    """What `exported` was made from."""
+    from export import families
+    from export.source import Inputs
 
-    source = families.get("tiny").load(trained.base, trained.hypernet)
-    for name, module in source.modules().items():
-        storage.round_weights(module, name)
-    return source
+    with families.opened(families.get("tiny"), Inputs(trained.base, trained.hypernet)) as source:
+        yield source
+
+
+@pytest.fixture(scope="session")
+def modules(source):
+    """Its networks, fp32, weights rounded as they are stored."""
+    return {name: part.load().float() for name, part in source.parts.items()}
 
 
 @pytest.fixture(scope="session")
 def parts(source):
-    """The graphs of `source` by name."""
+    """Its graphs by name."""
     from export import graphs
 
-    return {graph.name: graph for graph in graphs.build(source.base, source.decoder)}
+    return {graph.name: graph for graph in graphs.build(source)}
+
+
+@pytest.fixture(scope="session")
+def write(source, modules):
+    """Writes NAME.onnx of a graph into a folder, and returns its path."""
+    from export import onnx_graph
+
+    def write(graph, folder, **options):
+        skeletons = {name: part.skeleton for name, part in source.parts.items()}
+        onnx_graph.write(graph, skeletons, modules, folder, **options)
+        return folder / f"{graph.name}.onnx"
+
+    return write

@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from export import assemble, export_bundle, families, onnx_graph, verify
+from export import export_bundle, families, onnx_graph, verify
 from export.errors import ExportError, ParityError
+from export.source import Inputs
+from hyperrt import bundle, memory
 from hyperrt.bundle import Bundle
-from hyperrt.errors import NotFound, UsageError
-from training import checkpoint
+from hyperrt.errors import NotFound, ResourceError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,11 +22,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from export import export_bundle, onnx_graph, verify
+from export.source import Inputs
 from hyperrt import bundle
 
-def write(graph, folder):
+def write(graph, skeletons, modules, folder, *options):
     (folder / f"{graph.name}.onnx").write_bytes(b"half")
     reached(graph.name)
+    return onnx_graph.Written(0, 0)
 
 def reached(now):
     if now == moment:
@@ -35,25 +39,30 @@ verify.ladder = lambda *_: {}
 bundle.write_manifest = lambda *_: reached("manifest")
 moment, *paths = sys.argv[1:]
 base, hypernet, output = map(Path, paths)
-export_bundle("tiny", base, hypernet, output, force=True)
+export_bundle("tiny", Inputs(base, hypernet), output, force=True)
 """
 
 
 @pytest.fixture
 def ready_graphs(monkeypatch, exported):
     """Graphs are copied from the bundle `exported` in place of being exported; parity is believed."""
-    copy = lambda graph, folder: shutil.copy(exported / f"{graph.name}.onnx", folder)  # noqa: E731
+    described = Bundle.open(exported).graphs
+
+    def copy(graph, skeletons, modules, folder, *options):
+        shutil.copy(exported / f"{graph.name}.onnx", folder)
+        return onnx_graph.Written(described[graph.name].weight_bytes, described[graph.name].row_bytes)
+
     monkeypatch.setattr(onnx_graph, "write", copy)
     figures = dict.fromkeys(verify.TOLERANCE, 0.0)
     monkeypatch.setattr(verify, "ladder", lambda *_: figures)
 
 
 def test_the_runtime_opens_what_was_exported(exported, source):
-    bundle = Bundle.open(exported)
-    bundle.verify()
-    assert bundle.layout == source.decoder.layout
-    assert bundle.prediction_type == "v_prediction"
-    assert (bundle.image_size, bundle.latent.channels, bundle.latent.size) == (64, 8, 8)
+    opened = Bundle.open(exported)
+    opened.verify()
+    assert opened.layout == source.layout
+    assert opened.prediction_type == "v_prediction"
+    assert (opened.image_size, opened.latent.channels, opened.latent.size) == (64, 8, 8)
 
 
 def test_the_base_model_is_known_by_the_hash_that_training_uses(exported, trained):
@@ -66,14 +75,14 @@ def test_the_tokenizer_in_the_bundle_counts_tokens_as_the_text_encoder_expects(e
 
     bundle = Bundle.open(exported)
     text = "a sks robot on a beach"
-    expected = source.base.tokenizer(text, padding="max_length").input_ids
+    expected = source.tokenizer(text, padding="max_length").input_ids
     assert Tokenizer(bundle.tokenizer, bundle.prompts.max_tokens).encode(text).ids.tolist() == expected
 
 
 def test_two_exports_of_one_model_differ_in_nothing_but_measured_figures(
     exported, trained, tmp_path, ready_graphs
 ):
-    again = export_bundle("tiny", trained.base, trained.hypernet, tmp_path / exported.name)
+    again = export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path / exported.name)
     first, second = (json.loads((folder / "bundle.json").read_text()) for folder in (exported, again))
     assert first | {"parity": 0} == second | {"parity": 0}
 
@@ -81,9 +90,10 @@ def test_two_exports_of_one_model_differ_in_nothing_but_measured_figures(
 def test_progress_counts_the_stages(trained, tmp_path, monkeypatch, ready_graphs):
     seen = []
     export_bundle(
-        "tiny", trained.base, trained.hypernet, tmp_path / "new", progress=lambda *now: seen.append(now)
+        "tiny", Inputs(trained.base, trained.hypernet), tmp_path / "new", progress=lambda *now: seen.append(now)
     )
-    assert seen[0] == (0, assemble.STAGES, "load")
+    stages = 1 + len(bundle.GRAPHS) + len(verify.TOLERANCE)
+    assert seen[0] == (0, stages, "check")
     assert [done for done, _, _ in seen] == list(range(len(seen)))
 
 
@@ -93,7 +103,7 @@ def test_a_failed_rung_leaves_nothing(trained, tmp_path, monkeypatch, ready_grap
 
     monkeypatch.setattr(verify, "ladder", fails)
     with pytest.raises(ParityError):
-        export_bundle("tiny", trained.base, trained.hypernet, tmp_path / "new")
+        export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
@@ -115,56 +125,62 @@ def test_a_killed_export_leaves_the_old_bundle_or_none(old, moment, trained, tmp
 
 def test_a_bundle_that_exists_is_refused_before_the_work(trained, tmp_path, monkeypatch):
     (tmp_path / "bundle.json").write_text("{}")
-    monkeypatch.setattr(assemble, "load", lambda *_: pytest.fail("it started to work"))
+    monkeypatch.setattr(families, "opened", lambda *_: pytest.fail("it started to work"))
     with pytest.raises(UsageError, match="exists"):
-        export_bundle("tiny", trained.base, trained.hypernet, tmp_path)
+        export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path)
 
 
 def test_an_unknown_family_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(UsageError, match=r"no model family 'sd9'(?s:.*)tiny"):
-        export_bundle("sd9", None, None, tmp_path / "new")
+        export_bundle("sd9", Inputs(), tmp_path / "new")
 
 
 @pytest.mark.parametrize("missing", ["base", "hypernet"])
 def test_a_source_that_is_not_there_is_named(missing, trained, tmp_path):
     folders = vars(trained) | {missing: tmp_path / "nowhere"}
     with pytest.raises(NotFound, match="nowhere"):
-        export_bundle("tiny", folders["base"], folders["hypernet"], tmp_path / "new")
+        export_bundle("tiny", Inputs(**folders), tmp_path / "new")
 
 
 def test_a_hypernetwork_that_is_not_given_is_asked_for(trained, tmp_path):
     with pytest.raises(UsageError, match="--hypernet is not given"):
-        export_bundle("tiny", trained.base, None, tmp_path / "new")
+        export_bundle("tiny", Inputs(trained.base), tmp_path / "new")
 
 
-def test_without_a_base_it_is_that_of_the_hypernetworks_training(trained):
-    assert assemble.load(families.get("tiny"), None, trained.hypernet).folder == trained.base
+def opened(**inputs):
+    """What `families.opened` gives, to look at after its files are closed."""
+    with families.opened(families.get("tiny"), Inputs(**inputs)) as source:
+        return source
+
+
+def test_without_a_base_it_is_that_of_the_hypernetworks_training(trained, source):
+    found = opened(hypernet=trained.hypernet)
+    assert found.parts["unet"].hash(half=False) == source.parts["unet"].hash(half=False)
 
 
 def test_a_base_that_has_moved_since_the_training_is_asked_for(trained, tmp_path):
     hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(base="moved"))
     with pytest.raises(NotFound, match=r"trained on moved, which is not there(?s:.*)--base BASE"):
-        assemble.load(families.get("tiny"), None, hypernet)
+        opened(hypernet=hypernet)
 
 
 @pytest.mark.parametrize("given", ["base", "hypernet"])
 def test_random_weights_and_trained_ones_exclude_each_other(given, trained):
-    folders = dict.fromkeys(("base", "hypernet")) | {given: getattr(trained, given)}
     with pytest.raises(UsageError, match=f"--{given} and --random-weights"):
-        assemble.load(families.get("tiny"), **folders, random_weights=0)
+        opened(**{given: getattr(trained, given)}, random_weights=0)
 
 
-def test_a_hypernetwork_of_another_base_model_is_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "hash_of", lambda module: "0" * 64)
+def test_a_hypernetwork_of_another_base_model_is_refused(trained, tmp_path):
+    hypernet = edited_hypernet(trained, tmp_path, lambda about: about.update(base_model="0" * 64))
     with pytest.raises(ExportError, match="of another base model"):
-        export_bundle("tiny", trained.base, trained.hypernet, tmp_path / "new")
+        export_bundle("tiny", Inputs(trained.base, hypernet), tmp_path / "new")
 
 
-def test_a_hypernetwork_for_another_image_encoder_is_refused(trained):
-    source = assemble.load(families.get("tiny"), trained.base, trained.hypernet)
-    source.base.image_encoder.config.hidden_size = 48
+def test_a_hypernetwork_for_another_image_encoder_is_refused(trained, source, monkeypatch):
+    monkeypatch.setattr(source.parts["image_encoder"].skeleton.config, "hidden_size", 48)
+    monkeypatch.setattr(families, "_load", lambda *_: source)
     with pytest.raises(ExportError, match="features of 32 numbers, the image encoder makes 48"):
-        families._check_fit(source.base, source.decoder, checkpoint.hash_of(source.base.unet))
+        opened(base=trained.base, hypernet=trained.hypernet)
 
 
 def test_a_hypernetwork_of_another_layout_is_refused(trained, tmp_path):
@@ -173,7 +189,20 @@ def test_a_hypernetwork_of_another_layout_is_refused(trained, tmp_path):
         site["path"] = "elsewhere." + site["path"]
 
     with pytest.raises(ExportError, match="their LoRA layouts differ"):
-        assemble.load(families.get("tiny"), None, edited_hypernet(trained, tmp_path, renamed))
+        opened(hypernet=edited_hypernet(trained, tmp_path, renamed))
+
+
+@pytest.mark.parametrize(
+    ("available", "free", "match"),
+    [(10**6, 10**12, "not enough memory(?s:.*)GB can be had"), (10**12, 1000, "no room(?s:.*)0 MB are free")],
+    ids=["memory", "disk"],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_the_work(available, free, match, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: available)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(onnx_graph, "write", lambda *_: pytest.fail("it started to work"))
+    with pytest.raises(ResourceError, match=match):
+        export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path / "new")
 
 
 def edited_hypernet(trained, tmp_path, edit):

@@ -10,6 +10,7 @@ from torch import nn
 import engines
 from export import onnx_graph
 from export.errors import ExportError
+from export.modules import GraphModule
 from hyperrt.bundle import GRAPHS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +44,8 @@ def test_nothing_asks_the_lora_how_many_rows_there_are(exported):
         assert not [node.name for node in nodes if node.op_type == "Shape" and lora in node.input]
 
 
-def test_an_input_that_is_baked_in_is_refused(parts, tmp_path):
-    class Constant(nn.Module):
+def test_an_input_that_is_baked_in_is_refused(parts, write, tmp_path):
+    class Constant(GraphModule):
         def __init__(self, shape):
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(1, *shape))
@@ -53,13 +54,13 @@ def test_an_input_that_is_baked_in_is_refused(parts, tmp_path):
             return self.weight * 2.0
 
     graph = parts["text_encoder"]
-    constant = dataclasses.replace(graph, module=Constant(graph.outputs[0].shape[1:]))
+    constant = dataclasses.replace(graph, make=lambda _: Constant(graph.outputs[0].shape[1:]))
     with pytest.raises(ExportError, match="does not read input_ids"):
-        onnx_graph.write(constant, tmp_path)
+        write(constant, tmp_path)
 
 
-def test_large_weights_go_beside_the_graph(parts, tmp_path, monkeypatch):
+def test_large_weights_go_beside_the_graph(parts, write, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "EXTERNAL_BYTES", 1000)
-    path = onnx_graph.write(parts["context"], tmp_path)
+    path = write(parts["context"], tmp_path)
     assert (tmp_path / "context.onnx.data").stat().st_size > path.stat().st_size
     onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

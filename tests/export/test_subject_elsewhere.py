@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from hyperrt import Runtime, sampling
@@ -19,11 +19,11 @@ PROMPT, STEPS, SEED = "a [V] robot on a beach", 6, 11
 
 
 @pytest.fixture
-def unet(source):
+def unet(modules):
     """The base model's UNet as diffusers would load it, the test's own."""
     from export import reference
 
-    return reference.plain(source.base.unet)
+    return reference.plain(modules["unet"])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def made(exported, drawn_photos):
 
 
 def save(path, source, subject, format):
-    save_subject(path, subject.lora, source.decoder.layout, subject.metadata, format)
+    save_subject(path, subject.lora, source.layout, subject.metadata, format)
     return path
 
 
@@ -44,12 +44,11 @@ def save(path, source, subject, format):
 
 
 @pytest.fixture
-def pipeline(source, unet):
+def pipeline(source, modules, unet):
     """diffusers' own pipeline, of the parts that the bundle was made from."""
-    base = source.base
     pipeline = StableDiffusionPipeline(
-        vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=unet,
-        scheduler=base.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=modules["vae"], text_encoder=modules["text_encoder"], tokenizer=source.tokenizer, unet=unet,
+        scheduler=DDIMScheduler.from_config(source.scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -57,7 +56,7 @@ def pipeline(source, unet):
 
 def draw(pipeline, source, output):
     """What the pipeline makes of the prompt, as "latent" or "np"; no guidance, so one branch here too."""
-    unet = source.base.unet.config
+    unet = source.config("unet")
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     latents = torch.from_numpy(sampling.initial_noise(SEED, shape, 1))
     prompt = PROMPT.replace("[V]", source.token)
@@ -109,7 +108,7 @@ def load_in_peft(unet, path, layout):
 def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, made, format, load):
     from export import reference
 
-    layout, subject = source.decoder.layout, made[0]
+    layout, subject = source.layout, made[0]
     expected = run(reference.personalised(unet, layout, subject.lora))
     theirs = copy.deepcopy(unet)
     load(theirs, save(tmp_path / "robot.safetensors", source, subject, format), layout)
@@ -120,7 +119,7 @@ def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, 
 def test_peft_loads_the_folder(tmp_path, unet, source, made):
     from export import reference
 
-    expected = run(reference.personalised(unet, source.decoder.layout, made[0].lora))
+    expected = run(reference.personalised(unet, source.layout, made[0].lora))
     folder = save(tmp_path / "robot", source, made[0], "peft")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder))
     np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,238 @@
+"""The graphs of a bundle as PyTorch modules around those of the base model and the hypernetwork.
+
+Names, shapes and meaning of all tensors: docs/bundle-format.md. rows = branches x images, branch-major.
+Whatever the arithmetic inside (export/precision.py), inputs and outputs are fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from export import operators
+from hyperrt.lora import LoraLayout
+from training import features, lora_layers
+from training.lora_layers import Rows
+
+
+class GraphModule(nn.Module):
+    """Base of the modules below; `dtype` is that of the arithmetic, which precision.apply sets."""
+
+    dtype = torch.float32
+
+
+class ImageEncoder(GraphModule):
+    """pixels [photos, 3, S, S] to features [photos, T, F]."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return features.encode_pixels(self.encoder, pixels.to(self.dtype)).float()
+
+
+class PackedDecoder(GraphModule):
+    """features [photos, T, F] to lora_q [photos, Nq] and lora_kv [photos, Nkv]."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        packed = self.decoder(features.to(self.dtype))
+        return packed["lora_q"].float(), packed["lora_kv"].float()
+
+
+class ImageTokens(GraphModule):
+    """features [photos, T, F] to image_tokens [photos, N, D]; zero_tokens [1, N, D] are those of no photo."""
+
+    def __init__(self, image_prompt: Any, encoder: nn.Module) -> None:
+        super().__init__()
+        self.resampler = image_prompt.image_proj
+        # In fp32, whatever the weights are stored as; then rounded to what will be stored.
+        _make_fp32(image_prompt.image_proj)
+        _make_fp32(encoder)
+        self.register_buffer("zero_tokens", image_prompt.zero_tokens(encoder).half().float())
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.resampler(features.to(self.dtype)).float(), self.zero_tokens.float().clone()
+
+
+def _make_fp32(module: nn.Module) -> None:
+    """Skeletons are fp32 already; PyTorch refuses to convert fake weights in place."""
+    if next(module.parameters()).dtype != torch.float32:
+        module.float()
+
+
+class TextEncoder(GraphModule):
+    """input_ids [prompts, L] to hidden_states [prompts, L, D]."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.encoder(input_ids).last_hidden_state.float()
+
+
+class TwoTextEncoders(GraphModule):
+    """SDXL's: ids of both encoders [prompts, L] to hidden_states [prompts, L, D1 + D2] and pooled [prompts, P].
+
+    Hidden states are those before the last block of each, without the last norm; pooled is the second's.
+    """
+
+    def __init__(self, encoder: nn.Module, encoder_2: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encoder_2 = encoder_2
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.encoder(input_ids, output_hidden_states=True).hidden_states[-2]
+        second = self.encoder_2(input_ids_2, output_hidden_states=True)
+        hidden_states = torch.cat([first, second.hidden_states[-2]], dim=-1)
+        return hidden_states.float(), second.text_embeds.float()
+
+
+class Context(GraphModule):
+    """Prompts to K and V of every cross-attention, K/V LoRA included: [rows, L, W].
+
+    With an image prompt, K and V of its tokens lie behind those of the text, V times image_scale.
+    """
+
+    def __init__(self, unet: nn.Module, image_prompt: nn.Module | None = None, *, layout: LoraLayout) -> None:
+        super().__init__()
+        self.unet = unet
+        self.layout = layout
+        self.image_prompt = image_prompt
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        gate: Tensor,
+        lora_kv: Tensor,
+        image_tokens: Tensor | None = None,
+        image_scale: Tensor | None = None,
+    ) -> Tensor:
+        image = None
+        if self.image_prompt is not None:
+            image = self.image_prompt.key_values(image_tokens.to(self.dtype), image_scale.to(self.dtype))
+        text, gate, lora_kv = (x.to(self.dtype) for x in (hidden_states, gate, lora_kv))
+        return lora_layers.context(self.unet, text, gate, lora_kv, self.layout, image).float()
+
+
+class ContextWithAdded(Context):
+    """SDXL's: also what the UNet adds to its time embedding for the pooled text and the sizes, [rows, E]."""
+
+    def forward(  # the order is that of the graph's inputs
+        self,
+        hidden_states: Tensor,
+        pooled: Tensor,
+        time_ids: Tensor,
+        gate: Tensor,
+        lora_kv: Tensor,
+        image_tokens: Tensor | None = None,
+        image_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        context = super().forward(hidden_states, gate, lora_kv, image_tokens, image_scale)
+        return context, self._added(pooled, time_ids).float()
+
+    def _added(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        sizes = self.unet.add_time_proj(time_ids.flatten()).reshape(time_ids.shape[0], -1)
+        return self.unet.add_embedding(torch.cat([pooled, sizes], dim=-1).to(self.dtype))
+
+
+class Denoiser(GraphModule):
+    """One step of the loop: tiling to rows, UNet with Q LoRA, guidance sum, solver update; the last two fp32.
+
+    x            = tile(c0 latents)
+    g            = sum_b guidance_b UNet(x, timestep, context, lora)_b      paper eq. 20
+    next_latents = c1 latents + c2 g + c3 previous + c4 noise               hyperrt/solvers.py
+    denoised     = c5 latents + c6 g
+    """
+
+    def __init__(self, unet: nn.Module, *, layout: LoraLayout, image_tokens: int = 0) -> None:
+        super().__init__()
+        self.unet = unet
+        self.layout = layout
+        self.image_tokens = image_tokens  # how many of the context's
+
+    def forward(
+        self,
+        latents: Tensor,
+        previous: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        coefficients: Tensor,
+        guidance: Tensor,
+        context: Tensor,
+        gate: Tensor,
+        lora_q: Tensor,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        c = coefficients
+        factors = lora_layers.unpack(self.layout, {"lora_q": lora_q.to(self.dtype)})
+        gates = gate.to(self.dtype).reshape(-1, 1, 1)
+        text, image = lora_layers.split_text_and_image(self.unet, context.to(self.dtype), self.image_tokens)
+        rows = Rows(factors, gates, text, image)
+        x = torch.ops.hyperrt.rows_from_images(latents * c[0], gate).to(self.dtype)
+        options = {"rows": rows}
+        # The text is in `context`: no projection reads encoder_hidden_states.
+        output = self.unet(
+            x, timestep, None, cross_attention_kwargs=options, return_dict=False,
+            added_cond_kwargs=None if added is None else {"added": added.to(self.dtype)},
+        )[0]  # fmt: skip
+        g = torch.ops.hyperrt.combine(output.float(), guidance, latents)
+        following = c[1] * latents + c[2] * g + c[3] * previous + c[4] * noise
+        return following, c[5] * latents + c[6] * g
+
+
+class VaeDecoder(GraphModule):
+    """Latents as the UNet takes them [images, C, h, w] to pixels [images, 3, H, W] in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.get("shift_factor") or 0.0)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode((latents / self.scale + self.shift).to(self.dtype), return_dict=False)[0].float()
+
+
+def feed_added(unet: Any) -> None:
+    """Let the UNet take `added` [rows, E] as an argument in place of pooled text and sizes (SDXL)."""
+    if unet.config.addition_embed_type == "text_time":
+        unet.get_aug_embed = _added
+
+
+def _added(emb: Tensor, encoder_hidden_states: Tensor | None, added_cond_kwargs: dict[str, Tensor]) -> Tensor:
+    return added_cond_kwargs["added"]
+
+
+def attend_in_vae(vae: nn.Module) -> None:
+    """One attention operator in the middle of the decoder: written out it would store [16384, 16384] scores."""
+    for module in vae.modules():
+        if isinstance(module, Attention):
+            module.set_processor(_VaeAttention())
+
+
+class _VaeAttention:
+    """Self-attention over the pixels of hidden_states [images, C, h, w], group norm and residual included."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        images, channels, height, width = hidden_states.shape
+        x = attn.group_norm(hidden_states.reshape(images, channels, height * width)).transpose(1, 2)
+        x = operators.attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.heads)
+        x = attn.to_out[0](x).transpose(1, 2).reshape(images, channels, height, width)
+        return (x + hidden_states) / attn.rescale_output_factor
