@@ -2,6 +2,7 @@
 
     .peers/NAME/        virtual environment from bench/peers/NAME.txt, made anew when that file changes
     .peers/models/      what peer_model.py writes, by family
+    .peers/bundles/     our own of random weights, by family
 
 Nothing of this is ever installed into the project's environment.  A peer runs in a process of its own, with
 its own environment's Python; what it says is one JSON line, the last on its stdout.
@@ -51,6 +52,16 @@ def model(family: str, *parts: str) -> Path:
     for part in parts:
         if not (folder / part / "done").is_file():
             call("diffusers", "peer_model.py", str(folder), "--family", family, "--part", part)
+    return folder
+
+
+def bundle(family: str) -> Path:
+    """Our bundle of a family, of random weights; exported once."""
+    folder = HOME / "bundles" / family
+    if not (folder / "bundle.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "hyperrt", "export", "--model", family, "--random-weights", "0"]
+        subprocess.run([*command, "-o", str(folder)], cwd=BENCH.parent, check=True, stdout=sys.stderr)
     return folder
 
 

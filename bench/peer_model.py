@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -201,45 +202,54 @@ def write_onnxruntime(folder: Path, family: str) -> None:
 
 
 def write_openvino_genai(folder: Path, family: str) -> None:
-    """IR of all parts of the pipeline, in the layout that Text2ImagePipeline reads."""
-    import shutil
-
-    import openvino as ov
+    """IR of the UNet; for sd15 of all parts, in the layout that Text2ImagePipeline reads."""
     from diffusers import AutoencoderKL
-    from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    if family != "sd15":
-        raise SystemExit("only sd15 is converted for openvino.genai")
     source, root = folder / "diffusers", folder / "openvino_genai"
-
-    def save(part: str, module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]) -> None:
-        shapes = {name: [-1, *x.shape[1:]] if x.ndim > 1 else [1] for name, x in inputs.items()}
-        for name in ("sample", "latent_sample"):
-            if name in shapes:
-                shapes[name] = [-1, 4, -1, -1]
-        converted = ov.convert_model(module.eval(), example_input=inputs, input=list(shapes.items()))
-        for port, name in zip(converted.outputs, outputs, strict=True):
-            port.get_tensor().set_names({name})
-        ov.save_model(converted, root / part / "openvino_model.xml", compress_to_fp16=False)
-        where = source / part.removesuffix("_decoder")
-        shutil.copy(where / "config.json", root / part / "config.json")
-
+    save_ir(folder, "unet", PlainUNet(unet(folder)), unet_inputs(family, 2), ["out_sample"])
+    if family != "sd15":
+        # What the UNet alone asks of its neighbour: how many pixels a latent is.
+        (root / "vae_decoder").mkdir(exist_ok=True)
+        (root / "vae_decoder" / "config.json").write_text(json.dumps({"block_out_channels": [32] * 4}))
+        return
     text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder", attn_implementation="eager")
     ids = {"input_ids": torch.full((1, 77), 513)}
-    save("text_encoder", TextEncoder(text_encoder), ids, ["last_hidden_state", "pooler_output"])
+    save_ir(folder, "text_encoder", TextEncoder(text_encoder), ids, ["last_hidden_state", "pooler_output"])
     vae = AutoencoderKL.from_pretrained(source / "vae")
     vae.forward = lambda latent_sample: vae.decode(latent_sample, return_dict=False)[0]
-    save("vae_decoder", vae, {"latent_sample": torch.randn(1, 4, 64, 64)}, ["sample"])
-    model = unet(folder)
-    save("unet", model_by_tensors(model), unet_inputs(family, 2), ["out_sample"])
-    clip = AutoTokenizer.from_pretrained(source / "tokenizer")
-    reader, writer = convert_tokenizer(clip, with_detokenizer=True)
-    ov.save_model(reader, root / "tokenizer" / "openvino_tokenizer.xml")
-    ov.save_model(writer, root / "tokenizer" / "openvino_detokenizer.xml")
-    shutil.copytree(source / "tokenizer", root / "tokenizer", dirs_exist_ok=True)
+    save_ir(folder, "vae_decoder", vae, {"latent_sample": torch.randn(1, 4, 64, 64)}, ["sample"])
+    save_tokenizer(source / "tokenizer", root / "tokenizer")
     shutil.copytree(source / "scheduler", root / "scheduler", dirs_exist_ok=True)
     (root / "model_index.json").write_text(json.dumps(PIPELINE, indent=1))
+
+
+def save_ir(
+    folder: Path, part: str, module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]
+) -> None:
+    """A module as OpenVINO IR in float32, its rows and picture size open, and its configuration."""
+    import openvino as ov
+
+    shapes = {name: [-1, *x.shape[1:]] if x.ndim > 1 else [1] for name, x in inputs.items()}
+    shapes |= {name: [-1, 4, -1, -1] for name in ("sample", "latent_sample") if name in shapes}
+    converted = ov.convert_model(module.eval(), example_input=inputs, input=list(shapes.items()))
+    for port, name in zip(converted.outputs, outputs, strict=True):
+        port.get_tensor().set_names({name})
+    root = folder / "openvino_genai" / part
+    ov.save_model(converted, root / "openvino_model.xml", compress_to_fp16=False)
+    shutil.copy(folder / "diffusers" / part.removesuffix("_decoder") / "config.json", root / "config.json")
+
+
+def save_tokenizer(source: Path, root: Path) -> None:
+    """The tokenizer as OpenVINO IR, and its own files."""
+    import openvino as ov
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
+    reader, writer = convert_tokenizer(AutoTokenizer.from_pretrained(source), with_detokenizer=True)
+    ov.save_model(reader, root / "openvino_tokenizer.xml")
+    ov.save_model(writer, root / "openvino_detokenizer.xml")
+    shutil.copytree(source, root, dirs_exist_ok=True)
 
 
 class TextEncoder(nn.Module):
@@ -251,17 +261,6 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids):
         return self.inner(input_ids, return_dict=False)
-
-
-def model_by_tensors(model: nn.Module) -> nn.Module:
-    """A UNet that returns one tensor; its modules keep their names, by which LoRA adapters find them."""
-    inner = model.forward
-
-    def forward(sample, timestep, encoder_hidden_states):
-        return inner(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-
-    model.forward = forward
-    return model
 
 
 PARTS = {

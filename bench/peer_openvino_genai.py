@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -80,8 +81,8 @@ def switch(args: argparse.Namespace) -> dict[str, object]:
         INFERENCE_NUM_THREADS=args.threads,
     )
     rng = np.random.default_rng(0)
-    hidden = ov.Tensor(rng.standard_normal((2, TOKENS, 768), np.float32))
-    unet.set_hidden_states("encoder_hidden_states", hidden)
+    for name, shape in texts(args.folder).items():
+        unet.set_hidden_states(name, ov.Tensor(rng.standard_normal(shape, np.float32)))
     latents = ov.Tensor(rng.standard_normal((2, 4, SMALL // 8, SMALL // 8), np.float32))
     time = ov.Tensor(np.array([501], np.int64))
     turn = 0
@@ -110,6 +111,15 @@ def switch(args: argparse.Namespace) -> dict[str, object]:
         raise SystemExit("the adapters did not take effect, or do not come back")
     more = [a - b for a, b in zip(first, later, strict=True)][args.warm_up :]
     return peer_timing.summary(changes[args.warm_up :]) | {"first_step_more_s": median(more)}
+
+
+def texts(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the UNet is told of two texts."""
+    config = json.loads((folder / "openvino_genai" / "unet" / "config.json").read_text())
+    shapes = {"encoder_hidden_states": (2, TOKENS, config["cross_attention_dim"])}
+    if config["addition_embed_type"] == "text_time":
+        shapes |= {"text_embeds": (2, 1280), "time_ids": (2, 6)}
+    return shapes
 
 
 if __name__ == "__main__":

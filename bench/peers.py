@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import peer_environment
 import report
@@ -53,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     only = [] if args.quick else list(MEASURED) if args.only is None else args.only
     how = ["--rounds", str(1 if args.quick else args.rounds), "--threads", str(args.threads)]
-    bundle = args.bundle or ("tiny" if args.quick else exported())
+    bundle = args.bundle or ("tiny" if args.quick else peer_environment.bundle("sd15"))
     figures, rows = ours(str(bundle), how)
     for figure in MEASURED:
         if figure in only:
@@ -62,16 +61,6 @@ def main() -> None:
             rows.append(row(figure, found))
     report.table(rows, ("figure", "s per branch", "least", "rounds", "precision", "versions"))
     report.finish(__file__, with_ratios(figures), BARS)
-
-
-def exported() -> Path:
-    """A bundle of random weights, exported once."""
-    folder = peer_environment.HOME / "bundles" / "sd15"
-    if not (folder / "bundle.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "hyperrt", "export", "--model", "sd15", "--random-weights", "0"]
-        peer_environment.subprocess.run([*command, "-o", str(folder)], cwd=report.ROOT, check=True)
-    return folder
 
 
 def ours(bundle: str, how: list[str]) -> tuple[dict[str, float], list[tuple[object, ...]]]:

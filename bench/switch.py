@@ -12,14 +12,29 @@ Engines stay open and nothing is compiled: another subject's factors replace tho
                        LoRA differing by row) and the same row computed alone, K and V included
 
 Differences are of bits where 0 is wanted: both pictures come from one open runtime, seed for seed.
+
+With `--family sd15|sdxl` the bundle is of that size with random weights (`--bundle`, or exported once), the
+subjects are random, and only `switch_ms` is measured.  `--peers` adds what others need, in fp32, from LoRA
+tensors in memory to being able to run a step, each in its own environment and process (bench/peer_*.py):
+
+    diffusers_fuse_ms      unfuse the old LoRA, load the new one, fuse it
+    diffusers_hotswap_ms   replace the tensors of an adapter that stays unfused
+    openvino_genai_ms      an adapter from bytes in memory, set in openvino.genai's UNet
+    onnxruntime_reload_ms  LoRA merged into the weights, a new session of ONNX Runtime on them
+    times_faster           the least of these / switch_ms
+
+They compute K and V anew at every step, which is not in their figures; ours holds them ready.
 """
 
 from __future__ import annotations
 
+import argparse
 from itertools import cycle
 from statistics import median
 
 import numpy as np
+import peer_environment
+import peer_ours
 import report
 
 import engines
@@ -32,14 +47,28 @@ from hyperrt.lora import Subject
 BARS = {"switch_ms": "< 2", "aba_max_diff": "0", "a_base_max_diff": "0", "row_alone_max_rel": "< 1e-5"}
 SUBJECTS = report.ROOT / "examples" / "subjects"
 GATE = np.array([0, 1, 0], np.float32)  # empty prompt, subject, generic prompt
+HELD = ("lora_q", "lora_kv", "context", "added")  # by the engines, between steps
 WARM_UP = 10
 IMAGES, BRANCHES = 2, 3
 
 
 def main() -> None:
     parser = report.options(__doc__)
-    parser.add_argument("--changes", type=int, default=500)
+    parser.add_argument("--changes", type=int, help="default: 500, of a family 20")
+    parser.add_argument("--family", choices=("sd15", "sdxl"), help="full size")
+    parser.add_argument("--peers", action="store_true", help="with --family: measure the peers, too")
+    parser.add_argument("--backend", default="auto", help="with --family: ours (default: auto)")
+    parser.set_defaults(bundle=None)
     args = parser.parse_args()
+    if args.family:
+        full_size(args)
+    else:
+        args.bundle, args.changes = args.bundle or "tiny", args.changes or 500
+        small(args)
+
+
+def small(args: argparse.Namespace) -> None:
+    """Everything, on a bundle that has photos and takes milliseconds."""
     changes, steps = (5, 2) if args.quick else (args.changes, None)
     with Runtime.open(args.bundle) as runtime:
         subjects = [runtime.personalize(SUBJECTS / name, name) for name in ("mug", "robot")]
@@ -51,12 +80,47 @@ def main() -> None:
     ):
         times = switch_times(bundle, context, denoiser, subjects, changes)
         alone = row_alone(bundle, context, denoiser, subjects)
+    report.finish(__file__, {"switch_ms": total(times), **figures, "row_alone_max_rel": alone}, BARS)
+
+
+def full_size(args: argparse.Namespace) -> None:
+    """The switch alone, on a family's bundle of random weights; what the peers need for theirs."""
+    bundle = Bundle.open(args.bundle or peer_environment.bundle(args.family))
+    subjects = [peer_ours.random_subject(bundle, seed) for seed in (0, 1)]
+    sizes = {"rows": len(GATE), "images": 1, "branches": len(GATE), "subjects": 1}
+    with (
+        engines.open(bundle.graph("context"), args.backend, sizes=sizes) as context,
+        engines.open(bundle.graph("denoiser"), args.backend, sizes=sizes) as denoiser,
+    ):
+        times = switch_times(bundle, context, denoiser, subjects, args.changes or 20)
+    figures = {"switch_ms": total(times)}
+    if args.peers:
+        theirs = peers(args.family)
+        figures |= theirs | {"times_faster": min(theirs.values()) / figures["switch_ms"]}
+    report.finish(__file__, figures, {"switch_ms": "< 20", "times_faster": ">= 20"})
+
+
+def peers(family: str) -> dict[str, float]:
+    """Milliseconds of each peer's change of subject, median of at least five."""
+    figures, rows = {}, []
+    for name in peer_environment.PEERS:
+        folder = peer_environment.model(family, *dict.fromkeys(("diffusers", "lora", name)))
+        found = peer_environment.call(name, f"peer_{name}.py", "switch", str(folder))
+        versions = " ".join(f"{package} {number}" for package, number in found.pop("versions").items())
+        for key, times in found.items():
+            figures[key] = 1000 * times["median_s"]
+            rows.append((key, figures[key], 1000 * times["least_s"], times["rounds"], versions))
+    report.table(rows, ("peer", "median ms", "least ms", "changes", "versions"))
+    return figures
+
+
+def total(times: dict[str, list[float]]) -> float:
+    """Median milliseconds of a change, its parts printed."""
     report.table(
         [(name, len(x), median(x), max(x)) for name, x in times.items()],
         ("part of a switch", "changes", "median ms", "most ms"),
     )
-    totals = [sum(parts) for parts in zip(*times.values(), strict=True)]
-    report.finish(__file__, {"switch_ms": median(totals), **figures, "row_alone_max_rel": alone}, BARS)
+    return median([sum(parts) for parts in zip(*times.values(), strict=True)])
 
 
 def switch_times(
@@ -67,14 +131,14 @@ def switch_times(
         Adapter(engine, name, bundle.layout, bundle.adapt)
         for engine, name in ((denoiser, "lora_q"), (context, "lora_kv"))
     ]
-    hidden = random_inputs(bundle, "context", len(GATE))["hidden_states"]
+    texts = random_inputs(bundle, "context", len(GATE))
 
     def put(subject: Subject) -> None:
         for adapter in adapters:
             adapter.put(subject)
 
     def renew() -> None:
-        denoiser.bind(context.run({"hidden_states": hidden, "gate": GATE}))
+        denoiser.bind(context.run({**texts, "gate": GATE}))
 
     times: dict[str, list[float]] = {"factors into both graphs": [], "K and V": []}
     for turn, subject in zip(range(WARM_UP + changes), cycle(subjects), strict=False):
@@ -83,7 +147,7 @@ def switch_times(
             for known, part in zip(times.values(), parts, strict=True):
                 known.append(part)
     for engine in (context, denoiser):
-        engine.unbind([spec.name for spec in engine.inputs if spec.name in ("lora_q", "lora_kv", "context")])
+        engine.unbind([spec.name for spec in engine.inputs if spec.name in HELD])
     return times
 
 
@@ -112,7 +176,7 @@ def row_alone(bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[
         name: np.stack([subjects[row % len(subjects)].lora[name] for row in range(rows)])
         for name in ("lora_q", "lora_kv")
     }
-    hidden = random_inputs(bundle, "context", rows)["hidden_states"]
+    texts = random_inputs(bundle, "context", rows)
     latents = rng.standard_normal(
         (IMAGES, bundle.latent.channels, bundle.latent.size, bundle.latent.size), np.float32
     )
@@ -120,7 +184,8 @@ def row_alone(bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[
     def outputs(which: list[int], guidance: np.ndarray) -> np.ndarray:
         """The guidance sum of these rows' predictions, [images, C, h, w]."""
         own = {name: vectors[which] for name, vectors in lora.items()}
-        feeds = {"hidden_states": hidden[which], "gate": gate[which], "lora_kv": own["lora_kv"]}
+        feeds = {name: array[which] for name, array in texts.items()}
+        feeds |= {"gate": gate[which], "lora_kv": own["lora_kv"]}
         x = latents[sorted({row % IMAGES for row in which})]
         constants = {"gate": gate[which], "lora_q": own["lora_q"], "guidance": guidance, **context.run(feeds)}
         # With these coefficients the next latents are the sum itself.
@@ -140,9 +205,9 @@ def row_alone(bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[
 
 
 def random_inputs(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
-    """Gaussian arrays for a graph's inputs of several dims, with as many rows."""
+    """Gaussian arrays for what a graph is told of its prompts, with as many rows."""
     rng = np.random.default_rng(1)
-    specs = [spec for spec in bundle.graphs[graph].inputs if len(spec.shape) > 2]
+    specs = [spec for spec in bundle.graphs[graph].inputs if spec.name not in ("gate", "lora_kv")]
     return {spec.name: rng.standard_normal((rows, *spec.shape[1:]), np.float32) for spec in specs}
 
 
