@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from engines.base import TensorSpec
-from export import modules, operators
+from export import modules, operators, row_unet
 from export.parts import FAKE
 from export.source import Source
 from training import lora_layers, resampler
@@ -212,12 +212,14 @@ def _graph(
 
 
 def _use_operators(part: str, module: nn.Module) -> None:
-    """Make the part's attention the operator that becomes one node of a graph."""
+    """Make the part's attention the operator that becomes one node, and its upsampling cheap."""
     if part == "unet":
         lora_layers.install(module, operators.attend)
         modules.feed_added(module)
+        row_unet.install(module)
     elif part == "vae":
         modules.attend_in_vae(module)
+        row_unet.install(module)
     elif part in ("image_prompt", "weight_decoder"):
         resampler.use_attention(module, operators.attend)
 

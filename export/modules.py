@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from export import operators
+from export import operators, row_unet
 from hyperrt.lora import LoraLayout
 from training import features, lora_layers
 from training.lora_layers import Rows
@@ -103,7 +103,9 @@ class Context(GraphModule):
     With an image prompt, K and V of its tokens lie behind those of the text, V times image_scale.
     """
 
-    def __init__(self, unet: nn.Module, image_prompt: nn.Module | None = None, *, layout: LoraLayout) -> None:
+    def __init__(
+        self, unet: nn.Module, image_prompt: nn.Module | None = None, *, layout: LoraLayout
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.layout = layout
@@ -148,7 +150,7 @@ class ContextWithAdded(Context):
 class Denoiser(GraphModule):
     """One step of the loop: tiling to rows, UNet with Q LoRA, guidance sum, solver update; the last two fp32.
 
-    x            = tile(c0 latents)
+    x            = tile(c0 latents)                                         export/row_unet.py
     g            = sum_b guidance_b UNet(x, timestep, context, lora)_b      paper eq. 20
     next_latents = c1 latents + c2 g + c3 previous + c4 noise               hyperrt/solvers.py
     denoised     = c5 latents + c6 g
@@ -178,13 +180,11 @@ class Denoiser(GraphModule):
         gates = gate.to(self.dtype).reshape(-1, 1, 1)
         text, image = lora_layers.split_text_and_image(self.unet, context.to(self.dtype), self.image_tokens)
         rows = Rows(factors, gates, text, image)
-        x = torch.ops.hyperrt.rows_from_images(latents * c[0], gate).to(self.dtype)
-        options = {"rows": rows}
-        # The text is in `context`: no projection reads encoder_hidden_states.
-        output = self.unet(
-            x, timestep, None, cross_attention_kwargs=options, return_dict=False,
-            added_cond_kwargs=None if added is None else {"added": added.to(self.dtype)},
-        )[0]  # fmt: skip
+        x = (latents * c[0]).to(self.dtype)
+        added = None if added is None else added.to(self.dtype)
+        output = row_unet.predict(
+            self.unet, x, timestep, rows, lambda x: torch.ops.hyperrt.rows_from_images(x, gate), added
+        )
         g = torch.ops.hyperrt.combine(output.float(), guidance, latents)
         following = c[1] * latents + c[2] * g + c[3] * previous + c[4] * noise
         return following, c[5] * latents + c[6] * g
@@ -200,7 +200,8 @@ class VaeDecoder(GraphModule):
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode((latents / self.scale + self.shift).to(self.dtype), return_dict=False)[0].float()
+        z = (latents / self.scale + self.shift).to(self.dtype)
+        return self.vae.decode(z, return_dict=False)[0].float()
 
 
 def feed_added(unet: Any) -> None:

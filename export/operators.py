@@ -2,6 +2,7 @@
 
 attend            one com.microsoft.MultiHeadAttention node: ONNX Runtime, OpenVINO and TensorRT-RTX take it;
                   on ONNX Runtime's CPU no other attention gets by without storing the scores of all heads
+depth_to_space    one node
 rows_from_images  tiling whose repeats the graph works out: the exporter cannot prove rows = branches x images
 combine           the guidance sum, for the same reason
 
@@ -31,6 +32,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         dtype=query.dtype,
         shape=query.shape,
         version=1,
+    )
+
+
+def depth_to_space(x: Tensor) -> Tensor:
+    """[n, 4 C, h, w] to [n, C, 2 h, 2 w]: channels (a, b, c) land on row a and column b of each 2 x 2."""
+    n, channels, height, width = x.shape
+    if not torch.onnx.is_in_onnx_export():
+        grid = x.reshape(n, 2, 2, channels // 4, height, width)
+        return grid.permute(0, 3, 4, 1, 5, 2).reshape(n, channels // 4, 2 * height, 2 * width)
+    return torch.onnx.ops.symbolic(
+        "DepthToSpace",
+        (x,),
+        {"blocksize": 2, "mode": "DCR"},
+        dtype=x.dtype,
+        shape=(n, channels // 4, 2 * height, 2 * width),
     )
 
 
