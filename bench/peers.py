@@ -20,6 +20,7 @@ is `--bundle`, or exported from random weights to .peers/bundles/sd15.  Times sa
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -59,7 +60,7 @@ def main() -> None:
             found = measure(figure, [*how, "--limit", str(args.limit)])
             figures[figure] = found["median_s"]
             rows.append(row(figure, found))
-    report.table(rows, ("figure", "s per branch", "least", "rounds", "precision", "versions"))
+    report.table(rows, ("figure", "s per branch", "least", "rounds", "load", "precision", "versions"))
     report.finish(__file__, with_ratios(figures), BARS)
 
 
@@ -93,9 +94,10 @@ def per_branch(found: dict[str, object], branches: int) -> dict[str, object]:
 
 
 def row(figure: str, found: dict[str, object]) -> tuple[object, ...]:
-    """A line of the table."""
+    """A line of the table; a load beyond the CPUs says that something else was running."""
+    load = os.getloadavg()[0]
     versions = " ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return figure, found["median_s"], found["least_s"], found["rounds"], found["precision"], versions
+    return figure, found["median_s"], found["least_s"], found["rounds"], load, found["precision"], versions
 
 
 def with_ratios(figures: dict[str, float]) -> dict[str, float]:
