@@ -1,8 +1,8 @@
 """A subject's LoRA into an open engine, in the way that the bundle's manifest names.
 
-`inputs`: the factors of one graph are one packed float32 vector, an input [1, N] of that graph that stays
-resident on the device until another subject comes.  The base model is the zero vector: with the row gate at 0
-it adds exactly 0, so going back to the base gives the base's own bits.
+`inputs`: the factors of one graph are one packed float32 vector, an input [1, N] of that graph (or [rows, N],
+where rows have different subjects) that stays resident on the device until another subject comes.  The base
+model is the zero vector: with the row gate at 0 it adds exactly 0, so going back gives the base's own bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hyperrt.lora import LoraLayout, Subject
 
 
 class Adapter:
-    """The LoRA of one engine; remembers whose it holds, so that the same subject is uploaded once.
+    """The LoRA of one engine; remembers whose it holds, so that these are uploaded once.
 
     Args:
         engine: an open `denoiser` or `context` graph.
@@ -38,20 +38,23 @@ class Adapter:
         self._engine = engine
         self._name = name
         self._size = layout.size(name)
-        self._held: Subject | None = None
-        self._empty = True
+        self._held: tuple[Subject | None, ...] = ()
 
-    def put(self, subject: Subject | None) -> None:
-        """Make the engine compute `subject` (None: the base model); on an error the old one stays.
+    def put(self, *subjects: Subject | None) -> None:
+        """Make the engine compute a subject (None: the base model); on an error the old one stays.
+
+        Args:
+            subjects: one for all rows, or one for each row.
 
         Raises:
-            LoraMismatch: the subject has another number of weights than the bundle.
+            LoraMismatch: a subject has another number of weights than the bundle.
         """
-        if not self._empty and subject is self._held:
+        if subjects == self._held:  # subjects compare by identity
             return
-        vector = packed(subject, self._name, self._size)
-        self._engine.bind({self._name: vector[np.newaxis]})
-        self._held, self._empty = subject, False
+        vectors = [packed(subject, self._name, self._size) for subject in subjects]
+        rows = vectors[0][np.newaxis] if len(vectors) == 1 else np.stack(vectors)  # one is not copied twice
+        self._engine.bind({self._name: rows})
+        self._held = subjects
 
 
 def packed(subject: Subject | None, name: str, size: int) -> NDArray[np.float32]:

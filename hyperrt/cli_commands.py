@@ -117,6 +117,7 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
     "--negative-prompt", "--negative", "negative_prompt", default="", metavar="TEXT", help="What not to draw."
 )
 @click.option("--kappa", type=float, help="Share of the subject in the guidance, 0 to 2.")
+@click.option("--image-scale", type=float, help="Weight of the photos beside the text (open category).")
 @click.option("--guidance-scale", "-g", type=float, help="How hard to follow the prompt (s = w + 1).")
 @click.option("--steps", type=int, help="Denoising steps.")
 @click.option("--solver", metavar="NAME", help=f"One of {', '.join(SOLVER_NAMES)}.")
@@ -126,10 +127,11 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
     "--strength", type=float, default=1.0, show_default=True, help="Factor on the subject's weights."
 )
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per engine call.")
-@click.option(
-    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="What runs the model."
-)
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What runs the model.")
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option(
+    "--low-memory", is_flag=True, help="Unload parts of the model when done; decode large pictures in tiles."
+)
 @click.option(
     "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
 )
@@ -178,9 +180,7 @@ def generate(context: click.Context, /, **options: Any) -> None:
     metavar="NOUN",
     help="What the subject is.  [default: the model's]",
 )
-@click.option(
-    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="What runs the model."
-)
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What runs the model.")
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option(
     "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
@@ -275,9 +275,7 @@ def info(output: Output, path: str) -> None:
 
 @hyperrt.command()
 @click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to check.")
-@click.option(
-    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="What is to run it."
-)
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What is to run it.")
 @with_json
 @click.pass_obj
 def doctor(output: Output, bundle: str, backend: str) -> None:

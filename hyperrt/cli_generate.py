@@ -29,7 +29,7 @@ def generate(config: GenerateConfig, output: Output) -> None:
     seeds = range(config.seed, config.seed + config.n)
     paths = [] if to_stdout else configs.output_paths(config.output, config.prompt, seeds, config.force)
     pictures: list[dict[str, Any]] = []
-    with Runtime.open(config.bundle, config.backend, config.threads, keep_open=False) as runtime:
+    with Runtime.open(config.bundle, config.backend, config.threads, low_memory=config.low_memory) as runtime:
         for result in _drawn(runtime, config, output):
             if to_stdout:
                 output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
@@ -45,15 +45,21 @@ def generate(config: GenerateConfig, output: Output) -> None:
 
 
 def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator[Result]:
-    """The pictures of a command, a batch at a time, under one progress bar."""
+    """The pictures of a command, a batch at a time, under one progress bar.
+
+    To save memory the denoiser is closed before anything is decoded; then all batches are drawn first.
+    """
+    has_subject = bool(config.subject or config.images)
+    runtime.check(config.prompt, has_subject, **dataclasses.asdict(config.sampling()))
     subject = _subject(runtime, config, output)
     per_batch = config.steps or runtime.bundle.defaults.steps
-    starts = range(0, config.n, config.batch_size)
-    with output.progress("drawing", len(starts) * per_batch) as advance_to:
-        for batch, start in enumerate(starts):
-            n = min(config.batch_size, config.n - start)
+    batches = -(-config.n // config.batch_size)
+    size = config.n if config.low_memory else config.batch_size
+    with output.progress("drawing", batches * per_batch) as advance_to:
+        for start in range(0, config.n, size):
+            n = min(size, config.n - start)
             options = dataclasses.asdict(config.sampling(seed=config.seed + start, n=n))
-            done = batch * per_batch
+            done = start // config.batch_size * per_batch
             yield _result(runtime.steps(config.prompt, subject, **options), advance_to, done)
 
 
@@ -75,10 +81,16 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
         files.check_folder(path, PEFT_CONFIG, config.force)
     else:
         files.check_file(path, config.force)
-    with Runtime.open(config.bundle, config.backend, config.threads, keep_open=False) as runtime:
+    with Runtime.open(config.bundle, config.backend, config.threads) as runtime:
         subject = runtime.personalize(_photos(config.images), config.class_noun, config.strict_images)
         lora.save_subject(
-            path, subject.lora, runtime.bundle.layout, subject.metadata, config.format, config.force
+            path,
+            subject.lora,
+            runtime.bundle.layout,
+            subject.metadata,
+            config.format,
+            config.force,
+            subject.image_tokens,
         )
     weights = sum(vector.size for vector in subject.lora.values())
     output.note(f"subject: {_count(subject)}, {weights:,} weights", photos=subject.photos)

@@ -82,10 +82,13 @@ def _shown(text: str) -> str:
 
 
 def _bundle(path: str) -> dict[str, Any]:
+    from hyperrt import guidance, memory
     from hyperrt.bundle import Bundle
 
     bundle = Bundle.open(path)
     layout = bundle.layout
+    rows = len(guidance.BRANCHES)  # of one picture
+    needs = {"drawing": memory.to_draw(bundle, rows), "with --low-memory": memory.to_draw(bundle, rows, True)}
     return {
         "kind": "bundle",
         "name": bundle.name,
@@ -100,6 +103,7 @@ def _bundle(path: str) -> dict[str, Any]:
         "size_mb": round(
             sum(file.stat().st_size for file in bundle.path.iterdir() if file.is_file()) / 1e6, 1
         ),
+        "memory_gb": {name: None if size is None else round(size / 1e9, 2) for name, size in needs.items()},
         "precision": bundle.precision,
         "storage": bundle.storage,
         "hashes": {**dataclasses.asdict(bundle.hashes), "lora": layout.hash},
@@ -109,11 +113,13 @@ def _bundle(path: str) -> dict[str, Any]:
 
 def _subject(path: Path) -> dict[str, Any]:
     tensors, origin = subject_file.read(path, LARGEST)
+    tokens = tensors.get(subject_file.IMAGE_TOKENS)
     return {
         "kind": "subject",
         "format": subject_file.format_of(tensors),
         "tensors": len(tensors),
-        "weights": sum(tensor.size for tensor in tensors.values()),
+        "weights": sum(tensor.size for tensor in tensors.values()) - (0 if tokens is None else tokens.size),
+        **({} if tokens is None else {"image_tokens": list(tokens.shape)}),
         "finite": all(bool(np.isfinite(tensor).all()) for tensor in tensors.values()),
         "origin": origin,
     }

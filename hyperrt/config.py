@@ -21,6 +21,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = ("none", "int8")
 VERIFIED = ("none", "graphs", "full")
 MAX_SIZE = 2**14  # pixels
+MAX_IMAGE_SCALE = 10
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
 MAX_SEED = 2**63 - 1
@@ -51,9 +52,11 @@ class SamplingConfig:
     n: int = 1  # pictures
     strength: float = 1.0  # of the LoRA
     batch_size: int = 1  # pictures per engine call
+    image_scale: float | None = None  # of the image tokens, open category
 
     def __post_init__(self) -> None:
         _in_range("kappa", self.kappa, 0, 2)
+        _in_range("image scale", self.image_scale, 0, MAX_IMAGE_SCALE)
         _in_range("guidance scale", self.guidance_scale, 0, 100)
         _in_range("steps", self.steps, 1, MAX_STEPS)
         _in_range("n", self.n, 1, MAX_IMAGES)
@@ -77,8 +80,9 @@ class GenerateConfig(SamplingConfig):
     subject: str | None = None  # a subject file, instead of photos
     bundle: str = "tiny"  # name or folder
     class_noun: str | None = None  # None: the noun of the prompt, else the subject file's, else the bundle's
-    backend: str = "onnxruntime"
+    backend: str = "auto"
     threads: int | None = None  # None: the backend decides
+    low_memory: bool = False  # close graphs that are no longer needed; decode large pictures in tiles
     strict_images: bool = False  # one bad photo stops the command
     output: str | None = None  # FILE.png, folder, "-" for stdout; None: the current folder
     force: bool = False  # overwrite
@@ -97,6 +101,7 @@ class GenerateConfig(SamplingConfig):
             raise UsageError(what, "a pipe takes one PNG", "use -o FOLDER")
         _named("images", *self.images)
         _named("subject", self.subject)
+        check_needs_subject(bool(self.images or self.subject), self)
 
     def sampling(self, **changes: Any) -> SamplingConfig:
         """The sampling options alone, some of them changed."""
@@ -117,7 +122,7 @@ class PersonalizeConfig:
     format: str = "diffusers"
     bundle: str = "tiny"
     class_noun: str | None = None
-    backend: str = "onnxruntime"
+    backend: str = "auto"
     threads: int | None = None
     strict_images: bool = False
     force: bool = False
@@ -162,6 +167,22 @@ class ExportConfig:
         _one_of("quantize", self.quantize, QUANTIZED)
         if self.verify is not None:
             _one_of("verify", self.verify, VERIFIED)
+
+
+def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
+    """Refuse options that change nothing without a subject.
+
+    Raises:
+        UsageError: one was given, and is not 0.
+    """
+    for name, value, what in (
+        ("kappa", options.kappa, "it is the share of the subject in the guidance"),
+        ("image scale", options.image_scale, "it is the weight of the subject's photos beside the text"),
+    ):
+        if value and not has_subject:
+            why = f"{what}, and would change nothing"
+            do = "leave it out, or name a subject"
+            raise UsageError(f"{name} is {value:g}, but there is no subject", why, do)
 
 
 def output_paths(output: str | None, prompt: str, seeds: Sequence[int], force: bool = False) -> list[Path]:

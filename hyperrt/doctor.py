@@ -54,13 +54,17 @@ class Check:
         return asdict(self)
 
 
-def run(bundle: str = "tiny", backend: str = "onnxruntime") -> Iterator[Check]:
+def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     """Every check in turn, as it is done.
 
     Args:
         bundle: name or folder of the bundle to check and to run.
-        backend: which backend is to run it.
+        backend: which backend is to run it; "auto" for the one that suits this machine.
+
+    Raises:
+        BackendMissing: there is no such backend.
     """
+    backend = engines.resolve(backend)
     yield Check(
         "hyperrt", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     )

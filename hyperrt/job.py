@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from hyperrt import guidance, prompts, solvers
 from hyperrt.adapt import packed
 from hyperrt.bundle import Bundle
-from hyperrt.config import SamplingConfig
-from hyperrt.errors import BadPrompt, LoraMismatch
-from hyperrt.lora import VECTORS, Subject
+from hyperrt.config import SamplingConfig, check_needs_subject
+from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
+from hyperrt.lora import VECTORS, Subject, check_tokens
 
 log = logging.getLogger("hyperrt")
 
@@ -30,73 +30,117 @@ log = logging.getLogger("hyperrt")
 class Job:
     """What the loop needs to know; compared by identity.
 
+    A job draws one or more pairs of a prompt and a subject; branch b of pair p is row b * pairs + p.
+
     Attributes:
-        branches: those whose weight is not zero.
-        texts: the prompt of each branch.
-        subject: None draws with the base model alone.
-        strength: the LoRA's, on the subject's rows.
+        branches: those whose weight is not zero; all pairs share them.
+        texts: [branches x pairs] the prompt of each row.
+        subjects: [pairs]; None draws with the base model alone.
+        strength: the LoRA's, on the subjects' rows.
+        image_scale: of the image tokens, on the subjects' rows.
         table: the solver.
-        seed: of the first picture.
-        n: pictures.
-        batch_size: pictures per engine call.
-        recipe: what reproduces the pictures, as JSON values.
+        seed: of the first picture of every pair.
+        n: pictures of each pair.
+        batch_size: pictures of each pair per engine call.
+        recipes: [pairs] what reproduces the pictures, as JSON values.
     """
 
     branches: tuple[guidance.Branch, ...]
     texts: tuple[str, ...]
-    subject: Subject | None
+    subjects: tuple[Subject | None, ...]
     strength: float
+    image_scale: float
     table: solvers.SolverTable
     seed: int
     n: int
     batch_size: int
-    recipe: Mapping[str, Any]
+    recipes: tuple[Mapping[str, Any], ...]
 
     @property
     def gate(self) -> NDArray[np.float32]:
-        """[branches] strength of the LoRA on each branch."""
-        return np.array([self.strength * (branch.name == "subject") for branch in self.branches], np.float32)
+        """[branches x pairs] strength of the LoRA on each row."""
+        return self._on_subject_rows([self.strength * (subject is not None) for subject in self.subjects])
+
+    @property
+    def image_scales(self) -> NDArray[np.float32]:
+        """[branches x pairs] scale of the image tokens on each row."""
+        known = [subject is not None and subject.image_tokens is not None for subject in self.subjects]
+        return self._on_subject_rows([self.image_scale * has_tokens for has_tokens in known])
 
     @property
     def weights(self) -> NDArray[np.float32]:
         """[branches] weight of each branch in the guidance."""
         return np.array([branch.weight for branch in self.branches], np.float32)
 
+    def lora_rows(self, images: int) -> tuple[Subject | None, ...]:
+        """Whose LoRA each row holds, with `images` pictures of each pair; one entry if all hold the same."""
+        different = [*dict.fromkeys(subject for subject in self.subjects if subject is not None)]
+        if len(different) < 2:  # the base model's rows have a gate of 0, whatever they hold
+            return (different[0] if different else None,)
+        return tuple(subject for subject in self.subjects for _ in range(images)) * len(self.branches)
 
-def plan(bundle: Bundle, backend: str, prompt: str, subject: Subject | None, options: SamplingConfig) -> Job:
+    def _on_subject_rows(self, values: Sequence[float]) -> NDArray[np.float32]:
+        rows = [value * (branch.name == "subject") for branch in self.branches for value in values]
+        return np.array(rows, np.float32)
+
+
+def plan(
+    bundle: Bundle,
+    backend: str,
+    asked: Sequence[str],
+    subjects: Sequence[Subject | None],
+    options: SamplingConfig,
+) -> Job:
     """The job of one request; `Runtime.steps` describes the arguments.
 
+    Args:
+        asked: prompts, [pairs].
+        subjects: [pairs].
+
     Raises:
-        UsageError: there is no such solver.
+        UsageError: there is no such solver, not as many subjects as prompts, or an option changes nothing.
         BadPrompt: a prompt cannot be used, or does not name the subject that was given.
-        LoraMismatch: the subject was made for another bundle.
+        LoraMismatch: a subject was made for another bundle.
     """
-    if subject is not None:
-        _check_subject(subject, bundle)
-    texts = _texts(bundle, prompt, subject, options)
-    settings = _settings(bundle, subject, options)
-    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(bundle.betas))
-    weights = guidance.hm_cfg_weights(settings["guidance_scale"], settings["kappa"])
-    branches = guidance.active(map(guidance.Branch, guidance.BRANCHES, weights))
-    origin = {
-        "generic_prompt": texts["generic"],
-        "negative_prompt": texts["uncond"],
-        "branches": {branch.name: branch.weight for branch in branches},
-        "bundle": bundle.name,
-        "base_model": bundle.hashes.base_model,
-        "backend": backend,
-    }
+    if len(asked) != len(subjects) or not asked:
+        raise UsageError(
+            f"there are {len(asked)} prompts and {len(subjects)} subjects",
+            "each prompt is drawn with the subject in its place, or None for the base model",
+            "give as many of one as of the other, at least one",
+        )
+    for subject in subjects:
+        if subject is not None:
+            _check_subject(subject, bundle)
+    known = [subject is not None for subject in subjects]
+    table, settings = _settings(bundle, any(known), options)
+    branches = guidance.active(
+        map(guidance.Branch, guidance.BRANCHES, guidance.hm_cfg_weights(*_scale_and_kappa(settings)))
+    )
+    texts = [_texts(bundle, *pair, options) for pair in zip(asked, subjects, known, strict=True)]
     return Job(
         branches=branches,
-        texts=tuple(texts[branch.name] for branch in branches),
-        subject=subject,
+        texts=tuple(one[branch.name] for branch in branches for one in texts),
+        subjects=tuple(subjects),
         strength=options.strength,
-        table=solvers.table(settings["solver"], schedule, settings["steps"], bundle.prediction_type),
+        image_scale=settings.get("image_scale", 0.0),
+        table=table,
         seed=options.seed,
         n=options.n,
         batch_size=options.batch_size,
-        recipe={"prompt": prompt, **settings, **origin, **_subject_recipe(subject, texts)},
+        recipes=tuple(
+            _recipe(bundle, backend, settings, *one) for one in zip(asked, subjects, texts, strict=True)
+        ),
     )
+
+
+def check(bundle: Bundle, prompt: str, has_subject: bool, options: SamplingConfig) -> None:
+    """Refuse what `plan` would, before there is a subject: photos take time.
+
+    Raises:
+        UsageError, BadPrompt: as `plan`.
+    """
+    _settings(bundle, has_subject, options)
+    _texts(bundle, prompt, None, has_subject, options)
 
 
 def noun_in(prompt: str, bundle: Bundle) -> str | None:
@@ -110,17 +154,64 @@ def noun_in(prompt: str, bundle: Bundle) -> str | None:
     return None
 
 
-def _settings(bundle: Bundle, subject: Subject | None, options: SamplingConfig) -> dict[str, Any]:
-    """The numbers of the recipe, the bundle's defaults filled in."""
-    defaults = bundle.defaults
+def _settings(
+    bundle: Bundle, has_subject: bool, options: SamplingConfig
+) -> tuple[solvers.SolverTable, dict[str, Any]]:
+    """The solver, and the numbers of the recipe, the bundle's defaults filled in."""
+    defaults, image = bundle.defaults, bundle.image_prompt
+    check_needs_subject(has_subject, options)
     scale, kappa = options.guidance_scale, options.kappa
-    return {
+    settings: dict[str, Any] = {
         "seed": options.seed,
         "steps": options.steps or defaults.steps,
         "solver": options.solver or defaults.solver,
         "guidance_scale": defaults.guidance_scale if scale is None else scale,
-        "kappa": 0.0 if subject is None else defaults.kappa if kappa is None else kappa,
+        "kappa": 0.0 if not has_subject else defaults.kappa if kappa is None else kappa,
         "strength": options.strength,
+    }
+    if image and has_subject:
+        settings["image_scale"] = image.scale if options.image_scale is None else options.image_scale
+    elif options.image_scale:
+        raise UsageError(
+            f"image scale is {options.image_scale:g}, but {bundle.name} has no image prompt",
+            "only bundles of the open category draw with image tokens",
+            "leave it out, or use another bundle",
+        )
+    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(bundle.betas))
+    kinds = (bundle.prediction_type, bundle.timestep_spacing)
+    return solvers.table(settings["solver"], schedule, settings["steps"], *kinds), settings
+
+
+def _scale_and_kappa(settings: Mapping[str, Any]) -> tuple[float, float]:
+    return settings["guidance_scale"], settings["kappa"]
+
+
+def _recipe(
+    bundle: Bundle,
+    backend: str,
+    settings: Mapping[str, Any],
+    prompt: str,
+    subject: Subject | None,
+    texts: Mapping[str, str],
+) -> dict[str, Any]:
+    """What reproduces the pictures of one pair, as if it had been drawn alone."""
+    if subject is None:
+        settings = {
+            **{name: value for name, value in settings.items() if name != "image_scale"},
+            "kappa": 0.0,
+        }
+    weights = guidance.hm_cfg_weights(*_scale_and_kappa(settings))
+    branches = guidance.active(map(guidance.Branch, guidance.BRANCHES, weights))
+    return {
+        "prompt": prompt,
+        **settings,
+        "generic_prompt": texts["generic"],
+        "negative_prompt": texts["uncond"],
+        "branches": {branch.name: branch.weight for branch in branches},
+        "bundle": bundle.name,
+        "base_model": bundle.hashes.base_model,
+        "backend": backend,
+        **_subject_recipe(subject, texts),
     }
 
 
@@ -129,6 +220,8 @@ def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[s
     if subject is None:
         return {}
     digest = hashlib.sha256(b"".join(subject.lora[name].tobytes() for name in VECTORS))
+    if subject.image_tokens is not None:
+        digest.update(subject.image_tokens.tobytes())
     return {
         "subject_prompt": texts["subject"],
         "class_noun": subject.class_noun,
@@ -141,6 +234,7 @@ def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[s
 def _check_subject(subject: Subject, bundle: Bundle) -> None:
     for name in VECTORS:
         packed(subject, name, bundle.layout.size(name))
+    check_tokens("the subject", subject.image_tokens, bundle.token_shape)
     found, wanted = subject.metadata.get("base_model"), bundle.hashes.base_model
     if found not in (None, wanted):
         why = f"its base model is {found[:12]!r}, the bundle's {wanted[:12]!r}"
@@ -149,18 +243,21 @@ def _check_subject(subject: Subject, bundle: Bundle) -> None:
         )
 
 
-def _texts(bundle: Bundle, prompt: str, subject: Subject | None, options: SamplingConfig) -> dict[str, str]:
-    """The prompt of every branch, by the branch's name."""
+def _texts(
+    bundle: Bundle, prompt: str, subject: Subject | None, known: bool, options: SamplingConfig
+) -> dict[str, str]:
+    """The prompt of every branch, by the branch's name; `known`: there is a subject, or will be."""
     rules, generic = bundle.prompts, options.generic_prompt
-    known = subject is not None
     if not known and rules.placeholder.lower() in prompt.lower():
         log.warning("the prompt has %s but there is no subject: the base model draws it", rules.placeholder)
     noun = subject.class_noun if subject else rules.default_class
     split = prompts.split_prompt(prompt, noun, rules.token, rules.placeholder, has_subject=known)
+    of_base = split.generic if generic is None else _plain(generic, "generic prompt", rules.placeholder)
     return {
         "uncond": _plain(options.negative_prompt, "negative prompt", rules.placeholder) or split.empty,
-        "subject": split.subject,
-        "generic": split.generic if generic is None else _plain(generic, "generic prompt", rules.placeholder),
+        # Among pairs that have one, a pair without a subject draws its prompt on both rows.
+        "subject": split.subject if known else of_base,
+        "generic": of_base,
     }
 
 

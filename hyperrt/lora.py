@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from hyperrt import files, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
-from hyperrt.subject_file import PEFT_CONFIG, PEFT_FILE, REDO, difference, shown
+from hyperrt.subject_file import IMAGE_TOKENS, PEFT_CONFIG, PEFT_FILE, REDO, difference, shown
 
 Vector = NDArray[np.float32]
 Factors = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # path -> (A [d_in, r], B [r, d_out])
@@ -174,12 +175,14 @@ class Subject:
     """One person, animal or thing as the runtime uses it; compared by identity.
 
     metadata: base_model, hypernet, class_noun, photos, trigger, as `save_subject` takes them.
+    image_tokens: of the open category: what the image prompt made of the photos; None: the LoRA alone.
     """
 
     lora: Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
     class_noun: str
     photos: int
     metadata: Mapping[str, str]
+    image_tokens: Vector | None = None  # [1 or photos, tokens, width]
 
 
 def save_subject(
@@ -189,6 +192,7 @@ def save_subject(
     metadata: Mapping[str, str],
     format: str = "diffusers",
     force: bool = False,
+    image_tokens: Vector | None = None,
 ) -> None:
     """Write a subject file, whole or not at all.
 
@@ -198,6 +202,7 @@ def save_subject(
         metadata: the names in METADATA.
         format: whose tensor names to use: "diffusers", "peft" or "kohya".
         force: replace a file that exists.
+        image_tokens: [photos, tokens, width], of which the mean is saved; None: there are none.
 
     Raises:
         UsageError: unknown format, or metadata is missing or not usable.
@@ -215,8 +220,11 @@ def save_subject(
     for name, vector in packed.items():
         if not _usable(vector):
             raise NumericError(f"{name} cannot be saved", NOT_USABLE)
-    origin = {**metadata, "version": SUBJECT_VERSION, "layout": layout.hash, "rank": str(layout.rank)}
     tensors = _to_file(layout, packed, format)
+    if image_tokens is not None:
+        check_tokens("the subject", image_tokens, image_tokens.shape[1:])
+        tensors[IMAGE_TOKENS] = image_tokens.mean(0, dtype=np.float32, keepdims=True)
+    origin = {**metadata, "version": SUBJECT_VERSION, "layout": layout.hash, "rank": str(layout.rank)}
     data = subject_file.encode(tensors, origin, _metadata_for_others(layout, format))
     if format == "peft" and not Path(path).suffix:
         write = functools.partial(_write_peft, data=data, layout=layout)
@@ -225,12 +233,21 @@ def save_subject(
         files.publish(path, lambda file: file.write(data), force=force)
 
 
-def load_subject(path: str | os.PathLike[str], layout: LoraLayout, base_model_hash: str) -> Subject:
+def load_subject(
+    path: str | os.PathLike[str],
+    layout: LoraLayout,
+    base_model_hash: str,
+    token_shape: tuple[int, ...] | None = None,
+) -> Subject:
     """Read a subject file of any of the three formats (or a PEFT folder), trusting nothing in it.
+
+    Args:
+        layout, base_model_hash: of the bundle.
+        token_shape: the bundle's (tokens, width) of image tokens, if it takes any; the file may have none.
 
     Raises:
         NotFound: there is no such file.
-        LoraMismatch: it was made for another base model or LoRA layout.
+        LoraMismatch: it was made for another base model or LoRA layout, or its image tokens do not fit.
         LoraError: it is no safetensors file, truncated, too big, or a tensor is missing, unknown, of another
             type or shape, or holds NaN or infinity.  Nothing is ever loaded in part.
     """
@@ -239,10 +256,35 @@ def load_subject(path: str | os.PathLike[str], layout: LoraLayout, base_model_ha
         source = source / PEFT_FILE
     weights = sum(layout.size(name) for name in VECTORS)
     names = 3 * len(layout.sites)
-    tensors, metadata = subject_file.read(source, limit=4 * weights + 1024 * names + 2**20)
+    numbers = weights + math.prod(token_shape or (0,))
+    tensors, metadata = subject_file.read(source, limit=4 * numbers + 1024 * names + 2**20)
     _check_origin(source.name, metadata, layout, base_model_hash)
+    tokens = tensors.pop(IMAGE_TOKENS, None)
+    check_tokens(source.name, tokens, token_shape)
     factors = _from_file(source.name, tensors, layout)
-    return Subject(layout.pack(factors), metadata["class_noun"], int(metadata["photos"]), metadata)
+    photos = int(metadata["photos"])
+    return Subject(layout.pack(factors), metadata["class_noun"], photos, metadata, tokens)
+
+
+def check_tokens(name: str, tokens: Vector | None, shape: tuple[int, ...] | None) -> None:
+    """Refuse image tokens [1 or photos, tokens, width] that a bundle does not take; None fits every bundle.
+
+    Args:
+        name: of the file or subject, for the message.
+        shape: (tokens, width) of the bundle; None if it takes none.
+
+    Raises:
+        LoraMismatch: another shape, or the bundle takes none.
+        LoraError: a number is NaN, infinite or beyond MAX_WEIGHT.
+    """
+    if tokens is None:
+        return
+    if shape is None or tokens.ndim != 3 or not len(tokens) or tokens.shape[1:] != shape:
+        takes = f"takes {list(shape)} of each photo" if shape else "takes none"
+        why = f"they are {list(tokens.shape)}, the bundle {takes}"
+        raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REDO)
+    if not _usable(tokens):
+        raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REDO)
 
 
 def _to_file(layout: LoraLayout, packed: Mapping[str, Vector], format: str) -> dict[str, Vector]:

@@ -250,6 +250,11 @@ class Manifest:
             raise ValueError("graphs.context takes pooled, which graphs.text_encoder does not give")
 
     @property
+    def token_shape(self) -> tuple[int, int] | None:
+        """(tokens, width) of a subject's image tokens; None outside the open category."""
+        return (self.image_prompt.tokens, self.image_prompt.width) if self.image_prompt else None
+
+    @property
     def graph_names(self) -> tuple[str, ...]:
         """The graphs of this bundle, in the order in which they first run."""
         return GRAPHS if self.image_prompt is None else (*GRAPHS[:2], IMAGE_PROMPT, *GRAPHS[2:])

@@ -1,11 +1,81 @@
-"""How much memory this process can still have."""
+"""How much memory drawing takes, and how much this process can still have.
+
+The estimate is made of what the manifest says of each graph: bytes of its weights, and bytes at the peak for
+each row.  Graphs run one after the other, so the peak is the weights that are open then, and the rows of one.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from pathlib import Path
+
+from hyperrt import tiling
+from hyperrt.bundle import Bundle
+from hyperrt.errors import ResourceError
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+DRAWING = ("text_encoder", "context", "denoiser", "vae_decoder")  # in the order in which they run
+PERSONALIZING = (
+    "image_encoder",
+    "weight_decoder",
+    "image_prompt",
+)  # each is closed before the next is opened
+
+
+def to_draw(bundle: Bundle, rows: int, low_memory: bool = False, is_open: Collection[str] = ()) -> int | None:
+    """Bytes at the peak of drawing, beside what is loaded already; None where the bundle does not say.
+
+    Args:
+        rows: of the denoiser: branches x pictures of one call.
+        low_memory: graphs are closed when they are no longer needed, and large pictures decoded in tiles.
+        is_open: names of the graphs that are loaded.
+    """
+    graphs = [bundle.graphs[name] for name in DRAWING]
+    if not all(graph.weight_bytes and graph.row_bytes for graph in graphs):
+        return None
+    of_run = dict(zip(DRAWING, (graph.row_bytes * rows for graph in graphs), strict=True))
+    of_run["vae_decoder"] = _of_decoding(bundle, low_memory)
+    weights = {name: bundle.graphs[name].weight_bytes for name in DRAWING}
+    if not low_memory:
+        return sum(size for name, size in weights.items() if name not in is_open) + max(of_run.values())
+    loaded = sum(size for name, size in weights.items() if name in is_open)
+    return max(0, max(weights[name] + of_run[name] for name in DRAWING) - loaded)
+
+
+def to_personalize(bundle: Bundle) -> int | None:
+    """Bytes at the peak of making a subject; None where the bundle does not say."""
+    graphs = [bundle.graphs[name] for name in PERSONALIZING if name in bundle.graphs]
+    if not all(graph.weight_bytes and graph.row_bytes for graph in graphs):
+        return None
+    return max(graph.weight_bytes + graph.row_bytes for graph in graphs)
+
+
+def check(needed: int | None, what: str, advice: str) -> None:
+    """Refuse work for which there is not enough memory; where either number is unknown, nothing is refused.
+
+    Args:
+        needed: bytes.
+        what: the work, such as "drawing".
+        advice: what to do.
+
+    Raises:
+        ResourceError: with both numbers.
+    """
+    left = available()
+    if needed is not None and left is not None and needed > left:
+        raise ResourceError(
+            f"{what} needs about {needed / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are available",
+            "the model's weights and what one call of it computes would not fit at once",
+            advice,
+        )
+
+
+def _of_decoding(bundle: Bundle, low_memory: bool) -> int:
+    whole = bundle.graphs["vae_decoder"].row_bytes
+    tile = tiling.tile_of(bundle) if low_memory else None
+    return math.ceil(whole * (tile / bundle.latent.size) ** 2) if tile else whole
 
 
 def available() -> int | None:
@@ -24,8 +94,16 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return None
-    return max(0, int(limit) - int(used)) if limit.isdigit() else None
+    """What the container's limit leaves (cgroup v2, else v1); files that are only cached can be dropped."""
+    for folder, limit_name, used_name, cached in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, used = ((folder / name).read_text().strip() for name in (limit_name, used_name))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            return max(0, int(limit) - int(used) + int(stat.get(cached, 0)))
+    return None

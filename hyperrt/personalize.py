@@ -1,6 +1,7 @@
 """Photos to the weights of a subject: image encoder, weight decoder, mean over the photos.
 
 pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> mean.
+In the open category also features -> image_tokens [photos, tokens, width] -> mean.
 The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B.
 """
 
@@ -77,13 +78,32 @@ def predict_lora(features: Sequence[Weights], weight_decoder: Engine) -> dict[st
     Raises:
         NumericError: a weight is NaN or infinite.
     """
+    lora = _mean_over_photos(features, weight_decoder, ("lora_q", "lora_kv"))
+    check_finite(lora, "the predicted LoRA")
+    return {name: rows[0] for name, rows in lora.items()}
+
+
+def predict_tokens(features: Sequence[Weights], image_prompt: Engine) -> Weights:
+    """The mean image tokens [1, tokens, width] of the photos whose features [1, T, F] are given.
+
+    Raises:
+        NumericError: a number is NaN or infinite.
+    """
+    tokens = _mean_over_photos(features, image_prompt, ("image_tokens",))
+    check_finite(tokens, "the image prompt")
+    return tokens["image_tokens"]
+
+
+def _mean_over_photos(
+    features: Sequence[Weights], engine: Engine, names: Sequence[str]
+) -> dict[str, Weights]:
+    """Outputs [1, ...] of one photo at a time, their mean."""
     sums: dict[str, NDArray[np.float64]] = {}
     for photo in features:
-        for name, rows in weight_decoder.run({"features": photo}).items():
-            sums[name] = sums.get(name, 0.0) + rows[0].astype(np.float64)
-    lora = {name: (total / len(features)).astype(np.float32) for name, total in sums.items()}
-    check_finite(lora, "the predicted LoRA")
-    return lora
+        for name, rows in engine.run({"features": photo}).items():
+            if name in names:
+                sums[name] = sums.get(name, 0.0) + rows.astype(np.float64)
+    return {name: (total / len(features)).astype(np.float32) for name, total in sums.items()}
 
 
 def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:

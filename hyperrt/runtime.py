@@ -19,29 +19,36 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-import engines
 from engines.base import Engine
-from hyperrt import lora, prompts, sampling
-from hyperrt.adapt import Adapter
+from hyperrt import lora, memory, sampling, tiling
 from hyperrt.bundle import Bundle
+from hyperrt.conditioning import Conditioning
 from hyperrt.config import SamplingConfig
 from hyperrt.errors import NumericError, UsageError
+from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
-from hyperrt.job import Job, plan
+from hyperrt.job import Job, check, plan
 from hyperrt.lora import Subject
-from hyperrt.personalize import Photos, check_finite, encode_photos, predict_lora, read_photos
+from hyperrt.personalize import (
+    Photos,
+    check_finite,
+    encode_photos,
+    predict_lora,
+    predict_tokens,
+    read_photos,
+)
 from hyperrt.sampling import Feeds, Step
-from hyperrt.tokenizer import Tokenizer
 
 log = logging.getLogger("hyperrt")
 
 Floats = NDArray[np.float32]
 Pictures = NDArray[np.uint8]
+FEWER = "end other programs, or use a smaller batch (--batch-size)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,43 +78,42 @@ class Runtime:
     Use `Runtime.open`; close it, or use it in a `with` statement, to free the engines.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, threads: int | None, keep_open: bool) -> None:
+    def __init__(self, bundle: Bundle, backend: str, threads: int | None, low_memory: bool) -> None:
         self.bundle = bundle
-        self.backend = backend
-        self._threads = threads
-        self._keep_open = keep_open
-        self._engines: dict[str, Engine] = {}
-        self._adapters: dict[str, Adapter] = {}
-        self._tokenizer: Tokenizer | None = None
-        self._hidden: tuple[tuple[str, ...], Floats] | None = None  # of the last prompts: texts, features
-        self._context: tuple[tuple[Any, ...], Floats] | None = None  # of the last prompt: its key, K and V
-        self._bound: tuple[Job, int] | None = None  # whose constants the denoiser holds, for how many images
-        self._closed = False
+        self._graphs = Graphs(bundle, backend, threads)
+        self.backend = self._graphs.backend
+        self._low_memory = low_memory
+        self._conditioning = Conditioning(self._graphs, low_memory)
+        # The denoiser, and whose constants it holds, for how many pictures of a pair.
+        self._bound: tuple[Engine, Job, int] | None = None
         self._lock = threading.RLock()
 
     @classmethod
     def open(
         cls,
         bundle: str | Path = "tiny",
-        backend: str = "onnxruntime",
+        backend: str = "auto",
         threads: int | None = None,
         *,
-        keep_open: bool = True,
+        low_memory: bool = False,
     ) -> Runtime:
         """Open a bundle; graphs are loaded when they are first needed.
 
         Args:
             bundle: name of a bundle in the wheel, or a folder.
-            backend: one of `engines.BACKENDS`.
+            backend: one of `engines.BACKENDS`, or "auto" for the one that suits this machine.
             threads: CPU threads of one engine call; None lets the backend decide.
-            keep_open: keep what turns a prompt into K and V loaded for the next prompt; False saves memory.
+            low_memory: close a graph when it is no longer needed: what turns a prompt into K and V before the
+                loop, the denoiser before decoding; and decode what is larger than 512 pixels in tiles.
+                Saves memory, and costs the time of opening them again for the next call.
 
         Raises:
             NotFound: there is no such bundle.
             BundleError: the bundle is damaged.
             BundleMismatch: this version cannot run it.
+            engines.BackendMissing: there is no such backend.
         """
-        return cls(Bundle.open(bundle), backend, threads, keep_open)
+        return cls(Bundle.open(bundle), backend, threads, low_memory)
 
     def personalize(self, images: Photos, class_noun: str | None = None, strict: bool = False) -> Subject:
         """Photos of one subject to its LoRA.
@@ -121,16 +127,22 @@ class Runtime:
             BadInput: no photo is left, or one is bad and `strict` is on.
             NotFound: the folder or a file does not exist.
             NumericError: the predicted weights hold NaN.
+            ResourceError: there is not enough memory.
         """
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
         pixels = preprocess(photos, self.bundle.preprocess)
+        memory.check(memory.to_personalize(self.bundle), "making a subject", "end other programs")
+        tokens = None
         with self._lock:
-            # One after the other, and closed at once: these two are not needed again until the next subject.
-            with self._open("image_encoder") as encoder:
+            # One after the other, and closed at once: these are not needed again until the next subject.
+            with self._graphs.open("image_encoder") as encoder:
                 features = encode_photos(pixels, encoder)
-            with self._open("weight_decoder") as decoder:
+            with self._graphs.open("weight_decoder") as decoder:
                 weights = predict_lora(features, decoder)
+            if self.bundle.image_prompt:
+                with self._graphs.open("image_prompt") as resampler:
+                    tokens = predict_tokens(features, resampler)
         origin = {
             "base_model": self.bundle.hashes.base_model,
             "hypernet": self.bundle.hashes.hypernet,
@@ -138,7 +150,7 @@ class Runtime:
             "photos": str(len(photos)),
             "trigger": self.bundle.prompts.token,
         }
-        return Subject(weights, noun, len(photos), origin)
+        return Subject(weights, noun, len(photos), origin, tokens)
 
     def load_subject(self, path: str | Path) -> Subject:
         """Read a subject file that fits this bundle.
@@ -148,77 +160,93 @@ class Runtime:
             LoraError: it is malformed.
             LoraMismatch: it was made for another base model or layout.
         """
-        return lora.load_subject(Path(path), self.bundle.layout, self.bundle.hashes.base_model)
+        bundle = self.bundle
+        return lora.load_subject(Path(path), bundle.layout, bundle.hashes.base_model, bundle.token_shape)
 
-    def generate(self, prompt: str, subject: Subject | None = None, **options: Any) -> Result:
-        """Pictures of a prompt; `steps` has the arguments and what is raised."""
+    def check(self, prompt: str, has_subject: bool, **options: Any) -> None:
+        """Refuse a prompt or an option that `steps` would refuse, before photos are read for it.
+
+        Raises:
+            UsageError, BadPrompt: as `steps`.
+        """
+        check(self.bundle, prompt, has_subject, SamplingConfig(**options))
+
+    @overload
+    def generate(self, prompt: str, subject: Subject | None = None, **options: Any) -> Result: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], subject: Sequence[Subject | None], **options: Any
+    ) -> list[Result]: ...
+
+    def generate(self, prompt: Any, subject: Any = None, **options: Any) -> Result | list[Result]:
+        """Pictures of a prompt, or of several with a subject each; `steps` says more."""
         steps = self.steps(prompt, subject, **options)
         while True:
             try:
                 next(steps)
             except StopIteration as done:
-                result: Result = done.value
+                result: Result | list[Result] = done.value
                 return result
 
     def steps(
         self,
-        prompt: str,
-        subject: Subject | None = None,
-        *,
-        generic_prompt: str | None = None,
-        negative_prompt: str = "",
-        kappa: float | None = None,
-        guidance_scale: float | None = None,
-        steps: int | None = None,
-        solver: str | None = None,
-        seed: int = 0,
-        n: int = 1,
-        strength: float = 1.0,
-        batch_size: int = 1,
-    ) -> Generator[Step, None, Result]:
+        prompt: str | Sequence[str],
+        subject: Subject | Sequence[Subject | None] | None = None,
+        **options: Any,
+    ) -> Generator[Step, None, Any]:
         """Sample step by step: a generator of `Step` whose return value is the `Result`.
 
-        To cancel, stop asking for the next step; nothing runs in the background.  None: the bundle's default.
+        To cancel, stop asking for the next step; nothing runs in the background.
+
+        Several pairs of a prompt and a subject can be drawn by one call: prompts and subjects are then
+        sequences of one length, the return value is a list of `Result` in their order, and a `Step` holds the
+        latents of all, pair by pair.  Each pair is drawn as it would be alone, with the same seeds; all
+        options are shared.  The rows of all pairs go through the engine together.
 
         Args:
             prompt: with the placeholder `[V]` where the subject is named; without a subject, plain text.
             subject: from `personalize` or `load_subject`; None samples the base model with classifier-free
                 guidance of scale `2 guidance_scale` (HM-CFG at kappa 0).
-            generic_prompt: prompt of the generic branch; None is the prompt without the placeholder.
-            negative_prompt: replaces the empty prompt of the unconditional branch.
-            kappa: share of the subject in the guidance, 0 to 2; 1 is the paper.
-            guidance_scale: s = w + 1.
-            steps: model evaluations.
-            solver: one of `solvers.SOLVERS`.
-            seed: picture k uses seed + k, whatever n and batch_size are.
-            n: pictures.
-            strength: factor on the LoRA; 0 is the base model.
-            batch_size: pictures per engine call. At 1, picture k has the same bits whatever n is.
+            options: the fields of `SamplingConfig`, where None means the bundle's default:
+                generic_prompt: prompt of the generic branch; None is the prompt without the placeholder.
+                negative_prompt: replaces the empty prompt of the unconditional branch.
+                kappa: share of the subject in the guidance, 0 to 2; 1 is the paper.
+                guidance_scale: s = w + 1.
+                steps: model evaluations.
+                solver: one of `solvers.SOLVERS`.
+                seed: picture k uses seed + k, whatever n and batch_size are.
+                n: pictures of each pair.
+                strength: factor on the LoRA; 0 leaves it out.
+                image_scale: weight of the photos' image tokens beside the text (open category); 0 leaves
+                    them out.
+                batch_size: pictures of each pair per engine call. At 1, picture k has the same bits whatever
+                    n is.
 
         Raises:
-            UsageError: an argument is out of range.
+            UsageError: an argument is out of range, or not as many subjects as prompts.
             BadPrompt: a prompt cannot be used, or has no placeholder although there is a subject.
-            LoraMismatch: the subject was made for another bundle.
+            LoraMismatch: a subject was made for another bundle.
+            ResourceError: there is not enough memory (at the first step).
             NumericError: latents or pixels hold NaN (while stepping).
             engines.EngineError: the backend failed (while stepping).
         """
-        options = SamplingConfig(
-            generic_prompt=generic_prompt,
-            negative_prompt=negative_prompt,
-            kappa=kappa,
-            guidance_scale=guidance_scale,
-            steps=steps,
-            solver=solver,
-            seed=seed,
-            n=n,
-            strength=strength,
-            batch_size=batch_size,
-        )
-        return self._run(plan(self.bundle, self.backend, prompt, subject, options))
+        several = not isinstance(prompt, str)
+        if several == (subject is None or isinstance(subject, Subject)):
+            raise UsageError(
+                "the prompt and the subject do not go together",
+                "one is a sequence and the other is not",
+                "pass one prompt and one subject or None, or a list of each, of one length",
+            )
+        asked: Any = list(prompt) if several else [prompt]
+        subjects: Any = list(subject) if several else [subject]  # type: ignore[arg-type]
+        job = plan(self.bundle, self.backend, asked, subjects, SamplingConfig(**options))
+        return self._run(job, several)
 
-    def _run(self, job: Job) -> Generator[Step, None, Result]:
+    def _run(self, job: Job, several: bool) -> Generator[Step, None, Result | list[Result]]:
         """Every batch of a job through the loop, then through the decoder."""
-        latent = self.bundle.latent
+        self._check_memory(job)
+        latent, pairs = self.bundle.latent, len(job.subjects)
         shape = (latent.channels, latent.size, latent.size)
         steps = len(job.table.timesteps)
         starts = range(0, job.n, job.batch_size)
@@ -226,14 +254,32 @@ class Runtime:
         for batch, start in enumerate(starts):
             count, seed = min(job.batch_size, job.n - start), job.seed + start
             noise = sampling.initial_noise(seed, shape, count) * np.float32(job.table.initial_scale)
-            generators = sampling.noise_generators(seed, count)
-            for step in sampling.denoise(self._stepper(job, count), job.table, noise, generators):
+            generators = [one for _ in range(pairs) for one in sampling.noise_generators(seed, count)]
+            noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
+            for step in sampling.denoise(self._stepper(job, count), job.table, noises, generators):
                 check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 latents = step.latents
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
-            finished.append(latents)
-        latents = np.concatenate(finished)
-        return Result(self.decode(latents), tuple(range(job.seed, job.seed + job.n)), job.recipe, latents)
+            finished.append(latents.reshape(pairs, count, *shape))
+        self._done_with("denoiser")
+        drawn = np.concatenate(finished, axis=1)
+        seeds = tuple(range(job.seed, job.seed + job.n))
+        results = [
+            Result(self.decode(one), seeds, recipe, one)
+            for one, recipe in zip(drawn, job.recipes, strict=True)
+        ]
+        self._done_with("vae_decoder")
+        return results if several else results[0]
+
+    def _check_memory(self, job: Job) -> None:
+        """Refuse a job that will not fit, before anything is loaded for it."""
+        rows = len(job.gate) * min(job.batch_size, job.n)
+        low = memory.to_draw(self.bundle, rows, low_memory=True)
+        advice = FEWER
+        if low and not self._low_memory:
+            advice = f"use --low-memory (low_memory=True), which needs about {low / 1e9:.1f} GB, or {FEWER}"
+        needed = memory.to_draw(self.bundle, rows, self._low_memory, self._graphs.open_names)
+        memory.check(needed, "drawing", advice)
 
     def _stepper(self, job: Job, images: int) -> Callable[[Feeds], Feeds]:
         def step(feeds: Feeds) -> Feeds:
@@ -245,54 +291,36 @@ class Runtime:
         return step
 
     def _bind(self, job: Job, images: int) -> Engine:
-        """The denoiser with everything resident that stays the same over the loop."""
-        # The context first: with `keep_open` off its engines are gone before the denoiser is loaded.
-        context = self._context_of(job)
-        denoiser = self._engine("denoiser")
-        if self._bound != (job, images):
+        """The denoiser with everything resident that stays the same over the loop.
+
+        Args:
+            images: pictures of each pair in this call.
+        """
+        # The context first: with `low_memory` its engines are gone before the denoiser is loaded.
+        told = self._conditioning.of(job)
+        rows, subjects = len(job.gate) * images, job.lora_rows(images)
+        sizes = {
+            "images": len(job.subjects) * images,
+            "branches": len(job.branches),
+            "rows": rows,
+            "subjects": len(subjects),
+        }
+        denoiser = self._graphs.engine("denoiser", sizes)
+        if self._bound != (denoiser, job, images):
             self._bound = None
-            self._adapter("denoiser", "lora_q").put(job.subject)
-            denoiser.bind(
-                {
-                    "guidance": job.weights,
-                    "context": np.repeat(context, images, axis=0),
-                    "gate": np.repeat(job.gate, images),
-                }
-            )
-            self._bound = (job, images)
+            self._graphs.adapter("denoiser", "lora_q").put(*subjects)
+            takes = self.bundle.graphs["denoiser"].takes
+            resident = {name: np.repeat(one, images, axis=0) for name, one in told.items() if takes(name)}
+            gate = np.repeat(job.gate, images)
+            denoiser.bind({"guidance": job.weights, "gate": gate, **resident})
+            self._bound = denoiser, job, images
         return denoiser
 
-    def _context_of(self, job: Job) -> Floats:
-        """K and V of every cross-attention [branches, L, W], computed once per prompt and subject."""
-        key = (job.texts, job.gate.tobytes(), job.subject)
-        if self._context is None or self._context[0] != key:
-            hidden = self._hidden_states(job.texts)
-            self._adapter("context", "lora_kv").put(job.subject)
-            context = self._engine("context").run({"hidden_states": hidden, "gate": job.gate})["context"]
-            self._done_with("context")
-            check_finite({"context": context}, "what the prompt says")
-            self._context = key, context
-        return self._context[1]
-
-    def _hidden_states(self, texts: tuple[str, ...]) -> Floats:
-        """Text features [branches, L, D]; those of the last prompts are kept for the next subject."""
-        if self._hidden is None or self._hidden[0] != texts:
-            ids = self._token_ids(texts)
-            hidden = self._engine("text_encoder").run({"input_ids": ids})["hidden_states"]
-            self._done_with("text_encoder")
-            self._hidden = texts, hidden
-        return self._hidden[1]
-
-    def _token_ids(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Token ids [texts, L]; what does not fit is logged as a warning."""
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self.bundle.tokenizer, self.bundle.prompts.max_tokens)
-        encoded = [self._tokenizer.encode(text) for text in texts]
-        longest = max((one.dropped for one in encoded), key=len)
-        if longest:
-            most = self.bundle.prompts.max_tokens
-            log.warning("prompt cut to %d tokens; dropped: %s", most, prompts.shortened(longest))
-        return np.stack([one.ids for one in encoded])
+    def _done_with(self, graph: str) -> None:
+        if self._low_memory:
+            with self._lock:
+                self._bound = None
+                self._graphs.free(graph)
 
     def decode(self, latents: Floats) -> Pictures:
         """Latents [n, C, h, w] to pictures [n, H, W, 3] uint8, one at a time.
@@ -301,45 +329,27 @@ class Runtime:
             NumericError: a pixel is NaN or infinite, or all pixels are the same.
         """
         pictures = []
+        tile = tiling.tile_of(self.bundle) if self._low_memory else None
         for k in range(len(latents)):
             with self._lock:
-                pixels = self._engine("vae_decoder").run({"latents": latents[k : k + 1]})["pixels"]
+                one = latents[k : k + 1]
+                pixels = tiling.decode(self._decode, one, tile) if tile else self._decode(one)
             check_finite({"pixels": pixels}, "the picture")
             _check_not_flat(pixels)
             pictures.append(pictures_from_pixels(pixels))
         return np.concatenate(pictures)
 
-    def _open(self, graph: str) -> Engine:
-        return engines.open(self.bundle.graph(graph), self.backend, threads=self._threads)
-
-    def _engine(self, graph: str) -> Engine:
-        if self._closed:
-            raise UsageError(
-                "the runtime is closed", "close() was called on it", "open another: Runtime.open"
-            )
-        if graph not in self._engines:
-            self._engines[graph] = self._open(graph)
-        return self._engines[graph]
-
-    def _adapter(self, graph: str, name: str) -> Adapter:
-        engine = self._engine(graph)
-        if graph not in self._adapters:
-            self._adapters[graph] = Adapter(engine, name, self.bundle.layout, self.bundle.adapt)
-        return self._adapters[graph]
-
-    def _done_with(self, graph: str) -> None:
-        if not self._keep_open:
-            self._adapters.pop(graph, None)
-            self._engines.pop(graph).close()
+    def _decode(self, latents: Floats) -> Floats:
+        """Latents [1, C, h, w], of the whole picture or a tile, to pixels [1, 3, 8h, 8w]."""
+        sizes = {"images": 1, "h": latents.shape[2], "w": latents.shape[3]}
+        return self._graphs.engine("vae_decoder", sizes).run({"latents": latents})["pixels"]
 
     def close(self) -> None:
         """Free the engines; a closed runtime samples no more. Closing twice does nothing."""
         with self._lock:
-            self._closed = True
-            self._hidden = self._context = self._bound = None
-            self._adapters.clear()
-            while self._engines:
-                self._engines.popitem()[1].close()
+            self._bound = None
+            self._conditioning.forget()
+            self._graphs.close()
 
     def __enter__(self) -> Runtime:
         return self

@@ -15,10 +15,10 @@ is DDIM (arXiv 2010.02502 eq. 12, eta 0) for D = x0. DPM-Solver++(2M) (arXiv 221
 from this and the previous x0. Euler (arXiv 2206.00364 alg. 1) is the same in coordinates scaled to a = 1,
 s = sigma; Euler ancestral (k-diffusion) goes down to sigma_down and adds noise of sigma_up.
 
-Numbers follow diffusers' schedulers with Stable Diffusion 1.5's configuration: timestep_spacing "leading",
-steps_offset 1, clip_sample False, set_alpha_to_one False, and otherwise diffusers' defaults; for
-DPM-Solver++(2M) those are final_sigmas_type "zero" (so the last step is first order), lower_order_final True
-(no further effect at order 2) and euler_at_final False.
+Numbers follow diffusers' schedulers with Stable Diffusion 1.5's configuration: timestep_spacing "leading" (or
+"trailing", as models of few steps have it), steps_offset 1, clip_sample False, set_alpha_to_one False, and
+otherwise diffusers' defaults; for DPM-Solver++(2M) those are final_sigmas_type "zero" (so the last step is
+first order), lower_order_final True (no further effect at order 2) and euler_at_final False.
 
 Shapes: T training steps (1000); tables are float32, the arithmetic that makes them is float64.
 """
@@ -38,6 +38,7 @@ Array64 = NDArray[np.float64]
 
 SOLVERS = frozenset({"ddim", "euler", "dpmpp_2m", "euler_ancestral"})
 PREDICTION_TYPES = frozenset({"epsilon", "v_prediction", "sample"})
+SPACINGS = frozenset({"leading", "trailing"})
 BETA_SCHEDULES = frozenset({"scaled_linear", "linear", "squaredcos_cap_v2"})
 MAX_STEPS = 1000
 LEAST_SIGNAL = 1e-30  # of alphas_cumprod: below, coefficients leave float32
@@ -129,7 +130,9 @@ def apply(coefficients: Any, latents: Any, output: Any, previous: Any, noise: An
     return following, latents * clean_latents + output * clean_output
 
 
-def table(solver: str, schedule: NoiseSchedule, steps: int, prediction_type: str) -> SolverTable:
+def table(
+    solver: str, schedule: NoiseSchedule, steps: int, prediction_type: str, spacing: str = "leading"
+) -> SolverTable:
     """The coefficients of a solver for a number of steps.
 
     Args:
@@ -138,15 +141,20 @@ def table(solver: str, schedule: NoiseSchedule, steps: int, prediction_type: str
         steps: model evaluations, 1 to 1000 (and at most the schedule's length).
         prediction_type: what the model predicts, one of `PREDICTION_TYPES`: the noise, v = a noise - s x0
             (arXiv 2202.00512), or the clean sample.
+        spacing: which timesteps the steps take, one of `SPACINGS`.
 
     Raises:
         UsageError: an unknown name, or steps out of range.
     """
     _check_name("solver", solver, SOLVERS)
+    _check_name("timestep spacing", spacing, SPACINGS)
     _check_name("prediction type", prediction_type, PREDICTION_TYPES)
     alphas_cumprod = schedule.alphas_cumprod
     _check_steps(steps, min(MAX_STEPS, alphas_cumprod.size))
-    timesteps = _leading_timesteps(steps, alphas_cumprod.size, spare=solver == "dpmpp_2m")
+    if spacing == "trailing":
+        timesteps = _trailing_timesteps(steps, alphas_cumprod.size)
+    else:
+        timesteps = _leading_timesteps(steps, alphas_cumprod.size, spare=solver == "dpmpp_2m")
     kept = alphas_cumprod[timesteps]
     a, s = np.sqrt(kept), np.sqrt(1 - kept)
     on_latents, on_output = _denoise_terms(prediction_type, a, s)
@@ -156,12 +164,17 @@ def table(solver: str, schedule: NoiseSchedule, steps: int, prediction_type: str
         input_scale, on_latents = a, on_latents * a
         a, s = np.ones(steps), s / a
         a_next, s_next = a, np.append(s[1:], 0)
-        initial_scale = math.sqrt(s[0] ** 2 + 1)
+        # Trailing timesteps begin at the last one, where diffusers takes all latents for noise.
+        initial_scale = float(s[0]) if spacing == "trailing" else math.sqrt(s[0] ** 2 + 1)
         if solver == "euler_ancestral":
             s_next, noise = _ancestral(s, s_next)
     else:
-        final = alphas_cumprod[0] if solver == "ddim" else 1.0
-        kept_next = np.append(kept[1:], final)
+        kept_next = np.append(kept[1:], 1.0)
+        if (
+            solver == "ddim"
+        ):  # diffusers goes to a timestep that is, where trailing ones are uneven, not the next
+            before = timesteps - alphas_cumprod.size // steps
+            kept_next = alphas_cumprod[np.maximum(before, 0)]
         a_next, s_next = np.sqrt(kept_next), np.sqrt(1 - kept_next)
 
     carry = s_next / s
@@ -212,6 +225,13 @@ def _leading_timesteps(steps: int, train_steps: int, spare: bool) -> NDArray[np.
     timesteps = np.arange(first, first + steps)[::-1] * stride
     # With nearly as many steps as the schedule has, diffusers' offset would leave it: shift less.
     return timesteps + min(1, train_steps - 1 - int(timesteps[0]))
+
+
+def _trailing_timesteps(steps: int, train_steps: int) -> NDArray[np.int64]:
+    """diffusers' "trailing" spacing (arXiv 2305.08891, table 2), falling from the last timestep: [steps]."""
+    # np.arange, so that halves round as in diffusers; it may give one too many.
+    timesteps: NDArray[np.int64] = np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64)
+    return timesteps[:steps] - 1
 
 
 def _denoise_terms(prediction_type: str, a: Array64, s: Array64) -> tuple[Array64, Array64]:

@@ -24,12 +24,18 @@ class Encoded:
     """One text as the text encoder takes it.
 
     Attributes:
-        ids: [L] int64.
+        ids: [L] int64; after the text's end token the end token is repeated.
         dropped: the end of the text that did not fit; empty when all of it did.
+        length: how many ids are the text, its start and end token included.
     """
 
     ids: NDArray[np.int64]
     dropped: str
+    length: int
+
+    def padded_with(self, pad: int) -> NDArray[np.int64]:
+        """The ids [L] with `pad` after the end token, as SDXL's second text encoder takes them."""
+        return np.where(np.arange(len(self.ids)) < self.length, self.ids, pad)
 
 
 class Tokenizer:
@@ -73,4 +79,4 @@ class Tokenizer:
         ids[0] = self._start
         ids[1 : 1 + len(kept)] = kept
         dropped = text[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
-        return Encoded(ids, dropped)
+        return Encoded(ids, dropped, len(kept) + 2)

@@ -22,6 +22,7 @@ def here(tmp_path, monkeypatch):
     [
         ("kappa", [0, 1, 2], [-0.1, 2.1, float("nan")]),
         ("guidance_scale", [0, 7.5, 100], [-1, 101, float("inf")]),
+        ("image_scale", [0, 0.55, 10], [-1, 11, float("nan")]),
         ("steps", [1, 1000], [0, 1001]),
         ("n", [1, 1000], [0, 1001]),
         ("batch_size", [1, 1000], [0, 1001]),
@@ -56,6 +57,8 @@ def test_a_config_cannot_be_changed():
         {"images": ("",)},
         {"subject": ""},
         {"threads": 0},
+        {"kappa": 1.0},
+        {"image_scale": 0.5},
     ],
     ids=str,
 )
@@ -65,7 +68,7 @@ def test_options_that_exclude_each_other_or_name_nothing_are_refused(options):
 
 
 def test_the_sampling_options_are_taken_over_and_changed():
-    asked = GenerateConfig(prompt="a robot", kappa=0.5, n=8, seed=3)
+    asked = GenerateConfig(prompt="a [V] robot", subject="s", kappa=0.5, n=8, seed=3)
     assert asked.sampling(n=2) == SamplingConfig(kappa=0.5, n=2, seed=3)
 
 

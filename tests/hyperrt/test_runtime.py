@@ -57,7 +57,7 @@ def test_the_final_latents_are_those_of_the_formula_computed_by_hand(runtime, su
     result = runtime.generate("a [V] robot on the beach", subject, kappa=0.4, guidance_scale=2.0, steps=3)
     graphs = fake_bundle.GRAPHS
     tokens = [
-        runtime._tokenizer.encode(t).ids for t in ("", "a sks robot on the beach", "a robot on the beach")
+        runtime._conditioning._tokenizer.encode(t).ids for t in ("", "a sks robot on the beach", "a robot on the beach")
     ]
     hidden = graphs["text_encoder"]({"input_ids": np.stack(tokens)})["hidden_states"]
     lora_q, lora_kv = subject.lora["lora_q"][None], subject.lora["lora_kv"][None]
@@ -150,7 +150,7 @@ def test_the_context_is_computed_once_per_prompt(runtime, subject):
 
 def test_what_stays_the_same_over_the_loop_is_uploaded_once(runtime, subject):
     runtime.generate(PROMPT, subject, steps=9)
-    assert sorted(runtime._engines["denoiser"].uploads) == ["context", "gate", "guidance", "lora_q"]
+    assert sorted(runtime._graphs.engine("denoiser").uploads) == ["context", "gate", "guidance", "lora_q"]
 
 
 def test_steps_yields_every_step_and_returns_the_result(runtime, subject):
@@ -347,19 +347,24 @@ def test_a_subject_of_another_size_is_refused_before_anything_runs(runtime, subj
 def test_an_argument_out_of_range_is_refused_before_anything_runs(runtime, bad):
     with pytest.raises(UsageError):
         runtime.steps("a robot", **bad)
-    assert not runtime._engines
+    assert not runtime._graphs.open_names
 
 
 def test_the_engines_of_a_subject_are_closed_when_it_is_made(runtime, subject):
-    assert not runtime._engines
+    assert not runtime._graphs.open_names
     runtime.generate(PROMPT, subject)
-    assert set(runtime._engines) == {"text_encoder", "context", "denoiser", "vae_decoder"}
+    assert runtime._graphs.open_names == {"text_encoder", "context", "denoiser", "vae_decoder"}
 
 
-def test_on_request_the_engines_of_the_prompt_are_closed_too(pretend):
-    with Runtime.open(pretend, "fake", keep_open=False) as runtime:
-        runtime.generate("a robot", n=2)
-        assert set(runtime._engines) == {"denoiser", "vae_decoder"}
+def test_with_low_memory_a_graph_is_closed_before_the_next_is_opened(pretend):
+    with Runtime.open(pretend, "fake", low_memory=True) as runtime, Runtime.open(pretend, "fake") as other:
+        steps = runtime.steps("a robot", n=2)
+        next(steps)
+        assert runtime._graphs.open_names == {"denoiser"}
+        steps.close()
+        result = runtime.generate("a robot", n=2)
+        assert not runtime._graphs.open_names
+        np.testing.assert_array_equal(result.images, other.generate("a robot", n=2).images)
 
 
 def test_a_closed_runtime_says_so(pretend):

@@ -49,14 +49,14 @@ def run(table, predict=model, seed=0):
     return history
 
 
-def scheduler_of(solver, prediction_type, schedule="scaled_linear"):
+def scheduler_of(solver, prediction_type, schedule="scaled_linear", spacing="leading"):
     diffusers = pytest.importorskip("diffusers")
     return getattr(diffusers, CLASSES[solver])(
         beta_schedule=schedule,
         beta_start=BETAS["start"],
         beta_end=BETAS["end"],
         prediction_type=prediction_type,
-        timestep_spacing="leading",
+        timestep_spacing=spacing,
         steps_offset=1,
         **STABLE_DIFFUSION.get(solver, {}),
     )
@@ -93,6 +93,19 @@ def test_every_step_agrees_with_diffusers(solver, prediction_type, steps, monkey
     table = solvers.table(solver, SCHEDULE, steps, prediction_type)
     timesteps, theirs = run_diffusers(scheduler_of(solver, prediction_type), steps, monkeypatch)
     np.testing.assert_array_equal(table.timesteps, timesteps)
+    for (latents, _), expected in zip(run(table), theirs, strict=True):
+        assert relative_difference(latents, expected) < 1e-5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 16, 30, 48])
+def test_every_step_of_trailing_timesteps_agrees_with_diffusers(solver, prediction_type, steps, monkeypatch):
+    table = solvers.table(solver, SCHEDULE, steps, prediction_type, "trailing")
+    scheduler = scheduler_of(solver, prediction_type, spacing="trailing")
+    timesteps, theirs = run_diffusers(scheduler, steps, monkeypatch)
+    np.testing.assert_array_equal(table.timesteps, timesteps)
+    np.testing.assert_allclose(table.initial_scale, float(scheduler.init_noise_sigma), rtol=1e-6)
     for (latents, _), expected in zip(run(table), theirs, strict=True):
         assert relative_difference(latents, expected) < 1e-5
 
@@ -184,9 +197,12 @@ def test_ancestral_noise_restores_the_variance_of_the_schedule():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", sorted(solvers.SPACINGS))
 @pytest.mark.parametrize("steps", [1, 3, 499, 500, 501, 999, 1000])
-def test_any_number_of_steps_gives_a_finite_table_of_falling_timesteps(solver, prediction_type, steps):
-    table = solvers.table(solver, SCHEDULE, steps, prediction_type)
+def test_any_number_of_steps_gives_a_finite_table_of_falling_timesteps(
+    solver, prediction_type, steps, spacing
+):
+    table = solvers.table(solver, SCHEDULE, steps, prediction_type, spacing)
     assert table.coefficients.shape == (steps, 7)
     assert table.coefficients.dtype == table.timesteps.dtype == np.float32
     assert np.isfinite(table.coefficients).all() and np.isfinite(table.initial_scale)
@@ -205,6 +221,8 @@ def test_unknown_names_are_refused_with_those_known():
         solvers.table("plms", SCHEDULE, 10, "epsilon")
     with pytest.raises(UsageError, match="v_prediction"):
         solvers.table("ddim", SCHEDULE, 10, "flow")
+    with pytest.raises(UsageError, match="leading, trailing"):
+        solvers.table("ddim", SCHEDULE, 10, "epsilon", "linspace")
     with pytest.raises(UsageError, match="scaled_linear"):
         NoiseSchedule.named("cosine", 0.1, 0.2)
 

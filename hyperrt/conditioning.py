@@ -1,0 +1,116 @@
+"""What the rows of a job are told: prompts, and the subjects' K and V, as the denoiser takes them.
+
+texts -> hidden_states (, pooled)                            once per prompt    text_encoder
+these, K/V LoRA (, time ids, image tokens) -> context (, added)   once per subject   context
+
+rows = branches x pairs here, branch-major: row = branch * pairs + pair.  Which of these a model has is read
+from its manifest; a graph is fed what it asks for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperrt import prompts
+from hyperrt.graphs import Graphs
+from hyperrt.job import Job
+from hyperrt.personalize import check_finite
+from hyperrt.tokenizer import Tokenizer
+
+log = logging.getLogger("hyperrt")
+
+Floats = NDArray[np.float32]
+Tensors = Mapping[str, Floats]
+
+
+class Conditioning:
+    """The text side of an open bundle; keeps what it said of the last prompts.
+
+    Args:
+        graphs: where the text encoder and the context graph are.
+        low_memory: close these two as soon as they have run.
+    """
+
+    def __init__(self, graphs: Graphs, low_memory: bool) -> None:
+        self._graphs = graphs
+        self._bundle = graphs.bundle
+        self._low_memory = low_memory
+        self._tokenizer: Tokenizer | None = None
+        self._features: tuple[tuple[str, ...], Tensors] | None = None  # of the last texts
+        self._context: tuple[tuple[Any, ...], Tensors] | None = None  # of the last job: its key, outputs
+
+    def of(self, job: Job) -> Tensors:
+        """`context` [rows, L, W], and `added` [rows, E] where the model has it; kept for the next call.
+
+        Raises:
+            NumericError: a value is NaN or infinite.
+        """
+        key = (job.texts, job.subjects, job.gate.tobytes(), job.image_scales.tobytes())
+        if self._context is None or self._context[0] != key:
+            features = self._features_of(job.texts)
+            known = {**features, "gate": job.gate, **self._sizes(len(job.gate)), **self._image_prompt(job)}
+            self._graphs.adapter("context", "lora_kv").put(*job.lora_rows(1))
+            graph = self._bundle.graphs["context"]
+            asked = {name: value for name, value in known.items() if graph.takes(name)}
+            context = self._graphs.engine("context").run(asked)
+            self._done_with("context")
+            check_finite(context, "what the prompt says")
+            self._context = key, context
+        return self._context[1]
+
+    def forget(self) -> None:
+        """Drop what is kept."""
+        self._features = self._context = None
+
+    def _features_of(self, texts: tuple[str, ...]) -> Tensors:
+        """The text encoder's outputs [rows, ...]; those of the last texts are kept for the next subject."""
+        if self._features is None or self._features[0] != texts:
+            unique = list(dict.fromkeys(texts))  # the empty prompt of every pair is one
+            features = self._graphs.engine("text_encoder").run(self._token_ids(unique))
+            self._done_with("text_encoder")
+            if self._bundle.prompts.zero_empty and "" in unique:
+                for output in features.values():
+                    output[unique.index("")] = 0
+            rows = [unique.index(text) for text in texts]
+            self._features = texts, {name: output[rows] for name, output in features.items()}
+        return self._features[1]
+
+    def _token_ids(self, texts: list[str]) -> dict[str, NDArray[np.int64]]:
+        """Token ids [texts, L] of every text encoder; what does not fit is logged as a warning."""
+        rules = self._bundle.prompts
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._bundle.tokenizer, rules.max_tokens)
+        encoded = [self._tokenizer.encode(text) for text in texts]
+        longest = max((one.dropped for one in encoded), key=len)
+        if longest:
+            log.warning("prompt cut to %d tokens; dropped: %s", rules.max_tokens, prompts.shortened(longest))
+        ids = {"input_ids": np.stack([one.ids for one in encoded])}
+        if rules.pad_2 is not None:
+            ids["input_ids_2"] = np.stack([one.padded_with(rules.pad_2) for one in encoded])
+        return ids
+
+    def _sizes(self, rows: int) -> dict[str, Floats]:
+        """SDXL's time ids [rows, 6]: original height and width, crop's top and left, target's size."""
+        side = self._bundle.image_size
+        return {"time_ids": np.tile(np.array([side, side, 0, 0, side, side], np.float32), (rows, 1))}
+
+    def _image_prompt(self, job: Job) -> dict[str, Floats]:
+        """Image tokens and their scale, per row; where the scale is 0 any tokens give the plain UNet."""
+        shape = self._bundle.image_prompt
+        if shape is None:
+            return {}
+        tokens = np.zeros((len(job.gate), shape.tokens, shape.width), np.float32)
+        for row in np.flatnonzero(job.image_scales):
+            subject = job.subjects[row % len(job.subjects)]
+            if subject is not None and subject.image_tokens is not None:
+                tokens[row] = subject.image_tokens.mean(0)
+        return {"image_tokens": tokens, "image_scale": job.image_scales}
+
+    def _done_with(self, graph: str) -> None:
+        if self._low_memory:
+            self._graphs.free(graph)
