@@ -26,6 +26,7 @@ KEYS = {
     "fused_step": {"fused_over_two_calls", "lora_overhead"},
     "peers": {"ours_s"},  # the smallest run makes no environments
     "delta_retention": {"beside", "merged"},
+    "subjects": {"per_subject_s_1", "per_subject_s_8", "mb_per_extra_subject"},
     "switch": {"switch_ms", "aba_max_diff", "a_base_max_diff", "row_alone_max_rel"},
     "fidelity": {
         f"{key}{way}"
