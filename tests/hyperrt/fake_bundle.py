@@ -20,6 +20,7 @@ from hyperrt import solvers
 from hyperrt.lora import LoraLayout, Site
 
 S, T, F, L, D, W, C, SIZE, IMAGE = 8, 2, 3, 8, 4, 6, 4, 4, 16
+P, E, TOKENS, WIDTH, PAD_2 = 5, 3, 2, 4, 2
 BASE_MODEL, HYPERNET = "b" * 64, "c" * 64
 LAYOUT = LoraLayout(
     tuple(
@@ -59,6 +60,18 @@ TENSORS: dict[str, tuple[dict[str, Shape], dict[str, Shape]]] = {
     ),
     "vae_decoder": ({"latents": ("images", C, SIZE, SIZE)}, {"pixels": ("images", 3, IMAGE, IMAGE)}),
 }
+SDXL: dict[str, tuple[dict[str, Shape], dict[str, Shape]]] = {  # what a second text encoder adds
+    "text_encoder": ({"input_ids_2": ("prompts", L)}, {"pooled": ("prompts", P)}),
+    "context": ({"pooled": ("rows", P), "time_ids": ("rows", 6)}, {"added": ("rows", E)}),
+    "denoiser": ({"added": ("rows", E)}, {}),
+}
+OPEN: dict[str, tuple[dict[str, Shape], dict[str, Shape]]] = {  # what an image prompt adds
+    "image_prompt": (
+        {"features": ("photos", T, F)},
+        {"image_tokens": ("photos", TOKENS, WIDTH), "zero_tokens": (1, TOKENS, WIDTH)},
+    ),
+    "context": ({"image_tokens": ("rows", TOKENS, WIDTH), "image_scale": ("rows",)}, {}),
+}
 WORDS = ("a", "the", "on", "in", "robot", "mug", "cat", "beach", "snow", "red", "sks", ",", "blurry")
 calls: list[str] = []  # names of the graphs that ran, in order
 
@@ -75,23 +88,38 @@ def _weight_decoder(t: dict[str, Any]) -> dict[str, Any]:
     return {"lora_q": weights[:, :NQ], "lora_kv": weights[:, NQ:]}
 
 
+def _image_prompt(t: dict[str, Any]) -> dict[str, Any]:
+    mean = t["features"].mean((1, 2))[:, None, None]
+    ramp = np.arange(1, 1 + TOKENS * WIDTH, dtype=np.float32).reshape(1, TOKENS, WIDTH)
+    return {"image_tokens": mean * ramp, "zero_tokens": ramp}
+
+
 def _text_encoder(t: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "hidden_states": t["input_ids"][..., None].astype(np.float32)
-        * np.linspace(0.1, 1, D, dtype=np.float32)
-    }
+    ramp = np.linspace(0.1, 1, D, dtype=np.float32)
+    told = {"hidden_states": t["input_ids"][..., None].astype(np.float32) * ramp}
+    if "input_ids_2" in t:
+        told["pooled"] = t["input_ids_2"][:, :P].astype(np.float32) + 1
+    return told
 
 
 def _context(t: dict[str, Any]) -> dict[str, Any]:
     words = np.repeat(t["hidden_states"].sum(2, keepdims=True), W, axis=2)
     own = t["gate"] * t["lora_kv"].sum(1)
-    return {"context": words + own[:, None, None]}
+    if "image_tokens" in t:
+        own = own + t["image_scale"] * t["image_tokens"].sum((1, 2))
+    told = {"context": words + own[:, None, None]}
+    if "pooled" in t:
+        added = t["pooled"].sum(1) + t["time_ids"].sum(1) / 100
+        told["added"] = np.repeat(added[:, None], E, axis=1)
+    return told
 
 
 def _denoiser(t: dict[str, Any]) -> dict[str, Any]:
     images, branches = len(t["latents"]), len(t["guidance"])
     x = np.tile(t["latents"] * t["coefficients"][0], (branches, 1, 1, 1))
     told = np.tanh(t["context"].mean((1, 2)) / 10) + t["gate"] * t["lora_q"].sum(1) + t["timestep"] / 1000
+    if "added" in t:
+        told = told + t["added"].mean(1) / 10
     out = (0.5 * x + told[:, None, None, None]).reshape(branches, images, *x.shape[1:])
     summed = np.einsum("b,b...->...", t["guidance"], out).astype(np.float32)
     after, denoised = solvers.apply(t["coefficients"], t["latents"], summed, t["previous"], t["noise"])
@@ -105,6 +133,7 @@ def _vae_decoder(t: dict[str, Any]) -> dict[str, Any]:
 
 GRAPHS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "image_encoder": _image_encoder,
+    "image_prompt": _image_prompt,
     "weight_decoder": _weight_decoder,
     "text_encoder": _text_encoder,
     "context": _context,
@@ -120,11 +149,16 @@ def register(**replaced: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     calls.clear()
 
 
-def write(folder: Path, **changes: Any) -> Path:
-    """The bundle in `folder`, with top-level fields of the manifest changed; returns the folder."""
+def write(folder: Path, sdxl: bool = False, open_category: bool = False, **changes: Any) -> Path:
+    """The bundle in `folder`, with top-level fields of the manifest changed; returns the folder.
+
+    Args:
+        sdxl: with a second text encoder, pooled text and time ids.
+        open_category: with an image prompt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     graphs = {}
-    for name, (inputs, outputs) in TENSORS.items():
+    for name, (inputs, outputs) in _tensors(sdxl, open_category).items():
         specs = {"inputs": _specs(inputs), "outputs": _specs(outputs)}
         content = json.dumps({"function": name, **specs}).encode()
         (folder / f"{name}.onnx").write_bytes(content)
@@ -132,7 +166,12 @@ def write(folder: Path, **changes: Any) -> Path:
     _write_tokenizer(folder / "tokenizer.json")
     (folder / "LICENSES").write_text("none\n")
     tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    manifest = {**_manifest(graphs), "tokenizer_sha256": tokenizer, **changes}
+    manifest = {**_manifest(graphs), "tokenizer_sha256": tokenizer}
+    if sdxl:
+        manifest["prompts"] |= {"pad_2": PAD_2, "zero_empty": True}
+    if open_category:
+        manifest["image_prompt"] = {"tokens": TOKENS, "width": WIDTH, "scale": 0.55}
+    manifest |= changes
     (folder / "bundle.json").write_text(json.dumps(manifest))
     return folder
 
@@ -145,9 +184,19 @@ def _counted(name: str, function: Callable[[dict[str, Any]], dict[str, Any]]) ->
     return run
 
 
+def _tensors(sdxl: bool, open_category: bool) -> dict[str, tuple[dict[str, Shape], dict[str, Shape]]]:
+    """Inputs and outputs of every graph."""
+    found = dict(TENSORS)
+    for more in [SDXL] * sdxl + [OPEN] * open_category:
+        for name, (inputs, outputs) in more.items():
+            before = found.get(name, ({}, {}))
+            found[name] = ({**before[0], **inputs}, {**before[1], **outputs})
+    return found
+
+
 def _specs(tensors: dict[str, Shape]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "shape": list(shape), "dtype": "int64" if name == "input_ids" else "float32"}
+        {"name": name, "shape": list(shape), "dtype": "int64" if name.startswith("input_ids") else "float32"}
         for name, shape in tensors.items()
     ]
 

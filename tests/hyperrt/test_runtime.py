@@ -56,9 +56,8 @@ def test_a_result_is_pictures_seeds_recipe_and_latents(runtime, subject):
 def test_the_final_latents_are_those_of_the_formula_computed_by_hand(runtime, subject):
     result = runtime.generate("a [V] robot on the beach", subject, kappa=0.4, guidance_scale=2.0, steps=3)
     graphs = fake_bundle.GRAPHS
-    tokens = [
-        runtime._conditioning._tokenizer.encode(t).ids for t in ("", "a sks robot on the beach", "a robot on the beach")
-    ]
+    tokenizer = runtime._conditioning._tokenizer
+    tokens = [tokenizer.encode(t).ids for t in ("", "a sks robot on the beach", "a robot on the beach")]
     hidden = graphs["text_encoder"]({"input_ids": np.stack(tokens)})["hidden_states"]
     lora_q, lora_kv = subject.lora["lora_q"][None], subject.lora["lora_kv"][None]
     gate = np.array([0, 1, 0], np.float32)

@@ -1,0 +1,150 @@
+"""Pairs of a prompt and a subject in one call: each is drawn as it would be alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
+from hyperrt.runtime import Runtime
+from tests.hyperrt import fake_bundle
+
+PROMPT = "a [V] robot on the beach"
+PROMPTS = [PROMPT, "a [V] mug in snow", "a red cat"]
+
+
+@pytest.fixture(params=["plain", "sdxl", "open"])
+def runtime(request, tmp_path):
+    fake_bundle.register()
+    kind = request.param
+    folder = fake_bundle.write(tmp_path / kind, sdxl=kind != "plain", open_category=kind == "open")
+    with Runtime.open(folder, "fake") as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def subjects(runtime, photos):
+    grey = [np.full((40, 40, 3), 120, np.uint8)]
+    return [runtime.personalize(photos), runtime.personalize(grey, "mug"), None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n": 3, "batch_size": 2, "seed": 7},
+        {"kappa": 2.0},
+        {"guidance_scale": 0.5},
+        {"solver": "euler_ancestral", "n": 2, "batch_size": 2},
+        {"strength": 0.5, "negative_prompt": "blurry"},
+    ],
+    ids=str,
+)
+def test_each_pair_is_drawn_as_it_is_alone(runtime, subjects, options):
+    together = runtime.generate(PROMPTS, subjects, **options)
+    assert len(together) == 3
+    for result, prompt, subject in zip(together, PROMPTS, subjects, strict=True):
+        own = {name: value for name, value in options.items() if subject or name != "kappa"}
+        alone = runtime.generate(prompt, subject, **own)
+        np.testing.assert_allclose(result.latents, alone.latents, rtol=2e-4, atol=2e-5)
+        assert np.abs(result.images.astype(int) - alone.images).max() <= 1
+        assert result.recipe == alone.recipe and result.seeds == alone.seeds
+
+
+def test_the_rows_of_all_pairs_share_one_call_of_a_step(runtime, subjects):
+    fake_bundle.calls.clear()
+    runtime.generate(PROMPTS, subjects, steps=4, n=2, batch_size=2)
+    counts = [fake_bundle.calls.count(name) for name in ("text_encoder", "context", "denoiser")]
+    assert counts == [1, 1, 4]
+
+
+def test_each_row_holds_the_lora_of_its_subject(runtime, subjects):
+    seen = {}
+
+    def spy(tensors):
+        seen.update(tensors)
+        return fake_bundle.GRAPHS["denoiser"](tensors)
+
+    fake_bundle.register(denoiser=spy)
+    runtime.generate(PROMPTS, subjects, n=2, batch_size=2)
+    own = [0 * subjects[0].lora["lora_q"] if one is None else one.lora["lora_q"] for one in subjects]
+    np.testing.assert_array_equal(seen["lora_q"], np.tile(np.repeat(own, 2, axis=0), (3, 1)))
+    np.testing.assert_array_equal(seen["gate"], [0] * 6 + [1, 1, 1, 1, 0, 0] + [0] * 6)
+
+
+def test_one_subject_with_many_prompts_is_uploaded_once(runtime, subjects):
+    runtime.generate([PROMPT, "a [V] robot in snow", "a robot"], [subjects[0], subjects[0], None])
+    resident = runtime._graphs.engine("denoiser")._resident
+    assert resident["lora_q"].shape[0] == 1
+
+
+def test_a_list_of_one_gives_a_list_of_one_with_the_same_bits(runtime, subjects):
+    [result] = runtime.generate([PROMPT], [subjects[0]])
+    np.testing.assert_array_equal(result.latents, runtime.generate(PROMPT, subjects[0]).latents)
+
+
+def test_steps_shows_the_latents_of_all_pairs(runtime, subjects):
+    steps = runtime.steps(PROMPTS, subjects, n=2, batch_size=2)
+    assert next(steps).latents.shape == (6, 4, 4, 4)
+
+
+def test_after_pairs_a_single_subject_gives_its_own_bits_again(runtime, subjects):
+    before = runtime.generate(PROMPT, subjects[0]).latents
+    runtime.generate(PROMPTS, subjects)
+    np.testing.assert_array_equal(runtime.generate(PROMPT, subjects[0]).latents, before)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "words"),
+    [
+        ([PROMPT], 2, "there are 1 prompts and 2 subjects"),
+        ([], 0, "there are 0 prompts and 0 subjects"),
+        (PROMPT, 1, "do not go together"),
+    ],
+    ids=["lengths", "empty", "one prompt and a list"],
+)
+def test_pairs_that_do_not_match_are_refused(runtime, subjects, prompts, count, words):
+    with pytest.raises(UsageError, match=words):
+        runtime.steps(prompts, subjects[:count])
+
+
+def test_a_list_of_prompts_needs_a_list_of_subjects(runtime, subjects):
+    for one in (None, subjects[0]):
+        with pytest.raises(UsageError, match="do not go together"):
+            runtime.steps([PROMPT], one)
+
+
+def test_one_bad_pair_refuses_all(runtime, subjects):
+    with pytest.raises(BadPrompt):
+        runtime.steps(["a robot", PROMPT], subjects[:2])
+
+
+# options that change nothing, and what is refused before photos are read
+
+
+def test_kappa_without_a_subject_is_refused_and_with_one_pair_that_has_one_is_not(runtime, subjects):
+    with pytest.raises(UsageError, match=r"kappa is 0\.4, but there is no subject"):
+        runtime.steps("a robot", kappa=0.4)
+    runtime.steps("a robot", kappa=0)
+    runtime.steps(["a robot", PROMPT], [None, subjects[0]], kappa=0.4)
+
+
+def test_a_check_refuses_what_drawing_would(runtime):
+    runtime.check(PROMPT, True)
+    for prompt, has_subject, options, kind in (
+        ("a robot", True, {}, BadPrompt),
+        ("", False, {}, BadPrompt),
+        ("a robot", False, {"kappa": 1}, UsageError),
+        (PROMPT, True, {"negative_prompt": "a [V]"}, BadPrompt),
+        (PROMPT, True, {"steps": 2000}, UsageError),
+    ):
+        with pytest.raises(kind):
+            runtime.check(prompt, has_subject, **options)
+
+
+def test_image_tokens_that_do_not_fit_are_refused(runtime, subjects):
+    import dataclasses
+
+    odd = dataclasses.replace(subjects[0], image_tokens=np.zeros((1, 3, 3), np.float32))
+    with pytest.raises(LoraMismatch, match="image tokens"):
+        runtime.steps(PROMPT, odd)
