@@ -7,15 +7,17 @@ in its own environment and process, one after the other in one run, with as many
                               backend of those installed, each beside it: ours_onnxruntime_s, ours_openvino_s
     diffusers_toggle_s        one UNet, three calls, PEFT adapter on and off; the faster of fp32 and bf16, and
                               each: diffusers_toggle_fp32_s, diffusers_toggle_bf16_s
-    diffusers_two_unets_s     two UNets, one with the LoRA fused, base calls as two rows; likewise
+    diffusers_two_unets_s     two UNets, one with the LoRA fused, base calls as two rows; fp32
     openvino_genai_s          openvino.genai's pipeline with a LoRA adapter: its pair of rows divided by two.
                               The LoRA is on both rows: it cannot do HM-CFG
     openvino_genai_fuse_s     the same with the LoRA merged for good, which no subject can follow
     onnxruntime_s             the plain UNet as torch exports it, one row a call, no LoRA
-    vs_NAME                   ours_s / the peer's
+    vs_NAME                   ours_s / the peer's; vs_diffusers_bf16 is of the toggled bf16
 
-All compute in fp32, but for the figures of bf16 (which a CPU without bf16 arithmetic emulates).  The bundle
-is `--bundle`, or exported from random weights to .peers/bundles/sd15.  Times say nothing about pictures.
+All compute in fp32, but for the figure of bf16, which a CPU without bf16 arithmetic emulates, some seven
+times slower (`--limit` gives it fewer rounds).  The machine must have nothing else to do: beside another job
+torch's threads wait for one another, and a step takes three times as long.  The bundle is `--bundle`, or
+exported from random weights to .peers/bundles/sd15.  Times say nothing about pictures.
 """
 
 from __future__ import annotations
@@ -34,9 +36,8 @@ BACKENDS = ("onnxruntime", "openvino")
 # figure -> environment, script, its options, branches in a step as it is timed
 MEASURED = {
     "diffusers_toggle_fp32_s": ("diffusers", "step --way toggle --precision fp32", 3),
-    "diffusers_two_unets_fp32_s": ("diffusers", "step --way two_unets --precision fp32", 3),
+    "diffusers_two_unets_s": ("diffusers", "step --way two_unets --precision fp32", 3),
     "diffusers_toggle_bf16_s": ("diffusers", "step --way toggle --precision bf16", 3),
-    "diffusers_two_unets_bf16_s": ("diffusers", "step --way two_unets --precision bf16", 3),
     "openvino_genai_s": ("openvino_genai", "step --mode auto", 2),
     "openvino_genai_fuse_s": ("openvino_genai", "step --mode fuse", 2),
     "onnxruntime_s": ("onnxruntime", "step", 1),
@@ -48,8 +49,8 @@ def main() -> None:
     parser.set_defaults(bundle=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=peer_environment.cpus())
-    parser.add_argument("--only", nargs="*", metavar="FIGURE", help="of the peers, measure these alone")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for one peer (bf16 may take long)")
+    parser.add_argument("--only", nargs="*", choices=MEASURED, help="of the peers, measure these alone")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which no round begins")
     args = parser.parse_args()
     only = [] if args.quick else list(MEASURED) if args.only is None else args.only
     how = ["--rounds", str(1 if args.quick else args.rounds), "--threads", str(args.threads)]
@@ -103,10 +104,9 @@ def row(figure: str, found: dict[str, object]) -> tuple[object, ...]:
 def with_ratios(figures: dict[str, float]) -> dict[str, float]:
     """The figures, the faster precision of diffusers as its figure, and ours over each peer's."""
     found = dict(figures)
-    for way in ("toggle", "two_unets"):
-        both = [figures[key] for p in ("fp32", "bf16") if (key := f"diffusers_{way}_{p}_s") in figures]
-        if both:
-            found[f"diffusers_{way}_s"] = min(both)
+    both = [figures[key] for p in ("fp32", "bf16") if (key := f"diffusers_toggle_{p}_s") in figures]
+    if both:
+        found["diffusers_toggle_s"] = min(both)
     ratios = {f"vs_{name}": found["ours_s"] / found[f"{name}_s"] for name in PEERS if f"{name}_s" in found}
     if "diffusers_toggle_bf16_s" in found:
         ratios["vs_diffusers_bf16"] = found["ours_s"] / found["diffusers_toggle_bf16_s"]
