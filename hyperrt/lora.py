@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from numpy.typing import NDArray
 from hyperrt import files, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
 from hyperrt.subject_file import IMAGE_TOKENS, PEFT_CONFIG, PEFT_FILE, REDO, difference, shown
+
+log = logging.getLogger("hyperrt")
 
 Vector = NDArray[np.float32]
 Factors = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # path -> (A [d_in, r], B [r, d_out])
@@ -202,7 +205,7 @@ def save_subject(
         metadata: the names in METADATA.
         format: whose tensor names to use: "diffusers", "peft" or "kohya".
         force: replace a file that exists.
-        image_tokens: [photos, tokens, width], of which the mean is saved; None: there are none.
+        image_tokens: [photos, tokens, width], of which the mean is saved, but not as kohya; None: none.
 
     Raises:
         UsageError: unknown format, or metadata is missing or not usable.
@@ -221,7 +224,10 @@ def save_subject(
         if not _usable(vector):
             raise NumericError(f"{name} cannot be saved", NOT_USABLE)
     tensors = _to_file(layout, packed, format)
-    if image_tokens is not None:
+    if image_tokens is not None and format == "kohya":
+        # With one tensor of another name diffusers takes the file for its own format, and applies nothing.
+        log.warning("a kohya file holds no image tokens: the subject will be drawn by its LoRA alone")
+    elif image_tokens is not None:
         check_tokens("the subject", image_tokens, image_tokens.shape[1:])
         tensors[IMAGE_TOKENS] = image_tokens.mean(0, dtype=np.float32, keepdims=True)
     origin = {**metadata, "version": SUBJECT_VERSION, "layout": layout.hash, "rank": str(layout.rank)}

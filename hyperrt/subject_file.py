@@ -22,7 +22,7 @@ Tensors = dict[str, NDArray[np.float32]]
 # What the tensor names of each format begin with.
 FORMATS: Mapping[str, str] = {"diffusers": "unet.", "peft": "base_model.model.", "kohya": "lora_unet_"}
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what PEFT looks for in a folder
-# The open category's tensor.  It comes last; diffusers loads a file only if "lora" is in every name.
+# The open category's tensor, [1, tokens, width].  diffusers loads a file only if "lora" is in every name.
 IMAGE_TOKENS = "hyperrt.lora_image_tokens"
 REDO = "make the file again: hyperrt personalize"
 
