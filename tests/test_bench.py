@@ -162,6 +162,32 @@ def test_the_judges_are_right_about_real_pictures(figures):
     assert min(found["identity_hist_real"], found["background_real"]) > 0.9
 
 
+def test_a_slow_call_is_timed_once_and_a_quick_one_in_every_round():
+    timing = module("peer_timing")
+    calls = []
+
+    def rounds_within(limit: float) -> int:
+        args = timing.options("").parse_args(["step", ".", "--limit", str(limit), "--rounds", "3"])
+        calls.clear()
+        return timing.repeat(lambda: calls.append(0), args)["rounds"]
+
+    assert rounds_within(1000) == 3
+    assert len(calls) == 5  # two of them to warm up
+    assert rounds_within(0) == 1
+    assert len(calls) == 1
+
+
+def test_a_peers_switch_is_given_in_milliseconds(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    switch = module("switch")
+    times = {"median_s": 0.25, "least_s": 0.2, "rounds": 5}
+    monkeypatch.setattr(switch.peer_environment, "model", lambda *_: Path("model"))
+    monkeypatch.setattr(
+        switch.peer_environment, "call", lambda name, *_: {f"{name}_ms": times, "versions": {name: "1"}}
+    )
+    assert switch.peers("sd15") == {f"{name}_ms": 250 for name in switch.peer_environment.PEERS}
+
+
 def test_a_lora_beside_int8_weights_keeps_its_effect_and_a_merged_one_drowns(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     found = module("delta_retention").projections(delta=0.003, quick=True)
