@@ -123,7 +123,8 @@ def random_constants(bundle: Bundle) -> dict[str, np.ndarray]:
     sizes = {spec.name: spec.shape for spec in bundle.graphs["denoiser"].inputs}
     defaults = bundle.defaults
     weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
-    return {
+    added = {"added": rng.standard_normal((3, *sizes["added"][1:]), np.float32)} if "added" in sizes else {}
+    return added | {
         "context": rng.standard_normal((3, *sizes["context"][1:]), np.float32),
         "gate": np.array([0, 1, 0], np.float32),
         "guidance": np.array(weights, np.float32),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from export import operators, row_unet
 from hyperrt.lora import LoraLayout
@@ -56,15 +57,15 @@ class ImageTokens(GraphModule):
         # In fp32, whatever the weights are stored as; then rounded to what will be stored.
         _make_fp32(image_prompt.image_proj)
         _make_fp32(encoder)
-        self.register_buffer("zero_tokens", image_prompt.zero_tokens(encoder).half().float())
+        self.register_buffer("of_zero_pixels", image_prompt.zero_tokens(encoder).half().float())
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.resampler(features.to(self.dtype)).float(), self.zero_tokens.float().clone()
+        return self.resampler(features.to(self.dtype)).float(), self.of_zero_pixels.float().clone()
 
 
 def _make_fp32(module: nn.Module) -> None:
-    """Skeletons are fp32 already; PyTorch refuses to convert fake weights in place."""
-    if next(module.parameters()).dtype != torch.float32:
+    """In place; skeletons stay as they are: PyTorch refuses to convert fake weights, which compute nothing."""
+    if not isinstance(next(module.parameters()), FakeTensor):
         module.float()
 
 

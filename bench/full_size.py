@@ -1,0 +1,155 @@
+"""Stable Diffusion 1.5 and SDXL at full size, with random weights: does everything fit, agree, and run?
+
+    python bench/full_size.py --family sd15|sdxl [--work DIR]
+
+    export_s, export_peak_gb       `hyperrt export --random-weights 0 --verify none`, whole process
+    bundle_gb                      on disk
+    parity_fp32_worst_rel          worst graph of the fp32 bundle on ONNX Runtime against PyTorch in fp32
+    parity_bf16_worst_rel          the same of a bf16 bundle on OpenVINO
+    step_s_BACKEND, peak_gb_BACKEND  one step of HM-CFG, three rows, fp32, whole process
+
+Everything runs in a process of its own, so that a peak is that of one thing. `--work` keeps the bundles, and
+uses those that it finds there; the export's figures are then left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import report
+
+sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
+
+BACKENDS = ("onnxruntime", "openvino")
+PARITY_BACKEND = {"fp32": "onnxruntime", "bf16": "openvino"}
+BARS = {
+    "export_peak_gb": "< 12",
+    "parity_fp32_worst_rel": "<= 1e-4",
+    "parity_bf16_worst_rel": "<= 5e-2",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--work", type=Path, help="folder that keeps the bundles")
+    parser.add_argument("--size", type=int, help="pixels; default: the family's")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--only", choices=("export", "parity", "step"), help="one part of it")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(CHILDREN[args.child](args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.work = args.work or Path(folder)
+        args.work.mkdir(exist_ok=True)
+        report.finish(__file__, figures(args), BARS)
+
+
+def figures(args: argparse.Namespace) -> dict[str, float]:
+    """All figures of a family."""
+    found: dict[str, float] = {}
+    for precision in ("fp32", "bf16"):
+        bundle = bundle_of(args, precision)
+        if not (bundle / "bundle.json").exists() and not (precision == "bf16" and args.only in ("export", "step")):
+            exported = child(args, f"export_{precision}")
+            if precision == "fp32":
+                found |= exported
+    files = bundle_of(args, "fp32").iterdir()
+    found["bundle_gb"] = sum(path.stat().st_size for path in files) / 1e9
+    if args.only in (None, "parity"):
+        found |= child(args, "parity")
+    for backend in BACKENDS if args.only in (None, "step") else ():
+        found |= child(args, f"step_{backend}")
+    return found
+
+
+def bundle_of(args: argparse.Namespace, precision: str) -> Path:
+    return args.work / f"{args.family}-{args.size or 'full'}-{precision}"
+
+
+def child(args: argparse.Namespace, what: str) -> dict[str, float]:
+    """What a part of the measurement prints, run in a process of its own."""
+    size = ("--size", str(args.size)) if args.size else ()
+    rounds = ("--rounds", str(args.rounds), "--warm-up", str(args.warm_up))
+    command = (sys.executable, __file__, "--family", args.family, "--work", args.work, *size, *rounds)
+    done = subprocess.run((*command, "--child", what), stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(what, found, file=sys.stderr, flush=True)
+    return found
+
+
+def export(args: argparse.Namespace, precision: str) -> dict[str, float]:
+    """Export a bundle by the command line."""
+    size = ("--size", str(args.size)) if args.size else ()
+    command = (
+        sys.executable, "-m", "hyperrt", "export", "--model", args.family, "--random-weights", "0",
+        "--precision", precision, "--verify", "none", "-o", bundle_of(args, precision), *size,
+    )  # fmt: skip
+    start = perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, cwd=report.ROOT, check=True)
+    return {"export_s": perf_counter() - start, "export_peak_gb": peak_gb(resource.RUSAGE_CHILDREN)}
+
+
+def parity(args: argparse.Namespace) -> dict[str, float]:
+    """Every graph of both bundles against PyTorch; one network in memory at a time."""
+    from export import families, graphs, verify
+    from export.source import Inputs
+
+    errors: dict[str, dict[str, float]] = {precision: {} for precision in PARITY_BACKEND}
+    family = families.get(args.family)
+    with families.opened(family, Inputs(random_weights=0, size=args.size)) as source:
+        for graph in graphs.build(source):
+            modules = {name: source.parts[name].load() for name in graph.parts}
+            expected = verify.expectations(graph, modules, verify.LARGE_SIZES)
+            del modules
+            for precision, backend in PARITY_BACKEND.items():
+                path = bundle_of(args, precision) / f"{graph.name}.onnx"
+                error = verify.graph_error(path, backend, expected)
+                print(f"{graph.name:16}{precision} {error:.2e}", file=sys.stderr, flush=True)
+                errors[precision][graph.name] = error
+    return {f"parity_{precision}_worst_rel": max(found.values()) for precision, found in errors.items()}
+
+
+def step(args: argparse.Namespace, backend: str) -> dict[str, float]:
+    """Three rows of the fp32 denoiser, with everything bound that stays over a loop."""
+    from fused_step import random_constants, random_latents
+
+    import engines
+    from hyperrt.bundle import Bundle
+
+    bundle = Bundle.open(bundle_of(args, "fp32"))
+    sizes = {"images": 1, "branches": 3, "rows": 3, "subjects": 1}
+    path = bundle.path / bundle.graphs["denoiser"].file
+    with engines.open(path, backend, sizes=sizes) as engine:
+        engine.bind(random_constants(bundle))
+        feeds = random_latents(bundle)
+        times = [report.milliseconds(lambda: engine.run(feeds)) for _ in range(args.warm_up + args.rounds)]
+    seconds = median(times[args.warm_up :]) / 1000
+    return {f"step_s_{backend}": seconds, f"peak_gb_{backend}": peak_gb(resource.RUSAGE_SELF)}
+
+
+def peak_gb(who: int) -> float:
+    """Largest resident memory so far, in GB; Linux counts in KiB."""
+    return resource.getrusage(who).ru_maxrss * 1024 / 1e9
+
+
+CHILDREN = {
+    "export_fp32": lambda args: export(args, "fp32"),
+    "export_bf16": lambda args: export(args, "bf16"),
+    "parity": parity,
+    **{f"step_{backend}": lambda args, backend=backend: step(args, backend) for backend in BACKENDS},
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Bundles of SD1.5's and SDXL's structure, from small parts: exported, compared with PyTorch, and drawn with."""
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import assemble, export_bundle, families, verify
+from export.errors import ParityError
+from export.families import _random
+from export.parts import random_part
+from export.source import Inputs
+from hyperrt import Runtime
+from hyperrt.bundle import Bundle
+from tests.export.small_models import SD15, SDXL
+from training import clip_tokenizer, image_prompt
+from training.config import DecoderConfig
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="half precision on a CPU is OpenVINO's"
+)
+
+
+def small(name, tmp_path):
+    """A source like those of the families sd15 and sdxl."""
+    xl = name == "sdxl"
+    parts = {part: random_part(part, build, 0) for part, build in (SDXL if xl else SD15).items()}
+    unet = parts["unet"].skeleton
+    if xl:
+        build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=1)  # noqa: E731
+        parts["image_prompt"] = random_part("image_prompt", build, 0)
+    config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
+    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
+    tokenizer = clip_tokenizer.build(tmp_path, 77)
+    source = _random(parts, tokenizer, scheduler, 0, 2, config, 32, "none")
+    return dataclasses.replace(source, pad_2=0, zero_empty=True) if xl else source
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def family(request, monkeypatch, tmp_path):
+    """The name of a family whose random models are small."""
+    source = small(request.param, tmp_path)
+    smaller = dataclasses.replace(families.get(request.param), random=lambda seed: source)
+    monkeypatch.setitem(families.FAMILIES, request.param, smaller)
+    return request.param
+
+
+def exported(family, folder, **options):
+    return export_bundle(family, Inputs(random_weights=0), folder, assemble.Options(**options))
+
+
+def test_the_runtime_draws_with_them(family, tmp_path, drawn_photos):
+    path = exported(family, tmp_path / "b")
+    parity = Bundle.open(path).parity
+    assert parity.keys() == Bundle.open(path).graphs.keys()
+    assert max(parity.values()) <= 1e-4
+    with Runtime.open(path, backend="onnxruntime") as runtime:
+        subject = runtime.personalize(drawn_photos)
+        plain, personal, again = (
+            runtime.generate("a [V] toy", subject, steps=2, strength=strength).latents for strength in (0, 1, 1)
+        )
+    assert np.array_equal(personal, again)
+    assert np.abs(personal - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+@needs_openvino
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_products_are_typed_and_norms_are_not(family, precision, tmp_path):
+    path = exported(family, tmp_path / "b", precision=precision)
+    bundle = Bundle.open(path)
+    assert bundle.precision == precision
+    assert max(bundle.parity.values()) <= verify.REDUCED[precision]
+    model = onnx.shape_inference.infer_shapes(onnx.load(path / "denoiser.onnx"))
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    expected = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
+    convolutions = {types[node.output[0]] for node in model.graph.node if node.op_type == "Conv"}
+    norms = {types[node.output[0]] for node in model.graph.node if node.op_type == "LayerNormalization"}
+    assert convolutions == {expected}
+    assert norms == {onnx.TensorProto.FLOAT}
+    assert all(spec.dtype in ("float32", "int64") for graph in bundle.graphs.values() for spec in graph.inputs)
+
+
+def test_eight_bits_halve_the_denoiser_and_stay_close(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.storage.SMALLEST_INT8", 256)
+    full, small = exported(family, tmp_path / "full"), exported(family, tmp_path / "small", int8=True)
+    assert Bundle.open(small).storage == "int8"
+    weights = [
+        sum(np.prod(t.dims) * (1 if t.data_type == onnx.TensorProto.INT8 else 2) for t in graph.initializer)
+        for graph in (onnx.load(path / "denoiser.onnx").graph for path in (full, small))
+    ]
+    assert weights[1] < 0.7 * weights[0]
+
+
+def test_a_graph_that_computes_something_else_ends_the_export(family, tmp_path, monkeypatch):
+    right = verify.expectations
+
+    def wrong(graph, modules, sizes):
+        return [(feeds, {k: v * 1.01 for k, v in found.items()}) for feeds, found in right(graph, modules, sizes)]
+
+    monkeypatch.setattr(verify, "expectations", wrong)
+    with pytest.raises(ParityError, match="image_encoder"):
+        exported(family, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_another_size_of_picture_is_exported_where_the_unet_allows_it(family, tmp_path):
+    path = export_bundle(
+        family, Inputs(random_weights=0, size=48), tmp_path / "b", assemble.Options(verify="none")
+    )
+    assert (Bundle.open(path).image_size, Bundle.open(path).latent.size) == (48, 24)
+
+
+def test_random_weights_are_reproducible(family):
+    source = families.get(family).random(0)
+    first, again = (source.parts["unet"].load().state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
