@@ -151,10 +151,7 @@ def table(
     _check_name("prediction type", prediction_type, PREDICTION_TYPES)
     alphas_cumprod = schedule.alphas_cumprod
     _check_steps(steps, min(MAX_STEPS, alphas_cumprod.size))
-    if spacing == "trailing":
-        timesteps = _trailing_timesteps(steps, alphas_cumprod.size)
-    else:
-        timesteps = _leading_timesteps(steps, alphas_cumprod.size, spare=solver == "dpmpp_2m")
+    timesteps = _timesteps(solver, steps, alphas_cumprod.size, spacing)
     kept = alphas_cumprod[timesteps]
     a, s = np.sqrt(kept), np.sqrt(1 - kept)
     on_latents, on_output = _denoise_terms(prediction_type, a, s)
@@ -170,11 +167,8 @@ def table(
             s_next, noise = _ancestral(s, s_next)
     else:
         kept_next = np.append(kept[1:], 1.0)
-        if (
-            solver == "ddim"
-        ):  # diffusers goes to a timestep that is, where trailing ones are uneven, not the next
-            before = timesteps - alphas_cumprod.size // steps
-            kept_next = alphas_cumprod[np.maximum(before, 0)]
+        if solver == "ddim":  # diffusers goes to a timestep that, trailing, may not be the next
+            kept_next = alphas_cumprod[np.maximum(timesteps - alphas_cumprod.size // steps, 0)]
         a_next, s_next = np.sqrt(kept_next), np.sqrt(1 - kept_next)
 
     carry = s_next / s
@@ -211,6 +205,12 @@ def _check_steps(steps: int, most: int) -> None:
             f"a solver takes a whole number of steps from 1 to {most}",
             "20 to 30 steps suit most pictures",
         )
+
+
+def _timesteps(solver: str, steps: int, train_steps: int, spacing: str) -> NDArray[np.int64]:
+    if spacing == "trailing":
+        return _trailing_timesteps(steps, train_steps)
+    return _leading_timesteps(steps, train_steps, spare=solver == "dpmpp_2m")
 
 
 def _leading_timesteps(steps: int, train_steps: int, spare: bool) -> NDArray[np.int64]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from hyperrt.bundle import Bundle
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
+from hyperrt.job import noun_in
 from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
@@ -143,8 +147,20 @@ def test_a_check_refuses_what_drawing_would(runtime):
 
 
 def test_image_tokens_that_do_not_fit_are_refused(runtime, subjects):
-    import dataclasses
-
     odd = dataclasses.replace(subjects[0], image_tokens=np.zeros((1, 3, 3), np.float32))
     with pytest.raises(LoraMismatch, match="image tokens"):
         runtime.steps(PROMPT, odd)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "noun"),
+    [
+        ("a [V] mug on a robot", "mug"),
+        ("a [v] Cat.", "cat"),
+        ("a [V] on the beach", None),
+        ("a mug", None),
+        ("[V]", None),
+    ],
+)
+def test_the_noun_after_the_placeholder_is_found(pretend, prompt, noun):
+    assert noun_in(prompt, Bundle.open(pretend)) == noun

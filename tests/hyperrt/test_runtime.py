@@ -10,7 +10,6 @@ import pytest
 import engines
 from hyperrt import guidance, sampling, solvers
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
-from hyperrt.job import noun_in
 from hyperrt.runtime import Runtime, pictures_from_pixels
 from tests.hyperrt import fake_bundle
 
@@ -231,20 +230,6 @@ def test_a_placeholder_without_a_subject_is_said(runtime, caplog):
 def test_a_prompt_that_does_not_fit_is_said_with_what_is_dropped(runtime, caplog):
     runtime.generate("a red robot on the beach in snow , blurry")
     assert "prompt cut to 8 tokens; dropped: 'in snow , blurry'" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("prompt", "noun"),
-    [
-        ("a [V] mug on a robot", "mug"),
-        ("a [v] Cat.", "cat"),
-        ("a [V] on the beach", None),
-        ("a mug", None),
-        ("[V]", None),
-    ],
-)
-def test_the_noun_after_the_placeholder_is_found(runtime, prompt, noun):
-    assert noun_in(prompt, runtime.bundle) == noun
 
 
 def test_the_class_noun_of_a_subject_fills_a_prompt_without_a_noun(runtime, photos):
