@@ -48,7 +48,7 @@ class Part:
     def skeleton(self) -> nn.Module:
         """The module with fake weights, in eval mode."""
         with init_empty_weights(include_buffers=False):
-            module = self.build()
+            module = self.build().float()  # a configuration may say fp16; what a graph computes in is said later
         return hollow(module)
 
     def load(self) -> nn.Module:

@@ -73,3 +73,26 @@ def packed(subject: Subject | None, name: str, size: int) -> NDArray[np.float32]
             "make it again with this bundle: hyperrt personalize",
         )
     return vector
+
+
+def add_to_context(
+    layout: LoraLayout,
+    context: NDArray[np.float32],
+    hidden: NDArray[np.float32],
+    lora_kv: NDArray[np.float32],
+    strength: float,
+) -> None:
+    """What the K/V LoRA adds to the keys and values of one row, in place: strength (hidden A) B per site.
+
+    Args:
+        context: [L, W], K and V of every cross-attention side by side, as the `context` graph gives them.
+        hidden: [L, D], the text they were computed from.
+        lora_kv: [Nkv].
+    """
+    start, rank = 0, layout.rank
+    factors = layout.unpack({"lora_kv": lora_kv})
+    below = hidden @ np.concatenate([a for a, _ in factors.values()], axis=1)  # [L, sites x rank]
+    for k, (_, b) in enumerate(factors.values()):
+        end = start + b.shape[1]
+        context[:, start:end] += below[:, k * rank : (k + 1) * rank] @ (strength * b)
+        start = end

@@ -1,7 +1,9 @@
 """What the rows of a job are told: prompts, and the subjects' K and V, as the denoiser takes them.
 
-texts -> hidden_states (, pooled)                            once per prompt    text_encoder
-these, K/V LoRA (, time ids, image tokens) -> context (, added)   once per subject   context
+texts -> hidden_states (, pooled)                                 once per prompt    text_encoder
+these (, time ids) -> context (, added)                           once per prompt    context
+context + K/V LoRA                                                once per subject   here, on the host
+these, K/V LoRA, image tokens (, time ids) -> context (, added)   once per subject   context, open category
 
 rows = branches x pairs here, branch-major: row = branch * pairs + pair.  Which of these a model has is read
 from its manifest; a graph is fed what it asks for.
@@ -17,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt import prompts
+from hyperrt.adapt import add_to_context, packed
 from hyperrt.graphs import Graphs
 from hyperrt.job import Job
+from hyperrt.lora import Subject
 from hyperrt.personalize import check_finite
 from hyperrt.tokenizer import Tokenizer
 
@@ -42,6 +46,7 @@ class Conditioning:
         self._low_memory = low_memory
         self._tokenizer: Tokenizer | None = None
         self._features: tuple[tuple[str, ...], Tensors] | None = None  # of the last texts
+        self._plain: tuple[tuple[str, ...], Tensors] | None = None  # of the last texts, without LoRA
         self._context: tuple[tuple[Any, ...], Tensors] | None = None  # of the last job: its key, outputs
 
     def of(self, job: Job) -> Tensors:
@@ -50,22 +55,52 @@ class Conditioning:
         Raises:
             NumericError: a value is NaN or infinite.
         """
-        key = (job.texts, job.subjects, job.gate.tobytes(), job.image_scales.tobytes())
-        if self._context is None or self._context[0] != key:
+        if self._context is None or self._context[0] != job.told:
             features = self._features_of(job.texts)
-            known = {**features, "gate": job.gate, **self._sizes(len(job.gate)), **self._image_prompt(job)}
-            self._graphs.adapter("context", "lora_kv").put(*job.lora_rows(1))
-            graph = self._bundle.graphs["context"]
-            asked = {name: value for name, value in known.items() if graph.takes(name)}
-            context = self._graphs.engine("context").run(asked)
-            self._done_with("context")
-            check_finite(context, "what the prompt says")
-            self._context = key, context
+            if self._bundle.image_prompt is None:
+                context = self._with_lora(job, features)
+            else:  # the image tokens go through the graph, and the LoRA with them
+                context = self._run(job, features, job.gate, job.lora_rows(1))
+            self._context = job.told, context
         return self._context[1]
+
+    def _with_lora(self, job: Job, features: Tensors) -> Tensors:
+        """The base model's K and V, kept for the next subject, and what the LoRA adds on the subjects' rows.
+
+        For a change of subject this is a fiftieth of the graph's work: (hidden A) B has rank r.
+        """
+        if self._plain is None or self._plain[0] != job.texts:
+            plain = self._run(job, features, np.zeros_like(job.gate), (None,))
+            self._plain = job.texts, plain
+        plain = self._plain[1]
+        if self._low_memory:
+            self._plain = None
+        context = plain["context"].copy()
+        for row in np.flatnonzero(job.gate):
+            subject = job.subjects[row % len(job.subjects)]
+            assert subject is not None  # a gate is open only where there is one
+            lora_kv = packed(subject, "lora_kv", self._bundle.layout.size("lora_kv"))
+            hidden = features["hidden_states"][row]
+            add_to_context(self._bundle.layout, context[row], hidden, lora_kv, float(job.gate[row]))
+            check_finite({"context": context[row]}, "what the prompt says")
+        return {**plain, "context": context}
+
+    def _run(
+        self, job: Job, features: Tensors, gate: Floats, subjects: tuple[Subject | None, ...]
+    ) -> Tensors:
+        """The context graph's outputs, checked."""
+        known = {**features, "gate": gate, **self._sizes(len(gate)), **self._image_prompt(job)}
+        self._graphs.adapter("context", "lora_kv").put(*subjects)
+        graph = self._bundle.graphs["context"]
+        asked = {name: value for name, value in known.items() if graph.takes(name)}
+        context = self._graphs.engine("context").run(asked)
+        self._done_with("context")
+        check_finite(context, "what the prompt says")
+        return context
 
     def forget(self) -> None:
         """Drop what is kept."""
-        self._features = self._context = None
+        self._features = self._plain = self._context = None
 
     def _features_of(self, texts: tuple[str, ...]) -> Tensors:
         """The text encoder's outputs [rows, ...]; those of the last texts are kept for the next subject."""

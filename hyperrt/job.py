@@ -72,6 +72,11 @@ class Job:
         """[branches] weight of each branch in the guidance."""
         return np.array([branch.weight for branch in self.branches], np.float32)
 
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """What the rows are told; jobs in which it is equal share keys, values and LoRA."""
+        return self.texts, self.subjects, self.gate.tobytes(), self.image_scales.tobytes()
+
     def lora_rows(self, images: int) -> tuple[Subject | None, ...]:
         """Whose LoRA each row holds, with `images` pictures of each pair; one entry if all hold the same."""
         different = [*dict.fromkeys(subject for subject in self.subjects if subject is not None)]

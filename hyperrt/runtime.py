@@ -85,7 +85,7 @@ class Runtime:
         self._low_memory = low_memory
         self._conditioning = Conditioning(self._graphs, low_memory)
         # The denoiser, and whose constants it holds, for how many pictures of a pair.
-        self._bound: tuple[Engine, Job, int] | None = None
+        self._bound: tuple[Any, ...] | None = None  # engine, what it was told, for how many pictures
         self._lock = threading.RLock()
 
     @classmethod
@@ -231,6 +231,25 @@ class Runtime:
             NumericError: latents or pixels hold NaN (while stepping).
             engines.EngineError: the backend failed (while stepping).
         """
+        job, several = self._plan(prompt, subject, options)
+        return self._run(job, several)
+
+    def prepare(
+        self,
+        prompt: str | Sequence[str],
+        subject: Subject | Sequence[Subject | None] | None = None,
+        **options: Any,
+    ) -> None:
+        """Everything that comes before the first step of `steps` with the same arguments, which raises what is
+        raised: graphs opened, prompts encoded, the subject in place. For a host that answers quickly.
+        """
+        job, _ = self._plan(prompt, subject, options)
+        self._check_memory(job)
+        with self._lock:
+            self._bind(job, min(job.batch_size, job.n))
+
+    def _plan(self, prompt: Any, subject: Any, options: Mapping[str, Any]) -> tuple[Job, bool]:
+        """The job, and whether its prompt is a sequence; errors as `steps`."""
         several = not isinstance(prompt, str)
         if several == (subject is None or isinstance(subject, Subject)):
             raise UsageError(
@@ -238,10 +257,9 @@ class Runtime:
                 "one is a sequence and the other is not",
                 "pass one prompt and one subject or None, or a list of each, of one length",
             )
-        asked: Any = list(prompt) if several else [prompt]
-        subjects: Any = list(subject) if several else [subject]  # type: ignore[arg-type]
-        job = plan(self.bundle, self.backend, asked, subjects, SamplingConfig(**options))
-        return self._run(job, several)
+        asked = list(prompt) if several else [prompt]
+        subjects = list(subject) if several else [subject]
+        return plan(self.bundle, self.backend, asked, subjects, SamplingConfig(**options)), several
 
     def _run(self, job: Job, several: bool) -> Generator[Step, None, Result | list[Result]]:
         """Every batch of a job through the loop, then through the decoder."""
@@ -306,14 +324,15 @@ class Runtime:
             "subjects": len(subjects),
         }
         denoiser = self._graphs.engine("denoiser", sizes)
-        if self._bound != (denoiser, job, images):
+        wanted = denoiser, job.told, job.weights.tobytes(), images
+        if self._bound != wanted:
             self._bound = None
             self._graphs.adapter("denoiser", "lora_q").put(*subjects)
             takes = self.bundle.graphs["denoiser"].takes
             resident = {name: np.repeat(one, images, axis=0) for name, one in told.items() if takes(name)}
             gate = np.repeat(job.gate, images)
             denoiser.bind({"guidance": job.weights, "gate": gate, **resident})
-            self._bound = denoiser, job, images
+            self._bound = wanted
         return denoiser
 
     def _done_with(self, graph: str) -> None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from engines import fake
 from hyperrt import solvers
+from hyperrt.adapt import add_to_context
 from hyperrt.lora import LoraLayout, Site
 
-S, T, F, L, D, W, C, SIZE, IMAGE = 8, 2, 3, 8, 4, 6, 4, 4, 16
+S, T, F, L, D, W, C, SIZE, IMAGE = 8, 2, 3, 8, 4, 12, 4, 4, 16
 P, E, TOKENS, WIDTH, PAD_2 = 5, 3, 2, 4, 2
 BASE_MODEL, HYPERNET = "b" * 64, "c" * 64
 LAYOUT = LoraLayout(
@@ -104,10 +105,12 @@ def _text_encoder(t: dict[str, Any]) -> dict[str, Any]:
 
 def _context(t: dict[str, Any]) -> dict[str, Any]:
     words = np.repeat(t["hidden_states"].sum(2, keepdims=True), W, axis=2)
-    own = t["gate"] * t["lora_kv"].sum(1)
+    for row, gate in enumerate(t["gate"]):
+        lora_kv = t["lora_kv"][row % len(t["lora_kv"])]
+        add_to_context(LAYOUT, words[row], t["hidden_states"][row], lora_kv, float(gate))
     if "image_tokens" in t:
-        own = own + t["image_scale"] * t["image_tokens"].sum((1, 2))
-    told = {"context": words + own[:, None, None]}
+        words = words + (t["image_scale"] * t["image_tokens"].sum((1, 2)))[:, None, None]
+    told = {"context": words}
     if "pooled" in t:
         added = t["pooled"].sum(1) + t["time_ids"].sum(1) / 100
         told["added"] = np.repeat(added[:, None], E, axis=1)
