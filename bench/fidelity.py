@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--cutouts", type=Path, help="folder of RGBA cut-outs with metadata.csv")
     args = parser.parse_args()
     cases = drawn_cases(args.seed, per_noun=1 if args.quick else PER_NOUN)
-    with Runtime.open(args.bundle) as runtime:
+    with Runtime.open(args.bundle, "onnxruntime") as runtime:
         steps = 2 if args.quick else None
         encoder = judges.Encoder(runtime.bundle)
         subjects = [runtime.personalize(case.photos, case.noun) for case in cases]
@@ -155,6 +155,8 @@ def wrong_subjects(runtime: Runtime, cases: Sequence[Case], subjects: Sequence[S
 def draw(runtime: Runtime, noun: str, scene: str, subject: Subject | None, **options: object) -> np.ndarray:
     """One picture; without a subject the base model's, of the prompt without [V]."""
     prompt = f"a [V] {noun} {scene}" if subject else f"a {noun} {scene}"
+    if subject is None:
+        options.pop("kappa")  # there is nothing to share the guidance with
     return runtime.generate(prompt, subject, **options).images[0]
 
 

@@ -39,14 +39,17 @@ BARS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--family", choices=("tiny", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--work", type=Path, help="folder that keeps the bundles")
     parser.add_argument("--size", type=int, help="pixels; default: the family's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--only", choices=("export", "parity", "step"), help="one part of it")
+    parser.add_argument("--quick", action="store_true", help="the least of everything: is the script in order?")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quick:
+        args.family, args.rounds, args.warm_up = "tiny", 1, 0
     if args.child:
         print(json.dumps(CHILDREN[args.child](args)))
         return
@@ -59,9 +62,8 @@ def main() -> None:
 def figures(args: argparse.Namespace) -> dict[str, float]:
     """All figures of a family."""
     found: dict[str, float] = {}
-    for precision in ("fp32", "bf16"):
-        bundle = bundle_of(args, precision)
-        if not (bundle / "bundle.json").exists() and not (precision == "bf16" and args.only in ("export", "step")):
+    for precision in PARITY_BACKEND if args.only in (None, "parity") else ("fp32",):
+        if not (bundle_of(args, precision) / "bundle.json").exists():
             exported = child(args, f"export_{precision}")
             if precision == "fp32":
                 found |= exported

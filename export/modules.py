@@ -176,11 +176,26 @@ class Denoiser(GraphModule):
         lora_q: Tensor,
         added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        c = coefficients
         factors = lora_layers.unpack(self.layout, {"lora_q": lora_q.to(self.dtype)})
         gates = gate.to(self.dtype).reshape(-1, 1, 1)
         text, image = lora_layers.split_text_and_image(self.unet, context.to(self.dtype), self.image_tokens)
         rows = Rows(factors, gates, text, image)
+        return self.step(latents, previous, noise, timestep, coefficients, guidance, gate, rows, added)
+
+    def step(
+        self,
+        latents: Tensor,
+        previous: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        coefficients: Tensor,
+        guidance: Tensor,
+        gate: Tensor,
+        rows: Rows,
+        added: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The step for rows that are told all that the UNet reads beside the latents."""
+        c = coefficients
         x = (latents * c[0]).to(self.dtype)
         added = None if added is None else added.to(self.dtype)
         output = row_unet.predict(
