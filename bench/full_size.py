@@ -38,14 +38,18 @@ BARS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", choices=("tiny", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--work", type=Path, help="folder that keeps the bundles")
     parser.add_argument("--size", type=int, help="pixels; default: the family's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--only", choices=("export", "parity", "step"), help="one part of it")
-    parser.add_argument("--quick", action="store_true", help="the least of everything: is the script in order?")
+    parser.add_argument(
+        "--quick", action="store_true", help="the least of everything: is the script in order?"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:

@@ -37,13 +37,17 @@ SIZES = {"images": 1, "branches": 3, "rows": 3, "subjects": 1}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", choices=("tiny", "sd15", "sdxl"), default="sd15")
     parser.add_argument("--size", type=int, help="pixels; default: the family's")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="the least of everything: is the script in order?")
+    parser.add_argument(
+        "--quick", action="store_true", help="the least of everything: is the script in order?"
+    )
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:

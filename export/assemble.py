@@ -1,4 +1,4 @@
-"""A base model and a hypernetwork to a bundle: trace, write, verify, publish; one network in memory at a time.
+"""A base model and a hypernetwork to a bundle: trace, write, verify, publish, with one network in memory.
 
 Everything is written into a folder beside the output and renamed at the very end (hyperrt/files.py), so an
 export that fails or is killed leaves the old bundle, or none.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from export import families, graphs, onnx_graph, precision, source, verify
+from export import families, graphs, onnx_graph, source, verify
 from export.families import Family
 from export.graphs import Graph
 from export.onnx_graph import Written
@@ -179,7 +179,7 @@ def _write_graphs(
 
 
 def _loaded_parts(parts: Sequence[Graph]) -> list[set[str]]:
-    """Per graph the parts in memory while it is written: its own, and those that an earlier and a later one need."""
+    """Per graph the parts in memory while it is written: its own, and those needed before and after."""
     found = []
     for k, graph in enumerate(parts):
         earlier = {name for other in parts[:k] for name in other.parts}

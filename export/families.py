@@ -25,7 +25,6 @@ from export.parts import Part, random_part
 from export.source import Inputs, Source, sized, vae_factor
 from hyperrt.bundle import Defaults, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
-from hyperrt.lora import LoraLayout
 from training import base as tiny
 from training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
 from training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
@@ -34,7 +33,8 @@ from training.hypernet import decoder_of
 RANDOM_RANK = 4  # of tiny
 TOKEN = "sks"
 NOUNS = (
-    "man", "woman", "boy", "girl", "person", "face", "dog", "puppy", "cat", "kitten", "horse", "bird", "rabbit",
+    "man", "woman", "boy", "girl", "person", "face", "dog", "puppy", "cat", "kitten", "horse", "bird",
+    "rabbit",
     "backpack", "bag", "bear", "boot", "bottle", "bowl", "can", "candle", "car", "chair", "clock", "cup",
     "glasses", "hat", "house", "jacket", "lamp", "monster", "mug", "robot", "shoe", "sneaker", "sunglasses",
     "teapot", "toy", "stuffed animal", "vase", "wolf",
@@ -180,7 +180,7 @@ def _license_of(folder: Path, family: Family) -> str:
 
 
 def _about_hypernet(path: Path) -> dict[str, Any]:
-    """Of hypernet.json: token, base (a folder), base_model (a hash), feature_dim, layout and decoder (its shape).
+    """Of hypernet.json: token, base (folder), base_model (hash), feature_dim, layout, decoder (its shape).
 
     Raises:
         NotFound: there is none, or it cannot be opened.
@@ -267,7 +267,9 @@ def _random_tiny(seed: int) -> Source:
 def _random_sd15(seed: int) -> Source:
     """SD1.5 of the closed category: rank 3, HyperDreamBooth's decoder."""
     parts = {name: random_part(name, build, seed) for name, build in architectures.SD15.items()}
-    return _random(parts, _some_tokenizer(), architectures.SCHEDULER, seed, 3, FULL_CLOSED, 512, RANDOM_LICENSE)
+    return _random(
+        parts, _some_tokenizer(), architectures.SCHEDULER, seed, 3, FULL_CLOSED, 512, RANDOM_LICENSE
+    )
 
 
 def _random_sdxl(seed: int) -> Source:
@@ -291,7 +293,7 @@ def _random(
     image_size: int,
     license: str,
 ) -> Source:
-    """These parts with a fresh weight decoder whose LoRA, unlike one at the start of training, is not zero."""
+    """These parts with a fresh weight decoder whose LoRA, unlike that of a fresh one, is not zero."""
     layout = lora_layers.layout_of(parts["unet"].skeleton, rank)
     width = parts["image_encoder"].skeleton.config.hidden_size
 

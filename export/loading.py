@@ -1,8 +1,8 @@
 """Base models from where users have them: a diffusers folder, a single file, a hub id.
 
 Everything ends as a folder in diffusers' format, of which each part is read when it is needed. Weights are
-safetensors; pickles can run code and are refused, and so is code that a model brings along. What is missing or
-damaged is said before the long work starts.
+safetensors; pickles can run code and are refused, and so is code that a model brings along. What is missing
+or damaged is said before the long work starts.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _part(name: str, folder: Path) -> Part:
             return base.read_part(folder, name, dtype)
         except ValueError as error:
             do = "copy it again, or train it again"
-            raise IntegrityError(f"the base model {folder.parent} is damaged", _first_line(error), do) from error
+            raise IntegrityError(
+                f"the base model {folder.parent} is damaged", _first_line(error), do
+            ) from error
 
     def build() -> Any:
         try:
@@ -144,7 +146,9 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             why = f"{path.name}: {_first_line(error)}"
-            raise IntegrityError(f"the base model {folder.parent} is damaged", why, "copy it again") from error
+            raise IntegrityError(
+                f"the base model {folder.parent} is damaged", why, "copy it again"
+            ) from error
 
 
 def _stored_as_half(folder: Path) -> bool:

@@ -64,7 +64,7 @@ class ImageTokens(GraphModule):
 
 
 def _make_fp32(module: nn.Module) -> None:
-    """In place; skeletons stay as they are: PyTorch refuses to convert fake weights, which compute nothing."""
+    """In place; skeletons stay as they are: PyTorch refuses to convert fake weights."""
     if not isinstance(next(module.parameters()), FakeTensor):
         module.float()
 
@@ -81,7 +81,7 @@ class TextEncoder(GraphModule):
 
 
 class TwoTextEncoders(GraphModule):
-    """SDXL's: ids of both encoders [prompts, L] to hidden_states [prompts, L, D1 + D2] and pooled [prompts, P].
+    """SDXL's: ids of both [prompts, L] to hidden_states [prompts, L, D1 + D2] and pooled [prompts, P].
 
     Hidden states are those before the last block of each, without the last norm; pooled is the second's.
     """
@@ -104,9 +104,7 @@ class Context(GraphModule):
     With an image prompt, K and V of its tokens lie behind those of the text, V times image_scale.
     """
 
-    def __init__(
-        self, unet: nn.Module, image_prompt: nn.Module | None = None, *, layout: LoraLayout
-    ) -> None:
+    def __init__(self, unet: nn.Module, image_prompt: nn.Module | None = None, *, layout: LoraLayout) -> None:
         super().__init__()
         self.unet = unet
         self.layout = layout
@@ -231,7 +229,7 @@ def _added(emb: Tensor, encoder_hidden_states: Tensor | None, added_cond_kwargs:
 
 
 def attend_in_vae(vae: nn.Module) -> None:
-    """One attention operator in the middle of the decoder: written out it would store [16384, 16384] scores."""
+    """One attention operator in the middle of the decoder: written out it would store 16384² scores."""
     for module in vae.modules():
         if isinstance(module, Attention):
             module.set_processor(_VaeAttention())

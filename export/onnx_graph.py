@@ -76,7 +76,11 @@ def write(
     _finish(model, graph)
     storage.fill(model, weights, graph.make(modules).state_dict(keep_vars=True), int8)
     size = _bytes_of(model.graph.initializers.values())
-    ir.save(model, folder / f"{graph.name}.onnx", external_data=_data_file(graph) if size > EXTERNAL_BYTES else None)
+    ir.save(
+        model,
+        folder / f"{graph.name}.onnx",
+        external_data=_data_file(graph) if size > EXTERNAL_BYTES else None,
+    )
     return written
 
 

@@ -1,8 +1,8 @@
 """Parts: the networks that a bundle is made from, each in memory only while it is needed.
 
-A part has a skeleton, whose weights have a shape and no data: graphs are traced through it, and sizes are read
-from it, so that exporting a network of 5 GB takes no 5 GB. The weights are loaded, in half precision and one
-part at a time, when they are written.
+A part has a skeleton, whose weights have a shape and no data: graphs are traced through it, and sizes are
+read from it, so that exporting a network of 5 GB takes no 5 GB. The weights are loaded, in half precision
+and one part at a time, when they are written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Part:
     def skeleton(self) -> nn.Module:
         """The module with fake weights, in eval mode."""
         with init_empty_weights(include_buffers=False):
-            module = self.build().float()  # a configuration may say fp16; what a graph computes in is said later
+            module = (
+                self.build().float()
+            )  # a configuration may say fp16; what a graph computes in is said later
         return hollow(module)
 
     def load(self) -> nn.Module:

@@ -1,9 +1,9 @@
 """Weights in the file: fp16, or int8 with a scale per output channel; the arithmetic is the graph's.
 
 A graph is traced without weights (export/parts.py). `fill` gives each the tensor of its name, which is read
-and converted when the file is written, one at a time. fp32 weights are stored as fp16 and a Cast: ONNX Runtime
-folds it when it loads the graph, OpenVINO keeps the weights compressed. int8 ones are stored with a Cast and a
-multiplication; LoRA and embeddings stay floating point.
+and converted when the file is written, one at a time. fp32 weights are stored as fp16 and a Cast, which
+backends fold when they load the graph. int8 ones are stored with a Cast and a multiplication; LoRA and
+embeddings stay floating point.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Weight:
 def fill(
     model: ir.Model, weights: Mapping[str, Weight], tensors: Mapping[str, Tensor], int8: bool = False
 ) -> None:
-    """Give every initialiser of `weights` (by its name) its tensor; nothing is read before the file is written.
+    """Give every initialiser of `weights` (by its name) its tensor; read when the file is written.
 
     int8: whether matrices and convolutions are stored in eight bits.
     """

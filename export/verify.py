@@ -91,7 +91,9 @@ def ladder(
             graph.name: stack.enter_context(engines.open(folder / f"{graph.name}.onnx", "onnxruntime"))
             for graph in graphs
         }
-        torchs = Torch(source, copy.deepcopy(modules))  # as they are: `graph.make` replaces attention and more
+        torchs = Torch(
+            source, copy.deepcopy(modules)
+        )  # as they are: `graph.make` replaces attention and more
         rungs: dict[str, Callable[[], float]] = {
             graph.name: lambda graph=graph: max(
                 relative(opened[graph.name].run(_arrays(feeds)), expected)

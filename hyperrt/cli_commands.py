@@ -23,9 +23,9 @@ from hyperrt.cli_output import Output
 from hyperrt.config import (
     PRECISIONS,
     QUANTIZED,
-    VERIFIED,
     SOLVER_NAMES,
     SUBJECT_FORMATS,
+    VERIFIED,
     ExportConfig,
     GenerateConfig,
     PersonalizeConfig,

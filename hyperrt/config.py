@@ -146,7 +146,9 @@ class ExportConfig:
 
     model: str  # a family, or the folder of a base model
     output: str  # folder of the new bundle
-    base: str | None = None  # folder, file or hub id of the base model; None: that of the hypernetwork's training
+    base: str | None = (
+        None  # folder, file or hub id of the base model; None: that of the hypernetwork's training
+    )
     hypernet: str | None = None  # checkpoint of the weight decoder
     random_weights: int | None = None  # seed: random weights in place of both
     image_encoder: str | None = None  # folder of the ViT that the hypernetwork reads

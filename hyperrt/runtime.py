@@ -240,8 +240,8 @@ class Runtime:
         subject: Subject | Sequence[Subject | None] | None = None,
         **options: Any,
     ) -> None:
-        """Everything that comes before the first step of `steps` with the same arguments, which raises what is
-        raised: graphs opened, prompts encoded, the subject in place. For a host that answers quickly.
+        """Everything before the first step of `steps`, which has the arguments and what is raised: graphs
+        opened, prompts encoded, the subject in place. For a host that answers quickly.
         """
         job, _ = self._plan(prompt, subject, options)
         self._check_memory(job)

@@ -22,7 +22,8 @@ UNET = {
 SD15 = {
     "unet": lambda: UNet2DConditionModel(
         **UNET, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ),
     "vae": lambda: vae(),
     "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
@@ -31,8 +32,10 @@ SD15 = {
 SDXL = {
     "unet": lambda: UNet2DConditionModel(
         **UNET, cross_attention_dim=40, use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 48,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 48,
     ),
     "vae": lambda: vae(force_upcast=True),
     "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),

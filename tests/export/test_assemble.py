@@ -90,7 +90,10 @@ def test_two_exports_of_one_model_differ_in_nothing_but_measured_figures(
 def test_progress_counts_the_stages(trained, tmp_path, monkeypatch, ready_graphs):
     seen = []
     export_bundle(
-        "tiny", Inputs(trained.base, trained.hypernet), tmp_path / "new", progress=lambda *now: seen.append(now)
+        "tiny",
+        Inputs(trained.base, trained.hypernet),
+        tmp_path / "new",
+        progress=lambda *now: seen.append(now),
     )
     stages = 1 + len(bundle.GRAPHS) + len(verify.TOLERANCE)
     assert seen[0] == (0, stages, "check")

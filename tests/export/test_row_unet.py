@@ -1,4 +1,4 @@
-"""The UNet of the graphs against diffusers' own forward, and upsampling against the convolution it stands for."""
+"""The UNet of the graphs against diffusers' own forward, and upsampling against a convolution."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Bundles of SD1.5's and SDXL's structure, from small parts: exported, compared with PyTorch, and drawn with."""
+"""Bundles of SD1.5's and SDXL's structure, from small parts: exported, compared, and drawn with."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,12 @@ def small(name, tmp_path):
         build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=1)  # noqa: E731
         parts["image_prompt"] = random_part("image_prompt", build, 0)
     config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
-    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
+    scheduler = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "epsilon",
+    }
     tokenizer = clip_tokenizer.build(tmp_path, 77)
     source = _random(parts, tokenizer, scheduler, 0, 2, config, 32, "none")
     return dataclasses.replace(source, pad_2=0, zero_empty=True) if xl else source
@@ -60,7 +65,8 @@ def test_the_runtime_draws_with_them(family, tmp_path, drawn_photos):
     with Runtime.open(path, backend="onnxruntime") as runtime:
         subject = runtime.personalize(drawn_photos)
         plain, personal, again = (
-            runtime.generate("a [V] toy", subject, steps=2, strength=strength).latents for strength in (0, 1, 1)
+            runtime.generate("a [V] toy", subject, steps=2, strength=strength).latents
+            for strength in (0, 1, 1)
         )
     assert np.array_equal(personal, again)
     assert np.abs(personal - plain).max() > 1e-3 * np.abs(plain).max()
@@ -80,7 +86,9 @@ def test_in_half_precision_products_are_typed_and_norms_are_not(family, precisio
     norms = {types[node.output[0]] for node in model.graph.node if node.op_type == "LayerNormalization"}
     assert convolutions == {expected}
     assert norms == {onnx.TensorProto.FLOAT}
-    assert all(spec.dtype in ("float32", "int64") for graph in bundle.graphs.values() for spec in graph.inputs)
+    assert all(
+        spec.dtype in ("float32", "int64") for graph in bundle.graphs.values() for spec in graph.inputs
+    )
 
 
 def test_eight_bits_halve_the_denoiser_and_stay_close(family, tmp_path, monkeypatch):
@@ -98,7 +106,9 @@ def test_a_graph_that_computes_something_else_ends_the_export(family, tmp_path, 
     right = verify.expectations
 
     def wrong(graph, modules, sizes):
-        return [(feeds, {k: v * 1.01 for k, v in found.items()}) for feeds, found in right(graph, modules, sizes)]
+        return [
+            (feeds, {k: v * 1.01 for k, v in found.items()}) for feeds, found in right(graph, modules, sizes)
+        ]
 
     monkeypatch.setattr(verify, "expectations", wrong)
     with pytest.raises(ParityError, match="image_encoder"):

@@ -48,7 +48,8 @@ def pipeline(source, modules, unet):
     """diffusers' own pipeline, of the parts that the bundle was made from."""
     pipeline = StableDiffusionPipeline(
         vae=modules["vae"], text_encoder=modules["text_encoder"], tokenizer=source.tokenizer, unet=unet,
-        scheduler=DDIMScheduler.from_config(source.scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=DDIMScheduler.from_config(source.scheduler), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

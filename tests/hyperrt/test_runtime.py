@@ -146,25 +146,6 @@ def test_the_context_is_computed_once_per_prompt(runtime, subject):
     assert fake_bundle.calls.count("context") == 2
 
 
-def test_another_subject_runs_no_graph_but_the_denoiser(runtime, subject, other):
-    first = runtime.generate(PROMPT, subject, steps=1)
-    fake_bundle.calls.clear()
-    second = runtime.generate(PROMPT, other, steps=1)
-    again = runtime.generate(PROMPT, subject, steps=1)
-    assert set(fake_bundle.calls) == {"denoiser", "vae_decoder"}
-    assert not np.array_equal(first.latents, second.latents)
-    np.testing.assert_array_equal(first.latents, again.latents)
-
-
-def test_after_prepare_the_first_step_is_a_call_of_the_denoiser(runtime, subject):
-    runtime.prepare(PROMPT, subject, steps=2)
-    fake_bundle.calls.clear()
-    uploads = len(runtime._graphs.engine("denoiser").uploads)
-    next(runtime.steps(PROMPT, subject, steps=2))
-    assert fake_bundle.calls == ["denoiser"]
-    assert len(runtime._graphs.engine("denoiser").uploads) == uploads
-
-
 def test_what_stays_the_same_over_the_loop_is_uploaded_once(runtime, subject):
     runtime.generate(PROMPT, subject, steps=9)
     assert sorted(runtime._graphs.engine("denoiser").uploads) == ["context", "gate", "guidance", "lora_q"]

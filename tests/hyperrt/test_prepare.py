@@ -1,0 +1,46 @@
+"""A change of subject between pictures, and a first step that was prepared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hyperrt import Runtime
+from tests.hyperrt import fake_bundle
+
+PROMPT = "a [V] robot on the beach"
+
+
+@pytest.fixture
+def runtime(pretend):
+    with Runtime.open(pretend, "fake") as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def subject(runtime, photos):
+    return runtime.personalize(photos)
+
+
+@pytest.fixture
+def other(runtime):
+    return runtime.personalize([np.full((40, 40, 3), 200, np.uint8)])
+
+
+def test_another_subject_runs_no_graph_but_the_denoiser(runtime, subject, other):
+    first = runtime.generate(PROMPT, subject, steps=1)
+    fake_bundle.calls.clear()
+    second = runtime.generate(PROMPT, other, steps=1)
+    again = runtime.generate(PROMPT, subject, steps=1)
+    assert set(fake_bundle.calls) == {"denoiser", "vae_decoder"}
+    assert not np.array_equal(first.latents, second.latents)
+    np.testing.assert_array_equal(first.latents, again.latents)
+
+
+def test_after_prepare_the_first_step_is_a_call_of_the_denoiser(runtime, subject):
+    runtime.prepare(PROMPT, subject, steps=2)
+    fake_bundle.calls.clear()
+    uploads = len(runtime._graphs.engine("denoiser").uploads)
+    next(runtime.steps(PROMPT, subject, steps=2))
+    assert fake_bundle.calls == ["denoiser"]
+    assert len(runtime._graphs.engine("denoiser").uploads) == uploads
