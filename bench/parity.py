@@ -70,7 +70,7 @@ def main() -> None:
     token = bundle.prompts.token
     text = encode(["", f"a {token} {NOUN} {SCENE}", f"a {NOUN} {SCENE}"]).split(1)
     rows, scale = [], bundle.defaults.guidance_scale
-    with Runtime.open(args.bundle) as runtime:
+    with Runtime.open(args.bundle, "onnxruntime") as runtime:
         subject = runtime.personalize(PHOTOS, NOUN)
         inject(unet, subject, bundle)
         for solver, kappa in product(SOLVERS, kappas):

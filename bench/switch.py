@@ -70,7 +70,7 @@ def main() -> None:
 def small(args: argparse.Namespace) -> None:
     """Everything, on a bundle that has photos and takes milliseconds."""
     changes, steps = (5, 2) if args.quick else (args.changes, None)
-    with Runtime.open(args.bundle) as runtime:
+    with Runtime.open(args.bundle, "onnxruntime") as runtime:
         subjects = [runtime.personalize(SUBJECTS / name, name) for name in ("mug", "robot")]
         bundle = runtime.bundle
         figures = return_differences(runtime, *subjects, steps)

@@ -54,7 +54,7 @@ def draw(
 def main() -> None:
     """Write docs/images/{first,subjects,kappa}.png."""
     OUT.mkdir(exist_ok=True)
-    with Runtime.open("tiny") as runtime:
+    with Runtime.open("tiny", "onnxruntime") as runtime:
         subjects = {noun: runtime.personalize(SUBJECTS / noun, noun) for noun in NOUNS}
         first = [*photos("mug"), None, *draw(runtime, "mug", subjects["mug"], SCENES[:4])]
         sheet([first]).save(OUT / "first.png", optimize=True)

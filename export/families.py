@@ -112,7 +112,8 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
         for name in ("base", "hypernet", "image_encoder", "image_prompt"):
             if getattr(inputs, name) is not None:
                 option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{option} and --random-weights exclude each other", "", "leave one out")
+                why = "random weights are in place of everything that could be read"
+                raise UsageError(f"{option} and --random-weights exclude each other", why, "leave one out")
         yield sized(family.random(inputs.random_weights), inputs.size)
         return
     if inputs.hypernet is None:

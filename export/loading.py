@@ -164,7 +164,8 @@ def _from_hub(model: str, offline: bool) -> Path:
         if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", model) and not os.path.lexists(model):
             why = "a name without the commit's 40 digits can mean another model tomorrow"
             raise UsageError(f"{model} has no pinned revision", why, "write OWNER/NAME@COMMIT")
-        raise NotFound(f"there is no base model {model}", "it is no folder, no file and no hub id")
+        do = "check the path, or write OWNER/NAME@COMMIT for one of the hub"
+        raise NotFound(f"there is no base model {model}", "it is no folder, no file and no hub id", do)
     name, _, revision = model.partition("@")
     try:
         return Path(
@@ -183,7 +184,7 @@ def _from_single_file(path: Path, like: str | None, offline: bool, folder: Path)
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     if not path.is_file():
-        raise NotFound(f"there is no base model {path}", "there is no such file")
+        raise NotFound(f"there is no base model {path}", "there is no such file", "check the path")
     if like is None:
         why = "the file has weights alone; what they mean is in the folder of the model that it was made from"
         raise UsageError(f"{path} has no configuration", why, "say which: --like DIR or OWNER/NAME@COMMIT")

@@ -33,7 +33,7 @@ from hyperrt.config import (
 from hyperrt.errors import Incompatible, UsageError
 
 ENV = "HYPERRT"
-EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+EXPORT_NEEDS = ("accelerate", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 SETTINGS = {
     "auto_envvar_prefix": ENV,
     "help_option_names": ["-h", "--help"],
