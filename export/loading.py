@@ -145,7 +145,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            why = f"{path.name}: {_first_line(error)}"
+            why = f"{folder.name}/{path.name}: {_first_line(error)}"
             raise IntegrityError(
                 f"the base model {folder.parent} is damaged", why, "copy it again"
             ) from error
