@@ -27,8 +27,8 @@ from hyperrt.errors import ResourceError, UsageError
 Progress = Callable[[int, int, str], None]  # stages done, stages in all, what comes now
 
 LIBRARIES = 1_200_000_000  # bytes: PyTorch, the exporter, a traced graph
-# What is freed is not given back at once: peaks were 3.1 GB for SD1.5 and 9.0 GB for SDXL, of which one network
-# at a time accounts for 1.7 and 6.0.
+# What is freed is not given back at once: peaks were 3.1 GB for SD1.5 and 9.0 GB for SDXL, of which one
+# network at a time accounts for 1.7 and 6.0.
 SPARE = 1.3
 
 

@@ -77,8 +77,7 @@ class Conditioning:
             self._plain = None
         context = plain["context"].copy()
         for row in np.flatnonzero(job.gate):
-            subject = job.subjects[row % len(job.subjects)]
-            assert subject is not None  # a gate is open only where there is one
+            subject = job.subjects[row % len(job.subjects)]  # there is one where the gate is open
             lora_kv = packed(subject, "lora_kv", self._bundle.layout.size("lora_kv"))
             hidden = features["hidden_states"][row]
             add_to_context(self._bundle.layout, context[row], hidden, lora_kv, float(job.gate[row]))
