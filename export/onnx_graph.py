@@ -33,6 +33,7 @@ from export.storage import Weight
 # GroupNormalization (21) has no CPU kernel in ONNX Runtime; below 18 the exporter converts down, and badly.
 OPSET = 20
 EXTERNAL_BYTES = 10**9  # weights go beside the graph from here on; protobuf ends at 2 GB
+INLINE_BYTES = 2**16  # smaller ones stay: backends want the sizes of a Split before they read other files
 # Any sizes above 1 that differ from one another: the exporter takes 0 and 1 for constants.
 SIZES = {"photos": 2, "prompts": 3, "images": 2, "branches": 3, "rows": 6, "subjects": 6, "h": 10, "w": 14}
 TRACED_AS = {"subjects": "rows"}
@@ -76,16 +77,10 @@ def write(
     _finish(model, graph)
     storage.fill(model, weights, graph.make(modules).state_dict(keep_vars=True), int8)
     size = _bytes_of(model.graph.initializers.values())
-    ir.save(
-        model,
-        folder / f"{graph.name}.onnx",
-        external_data=_data_file(graph) if size > EXTERNAL_BYTES else None,
-    )
+    external = f"{graph.name}.onnx.data" if size > EXTERNAL_BYTES else None
+    path = folder / f"{graph.name}.onnx"
+    ir.save(model, path, external_data=external, size_threshold_bytes=INLINE_BYTES)
     return written
-
-
-def _data_file(graph: Graph) -> str:
-    return f"{graph.name}.onnx.data"
 
 
 def _traced(graph: Graph, module: nn.Module) -> ir.Model:
