@@ -249,7 +249,7 @@ def train_unet(
 
 def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
     trained = {"unet": model.unet, "text_encoder": model.text_encoder}
-    return bases.Base(**{name: trained.get(name, getattr(parts, name)) for name in bases.PARTS})
+    return bases.Base(**{name: trained.get(name, getattr(parts, name)) for name in bases.OF_TINY})
 
 
 def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
