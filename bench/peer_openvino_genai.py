@@ -1,6 +1,6 @@
 """What openvino.genai's Text2ImagePipeline needs for a step, and for a change of subject.
 
-    python peer_openvino_genai.py step   FOLDER [--mode auto|fuse]
+    python peer_openvino_genai.py step   FOLDER [--mode auto|fuse] [--precision fp32|bf16]
     python peer_openvino_genai.py switch FOLDER
 
 `step`: classifier-free guidance at 512 x 512, one call of two rows, fixed shapes, the LoRA on both rows (it
@@ -32,20 +32,21 @@ SMALL, TOKENS = 64, 77  # pixels of a side where only the switch is measured; le
 def main() -> None:
     parser = peer_timing.options(__doc__)
     parser.add_argument("--mode", choices=("auto", "fuse"), default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
     found = step(args) if args.what == "step" else {"openvino_genai_ms": switch(args)}
     print(json.dumps(found | {"versions": peer_timing.versions("openvino-genai", "openvino")}))
 
 
 def pipeline(args: argparse.Namespace, size: int, adapter: genai.Adapter) -> genai.Text2ImagePipeline:
-    """The pipeline compiled for pictures of this size, in fp32, with the adapter."""
+    """The pipeline compiled for pictures of this size, with the adapter."""
     mode = genai.AdapterConfig.Mode.MODE_FUSE if args.mode == "fuse" else genai.AdapterConfig.Mode.MODE_AUTO
     pipe = genai.Text2ImagePipeline(str(args.folder / "openvino_genai"))
     pipe.reshape(1, size, size, GUIDANCE)
     pipe.compile(
         "CPU",
         adapters=genai.AdapterConfig(adapter, 1.0, mode),
-        INFERENCE_PRECISION_HINT="f32",
+        INFERENCE_PRECISION_HINT=args.precision.replace("fp", "f"),
         INFERENCE_NUM_THREADS=args.threads,
     )
     return pipe

@@ -1,23 +1,26 @@
 """What does a step of HM-CFG cost here and elsewhere?  Stable Diffusion 1.5, 512 x 512, random weights.
 
 Seconds per branch of the guidance sum, median of `--rounds` after two that are not counted.  Each peer runs
-in its own environment and process, one after the other in one run, with as many threads:
+in its own environment and process, one after the other in one run, with as many threads, in fp32, and in bf16
+where the processor multiplies it (`--precision`):
 
-    ours_s                    one call of three rows, the LoRA on one of them (bench/peer_ours.py); the faster
-                              backend of those installed, each beside it: ours_onnxruntime_s, ours_openvino_s
-    diffusers_toggle_s        one UNet, three calls, PEFT adapter on and off; the faster of fp32 and bf16, and
-                              each: diffusers_toggle_fp32_s, diffusers_toggle_bf16_s
-    diffusers_two_unets_s     two UNets, one with the LoRA fused, base calls as two rows; fp32
+    ours_s                    one call of three rows, the LoRA on one of them (bench/peer_ours.py)
+    diffusers_toggle_s        one UNet, three calls, PEFT adapter on and off
+    diffusers_two_unets_s     two UNets, one with the LoRA fused, base calls as two rows
     openvino_genai_s          openvino.genai's pipeline with a LoRA adapter: its pair of rows divided by two.
                               The LoRA is on both rows: it cannot do HM-CFG
     openvino_genai_fuse_s     the same with the LoRA merged for good, which no subject can follow
-    onnxruntime_s             the plain UNet as torch exports it, one row a call, no LoRA
-    vs_NAME                   ours_s / the peer's; vs_diffusers_bf16 is of the toggled bf16
+    onnxruntime_s             the plain UNet as torch exports it, one row a call, no LoRA; fp32, since ONNX
+                              Runtime has no other kernels on a CPU
 
-All compute in fp32, but for the figure of bf16, which a CPU without bf16 arithmetic emulates, some seven
-times slower (`--limit` gives it fewer rounds).  The machine must have nothing else to do: beside another job
-torch's threads wait for one another, and a step takes three times as long.  The bundle is `--bundle`, or
-exported from random weights to .peers/bundles/sd15.  Times say nothing about pictures.
+    NAME_PRECISION_s          in that precision; NAME_s is the faster one.  Ours is that of the faster backend;
+                              each is beside it, as ours_openvino_bf16_s
+    vs_NAME                   ours / the peer's, each in its faster precision
+    vs_NAME_PRECISION         the same at equal precision
+
+The machine must have nothing else to do: beside another job torch's threads wait for one another, and a step
+takes three times as long.  The bundle is `--bundle`, or exported from random weights to .peers/bundles/sd15.
+Times say nothing about pictures.
 """
 
 from __future__ import annotations
@@ -29,18 +32,19 @@ from importlib.util import find_spec
 import peer_environment
 import report
 
+from engines.cores import multiplies_bf16
+
 BARS = {"vs_openvino_genai": "<= 0.9", "vs_diffusers_toggle": "<= 0.3", "vs_diffusers_two_unets": "< 1"}
 BARS |= {"vs_onnxruntime": "< 1"}
-PEERS = ("diffusers_toggle", "diffusers_two_unets", "openvino_genai", "openvino_genai_fuse", "onnxruntime")
-BACKENDS = ("onnxruntime", "openvino")
-# figure -> environment, script, its options, branches in a step as it is timed
+BACKENDS = {"onnxruntime": ("fp32",), "openvino": ("fp32", "bf16")}
+PRECISIONS = ("fp32", "bf16")
+# name -> environment, its options, branches in a step as it is timed, precisions
 MEASURED = {
-    "diffusers_toggle_fp32_s": ("diffusers", "step --way toggle --precision fp32", 3),
-    "diffusers_two_unets_s": ("diffusers", "step --way two_unets --precision fp32", 3),
-    "diffusers_toggle_bf16_s": ("diffusers", "step --way toggle --precision bf16", 3),
-    "openvino_genai_s": ("openvino_genai", "step --mode auto", 2),
-    "openvino_genai_fuse_s": ("openvino_genai", "step --mode fuse", 2),
-    "onnxruntime_s": ("onnxruntime", "step", 1),
+    "diffusers_toggle": ("diffusers", "step --way toggle", 3, PRECISIONS),
+    "diffusers_two_unets": ("diffusers", "step --way two_unets", 3, PRECISIONS),
+    "openvino_genai": ("openvino_genai", "step --mode auto", 2, PRECISIONS),
+    "openvino_genai_fuse": ("openvino_genai", "step --mode fuse", 2, PRECISIONS),
+    "onnxruntime": ("onnxruntime", "step", 1, ("fp32",)),
 }
 
 
@@ -50,43 +54,46 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=peer_environment.cpus())
     parser.add_argument("--only", nargs="*", choices=MEASURED, help="of the peers, measure these alone")
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS[: 1 + multiplies_bf16()],
+        help="default: fp32, and bf16 where the processor multiplies it",
+    )  # fmt: skip
     parser.add_argument("--limit", type=float, default=300, help="seconds after which no round begins")
     args = parser.parse_args()
     only = [] if args.quick else list(MEASURED) if args.only is None else args.only
     how = ["--rounds", str(1 if args.quick else args.rounds), "--threads", str(args.threads)]
     bundle = args.bundle or ("tiny" if args.quick else peer_environment.bundle("sd15"))
-    figures, rows = ours(str(bundle), how)
-    for figure in MEASURED:
-        if figure in only:
-            found = measure(figure, [*how, "--limit", str(args.limit)])
-            figures[figure] = found["median_s"]
-            rows.append(row(figure, found))
-    report.table(rows, ("figure", "s per branch", "least", "rounds", "load", "precision", "versions"))
+    rows = []
+    figures: dict[str, float] = {}
+    for precision in args.precision:
+        for backend in [name for name, takes in BACKENDS.items() if find_spec(name) and precision in takes]:
+            found = ours(str(bundle), backend, precision, how)
+            figures[f"ours_{backend}_{precision}_s"] = found["median_s"]
+            rows.append(row(f"ours_{backend}", precision, found))
+        for name in [name for name in only if precision in MEASURED[name][3]]:
+            found = measure(name, precision, [*how, "--limit", str(args.limit)])
+            figures[f"{name}_{precision}_s"] = found["median_s"]
+            rows.append(row(name, precision, found))
+    report.table(rows, ("who", "precision", "s per branch", "least", "rounds", "load", "versions"))
     report.finish(__file__, with_ratios(figures), BARS)
 
 
-def ours(bundle: str, how: list[str]) -> tuple[dict[str, float], list[tuple[object, ...]]]:
-    """The step on every backend that is installed, and the best of them; rows for the table."""
-    figures: dict[str, float] = {}
-    rows: list[tuple[object, ...]] = []
+def ours(bundle: str, backend: str, precision: str, how: list[str]) -> dict[str, object]:
+    """Our step on a backend, per branch."""
     script = str(peer_environment.BENCH / "peer_ours.py")
-    for backend in BACKENDS:
-        if find_spec(backend):
-            found = peer_environment.run([sys.executable, script, bundle, "--backend", backend, *how])
-            found = per_branch(found, 3) | {"versions": {backend: report.version(backend)}}
-            figures[f"ours_{backend}_s"] = found["median_s"]
-            rows.append(row(f"ours_{backend}_s", found))
-    return {"ours_s": min(figures.values()), **figures}, rows
+    command = [sys.executable, script, bundle, "--backend", backend, "--precision", precision, *how]
+    versions = {"versions": {backend: report.version(backend)}}
+    return per_branch(peer_environment.run(command), 3) | versions
 
 
-def measure(figure: str, how: list[str]) -> dict[str, object]:
+def measure(name: str, precision: str, how: list[str]) -> dict[str, object]:
     """One peer's step, per branch."""
-    name, options, branches = MEASURED[figure]
-    folder = peer_environment.model("sd15", *dict.fromkeys(("diffusers", "lora", name)))
+    environment, options, branches, precisions = MEASURED[name]
+    folder = peer_environment.model("sd15", *dict.fromkeys(("diffusers", "lora", environment)))
     what, *others = options.split()
-    found = peer_environment.call(name, f"peer_{name}.py", what, str(folder), *others, *how)
-    precision = "bf16" if "bf16" in options else "fp32"
-    return per_branch(found, branches) | {"precision": precision}
+    others += ["--precision", precision] if len(precisions) > 1 else []
+    found = peer_environment.call(environment, f"peer_{environment}.py", what, str(folder), *others, *how)
+    return per_branch(found, branches)
 
 
 def per_branch(found: dict[str, object], branches: int) -> dict[str, object]:
@@ -94,22 +101,30 @@ def per_branch(found: dict[str, object], branches: int) -> dict[str, object]:
     return found | {key: found[key] / branches for key in ("median_s", "least_s")}
 
 
-def row(figure: str, found: dict[str, object]) -> tuple[object, ...]:
+def row(name: str, precision: str, found: dict[str, object]) -> tuple[object, ...]:
     """A line of the table; a load beyond the CPUs says that something else was running."""
-    load = os.getloadavg()[0]
-    versions = " ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return figure, found["median_s"], found["least_s"], found["rounds"], load, found["precision"], versions
+    versions = " ".join(f"{package} {number}" for package, number in found["versions"].items())
+    times = (found["median_s"], found["least_s"], found["rounds"])
+    return name, precision, *times, os.getloadavg()[0], versions
 
 
 def with_ratios(figures: dict[str, float]) -> dict[str, float]:
-    """The figures, the faster precision of diffusers as its figure, and ours over each peer's."""
+    """The figures, for each name the fastest of its kinds, and ours over each peer's."""
     found = dict(figures)
-    both = [figures[key] for p in ("fp32", "bf16") if (key := f"diffusers_toggle_{p}_s") in figures]
-    if both:
-        found["diffusers_toggle_s"] = min(both)
-    ratios = {f"vs_{name}": found["ours_s"] / found[f"{name}_s"] for name in PEERS if f"{name}_s" in found}
-    if "diffusers_toggle_bf16_s" in found:
-        ratios["vs_diffusers_bf16"] = found["ours_s"] / found["diffusers_toggle_bf16_s"]
+    for name in ("ours", *MEASURED):
+        for precision in PRECISIONS:
+            kinds = [f"{name}_{backend}" for backend in BACKENDS] if name == "ours" else [name]
+            times = [figures[key] for kind in kinds if (key := f"{kind}_{precision}_s") in figures]
+            if times:
+                found[f"{name}_{precision}_s"] = min(times)
+        both = [found[key] for precision in PRECISIONS if (key := f"{name}_{precision}_s") in found]
+        if both:
+            found[f"{name}_s"] = min(both)
+    ratios = {}
+    for name in MEASURED:
+        for kind in ("", *(f"_{precision}" for precision in PRECISIONS)):
+            if {f"ours{kind}_s", f"{name}{kind}_s"} <= found.keys():
+                ratios[f"vs_{name}{kind}"] = found[f"ours{kind}_s"] / found[f"{name}{kind}_s"]
     return found | ratios
 
 

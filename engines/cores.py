@@ -46,11 +46,20 @@ def available_cores(cpus: Path = CPUS, quota: Path = QUOTA) -> int:
 
 def suits_openvino(info: Path = CPU_INFO) -> bool:
     """Whether the processor is one of Intel's, or multiplies bfloat16."""
+    text = _about(info)
+    return "GenuineIntel" in text or "intel" in text.lower().split() or multiplies_bf16(info)
+
+
+def multiplies_bf16(info: Path = CPU_INFO) -> bool:
+    """Whether the processor has instructions for bfloat16; not known, and False, where there is no `info`."""
+    return not BF16.isdisjoint(_about(info).split())
+
+
+def _about(info: Path) -> str:
     try:
-        text = info.read_text(encoding="utf-8", errors="replace")
+        return info.read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
-        return "intel" in platform.processor().lower()
-    return "GenuineIntel" in text or not BF16.isdisjoint(text.split())
+        return platform.processor()
 
 
 def _siblings(cpus: Path, cpu: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import engines
 from engines.base import Engine
@@ -29,15 +30,19 @@ class Graphs:
         bundle: whose.
         backend: one of `engines.BACKENDS`, or "auto".
         threads: CPU threads of one engine call; None lets the backend decide.
+        options: the backend's own, see `engines.open`.
 
     Raises:
         BackendMissing: there is no such backend.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, threads: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: str, threads: int | None, options: Mapping[str, Any] | None = None
+    ) -> None:
         self.bundle = bundle
         self.backend = engines.resolve(backend)
         self._threads = threads
+        self._options = dict(options or {})
         self._engines: dict[str, Engine] = {}
         self._adapters: dict[str, Adapter] = {}
         self._closed = False
@@ -49,10 +54,10 @@ class Graphs:
 
     def open(self, name: str, sizes: Sizes | None = None) -> Engine:
         """A new engine of a graph, for the caller to close."""
-        options = {"cache": compile_cache()} if self.backend in CACHING else {}
+        cache = {"cache": compile_cache()} if self.backend in CACHING else {}
         fixed = sizes if self.backend in COMPILING else None
         path = self.bundle.graph(name)
-        return engines.open(path, self.backend, threads=self._threads, sizes=fixed, **options)
+        return engines.open(path, self.backend, self._threads, fixed, **cache | self._options)
 
     def engine(self, name: str, sizes: Sizes | None = None) -> Engine:
         """The engine of a graph, opened if it is not; another one than before where the sizes do not fit it.

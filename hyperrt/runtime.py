@@ -78,9 +78,16 @@ class Runtime:
     Use `Runtime.open`; close it, or use it in a `with` statement, to free the engines.
     """
 
-    def __init__(self, bundle: Bundle, backend: str, threads: int | None, low_memory: bool) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        threads: int | None,
+        low_memory: bool,
+        backend_options: Mapping[str, Any] | None,
+    ) -> None:
         self.bundle = bundle
-        self._graphs = Graphs(bundle, backend, threads)
+        self._graphs = Graphs(bundle, backend, threads, backend_options)
         self.backend = self._graphs.backend
         self._low_memory = low_memory
         self._conditioning = Conditioning(self._graphs, low_memory)
@@ -96,6 +103,7 @@ class Runtime:
         threads: int | None = None,
         *,
         low_memory: bool = False,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> Runtime:
         """Open a bundle; graphs are loaded when they are first needed.
 
@@ -106,6 +114,8 @@ class Runtime:
             low_memory: close a graph when it is no longer needed: what turns a prompt into K and V before the
                 loop, the denoiser before decoding; and decode what is larger than 512 pixels in tiles.
                 Saves memory, and costs the time of opening them again for the next call.
+            backend_options: the backend's own, such as {"precision": "f32"} of openvino, which otherwise
+                computes in bf16 where the processor does; see `open` in engines/BACKEND.py.
 
         Raises:
             NotFound: there is no such bundle.
@@ -113,7 +123,7 @@ class Runtime:
             BundleMismatch: this version cannot run it.
             engines.BackendMissing: there is no such backend.
         """
-        return cls(Bundle.open(bundle), backend, threads, low_memory)
+        return cls(Bundle.open(bundle), backend, threads, low_memory, backend_options)
 
     def personalize(self, images: Photos, class_noun: str | None = None, strict: bool = False) -> Subject:
         """Photos of one subject to its LoRA.

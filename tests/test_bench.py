@@ -132,15 +132,16 @@ def test_a_peer_that_fails_ends_the_measurement():
         module("peer_environment").run([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_ratios_take_the_faster_precision_of_diffusers(monkeypatch):
+def test_ratios_are_at_equal_precision_and_at_the_faster_one(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
-    times = {"ours_s": 1.0, "diffusers_toggle_fp32_s": 4.0, "diffusers_toggle_bf16_s": 8.0}
-    found = module("peers").with_ratios(times | {"openvino_genai_s": 2.0})
-    assert found["diffusers_toggle_s"] == 4
+    times = {"ours_onnxruntime_fp32_s": 3.0, "ours_openvino_fp32_s": 2.0, "ours_openvino_bf16_s": 1.0}
+    times |= {"diffusers_toggle_fp32_s": 4.0, "diffusers_toggle_bf16_s": 8.0, "onnxruntime_fp32_s": 2.5}
+    found = module("peers").with_ratios(times)
+    assert (found["ours_s"], found["diffusers_toggle_s"]) == (1, 4)
     assert found["vs_diffusers_toggle"] == 0.25
-    assert found["vs_diffusers_bf16"] == 0.125
-    assert found["vs_openvino_genai"] == 0.5
-    assert "vs_onnxruntime" not in found
+    assert (found["vs_diffusers_toggle_fp32"], found["vs_diffusers_toggle_bf16"]) == (0.5, 0.125)
+    assert (found["vs_onnxruntime"], found["vs_onnxruntime_fp32"]) == (0.4, 0.8)
+    assert "vs_onnxruntime_bf16" not in found and "vs_openvino_genai" not in found
 
 
 @pytest.mark.slow
