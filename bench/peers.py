@@ -13,7 +13,7 @@ where the processor multiplies it (`--precision`):
     onnxruntime_s             the plain UNet as torch exports it, one row a call, no LoRA; fp32, since ONNX
                               Runtime has no other kernels on a CPU
 
-    NAME_PRECISION_s          in that precision; NAME_s is the faster one.  Ours is that of the faster backend;
+    NAME_PRECISION_s          in that precision; NAME_s is the faster one.  Ours is the faster backend;
                               each is beside it, as ours_openvino_bf16_s
     vs_NAME                   ours / the peer's, each in its faster precision
     vs_NAME_PRECISION         the same at equal precision
