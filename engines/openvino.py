@@ -6,6 +6,7 @@ Results are new arrays.  Figures behind the options: docs/log.md.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -125,7 +126,7 @@ def open(
             not fit together, or a cache that others can write to.
         EngineMemoryError: memory ran out.
     """
-    core = ov.Core()
+    core = _core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
@@ -144,6 +145,17 @@ def open(
             return core.compile_model(_read(path, inputs), "CPU", settings)
 
     return OpenVinoEngine(compile, inputs, outputs)
+
+
+@functools.cache
+def _core() -> ov.Core:
+    """One for the process, and never closed.
+
+    Each gives its thread another stack for signal handlers, and when it goes puts back the one that it found:
+    of two that end in the order in which they began, the second puts back one that is gone, and the next
+    Ctrl-C ends in a segmentation fault.
+    """
+    return ov.Core()
 
 
 def _read(path: Path, inputs: Mapping[str, Dims]) -> ov.Model:

@@ -244,6 +244,26 @@ def test_a_run_that_runs_out_of_memory_says_how_much_it_wanted_and_the_next_one_
     assert EngineMemoryError.code == 6
 
 
+SIGNALLED = """
+import os, signal, sys
+import engines
+first, second = (engines.open(sys.argv[1], "openvino", threads=1) for _ in range(2))
+first.close()
+del first
+second.close()
+del second
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks of Linux")
+def test_ctrl_c_is_handled_after_engines_were_closed_in_the_order_in_which_they_were_opened():
+    command = [sys.executable, "-c", SIGNALLED, AFFINE]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "handled\n")
+
+
 def test_odd_graphs_from_other_projects_open_or_are_refused(shared_data):
     odd = sorted((shared_data / "bad_models").glob("*.onnx"))
     assert odd
