@@ -188,8 +188,8 @@ def _read(path: Path, inputs: Mapping[str, Dims]) -> ov.Model:
 def _keep_fp32(model: ov.Model) -> None:
     """Mark what must not be rounded to bf16, none of which takes time.
 
-    Angles: with the timestep 999 in bf16 a sine's is off by a radian. What reads an input that is a vector: it
-    holds coefficients. What lies behind the last product with weights: sums that multiply its rounding.
+    Angles: with the timestep 999 in bf16 a sine's is off by a radian. What reads a vector among the inputs:
+    coefficients. What lies behind the last product with weights: sums that multiply its rounding.
     """
     key, mark = _precise()
     readers = [port.get_node() for port in model.inputs if len(port.get_partial_shape()) <= 1]
