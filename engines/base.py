@@ -1,6 +1,6 @@
 """Engine contract: one open graph with named tensors; its checks, its errors, and the table of backends.
 
-Arrays are NumPy arrays on the host.  In a shape a number is a fixed size, and a name stands for any size.
+Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.  In a shape a number is a fixed size, and a name stands for any size.
 To add a backend: a module here with `open(path, **options) -> Engine`, one line in `BACKENDS`, one extra in
 pyproject.toml, and its file in tests/test_backend_contract.py.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Tensors = Mapping[str, Array]
+Tensors = Mapping[str, "Array | DeviceArray"]
 
 BACKENDS = {  # name -> the module that its vendor's package installs ("": none needed)
     "fake": "",
@@ -108,6 +108,24 @@ class TensorSpec:
     dtype: str
 
 
+class DeviceArray:
+    """An array in the memory of a device, as an engine there returns it: `run` and `bind` take it without a copy
+    by way of the host. `numpy.asarray` copies it to the host; other programs take it by DLPack.
+
+    Attributes:
+        shape, dtype: as of a NumPy array; C-contiguous.
+        pointer: address on the device.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    pointer: int
+
+    @abstractmethod
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """A copy on the host; waits for what computes it."""
+
+
 class Engine(ABC):
     """One open graph.
 
@@ -124,6 +142,7 @@ class Engine(ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: tuple[TensorSpec, ...] = ()
+    on_device: ClassVar[bool] = False  # whether it runs elsewhere than on the host
 
     def __init__(self) -> None:
         # Replaced as a whole and never changed, so that a run can keep it.
@@ -131,11 +150,13 @@ class Engine(ABC):
         self._lock = threading.Lock()
         self._closed = False
 
-    def run(self, feeds: Tensors) -> dict[str, Array]:
+    def run(self, feeds: Tensors, host: bool = True) -> dict[str, Any]:
         """Compute all outputs; the results belong to the caller.
 
         Args:
             feeds: every input that is not bound, and nothing else.
+            host: whether results are wanted on the host. If not, an engine that is `on_device` returns them as
+                `DeviceArray`, and may return before they are computed.
 
         Raises:
             EngineInputError: a tensor is missing, unknown, bound already, or of another shape or type.
@@ -157,7 +178,7 @@ class Engine(ABC):
             raise EngineInputError(
                 f"input {missing[0]!r} is missing", f"the graph also needs {', '.join(missing)}"
             )
-        return self._run(arrays, resident)
+        return self._run(arrays, resident) if host else self._run_there(arrays, resident)
 
     def bind(self, tensors: Tensors) -> None:
         """Copy inputs to where the graph reads them and keep them there; binding again replaces.
@@ -227,6 +248,10 @@ class Engine(ABC):
     def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
         """Compute; `arrays` and `resident` together are all inputs, and are checked."""
 
+    def _run_there(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Any]:
+        """As `_run`, with the results left where they were computed."""
+        return self._run(arrays, resident)
+
     @abstractmethod
     def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
         """Copies, in the form in which `_run` takes them as `resident`."""
@@ -252,7 +277,7 @@ def closed() -> EngineClosed:
     return EngineClosed("the engine is closed", "it was used after close()", "open it again: engines.open")
 
 
-def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Array]:
+def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Any]:
     """`arrays` as C-contiguous aligned arrays; the one check that every backend's feeds go through.
 
     Names that stand for sizes are not compared with one another: one may be 1 where the graph broadcasts.
@@ -367,8 +392,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def _checked(spec: TensorSpec, array: Array, role: str) -> Array:
-    if not isinstance(array, (np.ndarray, np.generic)):
+def _checked(spec: TensorSpec, array: Any, role: str) -> Any:
+    if not isinstance(array, (np.ndarray, np.generic, DeviceArray)):
         raise EngineInputError(
             f"{role} {spec.name!r} is a {type(array).__name__}", "the graph takes NumPy arrays"
         )
@@ -381,6 +406,8 @@ def _checked(spec: TensorSpec, array: Array, role: str) -> Array:
         )
     if array.dtype != np.dtype(spec.dtype):
         raise EngineInputError(f"{role} {spec.name!r} is {array.dtype}", f"the graph takes {spec.dtype}")
+    if isinstance(array, DeviceArray):
+        return array
     return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
