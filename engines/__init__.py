@@ -4,11 +4,11 @@
         outputs = engine.run({"x": x})
 
 Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
-is opened.  Contract, feed checks and the table of backends: `engines.base`.
+is opened.  Contract and feed checks: `engines.base`.
 """
 
+from engines.backends import BACKENDS
 from engines.base import (
-    BACKENDS,
     BackendMissing,
     Engine,
     EngineClosed,
@@ -17,6 +17,7 @@ from engines.base import (
     EngineLoadError,
     EngineMemoryError,
     TensorSpec,
+    load,
     open,
     resolve,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "EngineLoadError",
     "EngineMemoryError",
     "TensorSpec",
+    "load",
     "open",
     "resolve",
 ]

@@ -1,8 +1,9 @@
-"""Engine contract: one open graph with named tensors; its checks, its errors, and the table of backends.
+"""Engine contract: one open graph with named tensors; its checks, its errors, and how a backend is opened.
 
-Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.  In a shape a number is a fixed size, and a name stands for any size.
-To add a backend: a module here with `open(path, **options) -> Engine`, one line in `BACKENDS`, one extra in
-pyproject.toml, and its file in tests/test_backend_contract.py.
+Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.  In a shape a number is
+a fixed size, and a name stands for any size.
+To add a backend: a module here with `open(path, **options) -> Engine`, one entry in `engines.backends`, one
+extra in pyproject.toml, and its file in tests/test_backend_contract.py.
 """
 
 from __future__ import annotations
@@ -22,18 +23,10 @@ from typing import Any, ClassVar, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.backends import BACKENDS
+
 Array = NDArray[Any]
 Tensors = Mapping[str, "Array | DeviceArray"]
-
-BACKENDS = {  # name -> the module that its vendor's package installs ("": none needed)
-    "fake": "",
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-}
-INSTALL = {  # name -> the line that installs it
-    "onnxruntime": "pip install 'hyperrt[cpu]'",
-    "openvino": "pip install 'hyperrt[openvino]'",
-}
 
 
 class EngineError(Exception):
@@ -327,7 +320,7 @@ def open(
         EngineError: the backend is installed but does not start.
     """
     backend = resolve(backend)
-    module = _backend_module(backend)
+    module = load(backend)
     path = Path(path)
     if not path.is_file():
         why = "it is not a regular file" if os.path.lexists(path) else "there is no such file"
@@ -337,7 +330,8 @@ def open(
     for name, size in (sizes or {}).items():
         if size < 1:
             raise EngineInputError(f"the size {name!r} is {size}", "a size is at least 1")
-    return cast(Callable[..., Engine], module.open)(path, threads=threads, sizes=sizes, **options)
+    fixed = BACKENDS[backend].options
+    return cast(Callable[..., Engine], module.open)(path, threads=threads, sizes=sizes, **options, **fixed)
 
 
 def resolve(backend: str) -> str:
@@ -349,7 +343,8 @@ def resolve(backend: str) -> str:
         BackendMissing: there is no such backend.
     """
     if backend == "auto":
-        installed = {name for name, vendor in BACKENDS.items() if vendor and find_spec(vendor)}
+        cpu = [name for name, one in BACKENDS.items() if one.vendor and not one.nvidia]
+        installed = {name for name in cpu if find_spec(BACKENDS[name].vendor)}
         from engines.cores import suits_openvino  # it needs this module's errors
 
         if "openvino" in installed and (suits_openvino() or "onnxruntime" not in installed):
@@ -369,21 +364,32 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _backend_module(backend: str) -> Any:
+def load(backend: str) -> Any:
+    """The module of a backend, its vendor's package imported.
+
+    Args:
+        backend: one of `BACKENDS`.
+
+    Raises:
+        BackendMissing: the package is not installed.
+        EngineError: it is installed but does not start, for want of a library for example.
+    """
+    about = BACKENDS[backend]
     try:
-        return importlib.import_module(f"engines.{backend}")
-    except ImportError as error:
-        vendor = BACKENDS[backend]
-        if isinstance(error, ModuleNotFoundError) and error.name == vendor:
+        if about.vendor:
+            importlib.import_module(about.vendor)
+        return importlib.import_module(f"engines.{about.module}")
+    except (ImportError, OSError) as error:  # OSError: packages that load their libraries themselves
+        if isinstance(error, ModuleNotFoundError) and error.name == about.vendor:
             raise BackendMissing(
                 f"the backend {backend!r} is not installed",
-                f"there is no package {vendor!r}",
-                f"run: {INSTALL[backend]}",
+                f"there is no package {about.vendor!r}",
+                f"run: {about.install}",
             ) from error
         raise EngineError(
             f"the backend {backend!r} is installed but does not start",
             str(error),
-            f"install it again: {INSTALL.get(backend, '')}",
+            f"install it again: {about.install}",
         ) from error
 
 

@@ -17,7 +17,8 @@ from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
 from hyperrt.errors import UsageError
 
-COMPILING = frozenset({"openvino"})  # backends that are faster when they know the sizes
+# Backends that are faster when they know the sizes.
+COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
 CACHING = frozenset({"openvino"})  # backends that take `cache`
 
 Sizes = Mapping[str, int]
