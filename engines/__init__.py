@@ -4,7 +4,7 @@
         outputs = engine.run({"x": x})
 
 Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
-is opened.  Contract, feed checks and the table of backends: `engines.base`.
+is opened.  Contract, feed checks and the table of backends: `engines.base`.  Errors: `engines.errors`.
 """
 
 from engines.base import (
@@ -16,6 +16,7 @@ from engines.base import (
     EngineInputError,
     EngineLoadError,
     EngineMemoryError,
+    EngineUnusable,
     TensorSpec,
     open,
     resolve,
@@ -30,6 +31,7 @@ __all__ = [
     "EngineInputError",
     "EngineLoadError",
     "EngineMemoryError",
+    "EngineUnusable",
     "TensorSpec",
     "open",
     "resolve",

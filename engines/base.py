@@ -17,10 +17,18 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engines.errors import BackendMissing as BackendMissing
+from engines.errors import EngineClosed as EngineClosed
+from engines.errors import EngineError as EngineError
+from engines.errors import EngineInputError as EngineInputError
+from engines.errors import EngineLoadError as EngineLoadError
+from engines.errors import EngineMemoryError as EngineMemoryError
+from engines.errors import EngineUnusable as EngineUnusable
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -34,63 +42,6 @@ INSTALL = {  # name -> the line that installs it
     "onnxruntime": "pip install 'hyperrt[cpu]'",
     "openvino": "pip install 'hyperrt[openvino]'",
 }
-
-
-class EngineError(Exception):
-    """A backend or its device failed; base of every error of this package.
-
-    Args:
-        what: what happened, one line.
-        why: the cause, as far as it is known; may be empty.
-        do: the next step for the reader; may be empty.
-    """
-
-    code: ClassVar[int] = 7
-
-    def __init__(self, what: str, why: str = "", do: str = "") -> None:
-        # All three go to Exception.args, so that pickling (worker processes) rebuilds the same error.
-        super().__init__(what, why, do)
-        self.what = what
-        self.why = why
-        self.do = do
-
-    def __str__(self) -> str:
-        lines = [self.what]
-        if self.why:
-            lines.append(f"  why: {self.why}")
-        if self.do:
-            lines.append(f"  do:  {self.do}")
-        return "\n".join(lines)
-
-
-class EngineInputError(EngineError):
-    """A tensor or option that the caller passed is not one that is taken; nothing was run or changed."""
-
-    code: ClassVar[int] = 1
-
-
-class EngineClosed(EngineError):
-    """The engine was used after `close`."""
-
-    code: ClassVar[int] = 1
-
-
-class BackendMissing(EngineError):
-    """No such backend, or the package that it needs is not installed."""
-
-    code: ClassVar[int] = 4
-
-
-class EngineLoadError(EngineError):
-    """The graph cannot be opened on this backend: not there, not a graph, or an operator is not supported."""
-
-    code: ClassVar[int] = 5
-
-
-class EngineMemoryError(EngineError):
-    """Memory ran out while opening or running; the engine, where it is open, can still be used."""
-
-    code: ClassVar[int] = 6
 
 
 @dataclass(frozen=True)
@@ -128,6 +79,10 @@ class Engine(ABC):
     def __init__(self) -> None:
         # Replaced as a whole and never changed, so that a run can keep it.
         self._resident: dict[str, Any] = {}
+        # All of `weights` as they were last whole.  A backend whose `_refit` may fail half way puts those of
+        # the graph here when it opens; None: its `_refit` is all or nothing.
+        self._constants: Tensors | None = None
+        self._unusable = ""  # or why the graph holds constants of two sets
         self._lock = threading.Lock()
         self._closed = False
 
@@ -141,9 +96,12 @@ class Engine(ABC):
             EngineInputError: a tensor is missing, unknown, bound already, or of another shape or type.
             EngineMemoryError: memory ran out.
             EngineError: the backend failed.
+            EngineUnusable: the last `refit` failed, and left constants of two sets.
             EngineClosed: after `close`.
         """
         resident = self._open_resident()
+        if self._unusable:
+            raise unusable(self._unusable)
         bound = sorted(resident.keys() & feeds.keys())
         if bound:
             raise EngineInputError(
@@ -188,11 +146,15 @@ class Engine(ABC):
             self._resident = {name: tensor for name, tensor in resident.items() if name not in gone}
 
     def refit(self, weights: Tensors) -> None:
-        """Replace some of the graph's constants, all or nothing.
+        """Replace some of the graph's constants, all or nothing: on an error the old ones are in place.
+
+        Where a backend failed half way, they are written back.  If that fails too, `run` refuses until a
+        refit succeeds, of whatever constants: it writes the others as well, as they were.
 
         Raises:
             EngineInputError: a tensor is not one of `weights`, or of another shape or type.
-            EngineError: this backend, or this graph, has no constants that can be replaced.
+            EngineMemoryError, EngineError: the backend failed, or has no constants that can be replaced.
+            EngineUnusable: the backend failed, and again when the old constants were to be written back.
             EngineClosed: after `close`.
         """
         self._open_resident()
@@ -204,7 +166,28 @@ class Engine(ABC):
             )
         arrays = checked(self.weights, weights, "weight")
         with self._lock:
-            self._refit(arrays)
+            if self._constants is None:
+                self._refit(arrays)
+                return
+            # Copies: a later refit that fails must not find what the caller made of them since.
+            new = {**self._constants, **{name: np.array(array) for name, array in arrays.items()}}
+            names = new if self._unusable else arrays
+            try:
+                self._refit({name: new[name] for name in names})
+            except BaseException as error:
+                self._write_back(self._constants, names, error)
+                raise
+            self._constants, self._unusable = new, ""
+
+    def _write_back(self, old: Tensors, names: Iterable[str], cause: BaseException) -> None:
+        """The constants of these names as they were before a `_refit` that failed."""
+        try:
+            self._refit({name: old[name] for name in names})
+        except BaseException as error:
+            first, then = (" ".join(str(failure).split()) for failure in (cause, error))
+            self._unusable = f"a refit failed ({first}), and so did writing the old ones back ({then})"
+            raise unusable(self._unusable) from cause
+        self._unusable = ""
 
     def close(self) -> None:
         """Free the graph and all that is bound; closing again does nothing."""
@@ -232,7 +215,7 @@ class Engine(ABC):
         """Copies, in the form in which `_run` takes them as `resident`."""
 
     def _refit(self, arrays: dict[str, Array]) -> None:  # noqa: B027 - optional
-        """Replace constants, all or nothing; called only where `weights` is not empty."""
+        """Replace constants; if it may fail half way, `_constants` must be set.  One at a time."""
 
     @abstractmethod
     def _release(self) -> None:
@@ -250,6 +233,11 @@ _Self = TypeVar("_Self", bound=Engine)
 def closed() -> EngineClosed:
     """The error of a use after `close`."""
     return EngineClosed("the engine is closed", "it was used after close()", "open it again: engines.open")
+
+
+def unusable(why: str) -> EngineUnusable:
+    """The error of an engine whose constants are of two sets."""
+    return EngineUnusable("the engine holds constants of two sets", why, "refit it again, or open it again")
 
 
 def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Array]:
