@@ -29,6 +29,9 @@ class Adapter:
         layout: of the bundle.
         mode: how it takes it: "inputs" or "refit".
 
+    Attributes:
+        held: whose LoRA the engine holds, one for all rows or one for each; empty: not known.
+
     Raises:
         BundleMismatch: the mode is not one that this version knows.
     """
@@ -42,7 +45,7 @@ class Adapter:
         self._name = name
         self._layout = layout
         self._mode = mode
-        self._held: tuple[Subject | None, ...] = ()  # nothing known
+        self.held: tuple[Subject | None, ...] = ()
 
     def put(self, *subjects: Subject | None) -> None:
         """Make the engine compute a subject (None: the base model); on an error the old one stays.
@@ -58,7 +61,7 @@ class Adapter:
         """
         if self._mode == "refit":
             subjects = (the_one(subjects),)
-        if subjects == self._held:  # subjects compare by identity
+        if subjects == self.held:  # subjects compare by identity
             return
         size = self._layout.size(self._name)
         vectors = [packed(subject, self._name, size) for subject in subjects]
@@ -67,13 +70,13 @@ class Adapter:
             self._engine.bind({self._name: rows})
         else:
             self._refit(vectors[0])
-        self._held = subjects
+        self.held = subjects
 
     def _refit(self, vector: NDArray[np.float32]) -> None:
         try:
             self._engine.refit(self._layout.named({self._name: vector}))
         except EngineUnusable:
-            self._held = ()
+            self.held = ()
             raise
 
 
