@@ -6,7 +6,7 @@ In a test, either build the engine:
 
 or open a file, where the code under test does the opening.  The file is JSON: `inputs` and `outputs` as lists
 of {name, shape, dtype}, and `function`, a key of `FUNCTIONS`, where the test puts it (a file holds no code).
-There may be `weights`, of which each has a `value` too, one number for all of it.
+There may be `weights`, too, of zeros or of a number that each has as its `value`.
 
 A function gets every input (and weight) by name and returns every output.  It may raise an `EngineError` or
 return NaN: that is how faults are staged; those of a refit by `refit_faults`.
@@ -108,7 +108,7 @@ def open(path: Path, threads: int | None = None, sizes: Mapping[str, int] | None
 
 
 def _weight(entry: dict[str, Any]) -> Array:
-    return np.full(entry["shape"], entry["value"], entry["dtype"])
+    return np.full(entry["shape"], entry.get("value", 0), entry["dtype"])
 
 
 def _spec(entry: dict[str, Any], sizes: Mapping[str, int]) -> TensorSpec:
