@@ -4,7 +4,7 @@
         outputs = engine.run({"x": x})
 
 Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
-is opened.  Contract and feed checks: `engines.base`.
+is opened.  Contract and feed checks: `engines.base`.  Errors: `engines.errors`.
 """
 
 from engines.backends import BACKENDS
@@ -16,6 +16,7 @@ from engines.base import (
     EngineInputError,
     EngineLoadError,
     EngineMemoryError,
+    EngineUnusable,
     TensorSpec,
     load,
     open,
@@ -31,6 +32,7 @@ __all__ = [
     "EngineInputError",
     "EngineLoadError",
     "EngineMemoryError",
+    "EngineUnusable",
     "TensorSpec",
     "load",
     "open",

@@ -1,7 +1,7 @@
 """Engine contract: one open graph with named tensors; its checks, its errors, and how a backend is opened.
 
-Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.  In a shape a number is
-a fixed size, and a name stands for any size.
+Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.  In a shape a number
+is a fixed size, and a name stands for any size.
 To add a backend: a module here with `open(path, **options) -> Engine`, one entry in `engines.backends`, one
 extra in pyproject.toml, and its file in tests/test_backend_contract.py.
 """
@@ -24,66 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends import BACKENDS
+from engines.dlpack import DeviceArray
+from engines.errors import BackendMissing as BackendMissing
+from engines.errors import EngineClosed as EngineClosed
+from engines.errors import EngineError as EngineError
+from engines.errors import EngineInputError as EngineInputError
+from engines.errors import EngineLoadError as EngineLoadError
+from engines.errors import EngineMemoryError as EngineMemoryError
+from engines.errors import EngineUnusable as EngineUnusable
 
 Array = NDArray[Any]
-Tensors = Mapping[str, "Array | DeviceArray"]
-
-
-class EngineError(Exception):
-    """A backend or its device failed; base of every error of this package.
-
-    Args:
-        what: what happened, one line.
-        why: the cause, as far as it is known; may be empty.
-        do: the next step for the reader; may be empty.
-    """
-
-    code: ClassVar[int] = 7
-
-    def __init__(self, what: str, why: str = "", do: str = "") -> None:
-        # All three go to Exception.args, so that pickling (worker processes) rebuilds the same error.
-        super().__init__(what, why, do)
-        self.what = what
-        self.why = why
-        self.do = do
-
-    def __str__(self) -> str:
-        lines = [self.what]
-        if self.why:
-            lines.append(f"  why: {self.why}")
-        if self.do:
-            lines.append(f"  do:  {self.do}")
-        return "\n".join(lines)
-
-
-class EngineInputError(EngineError):
-    """A tensor or option that the caller passed is not one that is taken; nothing was run or changed."""
-
-    code: ClassVar[int] = 1
-
-
-class EngineClosed(EngineError):
-    """The engine was used after `close`."""
-
-    code: ClassVar[int] = 1
-
-
-class BackendMissing(EngineError):
-    """No such backend, or the package that it needs is not installed."""
-
-    code: ClassVar[int] = 4
-
-
-class EngineLoadError(EngineError):
-    """The graph cannot be opened on this backend: not there, not a graph, or an operator is not supported."""
-
-    code: ClassVar[int] = 5
-
-
-class EngineMemoryError(EngineError):
-    """Memory ran out while opening or running; the engine, where it is open, can still be used."""
-
-    code: ClassVar[int] = 6
+Tensors = Mapping[str, Array | DeviceArray]
 
 
 @dataclass(frozen=True)
@@ -99,24 +50,6 @@ class TensorSpec:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
-
-
-class DeviceArray:
-    """An array in the memory of a device, as an engine there returns it: `run` and `bind` take it without a copy
-    by way of the host. `numpy.asarray` copies it to the host; other programs take it by DLPack.
-
-    Attributes:
-        shape, dtype: as of a NumPy array; C-contiguous.
-        pointer: address on the device.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    pointer: int
-
-    @abstractmethod
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """A copy on the host; waits for what computes it."""
 
 
 class Engine(ABC):
@@ -140,6 +73,10 @@ class Engine(ABC):
     def __init__(self) -> None:
         # Replaced as a whole and never changed, so that a run can keep it.
         self._resident: dict[str, Any] = {}
+        # All of `weights` as they were last whole.  A backend whose `_refit` may fail half way puts those of
+        # the graph here when it opens; None: its `_refit` is all or nothing.
+        self._constants: Tensors | None = None
+        self._unusable = ""  # or why the graph holds constants of two sets
         self._lock = threading.Lock()
         self._closed = False
 
@@ -148,16 +85,19 @@ class Engine(ABC):
 
         Args:
             feeds: every input that is not bound, and nothing else.
-            host: whether results are wanted on the host. If not, an engine that is `on_device` returns them as
-                `DeviceArray`, and may return before they are computed.
+            host: whether results are wanted on the host.  If not, an engine that is `on_device` returns them
+                as `DeviceArray`, and may return before they are computed.
 
         Raises:
             EngineInputError: a tensor is missing, unknown, bound already, or of another shape or type.
             EngineMemoryError: memory ran out.
             EngineError: the backend failed.
+            EngineUnusable: the last `refit` failed, and left constants of two sets.
             EngineClosed: after `close`.
         """
         resident = self._open_resident()
+        if self._unusable:
+            raise unusable(self._unusable)
         bound = sorted(resident.keys() & feeds.keys())
         if bound:
             raise EngineInputError(
@@ -202,11 +142,15 @@ class Engine(ABC):
             self._resident = {name: tensor for name, tensor in resident.items() if name not in gone}
 
     def refit(self, weights: Tensors) -> None:
-        """Replace some of the graph's constants, all or nothing.
+        """Replace some of the graph's constants, all or nothing: on an error the old ones are in place.
+
+        Where a backend failed half way, they are written back.  If that fails too, `run` refuses until a
+        refit succeeds, of whatever constants: it writes the others as well, as they were.
 
         Raises:
             EngineInputError: a tensor is not one of `weights`, or of another shape or type.
-            EngineError: this backend, or this graph, has no constants that can be replaced.
+            EngineMemoryError, EngineError: the backend failed, or has no constants that can be replaced.
+            EngineUnusable: the backend failed, and again when the old constants were to be written back.
             EngineClosed: after `close`.
         """
         self._open_resident()
@@ -218,7 +162,28 @@ class Engine(ABC):
             )
         arrays = checked(self.weights, weights, "weight")
         with self._lock:
-            self._refit(arrays)
+            if self._constants is None:
+                self._refit(arrays)
+                return
+            # Copies: a later refit that fails must not find what the caller made of them since.
+            new = {**self._constants, **{name: np.array(array) for name, array in arrays.items()}}
+            names = new if self._unusable else arrays
+            try:
+                self._refit({name: new[name] for name in names})
+            except BaseException as error:
+                self._write_back(self._constants, names, error)
+                raise
+            self._constants, self._unusable = new, ""
+
+    def _write_back(self, old: Tensors, names: Iterable[str], cause: BaseException) -> None:
+        """The constants of these names as they were before a `_refit` that failed."""
+        try:
+            self._refit({name: old[name] for name in names})
+        except BaseException as error:
+            first, then = (" ".join(str(failure).split()) for failure in (cause, error))
+            self._unusable = f"a refit failed ({first}), and so did writing the old ones back ({then})"
+            raise unusable(self._unusable) from cause
+        self._unusable = ""
 
     def close(self) -> None:
         """Free the graph and all that is bound; closing again does nothing."""
@@ -238,7 +203,7 @@ class Engine(ABC):
         self.close()
 
     @abstractmethod
-    def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
+    def _run(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Array]:
         """Compute; `arrays` and `resident` together are all inputs, and are checked."""
 
     def _run_there(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,11 +211,11 @@ class Engine(ABC):
         return self._run(arrays, resident)
 
     @abstractmethod
-    def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
+    def _upload(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """Copies, in the form in which `_run` takes them as `resident`."""
 
-    def _refit(self, arrays: dict[str, Array]) -> None:  # noqa: B027 - optional
-        """Replace constants, all or nothing; called only where `weights` is not empty."""
+    def _refit(self, arrays: dict[str, Any]) -> None:  # noqa: B027 - optional
+        """Replace constants; if it may fail half way, `_constants` must be set.  One at a time."""
 
     @abstractmethod
     def _release(self) -> None:
@@ -268,6 +233,11 @@ _Self = TypeVar("_Self", bound=Engine)
 def closed() -> EngineClosed:
     """The error of a use after `close`."""
     return EngineClosed("the engine is closed", "it was used after close()", "open it again: engines.open")
+
+
+def unusable(why: str) -> EngineUnusable:
+    """The error of an engine whose constants are of two sets."""
+    return EngineUnusable("the engine holds constants of two sets", why, "refit it again, or open it again")
 
 
 def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Any]:

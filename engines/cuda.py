@@ -1,4 +1,4 @@
-"""Device memory, one stream and graphs of CUDA: all that an engine on a GPU needs of it, by way of cuda-bindings.
+"""Device memory, a stream and graphs of CUDA: all that an engine on a GPU needs, by way of cuda-bindings.
 
 Everything of an engine is enqueued on its own stream, so nothing has to wait but what leaves the device.
 """
@@ -15,7 +15,8 @@ import numpy as np
 from cuda.bindings import runtime as cudart
 
 from engines import dlpack
-from engines.base import Array, DeviceArray, EngineError, EngineMemoryError
+from engines.base import Array, EngineError, EngineMemoryError
+from engines.dlpack import DeviceArray
 
 NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
 FAILED, FULL = "CUDA failed", "the GPU has no memory left"

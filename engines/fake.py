@@ -6,9 +6,10 @@ In a test, either build the engine:
 
 or open a file, where the code under test does the opening.  The file is JSON: `inputs` and `outputs` as lists
 of {name, shape, dtype}, and `function`, a key of `FUNCTIONS`, where the test puts it (a file holds no code).
+There may be `weights`, too, of zeros or of a number that each has as its `value`.
 
 A function gets every input (and weight) by name and returns every output.  It may raise an `EngineError` or
-return NaN: that is how faults are staged.
+return NaN: that is how faults are staged; those of a refit by `refit_faults`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class FakeEngine(Engine):
 
     Attributes:
         uploads: names of the inputs that were bound, in order, one entry an upload.
+        refit_faults: for each of the next times that constants are written, by a refit or back after one, how
+            many it replaces before it fails; None: it succeeds.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class FakeEngine(Engine):
         self.outputs = tuple(outputs)
         self.uploads: list[str] = []
         self._function = function
+        self.refit_faults: list[int | None] = []
         self._constants = {name: np.array(weight) for name, weight in (weights or {}).items()}
-        self.weights = tuple(TensorSpec(n, w.shape, w.dtype.name) for n, w in self._constants.items())
+        self._held = dict(self._constants)  # what the graph computes with
+        self.weights = tuple(TensorSpec(n, w.shape, w.dtype.name) for n, w in self._held.items())
 
     def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
         # Copies in and out: what a function keeps, returns or changes must not be the caller's array.
-        tensors = {n: np.array(a) for n, a in (self._constants | dict(resident) | arrays).items()}
+        tensors = {n: np.array(a) for n, a in (self._held | dict(resident) | arrays).items()}
         results = self._function(tensors)
         missing = [spec.name for spec in self.outputs if spec.name not in results]
         if missing:
@@ -70,7 +75,10 @@ class FakeEngine(Engine):
         return {name: np.array(array) for name, array in arrays.items()}
 
     def _refit(self, arrays: dict[str, Array]) -> None:
-        self._constants = self._constants | {name: np.array(array) for name, array in arrays.items()}
+        done = self.refit_faults.pop(0) if self.refit_faults else None
+        self._held = self._held | {name: np.array(arrays[name]) for name in list(arrays)[:done]}
+        if done is not None:
+            raise EngineError("the fake refit failed", f"{done} of {len(arrays)} constants were written")
 
     def _release(self) -> None:
         """Nothing to give up: a run that has started still needs the constants."""
@@ -88,6 +96,7 @@ def open(path: Path, threads: int | None = None, sizes: Mapping[str, int] | None
         recipe = json.loads(path.read_text(encoding="utf-8"))
         sides = (recipe[side] for side in ("inputs", "outputs"))
         inputs, outputs = ([_spec(entry, sizes or {}) for entry in side] for side in sides)
+        weights = {entry["name"]: _weight(entry) for entry in recipe.get("weights", [])}
         function = FUNCTIONS[recipe["function"]]
     except (ValueError, TypeError, KeyError) as error:
         raise EngineLoadError(
@@ -95,7 +104,11 @@ def open(path: Path, threads: int | None = None, sizes: Mapping[str, int] | None
             f"it is not a recipe of the fake backend: {error!r}",
             f"see engines/fake.py; functions are: {listed(FUNCTIONS)}",
         ) from error
-    return FakeEngine(function, inputs, outputs)
+    return FakeEngine(function, inputs, outputs, weights)
+
+
+def _weight(entry: dict[str, Any]) -> Array:
+    return np.full(entry["shape"], entry.get("value", 0), entry["dtype"])
 
 
 def _spec(entry: dict[str, Any], sizes: Mapping[str, int]) -> TensorSpec:

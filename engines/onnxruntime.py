@@ -72,6 +72,9 @@ class OnnxRuntimeEngine(Engine):
         self._device = device
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
+        self.weights = tuple(_spec(node) for node in session.get_overridable_initializers())
+        # Those that were replaced.  Like `_resident` never changed, only exchanged: a run can keep it.
+        self._refitted: dict[str, Any] = {}
 
     def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
         session = self._session
@@ -80,7 +83,7 @@ class OnnxRuntimeEngine(Engine):
         with _errors("running the graph failed", EngineError):
             # A binding of this call's own is cheap (a list of pointers) and makes runs independent.
             binding = session.io_binding()
-            for name, value in resident.items():
+            for name, value in {**self._refitted, **resident}.items():
                 binding.bind_ortvalue_input(name, value)
             for name, array in arrays.items():
                 binding.bind_cpu_input(name, array)
@@ -98,6 +101,9 @@ class OnnxRuntimeEngine(Engine):
                 name: ort.OrtValue.ortvalue_from_numpy(own(array), self._device)
                 for name, array in arrays.items()
             }
+
+    def _refit(self, arrays: dict[str, Array]) -> None:
+        self._refitted = self._refitted | self._upload(arrays)
 
     def _release(self) -> None:
         self._session = None

@@ -1,8 +1,8 @@
 """The TensorRT backends: `tensorrt` and `tensorrt-rtx`, whose packages differ in little, run a compiled plan.
 
 A plan comes from engines/tensorrt_build.py. Every tensor has a place of its own on the device, whose address
-never changes: inputs are copied there, so a step that was recorded as a CUDA graph stays right when the subject,
-the prompt or the picture is another. Nothing waits but `run` with results for the host.
+never changes: inputs are copied there, so a step that was recorded as a CUDA graph stays right when the
+subject, the prompt or the picture is another. Nothing waits but `run` with results for the host.
 Facts about both packages: docs/log.md.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 from engines import cuda
 from engines.base import (
     Array,
-    DeviceArray,
     Engine,
     EngineError,
     EngineLoadError,
@@ -28,6 +27,7 @@ from engines.base import (
     TensorSpec,
     closed,
 )
+from engines.dlpack import DeviceArray
 
 RTX = "tensorrt_rtx"
 WARM_UP = 2  # runs before a CUDA graph is recorded: the first ones allocate, and compile kernels
@@ -51,7 +51,7 @@ class Log:
         self.logger = Logger()
 
     def last(self) -> str:
-        """What was said since it was asked last, in one line; TensorRT's first error is the cause of the others."""
+        """What was said since it was asked last: the first error, which is the cause of the others."""
         said, self.logger.errors = self.logger.errors, []
         return " ".join(said[0].split()) if said else "TensorRT does not say why"
 
@@ -65,12 +65,15 @@ class TensorRTEngine(Engine):
         trt: the vendor's module.
         log: what the engine was made with.
         engine: its ICudaEngine.
+        weights: those that can be refitted, zeros in the plan.
         recording: whether steps are recorded as a CUDA graph; a plan of open sizes never is.
     """
 
     on_device = True
 
-    def __init__(self, trt: Any, log: Log, engine: Any, recording: bool) -> None:
+    def __init__(
+        self, trt: Any, log: Log, engine: Any, weights: Sequence[TensorSpec], recording: bool
+    ) -> None:
         super().__init__()
         self._log, self._engine = log, engine
         self._device = threading.Lock()  # one run, or one change of what is resident, at a time
@@ -85,8 +88,12 @@ class TensorRTEngine(Engine):
         self._recording = recording and fixed and trt.__name__ != RTX  # TensorRT-RTX records by itself
         self._recorded: cuda.Recorded | None = None
         self._runs = 0
-        self._weights = _Weights(trt, log, engine, self._stream) if engine.refittable else None
-        self.weights = self._weights.specs if self._weights else ()
+        self._weights: _Weights | None = None
+        if engine.refittable or weights:
+            self._weights = _Weights(trt, log, engine, self._stream, weights)
+            self.weights = tuple(weights)
+            # TensorRT may leave a part of them replaced: what to go back to is kept.
+            self._constants = {spec.name: _zeros(spec) for spec in weights}
 
     def _run(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Array]:
         with self._running(arrays) as outputs:
@@ -112,7 +119,7 @@ class TensorRTEngine(Engine):
             self._enqueue()
             yield outputs
 
-    def _upload(self, arrays: dict[str, Array | DeviceArray]) -> dict[str, Any]:
+    def _upload(self, arrays: dict[str, Any]) -> dict[str, Any]:
         with self._device, cuda.explained("binding an input failed"):
             for name, array in arrays.items():  # what can fail comes first
                 self._place(name, array.shape)
@@ -120,7 +127,7 @@ class TensorRTEngine(Engine):
                 self._put(name, array)
         return {name: self._places[name] for name in arrays}
 
-    def _refit(self, arrays: dict[str, Array | DeviceArray]) -> None:
+    def _refit(self, arrays: dict[str, Any]) -> None:
         if self._weights is None:
             raise EngineError("this plan cannot be refitted", "it was compiled without refittable weights")
         with self._device, cuda.explained("refitting the graph failed"):
@@ -168,32 +175,50 @@ class TensorRTEngine(Engine):
 
 
 class _Weights:
-    """The refittable weights of an engine: names and places on the device are told to TensorRT once, and a refit
-    writes there and enqueues one call.
+    """The refittable weights of an engine, each with a place on the device.
+
+    TensorRT is told of names and places once; a refit writes there and enqueues one call.
+
+    Args:
+        wanted: what the bundle says that they are.
+
+    Raises:
+        EngineLoadError: they are others.
     """
 
-    def __init__(self, trt: Any, log: Log, engine: Any, stream: cuda.Stream) -> None:
+    def __init__(
+        self, trt: Any, log: Log, engine: Any, stream: cuda.Stream, wanted: Sequence[TensorSpec]
+    ) -> None:
         self._log, self._stream = log, stream
         self._refitter = trt.Refitter(engine, log.logger)
         self._refitter.weights_validation = False  # engines.base has checked names, shapes and types
         self._places: dict[str, cuda.Buffer] = {}
-        for name in self._refitter.get_all_weights():
-            prototype = self._refitter.get_weights_prototype(name)
-            dtype = np.dtype(trt.nptype(prototype.dtype))
-            place = stream.allocate((prototype.size,), dtype)
-            weights = trt.Weights(prototype.dtype, place.pointer, prototype.size)
-            if not self._refitter.set_named_weights(name, weights, trt.TensorLocation.DEVICE):
-                raise EngineLoadError(f"the weight {name!r} cannot be refitted", log.last())
-            self._places[name] = place
+        differing = {spec.name for spec in wanted} ^ set(self._refitter.get_all_weights())
+        if differing:
+            why = f"the bundle and the plan differ in {len(differing)} weights, such as {min(differing)!r}"
+            raise EngineLoadError("the plan is of another graph", why, "compile it again: hyperrt compile")
+        for spec in wanted:
+            self._tell(trt, spec)
         missing = self._refitter.get_missing_weights()
         if missing:
             why = f"TensorRT wants {missing[0]!r} with them, which was folded into them"
-            raise EngineLoadError("the plan cannot be refitted", why, "compile it again")
-        self.specs = tuple(
-            TensorSpec(name, place.shape, place.dtype.name) for name, place in self._places.items()
-        )
+            raise EngineLoadError("the plan cannot be refitted", why, "compile it again: hyperrt compile")
 
-    def write(self, arrays: dict[str, Array | DeviceArray]) -> None:
+    def _tell(self, trt: Any, spec: TensorSpec) -> None:
+        """Give a weight its place."""
+        place = self._stream.allocate(tuple(int(size) for size in spec.shape), spec.dtype)
+        count = place.nbytes // place.dtype.itemsize
+        prototype = self._refitter.get_weights_prototype(spec.name)
+        found = prototype.size, np.dtype(trt.nptype(prototype.dtype))
+        if found != (count, place.dtype):
+            why = f"the plan has {found[0]} {found[1]} numbers, the bundle {count} {place.dtype}"
+            raise EngineLoadError(f"the weight {spec.name!r} does not fit", why, "compile it again")
+        weights = trt.Weights(prototype.dtype, place.pointer, count)
+        if not self._refitter.set_named_weights(spec.name, weights, trt.TensorLocation.DEVICE):
+            raise EngineLoadError(f"the weight {spec.name!r} cannot be refitted", self._log.last())
+        self._places[spec.name] = place
+
+    def write(self, arrays: Mapping[str, Any]) -> None:
         """Replace weights; on an error a part of them may have been replaced."""
         for name, array in arrays.items():
             self._stream.upload(array, self._places[name])
@@ -208,6 +233,7 @@ def open(
     *,
     vendor: str,
     plan: Path | None = None,
+    weights: Sequence[TensorSpec] = (),
     recording: bool = True,
 ) -> TensorRTEngine:
     """Open the plan of a graph.
@@ -217,10 +243,11 @@ def open(
         threads, sizes: not used; the plan was compiled for its sizes.
         vendor: "tensorrt" or "tensorrt_rtx".
         plan: what `tensorrt_build.build` wrote, and nobody else: it is executable code.
+        weights: those that can be refitted, zeros in the plan.
         recording: replay a step as a CUDA graph.
 
     Raises:
-        EngineLoadError: there is no plan, or it is of another version or card.
+        EngineLoadError: there is no plan, it is of another version or card, or has other weights.
         EngineMemoryError: the GPU has no room for it.
         EngineError: there is no GPU or driver.
     """
@@ -234,9 +261,10 @@ def open(
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         do = "compile it again: hyperrt compile"
-        raise EngineLoadError(f"{vendor} {trt.__version__} does not load the plan of {path.name}", log.last(), do)
+        what = f"{vendor} {trt.__version__} does not load the plan of {path.name}"
+        raise EngineLoadError(what, log.last(), do)
     try:
-        return TensorRTEngine(trt, log, engine, recording)
+        return TensorRTEngine(trt, log, engine, weights, recording)
     except EngineError:
         raise
     except Exception as error:  # pybind11 turns C++ exceptions into any of Python's
@@ -256,7 +284,8 @@ def _context(trt: Any, log: Log, engine: Any, recording: bool) -> Any:
         why = f"{log.last()}; it takes {engine.device_memory_size_v2 / 1e6:.0f} MB"
         with contextlib.suppress(EngineError):
             why += f", {cuda.memory_free() / 1e6:.0f} MB are free"
-        raise EngineMemoryError("the GPU has no room to run the graph", why, "use --low-memory, or a smaller batch")
+        do = "use --low-memory, or a smaller batch"
+        raise EngineMemoryError("the GPU has no room to run the graph", why, do)
     return context
 
 
@@ -266,6 +295,10 @@ def _spec(trt: Any, engine: Any, name: str) -> TensorSpec:
         for axis, size in enumerate(engine.get_tensor_shape(name))
     )
     return TensorSpec(name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name)
+
+
+def _zeros(spec: TensorSpec) -> Array:
+    return np.zeros([int(size) for size in spec.shape], spec.dtype)
 
 
 def _fixed(shape: tuple[int | str, ...]) -> Iterator[int]:

@@ -1,14 +1,16 @@
 """Compiles a graph for TensorRT: ONNX to a plan, in a process of its own.
 
-The compiler takes minutes and gigabytes, and may be killed for them or crash: none of that reaches the program
-that asked. TensorRT-RTX compiles for GPUs that are not there (`target`), on a machine that has none; TensorRT
-for the one that is.
+The compiler takes minutes and gigabytes, and may be killed for them or crash: none of that reaches the
+program that asked. TensorRT-RTX compiles for GPUs that are not there (`target`), on a machine that has none;
+TensorRT for the one that is.
 
-    python -m engines.tensorrt_build      a `Recipe` as JSON on stdin; on stdout one JSON object a line:
-                                          {"done": share} while it works, then {"built": {...}} or {"error": {...}}
+    python -m engines.tensorrt_build
 
-Strongly typed: the precision is that of the graph. A size that the graph leaves open is fixed (`sizes`) or has a
-range (`ranges`); a plan with weights that can be replaced (`refit`) must have all sizes fixed.
+takes a `Recipe` as JSON on stdin, and says one JSON object a line on stdout: {"done": share} while it works,
+then {"built": {…}} or {"error": {…}}.
+
+Strongly typed: the precision is that of the graph. A size that the graph leaves open is fixed (`sizes`) or has
+a range (`ranges`); a plan with weights that can be replaced (`refit`) must have all sizes fixed.
 """
 
 from __future__ import annotations
@@ -153,7 +155,8 @@ class _Voice:
         os.dup2(2, 1)
 
     def __call__(self, **what: Any) -> None:
-        print(json.dumps(what), file=self._out, flush=True)
+        self._out.write(json.dumps(what) + "\n")
+        self._out.flush()
 
 
 def _compiled(recipe: Recipe, say: _Voice) -> Built:
@@ -183,8 +186,9 @@ def _compiled(recipe: Recipe, say: _Voice) -> Built:
     timing = _timing_cache(config, recipe)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        what = f"{recipe.vendor} {trt.__version__} cannot compile {Path(recipe.onnx).name} for {recipe.target}"
-        raise EngineLoadError(what, log.last(), "try another target, or another precision of the bundle")
+        name, do = Path(recipe.onnx).name, "try another target, or another precision of the bundle"
+        what = f"{recipe.vendor} {trt.__version__} cannot compile {name} for {recipe.target}"
+        raise EngineLoadError(what, log.last(), do)
     with open(recipe.output, "wb") as file:
         file.write(plan)
     if timing is not None and recipe.timing:
@@ -223,14 +227,14 @@ def _set_sizes(builder: Any, network: Any, config: Any, recipe: Recipe, dims: Ma
         tensor.shape = [-1 if isinstance(dim, str) else dim for dim in shape]
         missing = [dim for dim in shape if isinstance(dim, str) and dim not in recipe.ranges]
         if missing:
-            raise EngineInputError(f"the size {missing[0]!r} is open", f"the input {tensor.name!r} has it")
-        three = [
-            [recipe.ranges[dim][which] if isinstance(dim, str) else dim for dim in shape] for which in range(3)
-        ]
-        profile.set_shape(tensor.name, *three)
+            why = f"the input {tensor.name!r} has it"
+            raise EngineInputError(f"the size {missing[0]!r} is open", why, "fix it, or give its range")
+        ranges = [recipe.ranges[dim] if isinstance(dim, str) else (dim, dim, dim) for dim in shape]
+        profile.set_shape(tensor.name, *zip(*ranges, strict=True))  # least, usual, most
         ranged = True
     if ranged and recipe.refit:
-        raise EngineInputError("a plan that can be refitted has no open sizes", "TensorRT forbids profiles there")
+        why = "TensorRT has no second profile for weights that change"
+        raise EngineInputError("a plan that can be refitted has no open sizes", why, "fix them")
     if ranged:
         config.add_optimization_profile(profile)
 

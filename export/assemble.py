@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -40,11 +41,13 @@ class Options:
         precision: of the arithmetic.
         int8: store weights of products in eight bits.
         verify: one of `verify.LEVELS`; None for what the family is for.
+        adapt: how the LoRA enters the denoiser: "inputs", or "refit" for backends that replace constants.
     """
 
     precision: Precision = "fp32"
     int8: bool = False
     verify: str | None = None
+    adapt: Literal["inputs", "refit"] = "inputs"
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def export_bundle(
     files.check_folder(output, bundle.MANIFEST, force)
     level = level_of(family, options)
     with families.opened(family, inputs) as made_from:
-        parts = graphs.build(made_from)
+        parts = graphs.build(made_from, options.adapt)
         tell = _Counter(progress, 1 + len(parts) + len(verify.TOLERANCE) * (level == "full"))
         tell("check")
         check_room(output, needs(made_from, parts, options.int8, level))
@@ -176,7 +179,8 @@ def _write_graphs(
         if level == "graphs":
             kind = "int8" if options.int8 else options.precision
             how = verify.RUN_BY[options.precision]
-            error = verify.graph_error(folder / f"{graph.name}.onnx", expected=expected, **how)
+            path = folder / f"{graph.name}.onnx"
+            error = verify.graph_error(path, expected=expected, refit=graph.refit, **how)
             parity[graph.name] = verify.checked(graph.name, error, verify.REDUCED[kind])
     return written, parity
 
@@ -215,7 +219,7 @@ def manifest(
         defaults=family.defaults,
         graphs=described,
         lora=bundle.LoraSection.of(made_from.layout),
-        adapt="inputs",
+        adapt=options.adapt,
         preprocess=source.preprocess(made_from),
         prompts=family.prompts(made_from),
         image_prompt=source.image_prompt_section(made_from),
@@ -234,12 +238,13 @@ def _described(graph: Graph, folder: Path, written: Written) -> bundle.Graph:
     return bundle.Graph(
         file=file,
         sha256=bundle.sha256_of(folder / file),
-        inputs=graph.inputs,
+        inputs=graph.file_inputs,
         outputs=graph.outputs,
         data_file=data if external else None,
         data_sha256=bundle.sha256_of(folder / data) if external else None,
         weight_bytes=written.weight_bytes,
         row_bytes=written.row_bytes,
+        weights=graph.weights,
     )
 
 

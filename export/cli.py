@@ -25,7 +25,7 @@ def run(config: ExportConfig, output: Output) -> None:
 
     _silence_libraries()
     family, inputs = _family_and_inputs(config, assemble.families.FAMILIES)
-    options = assemble.Options(config.precision, config.quantize == "int8", config.verify)
+    options = assemble.Options(config.precision, config.quantize == "int8", config.verify, config.adapt)
     if config.dry_run:
         _tell_needs(family, inputs, options, config, output)
         return

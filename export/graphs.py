@@ -6,6 +6,7 @@ are free; rows = branches x images, branch-major; subjects is 1 (one LoRA for al
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from engines.base import TensorSpec
 from export import modules, operators, row_unet
 from export.parts import FAKE
 from export.source import Source
+from hyperrt.lora import LoraLayout
 from training import lora_layers, resampler
 
 Modules = Mapping[str, nn.Module]
@@ -39,6 +41,7 @@ class Graph:
 
     parts: names of those it is made from.
     make:  the module from modules of these parts, with or without data; it replaces their attention.
+    refit: layout of the LoRA, if its factors are to be constants of the file in place of its input lora_q.
     """
 
     name: str
@@ -47,6 +50,17 @@ class Graph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     integers: int = 0  # integer inputs are below this
+    refit: LoraLayout | None = None
+
+    @property
+    def file_inputs(self) -> tuple[TensorSpec, ...]:
+        """Those of the file."""
+        return tuple(spec for spec in self.inputs if self.refit is None or spec.name != "lora_q")
+
+    @property
+    def weights(self) -> tuple[TensorSpec, ...]:
+        """The constants of the file that a refit replaces."""
+        return () if self.refit is None else self.refit.constants("lora_q")
 
     def feeds(self, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
         """Random inputs; `sizes` says how large each symbolic dim is."""
@@ -74,8 +88,10 @@ class ImagePromptShape:
     width: int = 0
 
 
-def build(source: Source) -> tuple[Graph, ...]:
+def build(source: Source, adapt: str = "inputs") -> tuple[Graph, ...]:
     """The graphs in the order in which a picture needs them.
+
+    adapt: how the LoRA enters the denoiser, "inputs" or "refit".
 
     Raises:
         ExportError: the UNet has a kind of attention or condition that the graphs do not compute.
@@ -84,11 +100,14 @@ def build(source: Source) -> tuple[Graph, ...]:
     if "image_prompt" in source.parts:
         prompt = source.parts["image_prompt"].skeleton
         image = ImagePromptShape(prompt.count, prompt.width)
+    denoiser = _denoiser_graph(source, image)
+    if adapt == "refit":
+        denoiser = dataclasses.replace(denoiser, refit=source.layout)
     return (
         *_photo_graphs(source, image),
         _text_graph(source),
         _context_graph(source, image),
-        _denoiser_graph(source, image),
+        denoiser,
         _vae_graph(source),
     )
 

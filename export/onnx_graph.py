@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 
-from export import operators, precision, storage
+from export import operators, precision, refit_form, storage
 from export.errors import ExportError
 from export.graphs import Graph
 from export.parts import FAKE
@@ -66,7 +66,8 @@ def write(
         int8: store weights of products in eight bits.
 
     Raises:
-        ExportError: the exporter cannot translate the model, or left out an input.
+        ExportError: the exporter cannot translate the model, left out an input, or made something of the LoRA
+            that cannot be refitted.
     """
     with FAKE:
         module = graph.make(skeletons)
@@ -75,6 +76,8 @@ def write(
     weights = _weights(model)
     written = Written(_bytes_of(model.graph.initializers.values()), _activation_bytes(model))
     _finish(model, graph)
+    if graph.refit is not None:
+        refit_form.apply(model, graph.refit)
     storage.fill(model, weights, graph.make(modules).state_dict(keep_vars=True), int8)
     size = _bytes_of(model.graph.initializers.values())
     external = f"{graph.name}.onnx.data" if size > EXTERNAL_BYTES else None

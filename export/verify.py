@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 import engines
 from engines.base import Engine
-from export import reference
+from export import reference, refit_form
 from export.errors import ParityError
 from export.graphs import Graph
 from export.source import Source, betas
 from hyperrt import guidance, sampling, solvers
 from hyperrt.bundle import Defaults
+from hyperrt.graphs import REFITTING
+from hyperrt.lora import LoraLayout
 from training.base import tokens
 
 LEVELS = ("none", "graphs", "full")
@@ -94,7 +96,9 @@ def ladder(
     """
     with contextlib.ExitStack() as stack:
         opened = {
-            graph.name: stack.enter_context(engines.open(folder / f"{graph.name}.onnx", "onnxruntime"))
+            graph.name: Fed(
+                stack.enter_context(engines.open(folder / f"{graph.name}.onnx", "onnxruntime")), graph.refit
+            )
             for graph in graphs
         }
         torchs = Torch(
@@ -130,6 +134,22 @@ class Torch:
     modules: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Fed:
+    """An engine that is fed a packed LoRA by name even where its LoRA enters by a refit."""
+
+    engine: Engine
+    refit: LoraLayout | None
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """The outputs; of a LoRA for each row, a refit takes the first row's."""
+        if self.refit is None:
+            return self.engine.run(feeds)
+        constants, inputs = _constants(self.refit, feeds)
+        self.engine.refit(constants)
+        return self.engine.run(inputs)
+
+
 Expected = tuple[dict[str, Tensor], Arrays]
 
 
@@ -143,7 +163,7 @@ def expectations(
     module = graph.make({name: modules[name].float() for name in graph.parts})
     found = []
     for seed, size in enumerate(sizes):
-        feeds = graph.feeds(size, seed)
+        feeds = graph.feeds({**size, "subjects": 1} if graph.refit else size, seed)
         with torch.no_grad():
             results = module(**feeds)
         results = results if isinstance(results, tuple) else (results,)
@@ -152,10 +172,42 @@ def expectations(
     return found
 
 
-def graph_error(path: Path, *, backend: str, expected: Sequence[Expected], **options: Any) -> float:
-    """A graph's file on a backend, against what `expectations` found."""
+def graph_error(
+    path: Path,
+    *,
+    backend: str,
+    expected: Sequence[Expected],
+    refit: LoraLayout | None = None,
+    **options: Any,
+) -> float:
+    """A graph's file on a backend, against what `expectations` found.
+
+    refit: layout of the LoRA, where its factors are constants of the file.
+    """
+    if refit is not None and backend not in REFITTING:
+        return max(_error_of_copy(path, backend, one, refit, **options) for one in expected)
     with engines.open(path, backend, **options) as engine:
-        return max(relative(engine.run(_arrays(feeds)), arrays) for feeds, arrays in expected)
+        fed = Fed(engine, refit)
+        return max(relative(fed.run(_arrays(feeds)), arrays) for feeds, arrays in expected)
+
+
+def _error_of_copy(path: Path, backend: str, expected: Expected, refit: LoraLayout, **options: Any) -> float:
+    """The same where the backend cannot refit: of a copy of the file that holds the LoRA."""
+    feeds, arrays = expected
+    constants, inputs = _constants(refit, _arrays(feeds))
+    copied = path.with_suffix(".copy.onnx")
+    try:
+        refit_form.with_lora(path, constants, copied)
+        with engines.open(copied, backend, **options) as engine:
+            return relative(engine.run(inputs), arrays)
+    finally:
+        copied.unlink(missing_ok=True)
+
+
+def _constants(refit: LoraLayout, feeds: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
+    """The LoRA of the first row as constants, and the other feeds."""
+    others = {name: array for name, array in feeds.items() if name != "lora_q"}
+    return refit.named({"lora_q": feeds["lora_q"][0]}), others
 
 
 def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
@@ -167,7 +219,7 @@ def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
     return worst
 
 
-def lora_zero_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
+def lora_zero_error(graph: Graph, opened: Mapping[str, Fed]) -> float:
     """Rows with a LoRA of zeros, against rows with some LoRA and a gate of zeros."""
     name, engine = _lora_of(graph), opened[graph.name]
     feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=2))
@@ -175,7 +227,7 @@ def lora_zero_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
     return relative(engine.run(open_gate), engine.run(feeds | {"gate": np.zeros_like(feeds["gate"])}))
 
 
-def broadcast_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
+def broadcast_error(graph: Graph, opened: Mapping[str, Fed]) -> float:
     """One LoRA for all rows, against the same one in every row."""
     name, engine = _lora_of(graph), opened[graph.name]
     feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=3))
@@ -185,7 +237,7 @@ def broadcast_error(graph: Graph, opened: Mapping[str, Engine]) -> float:
     )
 
 
-def fused_step_error(torchs: Torch, opened: Mapping[str, Engine]) -> float:
+def fused_step_error(torchs: Torch, opened: Mapping[str, Fed]) -> float:
     """One denoiser call for two images, against three calls of diffusers' UNet with a merged random LoRA."""
     source, base_unet = torchs.source, torchs.modules["unet"]
     layout, unet_config = source.layout, source.config("unet")
@@ -206,7 +258,7 @@ def fused_step_error(torchs: Torch, opened: Mapping[str, Engine]) -> float:
     return relative(_stepper(opened, lora, hidden, weights, images=2)(feeds), expected)
 
 
-def loop_error(torchs: Torch, opened: Mapping[str, Engine], defaults: Defaults) -> float:
+def loop_error(torchs: Torch, opened: Mapping[str, Fed], defaults: Defaults) -> float:
     """Photos and prompts to pixels, all in graphs, against all in PyTorch."""
     source, modules = torchs.source, torchs.modules
     vae = modules["vae"]
@@ -250,7 +302,7 @@ def _sampled(source: Source, step: Callable[[Mapping[str, np.ndarray]], Arrays])
 
 
 def _stepper(
-    opened: Mapping[str, Engine],
+    opened: Mapping[str, Fed],
     lora: Arrays,
     hidden: Sequence[Tensor],
     weights: Sequence[float],

@@ -3,15 +3,20 @@
 `inputs`: the factors of one graph are one packed float32 vector, an input [1, N] of that graph (or [rows, N],
 where rows have different subjects) that stays resident on the device until another subject comes.  The base
 model is the zero vector: with the row gate at 0 it adds exactly 0, so going back gives the base's own bits.
+
+`refit`: the factors are constants of the graph, each of its own name, which the backend replaces.  They hold
+for all rows, so one call knows one subject; the row gate says on which rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine
-from hyperrt.errors import BundleMismatch, LoraMismatch
+from engines.base import Engine, EngineUnusable
+from hyperrt.errors import BundleMismatch, LoraMismatch, UsageError
 from hyperrt.lora import LoraLayout, Subject
 
 
@@ -20,25 +25,27 @@ class Adapter:
 
     Args:
         engine: an open `denoiser` or `context` graph.
-        name: its packed input, "lora_q" or "lora_kv".
+        name: the packed vector that it takes, "lora_q" or "lora_kv".
         layout: of the bundle.
-        mode: the manifest's `adapt`.
+        mode: how it takes it: "inputs" or "refit".
+
+    Attributes:
+        held: whose LoRA the engine holds, one for all rows or one for each; empty: not known.
 
     Raises:
         BundleMismatch: the mode is not one that this version knows.
     """
 
     def __init__(self, engine: Engine, name: str, layout: LoraLayout, mode: str) -> None:
-        if mode != "inputs":
-            raise BundleMismatch(
-                f"the bundle takes its LoRA by {mode!r}",
-                "this version knows 'inputs'",
-                "export it with the LoRA as inputs",
-            )
+        if mode not in ("inputs", "refit"):
+            why = "this version knows 'inputs' and 'refit'"
+            do = "export it again with one of them"
+            raise BundleMismatch(f"the bundle takes its LoRA by {mode!r}", why, do)
         self._engine = engine
         self._name = name
-        self._size = layout.size(name)
-        self._held: tuple[Subject | None, ...] = ()
+        self._layout = layout
+        self._mode = mode
+        self.held: tuple[Subject | None, ...] = ()
 
     def put(self, *subjects: Subject | None) -> None:
         """Make the engine compute a subject (None: the base model); on an error the old one stays.
@@ -47,14 +54,46 @@ class Adapter:
             subjects: one for all rows, or one for each row.
 
         Raises:
+            UsageError: there are several, and the engine holds one for all rows.
             LoraMismatch: a subject has another number of weights than the bundle.
+            engines.EngineError: the backend failed; after `EngineUnusable` the engine runs no more before a
+                `put` succeeds.
         """
-        if subjects == self._held:  # subjects compare by identity
+        if self._mode == "refit":
+            subjects = (the_one(subjects),)
+        if subjects == self.held:  # subjects compare by identity
             return
-        vectors = [packed(subject, self._name, self._size) for subject in subjects]
-        rows = vectors[0][np.newaxis] if len(vectors) == 1 else np.stack(vectors)  # one is not copied twice
-        self._engine.bind({self._name: rows})
-        self._held = subjects
+        size = self._layout.size(self._name)
+        vectors = [packed(subject, self._name, size) for subject in subjects]
+        if self._mode == "inputs":
+            rows = vectors[0][np.newaxis] if len(vectors) == 1 else np.stack(vectors)  # one: no second copy
+            self._engine.bind({self._name: rows})
+        else:
+            self._refit(vectors[0])
+        self.held = subjects
+
+    def _refit(self, vector: NDArray[np.float32]) -> None:
+        try:
+            self._engine.refit(self._layout.named({self._name: vector}))
+        except EngineUnusable:
+            self.held = ()
+            raise
+
+
+def the_one(subjects: Iterable[Subject | None]) -> Subject | None:
+    """The subject of a call whose rows share one LoRA; None if all are the base model, whose gate is 0.
+
+    Raises:
+        UsageError: there are several.
+    """
+    different = [*dict.fromkeys(subject for subject in subjects if subject is not None)]
+    if len(different) > 1:
+        raise UsageError(
+            f"{len(different)} subjects cannot share a call of this bundle",
+            "its LoRA is part of the graph, one for all rows (adapt is 'refit')",
+            "draw them one after the other, or use a bundle of hyperrt export --adapt inputs",
+        )
+    return different[0] if different else None
 
 
 def packed(subject: Subject | None, name: str, size: int) -> NDArray[np.float32]:

@@ -21,6 +21,7 @@ from hyperrt import __version__
 from hyperrt.cli_config import default_map, user_config
 from hyperrt.cli_output import Output
 from hyperrt.config import (
+    ADAPTED,
     PRECISIONS,
     QUANTIZED,
     SOLVER_NAMES,
@@ -228,6 +229,13 @@ def personalize(context: click.Context, /, **options: Any) -> None:
 )
 @click.option(
     "--quantize", type=click.Choice(QUANTIZED), default="none", show_default=True, help="Of stored weights."
+)
+@click.option(
+    "--adapt",
+    type=click.Choice(ADAPTED),
+    default="inputs",
+    show_default=True,
+    help="How a LoRA enters: as an input, or by refitting constants, for one subject a call.",
 )
 @click.option(
     "--verify",

@@ -99,6 +99,7 @@ def _bundle(path: str) -> dict[str, Any]:
         "defaults": dataclasses.asdict(bundle.defaults),
         "nouns": list(bundle.prompts.nouns),
         "lora": {"rank": layout.rank, "sites": len(layout.sites), "weights": sum(map(layout.size, VECTORS))},
+        "adapt": bundle.adapt,
         "graphs": {name: graph.file for name, graph in bundle.graphs.items()},
         "size_mb": round(
             sum(file.stat().st_size for file in bundle.path.iterdir() if file.is_file()) / 1e6, 1

@@ -20,6 +20,7 @@ SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
 PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = ("none", "int8")
 VERIFIED = ("none", "graphs", "full")
+ADAPTED = ("inputs", "refit")
 MAX_SIZE = 2**14  # pixels
 MAX_IMAGE_SCALE = 10
 MAX_STEPS = 1000  # the training schedule has no more
@@ -158,6 +159,7 @@ class ExportConfig:
     size: int | None = None  # pixels; None: what the base model was trained for
     precision: str = "fp32"  # of the arithmetic
     quantize: str = "none"  # how weights are stored
+    adapt: str = "inputs"  # how a LoRA enters the denoiser
     verify: str | None = None  # how much is compared with PyTorch; None: what suits the family
     dry_run: bool = False
     force: bool = False
@@ -167,6 +169,7 @@ class ExportConfig:
         _in_range("size", self.size, 8, MAX_SIZE)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("quantize", self.quantize, QUANTIZED)
+        _one_of("adapt", self.adapt, ADAPTED)
         if self.verify is not None:
             _one_of("verify", self.verify, VERIFIED)
 

@@ -64,7 +64,7 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     Raises:
         BackendMissing: there is no such backend.
     """
-    backend = engines.resolve(backend)
+    asked, backend = backend, engines.resolve(backend)
     yield Check(
         "hyperrt", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     )
@@ -78,7 +78,7 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     hashes = _guarded(f"bundle {bundle}", functools.partial(_bundle, bundle))
     yield hashes
     if hashes.status != "fail":
-        yield _guarded("test run", functools.partial(_test_run, bundle, backend))
+        yield _guarded("test run", functools.partial(_test_run, bundle, asked))
 
 
 def raise_first(checks: Iterable[Check]) -> None:
@@ -257,6 +257,5 @@ def _test_run(name: str, backend: str) -> Check:
         do = "report it, with the output of hyperrt doctor --json"
         raise IntegrityError("the base model does not come back after a subject", "its latents differ", do)
     height, width = personal.images.shape[1:3]
-    return Check(
-        "test run", "ok", f"{backend}: photos to a {width} x {height} picture; the base model comes back"
-    )
+    done = f"{runtime.backend}: photos to a {width} x {height} picture; the base model comes back"
+    return Check("test run", "ok", done)

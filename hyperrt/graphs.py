@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines.base import Engine
+from engines.base import Engine, listed
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
-from hyperrt.errors import UsageError
+from hyperrt.errors import BundleMismatch, UsageError
+from hyperrt.manifest import shown
 
 # Backends that are faster when they know the sizes.
 COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
 CACHING = frozenset({"openvino"})  # backends that take `cache`
+REFITTING = frozenset({"fake", "onnxruntime"})  # backends whose engines have `weights`
 
 Sizes = Mapping[str, int]
 
@@ -35,13 +37,14 @@ class Graphs:
 
     Raises:
         BackendMissing: there is no such backend.
+        BundleMismatch: the bundle's LoRA enters by refit, which the backend cannot do.
     """
 
     def __init__(
         self, bundle: Bundle, backend: str, threads: int | None, options: Mapping[str, Any] | None = None
     ) -> None:
         self.bundle = bundle
-        self.backend = engines.resolve(backend)
+        self.backend = _backend(bundle, backend)
         self._threads = threads
         self._options = dict(options or {})
         self._engines: dict[str, Engine] = {}
@@ -54,18 +57,29 @@ class Graphs:
         return set(self._engines)
 
     def open(self, name: str, sizes: Sizes | None = None) -> Engine:
-        """A new engine of a graph, for the caller to close."""
+        """A new engine of a graph, for the caller to close.
+
+        Raises:
+            BundleMismatch: the constants that a refit replaces are not those that the manifest names.
+            engines.EngineError: it cannot be opened.
+        """
         cache = {"cache": compile_cache()} if self.backend in CACHING else {}
         fixed = sizes if self.backend in COMPILING else None
         path = self.bundle.graph(name)
-        return engines.open(path, self.backend, self._threads, fixed, **cache | self._options)
+        engine = engines.open(path, self.backend, self._threads, fixed, **cache | self._options)
+        try:
+            self._check_weights(name, engine)
+        except BundleMismatch:
+            engine.close()
+            raise
+        return engine
 
     def engine(self, name: str, sizes: Sizes | None = None) -> Engine:
         """The engine of a graph, opened if it is not; another one than before where the sizes do not fit it.
 
         Raises:
             UsageError: after `close`.
-            engines.EngineError: it cannot be opened.
+            BundleMismatch, engines.EngineError: as `open`.
         """
         if self._closed:
             raise UsageError(
@@ -78,10 +92,10 @@ class Graphs:
         return self._engines[name]
 
     def adapter(self, name: str, vector: str) -> Adapter:
-        """What puts a LoRA into the open graph, by its input `vector`."""
+        """What puts a LoRA into the open graph, which takes the packed `vector` or the factors in it."""
         if name not in self._adapters:
-            bundle = self.bundle
-            self._adapters[name] = Adapter(self.engine(name), vector, bundle.layout, bundle.adapt)
+            mode = "refit" if self.bundle.graphs[name].weights else "inputs"
+            self._adapters[name] = Adapter(self.engine(name), vector, self.bundle.layout, mode)
         return self._adapters[name]
 
     def free(self, name: str) -> None:
@@ -96,6 +110,18 @@ class Graphs:
         for name in list(self._engines):
             self.free(name)
 
+    def _check_weights(self, name: str, engine: Engine) -> None:
+        """Refuse a graph in which a refit would replace other constants than the manifest says."""
+        said = {spec.name: spec for spec in self.bundle.graphs[name].weights}
+        found = {spec.name: spec for spec in engine.weights}
+        for key in sorted(said.keys() | found.keys()):
+            if said.get(key) != found.get(key):
+                raise BundleMismatch(
+                    f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
+                    f"it has {shown(found.get(key))}; the manifest says {shown(said.get(key))}",
+                    "export it again (hyperrt export)",
+                )
+
     def _fits(self, name: str, sizes: Sizes) -> bool:
         """Whether the sizes that the open engine was made for, if it was, are these."""
         made_for = {spec.name: spec.shape for spec in self._engines[name].inputs}
@@ -105,6 +131,20 @@ class Graphs:
             for size, fixed in zip(spec.shape, made_for.get(spec.name, ()), strict=False)
             if isinstance(size, str)
         )
+
+
+def _backend(bundle: Bundle, asked: str) -> str:
+    """The backend that is to run the bundle: one that can refit, where its LoRA enters by that."""
+    found = engines.resolve(asked)
+    if bundle.adapt != "refit" or found in REFITTING:
+        return found
+    if asked == "auto":
+        return "onnxruntime"
+    raise BundleMismatch(
+        f"the backend {found!r} cannot take the LoRA of the bundle {bundle.name}",
+        f"its LoRA enters by refit, and {found} makes constants of it; {listed(REFITTING)} do not",
+        "export the bundle with --adapt inputs, or use another backend",
+    )
 
 
 def compile_cache() -> Path | None:

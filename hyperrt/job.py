@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt import guidance, prompts, solvers
-from hyperrt.adapt import packed
+from hyperrt.adapt import packed, the_one
 from hyperrt.bundle import Bundle
 from hyperrt.config import SamplingConfig, check_needs_subject
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
@@ -103,7 +103,8 @@ def plan(
         subjects: [pairs].
 
     Raises:
-        UsageError: there is no such solver, not as many subjects as prompts, or an option changes nothing.
+        UsageError: there is no such solver, not as many subjects as prompts, several subjects for a bundle
+            that takes one at a time, or an option changes nothing.
         BadPrompt: a prompt cannot be used, or does not name the subject that was given.
         LoraMismatch: a subject was made for another bundle.
     """
@@ -116,6 +117,8 @@ def plan(
     for subject in subjects:
         if subject is not None:
             _check_subject(subject, bundle)
+    if bundle.adapt == "refit":
+        the_one(subjects)
     known = [subject is not None for subject in subjects]
     table, settings = _settings(bundle, any(known), options)
     branches = guidance.active(

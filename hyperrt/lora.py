@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.base import TensorSpec
 from hyperrt import files, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
 from hyperrt.subject_file import IMAGE_TOKENS, PEFT_CONFIG, PEFT_FILE, REDO, difference, shown
@@ -158,6 +159,16 @@ class LoraLayout:
                 shape_a, shape_b = self._shapes(site)
                 factors[site.path] = (vector[part_a].reshape(shape_a), vector[part_b].reshape(shape_b))
         return {site.path: factors[site.path] for site in self.sites if site.path in factors}
+
+    def named(self, packed: Mapping[str, Vector]) -> dict[str, Vector]:
+        """`unpack`, as a graph names its constants: PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out]."""
+        factors = self.unpack(packed).items()
+        return {f"{path}.lora_{'AB'[k]}": pair[k][np.newaxis] for path, pair in factors for k in (0, 1)}
+
+    def constants(self, name: str) -> tuple[TensorSpec, ...]:
+        """The specs of these constants, for the packed vector "lora_q" or "lora_kv"."""
+        factors = self.named({name: np.zeros(self.size(name), np.float32)})
+        return tuple(TensorSpec(key, factor.shape, "float32") for key, factor in factors.items())
 
     def _shapes(self, site: Site) -> tuple[tuple[int, int], tuple[int, int]]:
         return (site.d_in, self.rank), (self.rank, site.d_out)

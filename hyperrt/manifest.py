@@ -7,6 +7,7 @@ written only where it says something else, so that what needs none of it stays t
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Graph:
     data_sha256: str | None = None
     weight_bytes: int = 0  # of the weights once loaded, in the graph's arithmetic; 0: unknown
     row_bytes: int = 0  # peak of what one row (or image, or prompt) needs beside them; 0: unknown
+    weights: tuple[TensorSpec, ...] = ()  # constants that a refit replaces
 
     def __post_init__(self) -> None:
         for name, count in (("weight_bytes", self.weight_bytes), ("row_bytes", self.row_bytes)):
@@ -223,13 +225,25 @@ class Manifest:
         wanted = self.graph_names
         if set(self.graphs) != set(wanted):
             raise ValueError(f"graphs has {', '.join(sorted(self.graphs))}; it must have {', '.join(wanted)}")
-        if self.adapt == "inputs":
-            for name, graph in (("lora_q", "denoiser"), ("lora_kv", "context")):
-                shapes = [spec.shape for spec in self.graphs[graph].inputs if spec.name == name]
-                if [shape[1:] for shape in shapes] != [(self.layout.size(name),)]:
-                    size = self.layout.size(name)
-                    raise ValueError(f"graphs.{graph} must take {name} of {size}, the size that lora gives")
+        self._check_lora("lora_q", "denoiser", by_refit=self.adapt == "refit")
+        self._check_lora("lora_kv", "context", by_refit=False)
+        for name, graph in self.graphs.items():
+            if graph.weights and (name, self.adapt) != ("denoiser", "refit"):
+                raise ValueError(f"graphs.{name} must not have weights: only denoiser may, if adapt is refit")
         self._check_inputs()
+
+    def _check_lora(self, vector: str, name: str, by_refit: bool) -> None:
+        """A graph takes its part of the LoRA as the layout has it: as one input, or as constants."""
+        graph, size = self.graphs[name], self.layout.size(vector)
+        shapes = [spec.shape[1:] for spec in graph.inputs if spec.name == vector]
+        if not by_refit and shapes != [(size,)]:
+            raise ValueError(f"graphs.{name} must take {vector} of {size}, the size that lora gives")
+        if by_refit and shapes:
+            raise ValueError(f"graphs.{name} must not take {vector}: adapt is refit")
+        if by_refit and graph.weights != (wanted := self.layout.constants(vector)):
+            pairs = itertools.zip_longest(graph.weights, wanted)
+            k, one, other = next((k, *pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(f"graphs.{name}.weights[{k}] is {shown(one)}; by lora it must be {shown(other)}")
 
     def _check_inputs(self) -> None:
         """The inputs that not every bundle has are there together with what feeds them."""
@@ -263,6 +277,11 @@ class Manifest:
     def layout(self) -> LoraLayout:
         """The LoRA layout: order and shapes of all factors."""
         return self.lora.layout
+
+
+def shown(spec: TensorSpec | None) -> str:
+    """A weight for a message; None is one that is not there."""
+    return f"{spec.name[:100]} {list(spec.shape)} {spec.dtype[:20]}" if spec else "none"
 
 
 def _positive(**values: int) -> None:

@@ -285,9 +285,11 @@ class Runtime:
             generators = [one for _ in range(pairs) for one in sampling.noise_generators(seed, count)]
             noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
             for step in sampling.denoise(self._stepper(job, count), job.table, noises, generators):
-                check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
-                latents = step.latents
+                if isinstance(step.latents, np.ndarray):  # a device would have to be waited for
+                    check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
+            latents = np.asarray(step.latents)
+            check_finite({"latents": latents}, "the picture")
             finished.append(latents.reshape(pairs, count, *shape))
         self._done_with("denoiser")
         drawn = np.concatenate(finished, axis=1)
@@ -314,7 +316,7 @@ class Runtime:
             with self._lock:
                 # Another call may have used the denoiser since the last step.
                 denoiser = self._bind(job, images)
-                return denoiser.run(feeds)
+                return denoiser.run(feeds, host=False)  # where it was computed: the next step reads it there
 
         return step
 
@@ -373,7 +375,8 @@ class Runtime:
     def _decode(self, latents: Floats) -> Floats:
         """Latents [1, C, h, w], of the whole picture or a tile, to pixels [1, 3, 8h, 8w]."""
         sizes = {"images": 1, "h": latents.shape[2], "w": latents.shape[3]}
-        return self._graphs.engine("vae_decoder", sizes).run({"latents": latents})["pixels"]
+        pixels: Floats = self._graphs.engine("vae_decoder", sizes).run({"latents": latents})["pixels"]
+        return pixels
 
     def close(self) -> None:
         """Free the engines; a closed runtime samples no more. Closing twice does nothing."""

@@ -1,4 +1,7 @@
-"""What every backend promises, on one graph: y = x w + step lora, same = x (tests/engines/graphs/make.py)."""
+"""What every backend promises, on two graphs (tests/engines/graphs/make.py).
+
+The first: y = x w + step lora, same = x.
+"""
 
 from __future__ import annotations
 
@@ -44,16 +47,23 @@ def marked(name):
     return pytest.param(name, marks=marks)
 
 
-@pytest.fixture(params=map(marked, FILES))
-def backend(request, monkeypatch):
-    about = engines.BACKENDS[request.param]
+def ready(backend, monkeypatch):
+    """The name of a backend that can open both graphs."""
+    about = engines.BACKENDS[backend]
     if about.vendor:
         vendor = pytest.importorskip(about.vendor)
         if about.options.get("provider", "") not in ("", *getattr(vendor, "get_available_providers", list)()):
             pytest.skip(f"this {about.vendor} is not the one for GPUs")
     else:
-        monkeypatch.setitem(pytest.importorskip("engines.fake").FUNCTIONS, "affine", affine)
-    return request.param
+        functions = pytest.importorskip("engines.fake").FUNCTIONS
+        monkeypatch.setitem(functions, "affine", affine)
+        monkeypatch.setitem(functions, "refittable", refittable)
+    return backend
+
+
+@pytest.fixture(params=map(marked, FILES))
+def backend(request, monkeypatch):
+    return ready(request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -330,3 +340,116 @@ def test_a_size_that_is_given_is_fixed_and_the_others_stay_free(backend, sizes):
 def test_a_size_less_than_one_is_refused(backend, size):
     with pytest.raises(EngineInputError, match=f"'rows' is {size}"):
         engines.open(GRAPHS / FILES[backend], backend, sizes={"rows": size})
+
+
+# A graph with constants that a refit replaces: y = x w + b, at first w of ones and b of zeros
+
+
+REFITTABLE = {name: file.replace("affine", "refittable") for name, file in FILES.items()}
+FROZEN = ("openvino",)  # backends to which such constants are like any others
+WEIGHTS = (TensorSpec("w", (3, 2), "float32"), TensorSpec("b", (1, 2), "float32"))
+FIRST = {"w": np.ones((3, 2), np.float32), "b": np.zeros((1, 2), np.float32)}
+A, B = (
+    {spec.name: np.random.default_rng(seed).standard_normal(spec.shape, np.float32) for spec in WEIGHTS}
+    for seed in (1, 2)
+)
+
+
+def refittable(tensors):
+    return {"y": tensors["x"] @ tensors["w"] + tensors["b"]}
+
+
+def computed(weights):
+    return X @ weights["w"] + weights["b"]
+
+
+@pytest.fixture(params=[name for name in FILES if name not in FROZEN])
+def refitted(request, monkeypatch):
+    """An engine of this graph."""
+    backend = ready(request.param, monkeypatch)
+    with engines.open(GRAPHS / REFITTABLE[backend], backend, threads=1) as engine:
+        yield engine
+
+
+def y(engine):
+    return engine.run({"x": X})["y"]
+
+
+@pytest.mark.parametrize("backend", FROZEN)
+def test_a_backend_that_cannot_refit_says_so_and_runs_with_what_the_graph_has(backend, monkeypatch):
+    ready(backend, monkeypatch)
+    with engines.open(GRAPHS / REFITTABLE[backend], backend, threads=1) as engine:
+        assert engine.weights == ()
+        np.testing.assert_allclose(y(engine), computed(FIRST), rtol=1e-2)
+        with pytest.raises(EngineError, match=r"cannot be refitted\n  why: .*\n  do:  .*inputs"):
+            engine.refit(A)
+
+
+def test_what_can_be_refitted_is_no_input_and_has_the_value_of_the_graph(refitted):
+    assert refitted.weights == WEIGHTS
+    assert [spec.name for spec in refitted.inputs] == ["x"]
+    np.testing.assert_allclose(y(refitted), computed(FIRST), rtol=1e-6)
+
+
+def test_a_refit_replaces_all_constants_or_some(refitted):
+    refitted.refit(A)
+    np.testing.assert_allclose(y(refitted), computed(A), rtol=1e-5)
+    refitted.refit({"b": B["b"]})
+    np.testing.assert_allclose(y(refitted), computed(A | {"b": B["b"]}), rtol=1e-5)
+    refitted.refit({})
+    np.testing.assert_allclose(y(refitted), computed(A | {"b": B["b"]}), rtol=1e-5)
+
+
+def test_refitting_there_and_back_gives_the_same_bits(refitted):
+    def run_with(weights):
+        refitted.refit(weights)
+        return y(refitted).tobytes()
+
+    base = y(refitted).tobytes()
+    a, b, again, back = (run_with(weights) for weights in (A, B, A, FIRST))
+    assert a == again != b
+    assert base == back
+
+
+def test_what_was_refitted_is_a_copy(refitted):
+    weights = {name: array.copy() for name, array in A.items()}
+    refitted.refit(weights)
+    before = y(refitted)
+    for array in weights.values():
+        array[:] = 0
+    np.testing.assert_array_equal(y(refitted), before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"x": X}, {"b": B["b"][0]}, {"b": B["b"].astype(float)}, {"b": [[1, 2]]}],
+    ids=["name", "shape", "type", "list"],
+)  # fmt: skip
+def test_a_refit_that_is_refused_changes_nothing(refitted, wrong):
+    refitted.refit(A)
+    before = y(refitted)
+    with pytest.raises(EngineInputError, match="weight"):
+        refitted.refit(B | wrong)
+    np.testing.assert_array_equal(y(refitted), before)
+
+
+def test_a_refit_leaves_what_is_bound(refitted):
+    refitted.bind({"x": X})
+    refitted.refit(A)
+    np.testing.assert_allclose(refitted.run({})["y"], computed(A), rtol=1e-5)
+
+
+def test_a_run_sees_one_refit_as_a_whole(refitted):
+    x, ones, shift = np.ones((1, 3), np.float32), FIRST["w"], np.ones((1, 2), np.float32)
+    done = threading.Event()
+
+    def refit():
+        for k in range(200):
+            refitted.refit({"w": k * ones, "b": -3 * k * shift})  # y = 3 k - 3 k
+        done.set()
+
+    refitted.refit({"w": 0 * ones})
+    with ThreadPoolExecutor(1) as pool:
+        refitting = pool.submit(refit)
+        while not done.wait(0.0001) and not refitting.done():
+            np.testing.assert_array_equal(refitted.run({"x": x})["y"], np.zeros((1, 2)))
+        refitting.result()

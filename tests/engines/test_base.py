@@ -21,6 +21,7 @@ CODES = {
     "BackendMissing": 4,
     "EngineLoadError": 5,
     "EngineMemoryError": 6,
+    "EngineUnusable": 7,
 }
 
 

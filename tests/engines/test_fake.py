@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines import EngineError, EngineInputError, EngineMemoryError, TensorSpec
+from engines import EngineError, EngineInputError, EngineMemoryError, EngineUnusable, TensorSpec
 from engines.fake import FakeEngine
 
 X, Y, GAIN = (TensorSpec(name, ("n",), "float32") for name in ("x", "y", "gain"))
@@ -89,3 +89,78 @@ def test_refitting_there_and_back_gives_the_same_bits():
     engine.refit({"gain": 4 * ONES})
     engine.refit({"gain": ONES})
     assert engine.run({"x": ONES})["y"].tobytes() == first
+
+
+# Faults of a refit: how many constants it replaces before it fails
+
+
+def test_after_a_refit_that_fails_the_old_constants_are_written_back():
+    engine = refittable()
+    engine.refit({"gain": 2 * ONES})
+    for done in (0, 1, 2):
+        engine.refit_faults = [done]
+        with pytest.raises(EngineError, match=f"{done} of 2 constants were written"):
+            engine.refit({"gain": 4 * ONES, "spare": ONES})
+        assert engine.run({"x": ONES})["y"].tolist() == [2, 2]
+
+
+def test_the_first_refit_that_fails_leaves_the_constants_of_the_graph():
+    engine = refittable()
+    engine.refit_faults = [1]
+    with pytest.raises(EngineError, match="the fake refit failed"):
+        engine.refit({"gain": 4 * ONES})
+    assert engine.run({"x": ONES})["y"].tolist() == [1, 1]
+
+
+def broken():
+    """An engine that holds constants of two sets: gain 4 of the new one, and the old spare."""
+    engine = refittable()
+    engine.refit({"gain": 2 * ONES, "spare": 2 * ONES})
+    engine.refit_faults = [1, 0]
+    with pytest.raises(EngineUnusable, match=r"constants of two sets\n.*1 of 2(?s:.*)0 of 2(?s:.*)again"):
+        engine.refit({"gain": 4 * ONES, "spare": 4 * ONES})
+    return engine
+
+
+def test_an_engine_that_cannot_be_brought_back_refuses_to_run():
+    engine = broken()
+    for _ in range(2):
+        with pytest.raises(EngineUnusable, match="1 of 2"):
+            engine.run({"x": ONES})
+
+
+def test_the_next_refit_that_succeeds_writes_the_other_constants_too():
+    engine = broken()
+    engine.refit({"spare": 8 * ONES})
+    assert engine.run({"x": ONES})["y"].tolist() == [2, 2]
+
+
+def test_one_that_fails_and_is_taken_back_brings_the_old_constants_too():
+    engine = broken()
+    engine.refit_faults = [1]
+    with pytest.raises(EngineError, match="the fake refit failed"):
+        engine.refit({"spare": 8 * ONES})
+    assert engine.run({"x": ONES})["y"].tolist() == [2, 2]
+
+
+def test_one_that_fails_again_leaves_it_unusable():
+    engine = broken()
+    engine.refit_faults = [0, 1]
+    with pytest.raises(EngineUnusable):
+        engine.refit({"spare": 8 * ONES})
+    with pytest.raises(EngineUnusable):
+        engine.run({"x": ONES})
+
+
+def test_a_refit_that_is_interrupted_is_taken_back(monkeypatch):
+    engine, write = refittable(), FakeEngine._refit
+
+    def interrupted(self, arrays):
+        monkeypatch.setattr(FakeEngine, "_refit", write)
+        write(self, arrays)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeEngine, "_refit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.refit({"gain": 4 * ONES})
+    assert engine.run({"x": ONES})["y"].tolist() == [1, 1]

@@ -153,3 +153,39 @@ def test_odd_graphs_from_other_projects_open_or_are_refused(shared_data):
             engines.open(path, threads=1).close()
         except EngineLoadError as error:
             assert path.name in error.what
+
+
+# Refit: initialisers that are inputs, too
+
+
+def test_a_refit_that_fails_at_any_constant_replaces_none(monkeypatch):
+    import onnxruntime as ort
+
+    make = ort.OrtValue.ortvalue_from_numpy
+    left = [0]  # how many more can be made
+
+    def fails(array):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+        return make(array)
+
+    x, weights = np.ones((1, 3), np.float32), {"w": np.ones((3, 2), np.float32), "b": VECTOR[None, :2]}
+    with engines.open(HERE / "refittable.onnx") as engine:
+        engine.refit(weights)
+        before = engine.run({"x": x})["y"]
+        for good in range(len(weights)):
+            left[0] = good
+            with monkeypatch.context() as patch:
+                patch.setattr(ort.OrtValue, "ortvalue_from_numpy", fails)
+                with pytest.raises(EngineMemoryError):
+                    engine.refit({name: 2 * array for name, array in weights.items()})
+            np.testing.assert_array_equal(engine.run({"x": x})["y"], before)
+
+
+def test_onnx_runtime_does_not_warn_of_constants_that_can_be_refitted(capfd):
+    with engines.open(HERE / "refittable.onnx") as engine:
+        engine.refit({"b": VECTOR[None, :2]})
+        engine.run({"x": np.ones((1, 3), np.float32)})
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == ""

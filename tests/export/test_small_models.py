@@ -98,6 +98,25 @@ def test_in_half_precision_products_are_typed_and_norms_are_not(family, precisio
     )
 
 
+REFITTED = [("fp32", False), ("fp32", True), pytest.param("bf16", False, marks=needs_openvino)]
+
+
+@pytest.mark.parametrize(("precision", "int8"), REFITTED)
+def test_the_lora_may_enter_by_refit(family, precision, int8, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.storage.SMALLEST_INT8", 256)
+    path = exported(family, tmp_path / "b", precision=precision, int8=int8, adapt="refit")
+    bundle = Bundle.open(path)
+    kind = "int8" if int8 else precision
+    assert bundle.parity["denoiser"] <= verify.REDUCED[kind]
+    graph = onnx.load(path / "denoiser.onnx").graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for spec in bundle.graphs["denoiser"].weights:
+        assert constants[spec.name].data_type == onnx.TensorProto.FLOAT
+        reader = "MatMul" if precision == "fp32" else "Cast"
+        assert [node.op_type for node in graph.node if spec.name in node.input] == [reader]
+    assert sorted(file.suffix for file in path.glob("denoiser*")) == [".onnx"]
+
+
 def test_eight_bits_halve_the_denoiser_and_stay_close(family, plain, tmp_path, monkeypatch):
     monkeypatch.setattr("export.storage.SMALLEST_INT8", 256)
     full, small = plain, exported(family, tmp_path / "small", int8=True)

@@ -120,13 +120,18 @@ def _context(t: dict[str, Any]) -> dict[str, Any]:
 def _denoiser(t: dict[str, Any]) -> dict[str, Any]:
     images, branches = len(t["latents"]), len(t["guidance"])
     x = np.tile(t["latents"] * t["coefficients"][0], (branches, 1, 1, 1))
-    told = np.tanh(t["context"].mean((1, 2)) / 10) + t["gate"] * t["lora_q"].sum(1) + t["timestep"] / 1000
+    lora_q = t["lora_q"] if "lora_q" in t else _of_constants(t)
+    told = np.tanh(t["context"].mean((1, 2)) / 10) + t["gate"] * lora_q.sum(1) + t["timestep"] / 1000
     if "added" in t:
         told = told + t["added"].mean(1) / 10
     out = (0.5 * x + told[:, None, None, None]).reshape(branches, images, *x.shape[1:])
     summed = np.einsum("b,b...->...", t["guidance"], out).astype(np.float32)
     after, denoised = solvers.apply(t["coefficients"], t["latents"], summed, t["previous"], t["noise"])
     return {"next_latents": after.astype(np.float32), "denoised": denoised.astype(np.float32)}
+
+
+def _of_constants(t: dict[str, Any]) -> Any:
+    return np.concatenate([t[spec.name].ravel() for spec in LAYOUT.constants("lora_q")])[None]
 
 
 def _vae_decoder(t: dict[str, Any]) -> dict[str, Any]:
@@ -152,17 +157,23 @@ def register(**replaced: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     calls.clear()
 
 
-def write(folder: Path, sdxl: bool = False, open_category: bool = False, **changes: Any) -> Path:
+def write(
+    folder: Path, sdxl: bool = False, open_category: bool = False, refit: bool = False, **changes: Any
+) -> Path:
     """The bundle in `folder`, with top-level fields of the manifest changed; returns the folder.
 
     Args:
         sdxl: with a second text encoder, pooled text and time ids.
         open_category: with an image prompt.
+        refit: the denoiser's LoRA enters by refit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     graphs = {}
     for name, (inputs, outputs) in _tensors(sdxl, open_category).items():
         specs = {"inputs": _specs(inputs), "outputs": _specs(outputs)}
+        if refit and name == "denoiser":
+            specs["inputs"] = [spec for spec in specs["inputs"] if spec["name"] != "lora_q"]
+            specs["weights"] = _specs({spec.name: spec.shape for spec in LAYOUT.constants("lora_q")})
         content = json.dumps({"function": name, **specs}).encode()
         (folder / f"{name}.onnx").write_bytes(content)
         graphs[name] = {"file": f"{name}.onnx", "sha256": hashlib.sha256(content).hexdigest(), **specs}
@@ -172,6 +183,8 @@ def write(folder: Path, sdxl: bool = False, open_category: bool = False, **chang
     manifest = {**_manifest(graphs), "tokenizer_sha256": tokenizer}
     if sdxl:
         manifest["prompts"] |= {"pad_2": PAD_2, "zero_empty": True}
+    if refit:
+        manifest["adapt"] = "refit"
     if open_category:
         manifest["image_prompt"] = {"tokens": TOKENS, "width": WIDTH, "scale": 0.55}
     manifest |= changes

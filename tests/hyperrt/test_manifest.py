@@ -26,6 +26,20 @@ def give(manifest, graph, name):
     manifest["graphs"][graph]["outputs"].append({"name": name, "shape": ["rows", 6], "dtype": "float32"})
 
 
+WEIGHT = [{"name": "w", "shape": [2], "dtype": "float32"}]
+
+
+def by_refit(manifest, graph, weights):
+    inputs = manifest["graphs"]["denoiser"]["inputs"]
+    inputs[:] = [spec for spec in inputs if spec["name"] != "lora_q"]
+    manifest["adapt"] = "refit"
+    manifest["graphs"]["denoiser"]["weights"] = [
+        {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+        for spec in fake_bundle.LAYOUT.constants("lora_q")
+    ]
+    manifest["graphs"][graph]["weights"] = list(weights)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return fake_bundle.write(tmp_path / "bundle")
@@ -36,6 +50,7 @@ def test_what_a_bundle_does_not_say_has_the_value_of_the_first_bundles(folder):
     assert (opened.timestep_spacing, opened.image_prompt) == ("leading", None)
     assert (opened.prompts.pad_2, opened.prompts.zero_empty) == (None, False)
     assert (opened.graphs["denoiser"].weight_bytes, opened.graphs["denoiser"].row_bytes) == (0, 0)
+    assert opened.graphs["denoiser"].weights == ()
 
 
 def test_a_value_that_is_the_default_is_not_written(folder, tmp_path):
@@ -63,6 +78,15 @@ def test_what_a_bundle_says_is_written_and_read_back(folder, tmp_path):
     assert manifest.graphs["denoiser"].weight_bytes == 5_000_000_000
 
 
+def test_the_weights_of_a_refit_are_written_and_read_back(tmp_path):
+    folder = fake_bundle.write(tmp_path / "refit", refit=True)
+    manifest = read_manifest(folder)
+    assert manifest.graphs["denoiser"].weights == fake_bundle.LAYOUT.constants("lora_q")
+    write_manifest(tmp_path, manifest)
+    first, second = (json.loads((place / MANIFEST).read_text()) for place in (folder, tmp_path))
+    assert first == second
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -87,6 +111,10 @@ def test_what_a_bundle_says_is_written_and_read_back(folder, tmp_path):
         (lambda m: m.update(image_prompt={"tokens": 0, "width": 4, "scale": 1}), "tokens is 0"),
         (lambda m: m.update(image_prompt={"tokens": 4, "width": 4, "scale": -1}), "scale is -1"),
         (lambda m: m["graphs"].update(image_prompt=m["graphs"]["context"]), "graphs has"),
+        (lambda m: m.update(adapt="refit"), "graphs.denoiser must not take lora_q: adapt is refit"),
+        (lambda m: by_refit(m, "denoiser", ()), r"weights\[0\] is none; by lora it must be .*lora_A"),
+        (lambda m: by_refit(m, "vae_decoder", WEIGHT), "graphs.vae_decoder must not have weights"),
+        (lambda m: m["graphs"]["denoiser"].update(weights=WEIGHT), "if adapt is refit"),
     ],
 )
 def test_one_without_the_other_is_refused_and_the_place_named(folder, change, words):

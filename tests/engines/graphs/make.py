@@ -4,6 +4,9 @@
 
 affine: y = x w + step lora, same = x, with w = [[1, 0], [0, 1], [1, 1]].
 x ["rows", 3], lora ["subjects", 2], step [] int64 -> y ["rows", 2], same ["rows", 3].
+
+refittable: y = x w + b, with w [3, 2] of ones and b [1, 2] of zeros, that a refit replaces.
+x ["rows", 3] -> y ["rows", 2].
 """
 
 from pathlib import Path
@@ -40,7 +43,23 @@ def affine():
     )
 
 
-GRAPHS = {"affine.onnx": affine}
+def refittable():
+    tensor = helper.make_tensor_value_info
+    return model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["projected"]),
+            helper.make_node("Add", ["projected", "b"], ["y"]),
+        ],
+        [tensor("x", FLOAT, ["rows", 3]), tensor("w", FLOAT, [3, 2]), tensor("b", FLOAT, [1, 2])],
+        [tensor("y", FLOAT, ["rows", 2])],
+        [
+            numpy_helper.from_array(np.ones((3, 2), np.float32), "w"),
+            numpy_helper.from_array(np.zeros((1, 2), np.float32), "b"),
+        ],
+    )
+
+
+GRAPHS = {"affine.onnx": affine, "refittable.onnx": refittable}
 
 if __name__ == "__main__":
     for name, build in GRAPHS.items():

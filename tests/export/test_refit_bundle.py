@@ -1,0 +1,96 @@
+"""A bundle whose LoRA enters by refit, from the real export: the runtime draws with it as with the other."""
+
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from export import export_bundle, onnx_graph
+from export.assemble import Options
+from export.source import Inputs
+from hyperrt import Runtime
+from hyperrt.bundle import Bundle
+
+PROMPT, PLAIN = "a [V] robot on a beach", "a robot on a beach"
+
+
+@pytest.fixture(scope="module")
+def refitted(trained, exported, tmp_path_factory):
+    """What `exported` is, in the other form; graphs that are the same in both are copied."""
+    output = tmp_path_factory.mktemp("refit") / "small"
+    described, really = Bundle.open(exported).graphs, onnx_graph.write
+
+    def write(graph, skeletons, modules, folder, *options):
+        if graph.refit is not None:
+            return really(graph, skeletons, modules, folder, *options)
+        shutil.copy(exported / f"{graph.name}.onnx", folder)
+        return onnx_graph.Written(described[graph.name].weight_bytes, described[graph.name].row_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_graph, "write", write)
+        return export_bundle("tiny", Inputs(trained.base, trained.hypernet), output, Options(adapt="refit"))
+
+
+@pytest.fixture(scope="module")
+def runtime(refitted):
+    with Runtime.open(refitted, "onnxruntime") as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def subjects(runtime, drawn_photos):
+    return [runtime.personalize(drawn_photos[:1]), runtime.personalize(drawn_photos[1:])]
+
+
+def draw(runtime, subject, **options):
+    return runtime.generate(PROMPT if subject else PLAIN, subject, steps=3, **options).latents
+
+
+def test_the_manifest_names_the_constants_and_no_packed_input(refitted, exported):
+    bundle, other = Bundle.open(refitted), Bundle.open(exported)
+    assert bundle.adapt == "refit"
+    for name, graph in bundle.graphs.items():
+        assert graph.weights == (bundle.layout.constants("lora_q") if name == "denoiser" else ())
+    assert not bundle.graphs["denoiser"].takes("lora_q")
+    assert bundle.graphs["context"].takes("lora_kv")
+    same = bundle.graphs.keys() - {"denoiser"}
+    assert all(bundle.graphs[name] == other.graphs[name] for name in same)
+    assert bundle.parity.keys() == other.parity.keys()
+
+
+def test_a_subject_comes_back_bit_for_bit_after_another_and_so_does_the_base_model(runtime, subjects):
+    a, b = subjects
+    base, first, other, again, back = (draw(runtime, who).tobytes() for who in (None, a, b, a, None))
+    assert first == again != other
+    assert base == back != first
+
+
+def test_a_picture_is_that_of_the_bundle_with_inputs(runtime, exported, subjects):
+    with Runtime.open(exported, "onnxruntime") as by_inputs:
+        for who in (*subjects, None):
+            ours, theirs = (draw(one, who, n=2, batch_size=2) for one in (runtime, by_inputs))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_threads_that_draw_at_once_never_mix_their_subjects(runtime, subjects):
+    expected = [draw(runtime, who).tobytes() for who in subjects]
+    mixed = []
+
+    def repeat(k):
+        for _ in range(4):
+            if draw(runtime, subjects[k]).tobytes() != expected[k]:
+                mixed.append(k)
+
+    threads = [threading.Thread(target=repeat, args=(k,)) for k in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert mixed == []
+
+
+def test_with_low_memory_the_subject_is_put_into_the_new_engine(refitted, runtime, subjects):
+    expected = [draw(runtime, who).tobytes() for who in (*subjects, None)]
+    with Runtime.open(refitted, "onnxruntime", low_memory=True) as low:
+        assert [draw(low, who).tobytes() for who in (*subjects, None)] == expected
