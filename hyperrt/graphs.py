@@ -6,16 +6,16 @@ two rows are another program than three.  What it compiles is kept in this user'
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import engines
 from engines.base import Engine
+from hyperrt import home
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
-from hyperrt.errors import UsageError
+from hyperrt.errors import HyperRTError, UsageError
 
 COMPILING = frozenset({"openvino"})  # backends that are faster when they know the sizes
 CACHING = frozenset({"openvino"})  # backends that take `cache`
@@ -112,17 +112,8 @@ def compile_cache() -> Path | None:
     None where it cannot be made, or where others may write: what lies there is run.
     """
     try:
-        home = os.environ.get("HYPERRT_HOME")
-        base = (
-            Path(home)
-            if home
-            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperrt"
-        )
-        folder = base.absolute() / "compiled"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):  # no home, a file in the way, a disk that is full or read-only
+        folder = home.base_folder() / "compiled"
+        home.make_folder(folder)
+        return None if home.distrust(folder.stat()) else folder
+    except (OSError, HyperRTError):  # no home, a file in the way, a disk that is full or read-only
         return None
-    if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
-        return None
-    return folder
