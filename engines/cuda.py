@@ -41,7 +41,8 @@ def device(index: int = 0) -> Device:
     Raises:
         EngineError: there is none, or no driver.
     """
-    properties = _call(cudart.cudaGetDeviceProperties, index)
+    with explained("no NVIDIA GPU can be used"):
+        properties = _call(cudart.cudaGetDeviceProperties, index)
     name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
     return Device(name, f"sm{properties.major}{properties.minor}")
 

@@ -226,6 +226,16 @@ class _Weights:
             raise EngineError("refitting the graph failed", self._log.last())
 
 
+def target(vendor: str) -> str:
+    """What a plan for the GPU of this machine is for: TensorRT-RTX's runs on all of one capability.
+
+    Raises:
+        EngineError: there is no GPU or driver.
+    """
+    found = cuda.device()
+    return found.sm if vendor == RTX else f"{found.sm} {found.name}"
+
+
 def open(
     path: Path,
     threads: int | None = None,

@@ -9,8 +9,8 @@ TensorRT for the one that is.
 takes a `Recipe` as JSON on stdin, and says one JSON object a line on stdout: {"done": share} while it works,
 then {"built": {…}} or {"error": {…}}.
 
-Strongly typed: the precision is that of the graph. A size that the graph leaves open is fixed (`sizes`) or has
-a range (`ranges`); a plan with weights that can be replaced (`refit`) must have all sizes fixed.
+Strongly typed: the precision is that of the graph. A size that the graph leaves open is fixed (`sizes`) or
+has a range (`ranges`); a plan with weights that can be replaced (`refit`) must have all sizes fixed.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def build(recipe: Recipe, progress: Callable[[float], None] | None = None) -> Bu
     """Compile in a child process; `progress` is told the share that is done.
 
     Raises:
-        EngineInputError: the vendor has no such target, or a weight of that name cannot be refitted.
-        EngineLoadError: the graph has an operator that is not supported, or needs what the target lacks.
+        EngineLoadError: the graph has an operator that is not supported, or needs what the target lacks; there
+            is no such target, or a weight cannot be refitted.
+        EngineInputError: a size is open and has no range.
         EngineMemoryError: the compiler ran out of memory, or the system killed it.
         EngineError: it crashed, or the vendor's package does not start.
     """
@@ -169,7 +170,7 @@ def _compiled(recipe: Recipe, say: _Voice) -> Built:
         raise EngineError(f"{recipe.vendor} does not start", str(error), "install it again") from error
     if recipe.refit and trt.__version__.startswith(BROKEN_REFIT) and recipe.vendor != RTX:
         why = f"a plan of {trt.__version__} that can be refitted may lack a bias (its release notes)"
-        raise EngineInputError("this TensorRT is not used for refitting", why, "install 11.4, or 11.2")
+        raise EngineLoadError("this TensorRT is not used for refitting", why, "install 11.4, or 11.2")
     log = Log(trt)
     builder = trt.Builder(log.logger)
     network = builder.create_network(0)
@@ -202,13 +203,13 @@ def _set_target(trt: Any, config: Any, recipe: Recipe) -> None:
     if recipe.vendor != RTX:
         if recipe.target != CURRENT:
             why = "TensorRT compiles for the GPU of this machine alone"
-            raise EngineInputError(f"the target is {recipe.target!r}", why, "leave --target out")
+            raise EngineLoadError(f"the target is {recipe.target!r}", why, "leave --target out")
         return
     known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items()}
     wanted = known.get(recipe.target.lower())
     if wanted is None or recipe.target.lower() == "none":
         why = f"TensorRT-RTX {trt.__version__} knows {', '.join(sorted(set(known) - {'none'}))}"
-        raise EngineInputError(f"there is no target {recipe.target!r}", why)
+        raise EngineLoadError(f"there is no target {recipe.target!r}", why, "name one of them: --target sm89")
     config.num_compute_capabilities = 1
     config.set_compute_capability(wanted, 0)
 
@@ -244,7 +245,7 @@ def _mark(trt: Any, network: Any, config: Any, recipe: Recipe) -> None:
     for name in recipe.refit:
         if not network.mark_weights_refittable(name):
             why = "the graph has no weight of that name, or it was folded into another"
-            raise EngineInputError(f"the weight {name!r} cannot be refitted", why, "export the bundle again")
+            raise EngineLoadError(f"the weight {name!r} cannot be refitted", why, "export the bundle again")
     if recipe.refit:
         config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
 

@@ -32,6 +32,7 @@ from hyperrt import guidance, sampling, solvers
 from hyperrt.bundle import Defaults
 from hyperrt.graphs import REFITTING
 from hyperrt.lora import LoraLayout
+from hyperrt.parity import relative
 from training.base import tokens
 
 LEVELS = ("none", "graphs", "full")
@@ -208,15 +209,6 @@ def _constants(refit: LoraLayout, feeds: Mapping[str, np.ndarray]) -> tuple[Arra
     """The LoRA of the first row as constants, and the other feeds."""
     others = {name: array for name, array in feeds.items() if name != "lora_q"}
     return refit.named({"lora_q": feeds["lora_q"][0]}), others
-
-
-def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
-    """Largest relative error over all tensors; infinite where one is not finite."""
-    worst = 0.0
-    for name, right in expected.items():
-        error = float(np.abs(found[name] - right).max()) / (float(np.abs(right).max()) or 1.0)
-        worst = max(worst, error if np.isfinite(error) else float("inf"))
-    return worst
 
 
 def lora_zero_error(graph: Graph, opened: Mapping[str, Fed]) -> float:

@@ -152,24 +152,56 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
     return target
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed runs left in `folder`; leave what another run is writing.  Never raises OSError."""
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file, a link or a folder with all that is in it; its name is free at once.
+
+    Raises:
+        NotFound: it is not there.
+        UsageError: its folder is not writable.
+        ResourceError: the disk is broken, or part of it could not be removed.
+    """
+    target = Path(os.path.abspath(path))
+    with _explained(target):
+        if not _is_taken(target):
+            raise NotFound(f"{target} is not there", "it was to be removed")
+        if target.is_symlink() or not target.is_dir():
+            target.unlink(missing_ok=True)
+            return
+        old = _new_name(target.parent)
+        with _locked(target):  # so that no sweep of another run removes it, too
+            os.rename(target, old)
+            shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(old):
+            raise ResourceError(f"{target} was not wholly removed", f"the rest is {old}", f"rm -r {old}")
+
+
+def sweep(folder: Path, dry_run: bool = False) -> list[Path]:
+    """Remove what killed runs left in `folder`; leave what another run is writing.  Never raises OSError.
+
+    Returns:
+        what was removed, or with `dry_run` would be.
+    """
+    found: list[Path] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in list(entries):
             if entry.name.startswith(PREFIX) and entry.name.endswith(SUFFIX):
                 with contextlib.suppress(OSError):
-                    _remove_stale(Path(entry.path))
+                    if _remove_stale(Path(entry.path), dry_run):
+                        found.append(Path(entry.path))
+    return found
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale(path: Path, dry_run: bool) -> bool:
     mode = path.lstat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        return
+        return False
     with _locked(path) as alone:
-        if alone and stat.S_ISDIR(mode):
-            shutil.rmtree(path, ignore_errors=True)
-        elif alone:
-            path.unlink()
+        if alone and not dry_run:
+            if stat.S_ISDIR(mode):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        return alone
 
 
 def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
