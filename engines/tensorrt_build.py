@@ -15,6 +15,7 @@ has a range (`ranges`); a plan with weights that can be replaced (`refit`) must 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -84,8 +85,8 @@ def build(recipe: Recipe, progress: Callable[[float], None] | None = None) -> Bu
     """Compile in a child process; `progress` is told the share that is done.
 
     Raises:
-        EngineLoadError: the graph has an operator that is not supported, or needs what the target lacks; there
-            is no such target, or a weight cannot be refitted.
+        EngineLoadError: the graph has an operator that is not supported, or needs what the target lacks; a
+            weight cannot be refitted; or there is no such target.
         EngineInputError: a size is open and has no range.
         EngineMemoryError: the compiler ran out of memory, or the system killed it.
         EngineError: it crashed, or the vendor's package does not start.
@@ -107,7 +108,7 @@ def _follow(child: subprocess.Popen[str], recipe: Recipe, progress: Callable[[fl
     """Read what the child says until it ends."""
     if child.stdin is None or child.stdout is None:
         raise EngineError("the compiler did not start", "it has no pipes")
-    with child.stdin as pipe:
+    with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # one that dies at once is told of below
         pipe.write(json.dumps(dataclasses.asdict(recipe)))
     for line in child.stdout:
         said = json.loads(line)

@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA and TensorRT, in host memory: what engines/tensorrt.py asks of them, and faults on demand.
+"""Stand-ins for CUDA and TensorRT in host memory: what engines/tensorrt.py asks of them, faults on demand.
 
 A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be refitted:
 
@@ -25,7 +25,7 @@ class Code(enum.IntEnum):
 
 
 class Cuda(ModuleType):
-    """`cuda.bindings.runtime`; `room` is how many allocations still succeed, `has_gpu` whether there is one."""
+    """`cuda.bindings.runtime`; `room`: how many allocations still succeed, `has_gpu`: is there one."""
 
     cudaError_t = Code
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)

@@ -1,4 +1,4 @@
-"""What the TensorRT backends do with a plan, on stand-ins for CUDA and TensorRT: there is no GPU to test on."""
+"""What the TensorRT backends do with a plan, on stand-ins for CUDA and TensorRT: no GPU is needed."""
 
 from __future__ import annotations
 
