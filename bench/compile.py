@@ -9,8 +9,8 @@
     lora_sites_FAMILY_TARGET  sites whose LoRA is an input of a plan, so that a subject needs no refit
     sites_FAMILY              sites of the family's layout
 
-SD1.5 and SDXL have random weights, and fp16 in the graph; tiny is the bundle in the wheel, fp32. Bundles and
-plans go to `--work` (default: a temporary folder); a bundle that is there is used.
+SD1.5 and SDXL have random weights, and bf16 in the graph; tiny is the bundle in the wheel, fp32. Bundles and
+plans go to `--work` (default: a temporary folder); a bundle that is there, as of bench/full_size.py, is used.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def exported(family: str, work: Path) -> Bundle:
     """The family's bundle."""
     if family == "tiny":
         return Bundle.open("tiny")
-    folder = work / f"{family}-fp16"
+    folder = work / f"{family}-full-bf16"
     if not (folder / "bundle.json").exists():
-        options = ("--random-weights", "0", "--precision", "fp16", "--verify", "none")
+        options = ("--random-weights", "0", "--precision", "bf16", "--verify", "none")
         hyperrt("export", "--model", family, *options, "-o", str(folder), work=work)
     return Bundle.open(folder)
 

@@ -37,8 +37,10 @@ def compiler(monkeypatch):
     """Recipes that the stand-in was given, in `asked`; it fails with `error` at graph `at`."""
 
     class Compiler:
-        asked: list = []
         error, at = None, ""
+
+        def __init__(self):
+            self.asked = []
 
         def build(self, recipe, progress=None):
             self.asked.append(recipe)
@@ -50,7 +52,6 @@ def compiler(monkeypatch):
             return Built(1.0, 10, 20, ("x",))
 
     found = Compiler()
-    found.asked = []
     monkeypatch.setattr(compiling.tensorrt_build, "build", found.build)
     monkeypatch.setattr(compiling, "version", lambda backend: "1.7.1")
     return found
@@ -133,16 +134,16 @@ def test_a_plan_is_found_for_the_gpu_that_is_here(bundle, cache, compiler, here)
         compiling.find(bundle, "denoiser", RTX, sizes)
     made = compiled(bundle, cache, names=("denoiser",))[0].plan
     assert compiling.find(bundle, "denoiser", RTX, sizes) == made
-    with pytest.raises(Incompatible, match="rows=3(?s:.*)rows=2"):
+    with pytest.raises(Incompatible, match=r"rows=3(?s:.*)rows=2"):
         compiling.find(bundle, "denoiser", RTX, compiling.sizes_of(bundle, 1, 2))
     made.path.write_bytes(made.path.read_bytes()[:-1])
-    with pytest.raises(IntegrityError, match="damaged(?s:.*)hyperrt compile"):
+    with pytest.raises(IntegrityError, match=r"damaged(?s:.*)hyperrt compile"):
         compiling.find(bundle, "denoiser", RTX, sizes)
 
 
 def test_a_plan_for_another_gpu_is_named_with_both(bundle, cache, compiler, here):
     compiled(bundle, cache, ("sm120",), ("denoiser",))
-    with pytest.raises(Incompatible, match="sm120(?s:.*)sm89"):
+    with pytest.raises(Incompatible, match=r"sm120(?s:.*)sm89"):
         compiling.find(bundle, "denoiser", RTX, compiling.sizes_of(bundle, 1, 3))
 
 
