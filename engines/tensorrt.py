@@ -82,10 +82,11 @@ class TensorRTEngine(Engine):
         self.inputs = tuple(spec for spec, read in zip(specs, is_input, strict=True) if read)
         self.outputs = tuple(spec for spec, read in zip(specs, is_input, strict=True) if not read)
         self._stream = cuda.Stream()
-        self._context = _context(trt, log, engine, recording)
+        # TensorRT-RTX records by itself, and cannot be told to do it again after a refit.
+        self._context = _context(trt, log, engine, recording and not weights)
         self._places: dict[str, cuda.Buffer] = {}
         fixed = all(isinstance(dim, int) for spec in specs for dim in spec.shape)
-        self._recording = recording and fixed and trt.__name__ != RTX  # TensorRT-RTX records by itself
+        self._recording = recording and fixed and trt.__name__ != RTX
         self._recorded: cuda.Recorded | None = None
         self._runs = 0
         self._weights: _Weights | None = None
@@ -131,6 +132,7 @@ class TensorRTEngine(Engine):
         if self._weights is None:
             raise EngineError("this plan cannot be refitted", "it was compiled without refittable weights")
         with self._device, cuda.explained("refitting the graph failed"):
+            self._recorded = None  # nothing says that a recording holds for other weights; another takes ms
             self._weights.write(arrays)
 
     def _put(self, name: str, array: Array | DeviceArray) -> None:

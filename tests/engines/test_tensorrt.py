@@ -109,6 +109,17 @@ def test_subjects_come_and_go_by_refit(opened):
         np.testing.assert_array_equal(found, [base + 3, base + 4, base + 3, base])
 
 
+def test_a_step_is_recorded_again_after_a_refit(opened, nvidia):
+    cuda, _ = nvidia
+    with opened(REFITTABLE, weights=WEIGHTS) as engine:
+        for _ in range(4):
+            engine.run({"x": X, "gain": GAIN})
+        first = engine._recorded
+        engine.refit({"w": np.full((1, 2), 3, np.float32)})
+        np.testing.assert_array_equal(engine.run({"x": X, "gain": GAIN})["y"], 10 * X + 3)
+        assert cuda.launches == 3 and engine._recorded is not first
+
+
 def test_a_refit_that_stops_half_way_leaves_the_old_weights(opened, nvidia):
     _, trt = nvidia
     with opened(REFITTABLE, weights=WEIGHTS) as engine:
