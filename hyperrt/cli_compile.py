@@ -24,6 +24,7 @@ from hyperrt.config import CompileConfig
 @click.option(
     "--branches", type=int, default=3, show_default=True, help="Of the guidance; 2 where kappa is 0 or 2."
 )
+@click.option("--several-subjects", is_flag=True, help="The pictures of a call have different subjects.")
 @click.option("--low-memory", is_flag=True, help="The decoder for tiles, as generate --low-memory runs it.")
 @click.option("--force", "-f", is_flag=True, help="Compile what is there already, too.")
 @with_json
@@ -44,7 +45,10 @@ def compile_(output: Output, /, **options: Any) -> None:
 
     config = CompileConfig(**options)
     bundle = Bundle.open(config.bundle)
-    sizes = compiling.sizes_of(bundle, config.images, config.branches, config.low_memory)
+    sizes = compiling.sizes_of(
+        bundle, config.images, config.branches,
+        several=config.several_subjects, low_memory=config.low_memory,
+    )  # fmt: skip
     wanted = len(config.targets) * len(config.graph or bundle.graphs)
     plans: list[dict[str, Any]] = []
     with output.progress("compile", 100 * wanted) as advance_to:

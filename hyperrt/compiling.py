@@ -88,11 +88,20 @@ def find(bundle: Bundle, name: str, backend: str, sizes: Sizes, cache: PlanCache
     return (cache or PlanCache()).load(key, bundle=said, graph_name=name)
 
 
-def sizes_of(bundle: Bundle, images: int, branches: int, low_memory: bool = False) -> dict[str, int]:
-    """The sizes of a call that draws `images` pictures with one subject, by name."""
+def sizes_of(
+    bundle: Bundle, images: int, branches: int, *, several: bool = False, low_memory: bool = False
+) -> dict[str, int]:
+    """The sizes of a call, by name.
+
+    Args:
+        images: pictures, of all subjects together.
+        branches: of the guidance.
+        several: whether they have different subjects.
+        low_memory: whether large pictures are decoded in tiles.
+    """
     side = (tiling.tile_of(bundle) if low_memory else None) or bundle.latent.size
     rows = images * branches
-    fixed = {"images": images, "branches": branches, "rows": rows, "subjects": 1}
+    fixed = {"images": images, "branches": branches, "rows": rows, "subjects": rows if several else 1}
     return {**fixed, "h": side, "w": side}
 
 

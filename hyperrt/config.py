@@ -188,6 +188,7 @@ class CompileConfig:
     graph: tuple[str, ...] = ()  # none: all
     images: int = 1  # pictures of a call
     branches: int = 3  # 2 where kappa is 0 or 2, or the guidance scale 0.5
+    several_subjects: bool = False  # the pictures of a call have different ones
     low_memory: bool = False  # the decoder for tiles
     force: bool = False
 

@@ -94,6 +94,12 @@ def test_other_branches_are_another_plan_of_the_step_alone(bundle, cache, compil
     assert len({*three.values()}) == len(three)
 
 
+def test_several_subjects_are_a_plan_with_a_lora_for_every_row(bundle, cache, compiler):
+    sizes = compiling.sizes_of(bundle, 2, 3, several=True)
+    key = compiling.key_of(bundle, "denoiser", RTX, "sm89", sizes)
+    assert dict(key.sizes) == {"images": 2, "branches": 3, "rows": 6, "subjects": 6}
+
+
 def test_what_was_compiled_before_a_failure_stays(bundle, cache, compiler):
     compiler.error, compiler.at = EngineMemoryError("memory ran out"), "denoiser"
     with pytest.raises(EngineMemoryError):
