@@ -24,12 +24,13 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+import engines
 from engines.base import Engine
 from hyperrt import lora, memory, sampling, tiling
 from hyperrt.bundle import Bundle
 from hyperrt.conditioning import Conditioning
 from hyperrt.config import SamplingConfig
-from hyperrt.errors import NumericError, UsageError
+from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
@@ -42,12 +43,12 @@ from hyperrt.personalize import (
     predict_tokens,
     read_photos,
 )
+from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
 
 log = logging.getLogger("hyperrt")
 
 Floats = NDArray[np.float32]
-Pictures = NDArray[np.uint8]
 FEWER = "end other programs, or use a smaller batch (--batch-size)"
 
 
@@ -142,7 +143,8 @@ class Runtime:
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
         pixels = preprocess(photos, self.bundle.preprocess)
-        memory.check(memory.to_personalize(self.bundle), "making a subject", "end other programs")
+        if not engines.BACKENDS[self.backend].nvidia:
+            memory.check(memory.to_personalize(self.bundle), "making a subject", "end other programs")
         tokens = None
         with self._lock:
             # One after the other, and closed at once: these are not needed again until the next subject.
@@ -302,7 +304,9 @@ class Runtime:
         return results if several else results[0]
 
     def _check_memory(self, job: Job) -> None:
-        """Refuse a job that will not fit, before anything is loaded for it."""
+        """Refuse a job that will not fit, before anything is loaded for it; a GPU says itself when it is full."""
+        if engines.BACKENDS[self.backend].nvidia:
+            return
         rows = len(job.gate) * min(job.batch_size, job.n)
         low = memory.to_draw(self.bundle, rows, low_memory=True)
         advice = FEWER
@@ -368,7 +372,7 @@ class Runtime:
                 one = latents[k : k + 1]
                 pixels = tiling.decode(self._decode, one, tile) if tile else self._decode(one)
             check_finite({"pixels": pixels}, "the picture")
-            _check_not_flat(pixels)
+            check_not_flat(pixels)
             pictures.append(pictures_from_pixels(pixels))
         return np.concatenate(pictures)
 
@@ -392,19 +396,3 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_not_flat(pixels: Floats) -> None:
-    """Refuse pixels [1, 3, H, W] of one colour: a black picture is how overflow in a decoder shows."""
-    if not np.ptp(np.clip(pixels, -1, 1), axis=(2, 3)).any():
-        raise NumericError(
-            "the picture is all of one colour",
-            "every pixel came out of the decoder the same, or beyond black or white",
-            "try a lower guidance scale or another seed; if it stays, check the bundle: hyperrt doctor",
-        )
-
-
-def pictures_from_pixels(pixels: Floats) -> Pictures:
-    """Pixels [n, 3, H, W] in [-1, 1] to pictures [n, H, W, 3] uint8; what lies outside is clipped."""
-    scaled = np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
-    return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
