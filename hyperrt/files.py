@@ -132,13 +132,14 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
     target = Path(os.path.abspath(path))
     with _explained(target):
         _check_parent(target)
-        if not _is_taken(target):
-            return target
-        if target.is_symlink() or (target.exists() and not target.is_dir()):
-            raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
         try:
+            found = target.lstat()
+            if not stat.S_ISDIR(found.st_mode):
+                raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
             current, contents = target.samefile(os.curdir), os.listdir(target)
-        except FileNotFoundError:  # another run is replacing it
+            if not os.path.samestat(found, target.lstat()):
+                return target  # what was listed may be half removed
+        except FileNotFoundError:  # it is free, or another run is replacing it
             return target
         if current:
             raise UsageError(f"{target} is the current folder", "it would be replaced", "name a new one")
@@ -156,16 +157,13 @@ def remove(path: str | os.PathLike[str]) -> None:
     """Remove a file, a link or a folder with all that is in it; its name is free at once.
 
     Raises:
-        NotFound: it is not there.
-        UsageError: its folder is not writable.
+        NotFound, UsageError: it is not there; its folder is not writable.
         ResourceError: the disk is broken, or part of it could not be removed.
     """
     target = Path(os.path.abspath(path))
     with _explained(target):
-        if not _is_taken(target):
-            raise NotFound(f"{target} is not there", "it was to be removed")
-        if target.is_symlink() or not target.is_dir():
-            target.unlink(missing_ok=True)
+        if not stat.S_ISDIR(target.lstat().st_mode):
+            target.unlink()
             return
         old = _new_name(target.parent)
         with _locked(target):  # so that no sweep of another run removes it, too
@@ -178,16 +176,15 @@ def remove(path: str | os.PathLike[str]) -> None:
 def sweep(folder: Path, dry_run: bool = False) -> list[Path]:
     """Remove what killed runs left in `folder`; leave what another run is writing.  Never raises OSError.
 
-    Returns:
-        what was removed, or with `dry_run` would be.
+    Returns what was removed, or with `dry_run` would be.
     """
     found: list[Path] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in list(entries):
             if entry.name.startswith(PREFIX) and entry.name.endswith(SUFFIX):
+                path = Path(entry.path)
                 with contextlib.suppress(OSError):
-                    if _remove_stale(Path(entry.path), dry_run):
-                        found.append(Path(entry.path))
+                    found += [path] if _remove_stale(path, dry_run) else []
     return found
 
 
@@ -389,7 +386,9 @@ def _explain(number: int, text: str, target: Path) -> HyperRTError:
     if number in _EXISTS:
         return _already(target)
     if number in _MISSING:
-        return NotFound(f"{target} cannot be written", "a folder above it was removed", "make it again")
+        return NotFound(
+            f"{target} cannot be written", "it, or a folder above it, was removed", "make it again"
+        )
     if number == errno.ENAMETOOLONG:
         return UsageError(f"the name {target.name[:40]}… is too long", text, "choose a shorter one")
     what = f"{target} could not be written"

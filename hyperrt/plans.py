@@ -29,7 +29,7 @@ __all__ = ["Plan", "PlanCache", "PlanKey", "builder", "compile_command", "graph_
 
 BACKENDS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}  # name -> its vendor's spelling
 SHOWN = 12  # digits of an id in tables and messages
-ATTEMPTS, PAUSE = 50, 0.01  # how often, and after how many seconds, a reader looks again during a replacement
+ATTEMPTS, PAUSE = 40, 0.005  # how often, and after how many seconds, a reader looks again during a replacement
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class PlanCache:
 
         target = self.folder / key.id
         home.make_folder(self.folder)
-        with home.open_folder(self.folder):  # judged before the work, not after it
-            self._clear(target)
+        with home.open_folder(self.folder) as inside:  # judged before the work, not after it
+            self._clear(target, inside)
         files.publish_folder(target, fill, marker=plan_file.RECORD, force=True)
         return _plan(target, record)
 
@@ -277,14 +277,15 @@ class PlanCache:
                         do = f"hyperrt plans rm {name[:SHOWN]}"
                         raise IntegrityError(error.what, error.why, do) from error
             except FileNotFoundError:
-                if not self._is_being_written():
+                if not self._may_return(name):
                     break
                 time.sleep(PAUSE)
         return None
 
-    def _is_being_written(self) -> bool:
+    def _may_return(self, name: str) -> bool:
+        """Whether an entry that was not there is there by now, or a writer may be putting it there."""
         with contextlib.suppress(OSError):
-            return any(name.startswith(files.PREFIX) for name in os.listdir(self.folder))
+            return any(other == name or other.startswith(files.PREFIX) for other in os.listdir(self.folder))
         return False
 
     def _damage(self, plan: Plan) -> IntegrityError | None:
@@ -294,14 +295,16 @@ class PlanCache:
             return _rebuild(error, plan.key, plan.bundle)
         return None
 
-    def _clear(self, target: Path) -> None:
+    def _clear(self, target: Path, inside: int | None) -> None:
         """Remove what has the name of an entry and is none, as publishing would refuse to replace it."""
         try:
-            if not target.is_symlink() and plan_file.RECORD in os.listdir(target):
-                return
+            with home.open_folder(target, inside) as entry:
+                names = os.listdir(target if entry is None else entry)
+                if plan_file.RECORD in names or not _is_at(target, entry):
+                    return
         except FileNotFoundError:
             return
-        except OSError:  # a file, or a folder that may not be read
+        except IntegrityError:  # not a folder, or not ours alone
             pass
         _remove(target)
 
@@ -324,10 +327,15 @@ def _read_entry(path: Path, inside: int | None, whole: bool) -> Plan:
             if whole:
                 plan_file.check(path, entry, record)
         except FileNotFoundError as error:
-            if entry is not None and not os.path.samestat(os.fstat(entry), path.lstat()):
-                raise  # replaced meanwhile; where it is gone, lstat has raised
+            if not _is_at(path, entry):
+                raise
             raise IntegrityError(f"{path} is not whole", f"{Path(error.filename).name} is missing") from error
     return _plan(path, record)
+
+
+def _is_at(path: Path, folder: int | None) -> bool:
+    """Whether the open folder still has this name; FileNotFoundError where nothing has it."""
+    return folder is None or os.path.samestat(os.fstat(folder), path.lstat())
 
 
 def _plan(folder: Path, record: plan_file.Record) -> Plan:
