@@ -8,10 +8,7 @@ import pytest
 from export import assemble, verify
 from export.errors import ParityError
 from hyperrt import cli as command
-
-
-def arguments(base, hypernet, new):
-    return ["export", "--model", "tiny", "--base", str(base), "--hypernet", str(hypernet), "-o", str(new)]
+from tests.export.command_line import arguments, three_lines
 
 
 def last_event(capsys):
@@ -215,12 +212,3 @@ def test_a_rung_that_fails_is_named(trained, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(assemble, "export_bundle", fails)
     assert command.run(arguments(trained.base, trained.hypernet, tmp_path / "new")) == ParityError.code == 9
     assert "fused_step" in three_lines(capfd)
-
-
-def three_lines(capfd):
-    """What is on stderr, which must be one error as design 10 wants it."""
-    shown = capfd.readouterr()
-    assert not shown.out
-    heads = [line[:7] for line in shown.err.splitlines()]
-    assert heads == ["error: ", "  why: ", "  do:  "]
-    return shown.err
