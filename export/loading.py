@@ -54,16 +54,18 @@ def find(model: str, like: str | None, offline: bool) -> Found:
 
     Raises:
         NotFound: there is no such thing, or a hub cannot be reached.
-        BadInput: it is a pickle.
+        BadInput: it is a pickle, or another kind of file.
         UsageError: a hub id has no revision; `like` is missing, or is given for nothing.
     """
     path = Path(model)
-    is_file = not path.is_dir() and path.suffix in (*PICKLES, ".safetensors")
-    if is_file and path.suffix in PICKLES:
+    if not path.is_dir() and path.suffix.lower() in PICKLES:
         why = f"{path.suffix} files are pickles, which can run code; they are not read"
         raise BadInput(f"{model} cannot be used", why, CONVERT)
-    if is_file:
+    if not path.is_dir() and path.suffix == ".safetensors":
         return Found(_like(path, like, offline), path)
+    if path.is_file():
+        why = "of files, only .safetensors are read"
+        raise BadInput(f"{model} is no base model", why, "give a folder in diffusers' format, or such a file")
     if like is not None:
         why = f"it is for a single .safetensors file, and {model} is none"
         raise UsageError(f"--like {like} would not be read", why, "leave --like out")
@@ -233,7 +235,7 @@ def _like(path: Path, like: str | None, offline: bool) -> Path:
         raise UsageError(f"{path} has no configuration", why, "say which: --like DIR or OWNER/NAME@COMMIT")
     if Path(like).is_dir():
         return Path(like)
-    if Path(like).suffix in (*PICKLES, ".safetensors"):
+    if Path(like).suffix.lower() in (*PICKLES, ".safetensors"):
         why = "it is a file of weights, or none"
         raise UsageError(f"--like {like} has no configuration", why, "name a folder, or OWNER/NAME@COMMIT")
     return _from_hub(like, offline, CONFIGURATION)

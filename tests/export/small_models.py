@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,9 +18,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from export.families import _random
 from export.parts import random_part
-from training import checkpoint, clip_tokenizer, lora_layers
-from training.config import TrainConfig
+from export.source import Source
+from training import checkpoint, clip_tokenizer, image_prompt, lora_layers
+from training.config import DecoderConfig, TrainConfig
 from training.hypernet import decoder_of
 
 SCHEDULER = {
@@ -77,6 +80,19 @@ def vision() -> CLIPVisionModelWithProjection:
             patch_size=14, projection_dim=8,
         )
     )  # fmt: skip
+
+
+def source(family: str, folder: Path, scheduler: Mapping[str, Any] = SCHEDULER) -> Source:
+    """Random weights like those of the families sd15 and sdxl; the tokenizer goes to `folder`."""
+    xl = family == "sdxl"
+    parts = {name: random_part(name, build, 0) for name, build in (SDXL if xl else SD15).items()}
+    unet = parts["unet"].skeleton
+    if xl:
+        build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=1)  # noqa: E731
+        parts["image_prompt"] = random_part("image_prompt", build, 0)
+    config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
+    found = _random(parts, clip_tokenizer.build(folder, 77), scheduler, 0, 2, config, 32, "none")
+    return dataclasses.replace(found, pad_2=0, zero_empty=True) if xl else found
 
 
 def save(
