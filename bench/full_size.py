@@ -29,7 +29,7 @@ import report
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 BACKENDS = ("onnxruntime", "openvino")
-PARITY_BACKEND = {"fp32": "onnxruntime", "bf16": "openvino"}
+PARITY_OF = ("fp32", "bf16")
 BARS = {
     "export_peak_gb": "< 12",
     "parity_fp32_worst_rel": "<= 1e-4",
@@ -66,7 +66,7 @@ def main() -> None:
 def figures(args: argparse.Namespace) -> dict[str, float]:
     """All figures of a family."""
     found: dict[str, float] = {}
-    for precision in PARITY_BACKEND if args.only in (None, "parity") else ("fp32",):
+    for precision in PARITY_OF if args.only in (None, "parity") else ("fp32",):
         if not (bundle_of(args, precision) / "bundle.json").exists():
             exported = child(args, f"export_{precision}")
             if precision == "fp32":
@@ -112,16 +112,16 @@ def parity(args: argparse.Namespace) -> dict[str, float]:
     from export import families, graphs, verify
     from export.source import Inputs
 
-    errors: dict[str, dict[str, float]] = {precision: {} for precision in PARITY_BACKEND}
+    errors: dict[str, dict[str, float]] = {precision: {} for precision in PARITY_OF}
     family = families.get(args.family)
     with families.opened(family, Inputs(random_weights=0, size=args.size)) as source:
         for graph in graphs.build(source):
             modules = {name: source.parts[name].load() for name in graph.parts}
             expected = verify.expectations(graph, modules, verify.LARGE_SIZES)
             del modules
-            for precision, backend in PARITY_BACKEND.items():
+            for precision in PARITY_OF:
                 path = bundle_of(args, precision) / f"{graph.name}.onnx"
-                error = verify.graph_error(path, backend, expected)
+                error = verify.graph_error(path, expected=expected, **verify.RUN_BY[precision])
                 print(f"{graph.name:16}{precision} {error:.2e}", file=sys.stderr, flush=True)
                 errors[precision][graph.name] = error
     return {f"parity_{precision}_worst_rel": max(found.values()) for precision, found in errors.items()}

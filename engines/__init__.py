@@ -4,11 +4,11 @@
         outputs = engine.run({"x": x})
 
 Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
-is opened.  Contract, feed checks and the table of backends: `engines.base`.  Errors: `engines.errors`.
+is opened.  Contract and feed checks: `engines.base`.  Errors: `engines.errors`.
 """
 
+from engines.backends import BACKENDS
 from engines.base import (
-    BACKENDS,
     BackendMissing,
     Engine,
     EngineClosed,
@@ -18,6 +18,7 @@ from engines.base import (
     EngineMemoryError,
     EngineUnusable,
     TensorSpec,
+    load,
     open,
     resolve,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "EngineMemoryError",
     "EngineUnusable",
     "TensorSpec",
+    "load",
     "open",
     "resolve",
 ]

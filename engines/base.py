@@ -1,8 +1,9 @@
-"""Engine contract: one open graph with named tensors; its checks, its errors, and the table of backends.
+"""Engine contract: one open graph with named tensors; its checks, its errors, and how a backend is opened.
 
-Arrays are NumPy arrays on the host.  In a shape a number is a fixed size, and a name stands for any size.
-To add a backend: a module here with `open(path, **options) -> Engine`, one line in `BACKENDS`, one extra in
-pyproject.toml, and its file in tests/test_backend_contract.py.
+Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.  In a shape a number
+is a fixed size, and a name stands for any size.
+To add a backend: a module here with `open(path, **options) -> Engine`, one entry in `engines.backends`, one
+extra in pyproject.toml, and its file in tests/test_backend_contract.py.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.backends import BACKENDS
+from engines.dlpack import DeviceArray
 from engines.errors import BackendMissing as BackendMissing
 from engines.errors import EngineClosed as EngineClosed
 from engines.errors import EngineError as EngineError
@@ -31,17 +34,7 @@ from engines.errors import EngineMemoryError as EngineMemoryError
 from engines.errors import EngineUnusable as EngineUnusable
 
 Array = NDArray[Any]
-Tensors = Mapping[str, Array]
-
-BACKENDS = {  # name -> the module that its vendor's package installs ("": none needed)
-    "fake": "",
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-}
-INSTALL = {  # name -> the line that installs it
-    "onnxruntime": "pip install 'hyperrt[cpu]'",
-    "openvino": "pip install 'hyperrt[openvino]'",
-}
+Tensors = Mapping[str, Array | DeviceArray]
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,7 @@ class Engine(ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: tuple[TensorSpec, ...] = ()
+    on_device: ClassVar[bool] = False  # whether it runs elsewhere than on the host
 
     def __init__(self) -> None:
         # Replaced as a whole and never changed, so that a run can keep it.
@@ -86,11 +80,13 @@ class Engine(ABC):
         self._lock = threading.Lock()
         self._closed = False
 
-    def run(self, feeds: Tensors) -> dict[str, Array]:
+    def run(self, feeds: Tensors, host: bool = True) -> dict[str, Any]:
         """Compute all outputs; the results belong to the caller.
 
         Args:
             feeds: every input that is not bound, and nothing else.
+            host: whether results are wanted on the host.  If not, an engine that is `on_device` returns them
+                as `DeviceArray`, and may return before they are computed.
 
         Raises:
             EngineInputError: a tensor is missing, unknown, bound already, or of another shape or type.
@@ -115,7 +111,7 @@ class Engine(ABC):
             raise EngineInputError(
                 f"input {missing[0]!r} is missing", f"the graph also needs {', '.join(missing)}"
             )
-        return self._run(arrays, resident)
+        return self._run(arrays, resident) if host else self._run_there(arrays, resident)
 
     def bind(self, tensors: Tensors) -> None:
         """Copy inputs to where the graph reads them and keep them there; binding again replaces.
@@ -207,14 +203,18 @@ class Engine(ABC):
         self.close()
 
     @abstractmethod
-    def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
+    def _run(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Array]:
         """Compute; `arrays` and `resident` together are all inputs, and are checked."""
 
+    def _run_there(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Any]:
+        """As `_run`, with the results left where they were computed."""
+        return self._run(arrays, resident)
+
     @abstractmethod
-    def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
+    def _upload(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """Copies, in the form in which `_run` takes them as `resident`."""
 
-    def _refit(self, arrays: dict[str, Array]) -> None:  # noqa: B027 - optional
+    def _refit(self, arrays: dict[str, Any]) -> None:  # noqa: B027 - optional
         """Replace constants; if it may fail half way, `_constants` must be set.  One at a time."""
 
     @abstractmethod
@@ -240,7 +240,7 @@ def unusable(why: str) -> EngineUnusable:
     return EngineUnusable("the engine holds constants of two sets", why, "refit it again, or open it again")
 
 
-def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Array]:
+def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Any]:
     """`arrays` as C-contiguous aligned arrays; the one check that every backend's feeds go through.
 
     Names that stand for sizes are not compared with one another: one may be 1 where the graph broadcasts.
@@ -290,7 +290,7 @@ def open(
         EngineError: the backend is installed but does not start.
     """
     backend = resolve(backend)
-    module = _backend_module(backend)
+    module = load(backend)
     path = Path(path)
     if not path.is_file():
         why = "it is not a regular file" if os.path.lexists(path) else "there is no such file"
@@ -300,7 +300,8 @@ def open(
     for name, size in (sizes or {}).items():
         if size < 1:
             raise EngineInputError(f"the size {name!r} is {size}", "a size is at least 1")
-    return cast(Callable[..., Engine], module.open)(path, threads=threads, sizes=sizes, **options)
+    fixed = BACKENDS[backend].options
+    return cast(Callable[..., Engine], module.open)(path, threads=threads, sizes=sizes, **options, **fixed)
 
 
 def resolve(backend: str) -> str:
@@ -312,7 +313,8 @@ def resolve(backend: str) -> str:
         BackendMissing: there is no such backend.
     """
     if backend == "auto":
-        installed = {name for name, vendor in BACKENDS.items() if vendor and find_spec(vendor)}
+        cpu = [name for name, one in BACKENDS.items() if one.vendor and not one.nvidia]
+        installed = {name for name in cpu if find_spec(BACKENDS[name].vendor)}
         from engines.cores import suits_openvino  # it needs this module's errors
 
         if "openvino" in installed and (suits_openvino() or "onnxruntime" not in installed):
@@ -332,21 +334,32 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _backend_module(backend: str) -> Any:
+def load(backend: str) -> Any:
+    """The module of a backend, its vendor's package imported.
+
+    Args:
+        backend: one of `BACKENDS`.
+
+    Raises:
+        BackendMissing: the package is not installed.
+        EngineError: it is installed but does not start, for want of a library for example.
+    """
+    about = BACKENDS[backend]
     try:
-        return importlib.import_module(f"engines.{backend}")
-    except ImportError as error:
-        vendor = BACKENDS[backend]
-        if isinstance(error, ModuleNotFoundError) and error.name == vendor:
+        if about.vendor:
+            importlib.import_module(about.vendor)
+        return importlib.import_module(f"engines.{about.module}")
+    except (ImportError, OSError) as error:  # OSError: packages that load their libraries themselves
+        if isinstance(error, ModuleNotFoundError) and error.name == about.vendor:
             raise BackendMissing(
                 f"the backend {backend!r} is not installed",
-                f"there is no package {vendor!r}",
-                f"run: {INSTALL[backend]}",
+                f"there is no package {about.vendor!r}",
+                f"run: {about.install}",
             ) from error
         raise EngineError(
             f"the backend {backend!r} is installed but does not start",
             str(error),
-            f"install it again: {INSTALL.get(backend, '')}",
+            f"install it again: {about.install}",
         ) from error
 
 
@@ -355,8 +368,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def _checked(spec: TensorSpec, array: Array, role: str) -> Array:
-    if not isinstance(array, (np.ndarray, np.generic)):
+def _checked(spec: TensorSpec, array: Any, role: str) -> Any:
+    if not isinstance(array, (np.ndarray, np.generic, DeviceArray)):
         raise EngineInputError(
             f"{role} {spec.name!r} is a {type(array).__name__}", "the graph takes NumPy arrays"
         )
@@ -369,6 +382,8 @@ def _checked(spec: TensorSpec, array: Array, role: str) -> Array:
         )
     if array.dtype != np.dtype(spec.dtype):
         raise EngineInputError(f"{role} {spec.name!r} is {array.dtype}", f"the graph takes {spec.dtype}")
+    if isinstance(array, DeviceArray):
+        return array
     return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 

@@ -6,6 +6,8 @@ Results are new arrays.  Figures behind the options: docs/log.md.
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import re
 import stat
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as opset
 from openvino.frontend import FrontEndManager
 
 from engines.base import (
@@ -46,6 +49,16 @@ PRECISIONS = ("auto", "f32", "bf16")
 # Where in OpenVINO's source an exception was thrown, and how it came from there.
 NOISE = re.compile(r"Exception from \S+:\d+: ?|FrontEnd API failed with \w+: ?| at src/\S+:\d+:?")
 ASKED_FOR = re.compile(r"Failed to allocate (\d+) bytes")
+# A graph in OpenVINO's own format, whose operation has the mark `_precise`.
+PORT = '<port id="0" precision="FP32"><dim>1</dim></port>'
+MARKED = f"""<net name="marked" version="11"><layers>
+<layer id="0" name="x" type="Parameter" version="opset1"><data shape="1" element_type="f32"/>
+<output>{PORT}</output></layer>
+<layer id="1" name="y" type="Sin" version="opset1"><rt_info><attribute name="precise" version="0"/></rt_info>
+<input>{PORT}</input><output>{PORT.replace('"0"', '"1"', 1)}</output></layer>
+<layer id="2" name="z" type="Result" version="opset1"><input>{PORT}</input></layer>
+</layers><edges><edge from-layer="0" from-port="0" to-layer="1" to-port="0"/>
+<edge from-layer="1" from-port="1" to-layer="2" to-port="0"/></edges></net>""".encode()
 OUT_OF_MEMORY = ("failed to allocate", "bad_alloc", "bad allocation", "out of memory", "out_of_memory")
 
 
@@ -125,7 +138,7 @@ def open(
             not fit together, or a cache that others can write to.
         EngineMemoryError: memory ran out.
     """
-    core = ov.Core()
+    core = _core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
@@ -146,6 +159,17 @@ def open(
     return OpenVinoEngine(compile, inputs, outputs)
 
 
+@functools.cache
+def _core() -> ov.Core:
+    """One for the process, and never closed.
+
+    Each gives its thread another stack for signal handlers, and when it goes puts back the one that it found:
+    of two that end in the order in which they began, the second puts back one that is gone, and the next
+    Ctrl-C ends in a segmentation fault.
+    """
+    return ov.Core()
+
+
 def _read(path: Path, inputs: Mapping[str, Dims]) -> ov.Model:
     """The graph, with those sizes fixed that are numbers."""
     # Not Core.read_model: whatever the file is called, it would try six other formats on what is not ONNX.
@@ -157,7 +181,63 @@ def _read(path: Path, inputs: Mapping[str, Dims]) -> ov.Model:
         shapes[port] = ov.PartialShape([-1 if isinstance(dim, str) else dim for dim in dims])
     if any(port.partial_shape != shape for port, shape in shapes.items()):
         model.reshape(shapes)
+    _keep_fp32(model)
     return model
+
+
+def _keep_fp32(model: ov.Model) -> None:
+    """Mark what must not be rounded to bf16, none of which takes time.
+
+    Angles: with the timestep 999 in bf16 a sine's is off by a radian. What reads a vector among the inputs:
+    coefficients. What lies behind the last product with weights: sums that multiply its rounding.
+    """
+    key, mark = _precise()
+    readers = [port.get_node() for port in model.inputs if len(port.get_partial_shape()) <= 1]
+    for _ in range(2):  # what takes one out of the vector, and what multiplies with it
+        readers = [port.get_node() for node in readers for port in node.output(0).get_target_inputs()]
+        for node in readers:
+            node.set_rt_info(mark, key)
+    waiting = [node for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos", "Result")]
+    marked = set()
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == "Unsqueeze":
+            node = _as_reshape(node)
+        name = node.get_name()
+        if name not in marked and not _is_end(node):
+            marked.add(name)
+            node.set_rt_info(mark, key)
+            waiting += [value.get_node() for value in node.input_values()]
+
+
+def _is_end(node: ov.Node) -> bool:
+    """Whether it is an input, a constant, or a product with weights."""
+    kind = node.get_type_name()
+    if kind == "MatMul":
+        weights = node.input_value(1).get_node()
+        return weights.get_type_name() in ("Constant", "Convert")
+    return kind in ("Parameter", "Constant", "Convolution", "ShapeOf")
+
+
+def _as_reshape(node: ov.Node) -> ov.Node:
+    """A vector's Unsqueeze to a column, as a Reshape: what OpenVINO itself makes of it loses the mark."""
+    source, axes = node.input_values()
+    if len(source.get_partial_shape()) != 1 or axes.get_node().get_data().tolist() not in ([1], [-1]):
+        return node
+    while source.get_node().get_type_name() == "Reshape":
+        source = source.get_node().input_value(0)
+    column = opset.reshape(source, np.array([-1, 1]), special_zero=False)
+    for reader in node.output(0).get_target_inputs():
+        reader.replace_source_output(column.output(0))
+    return column
+
+
+@functools.cache
+def _precise() -> tuple[str, Any]:
+    """OpenVINO's mark "not in fewer bits", its key first: Python can read it from a file, but not make it."""
+    model = _core().read_model(io.BytesIO(MARKED), io.BytesIO())
+    marks = [dict(node.get_rt_info().items()) for node in model.get_ops() if node.get_type_name() == "Sin"]
+    return next(iter(marks[0].items()))
 
 
 def _precision(core: ov.Core, precision: str) -> str:

@@ -178,8 +178,9 @@ def _write_graphs(
         modules = {name: module for name, module in modules.items() if name in loaded & later}
         if level == "graphs":
             kind = "int8" if options.int8 else options.precision
-            backend = "onnxruntime" if options.precision == "fp32" else "openvino"
-            error = verify.graph_error(folder / f"{graph.name}.onnx", backend, expected, graph.refit)
+            how = verify.RUN_BY[options.precision]
+            path = folder / f"{graph.name}.onnx"
+            error = verify.graph_error(path, expected=expected, refit=graph.refit, **how)
             parity[graph.name] = verify.checked(graph.name, error, verify.REDUCED[kind])
     return written, parity
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
@@ -19,20 +20,11 @@ from engines.base import TensorSpec
 from export import modules, operators, row_unet
 from export.parts import FAKE
 from export.source import Source
+from hyperrt import parity
 from hyperrt.lora import LoraLayout
 from training import lora_layers, resampler
 
 Modules = Mapping[str, nn.Module]
-
-# Ranges of random inputs that are not Gaussian: sums must not cancel, or relative errors mean nothing.
-UNIFORM = {
-    "timestep": (1.0, 999.0),
-    "coefficients": (0.5, 1.0),
-    "guidance": (0.5, 1.0),
-    "gate": (0.0, 1.0),
-    "image_scale": (0.0, 1.0),
-    "time_ids": (64.0, 1024.0),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,20 +56,8 @@ class Graph:
 
     def feeds(self, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
         """Random inputs; `sizes` says how large each symbolic dim is."""
-        generator = torch.Generator().manual_seed(seed)
-        feeds = {}
-        for spec in self.inputs:
-            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-            if spec.dtype == "int64":
-                feeds[spec.name] = torch.randint(self.integers, shape, generator=generator)
-            elif spec.name in UNIFORM:
-                low, high = UNIFORM[spec.name]
-                feeds[spec.name] = low + (high - low) * torch.rand(shape, generator=generator)
-            else:
-                # LoRA factors of unit size would saturate the softmax, and rounding would become large.
-                scale = 0.2 if spec.name.startswith("lora_") else 1.0
-                feeds[spec.name] = scale * torch.randn(shape, generator=generator)
-        return feeds
+        arrays = parity.random_feeds(self.inputs, sizes, seed, self.integers)
+        return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)

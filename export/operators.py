@@ -79,7 +79,9 @@ def _(rows: Tensor, weights: Tensor, like: Tensor) -> Tensor:
 
 def _combine(rows: Any, weights: Any, like: Any) -> Any:
     shape = op.Concat(op.Shape(weights), op.Constant(value_ints=[-1]), axis=0)
-    return op.Reshape(op.MatMul(weights, op.Reshape(rows, shape)), op.Shape(like))
+    # Not a vector times a matrix: backends write that out in nodes of their own, in their own precision.
+    row = op.Reshape(weights, op.Constant(value_ints=[1, -1]))
+    return op.Reshape(op.MatMul(row, op.Reshape(rows, shape)), op.Shape(like))
 
 
 # PyTorch's operator -> the ONNX that stands for it; `custom_translation_table` of torch.onnx.export.

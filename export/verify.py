@@ -32,6 +32,7 @@ from hyperrt import guidance, sampling, solvers
 from hyperrt.bundle import Defaults
 from hyperrt.graphs import REFITTING
 from hyperrt.lora import LoraLayout
+from hyperrt.parity import relative
 from training.base import tokens
 
 LEVELS = ("none", "graphs", "full")
@@ -52,6 +53,12 @@ TOLERANCE = {
 RUNGS = {"none": (), "graphs": tuple(TOLERANCE)[:7], "full": tuple(TOLERANCE)}
 # Of a graph whose arithmetic, or whose weights, have fewer bits than those of PyTorch's.
 REDUCED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 2e-1}
+# What a graph of each precision is compared on. No CPU multiplies fp16: there its rounding of weights shows.
+RUN_BY = {
+    "fp32": {"backend": "onnxruntime"},
+    "fp16": {"backend": "openvino", "precision": "f32"},
+    "bf16": {"backend": "openvino"},
+}
 GRAPH_SIZES = (
     {"photos": 1, "prompts": 1, "images": 1, "branches": 3, "rows": 3, "subjects": 1, "h": 8, "w": 8},
     {"photos": 3, "prompts": 3, "images": 2, "branches": 2, "rows": 4, "subjects": 4, "h": 6, "w": 10},
@@ -167,7 +174,12 @@ def expectations(
 
 
 def graph_error(
-    path: Path, backend: str, expected: Sequence[Expected], refit: LoraLayout | None = None, **options: Any
+    path: Path,
+    *,
+    backend: str,
+    expected: Sequence[Expected],
+    refit: LoraLayout | None = None,
+    **options: Any,
 ) -> float:
     """A graph's file on a backend, against what `expectations` found.
 
@@ -197,15 +209,6 @@ def _constants(refit: LoraLayout, feeds: Mapping[str, np.ndarray]) -> tuple[Arra
     """The LoRA of the first row as constants, and the other feeds."""
     others = {name: array for name, array in feeds.items() if name != "lora_q"}
     return refit.named({"lora_q": feeds["lora_q"][0]}), others
-
-
-def relative(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
-    """Largest relative error over all tensors; infinite where one is not finite."""
-    worst = 0.0
-    for name, right in expected.items():
-        error = float(np.abs(found[name] - right).max()) / (float(np.abs(right).max()) or 1.0)
-        worst = max(worst, error if np.isfinite(error) else float("inf"))
-    return worst
 
 
 def lora_zero_error(graph: Graph, opened: Mapping[str, Fed]) -> float:

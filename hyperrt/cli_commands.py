@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +17,10 @@ import click
 from click.core import ParameterSource
 
 from hyperrt import __version__
+from hyperrt.cli_compile import compile_
 from hyperrt.cli_config import default_map, user_config
-from hyperrt.cli_output import Output
+from hyperrt.cli_output import Output, with_json
+from hyperrt.cli_plans import plans
 from hyperrt.config import (
     ADAPTED,
     PRECISIONS,
@@ -41,20 +42,6 @@ SETTINGS = {
     "max_content_width": 110,
 }
 Config = TypeVar("Config", GenerateConfig, PersonalizeConfig, ExportConfig)
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _use_json(context: click.Context, option: click.Parameter, value: bool) -> None:
-    if value and isinstance(context.obj, Output):
-        context.obj.json = True
-
-
-def with_json(command: Command) -> Command:
-    """The option `--json`."""
-    text = "Print one JSON event a line; the last is the result or the error."
-    return click.option(
-        "--json", is_flag=True, expose_value=False, is_eager=True, callback=_use_json, help=text
-    )(command)
 
 
 def _load_config(context: click.Context, option: click.Parameter, value: str | None) -> None:
@@ -306,6 +293,10 @@ def doctor(output: Output, bundle: str, backend: str) -> None:
     output.event("result", ok=True, warnings=sum(check.status == "warn" for check in found))
 
 
+hyperrt.add_command(compile_)
+hyperrt.add_command(plans)
+
+
 def _config(context: click.Context, kind: type[Config], options: dict[str, Any]) -> Config:
     """The command's config; an error names the variable or the file that a bad value came from."""
     try:
@@ -323,7 +314,7 @@ def _origin(context: click.Context, name: str) -> str:
     """Where an option's value came from, if not from the command line."""
     source = context.get_parameter_source(name)
     if source is ParameterSource.ENVIRONMENT:
-        return f"the environment variable {ENV}_{(context.info_name or '').upper()}_{name.upper()}"
+        return f"the environment variable {context.auto_envvar_prefix}_{name.upper()}"
     if source is ParameterSource.DEFAULT_MAP:
         return f"the config file {context.meta.get('hyperrt.config', '')}"
     return ""

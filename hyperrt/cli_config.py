@@ -36,23 +36,36 @@ def default_map(path: Path, group: click.Group) -> dict[str, dict[str, Any]]:
         NotFound: there is no such file.
         UsageError: it is not TOML, or sets something that the commands do not have.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for command, table in _read(path).items():
-        if command not in group.commands or not isinstance(table, dict):
-            tables = ", ".join(f"[{name}]" for name in group.commands)
+    return _defaults(path, _read(path), group, "")
+
+
+def _defaults(path: Path, tables: dict[str, Any], group: click.Group, above: str) -> dict[str, Any]:
+    """A table of tables, one per command of the group; `above` is "plans." for [plans.prune]."""
+    found: dict[str, Any] = {}
+    for name, table in tables.items():
+        command = group.commands.get(name)
+        if command is None or not isinstance(table, dict):
+            where = f"in [{above[:-1]}]" if above else "at its top"
+            known = ", ".join(f"[{above}{name}]" for name in group.commands)
+            raise UsageError(f"the config file {path} has {name!r} {where}", f"it takes the tables {known}")
+        if isinstance(command, click.Group):
+            found[name] = _defaults(path, table, command, f"{above}{name}.")
+        else:
+            found[name] = _options(path, table, command, above + name)
+    return found
+
+
+def _options(path: Path, table: dict[str, Any], command: click.Command, where: str) -> dict[str, Any]:
+    known = {option.name for option in command.params}
+    found = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            options = ", ".join(sorted(str(option) for option in known))
             raise UsageError(
-                f"the config file {path} has {command!r} at its top", f"it takes the tables {tables}"
+                f"the config file {path} sets {key!r} in [{where}]", f"its options are {options}"
             )
-        known = {option.name for option in group.commands[command].params}
-        found[command] = {}
-        for key, value in table.items():
-            name = key.replace("-", "_")
-            if name not in known:
-                options = ", ".join(sorted(str(option) for option in known))
-                raise UsageError(
-                    f"the config file {path} sets {key!r} in [{command}]", f"its options are {options}"
-                )
-            found[command][name] = value
+        found[name] = value
     return found
 
 

@@ -12,9 +12,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+import click
 
 SCHEMA = 1
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Output:
@@ -111,6 +114,19 @@ class Output:
                 print(f"{label}: {tenths * 10} % ({done} of {total})", file=sys.stderr, flush=True)
 
         yield show
+
+
+def _use_json(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value and isinstance(context.obj, Output):
+        context.obj.json = True
+
+
+def with_json(command: Command) -> Command:
+    """The option `--json`."""
+    text = "Print one JSON event a line; the last is the result or the error."
+    return click.option(
+        "--json", is_flag=True, expose_value=False, is_eager=True, callback=_use_json, help=text
+    )(command)
 
 
 @contextlib.contextmanager

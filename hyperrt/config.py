@@ -174,6 +174,35 @@ class ExportConfig:
             _one_of("verify", self.verify, VERIFIED)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """One `hyperrt compile`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    bundle: str = "tiny"
+    backend: str = "tensorrt-rtx"
+    target: str = "current"  # "sm86,sm89": GPUs that are not here
+    graph: tuple[str, ...] = ()  # none: all
+    images: int = 1  # pictures of a call
+    branches: int = 3  # 2 where kappa is 0 or 2, or the guidance scale 0.5
+    several_subjects: bool = False  # the pictures of a call have different ones
+    low_memory: bool = False  # the decoder for tiles
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _in_range("images", self.images, 1, MAX_IMAGES)
+        _in_range("branches", self.branches, 1, 3)
+        _named("target", *self.targets)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Each once, in order."""
+        return tuple(dict.fromkeys(name.strip() for name in self.target.split(",")))
+
+
 def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
     """Refuse options that change nothing without a subject.
 

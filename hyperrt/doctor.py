@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines.base import INSTALL
+from engines import nvidia
 from hyperrt import __version__
 from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
 
@@ -70,6 +70,7 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     )
     yield _guarded("packages", _packages)
     yield _guarded("dependencies", _dependencies)
+    yield _guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))
     for name in engines.BACKENDS:
         if name != "fake":
             yield _guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
@@ -153,14 +154,62 @@ def _version(distribution: str) -> str:
         return ""
 
 
+def _gpu(wanted: bool) -> Check:
+    """The driver runs and shows a GPU; only a backend that needs one may fail for want of it."""
+    try:
+        driver = nvidia.driver()
+    except engines.EngineError as error:
+        if wanted:
+            raise
+        return Check("NVIDIA GPU", "ok", f"none: {error.what}", error.do)
+    gpus = [
+        f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}, {gpu.memory / 1e9:.0f} GB)"
+        for gpu in driver.gpus
+    ]
+    major, minor = driver.cuda
+    version = f"driver {driver.version}, " if driver.version else ""
+    return Check("NVIDIA GPU", "ok", f"{version}CUDA {major}.{minor}; {', '.join(gpus)}")
+
+
 def _backend(name: str, wanted: bool) -> Check:
-    """The vendor's package is installed; only a backend that was asked for may fail for want of it."""
-    module = engines.BACKENDS[name]
-    if importlib.util.find_spec(module):
-        version = next((version for dist in (module, f"{module}-gpu") if (version := _version(dist))), "")
-        return Check(f"backend {name}", "ok", f"{module} {version}".strip())
-    status, code = ("fail", engines.BackendMissing.code) if wanted else ("ok", 0)
-    return Check(f"backend {name}", status, "not installed", INSTALL.get(name, ""), code)
+    """The vendor's package is installed, and starts; only a backend that was asked for may fail."""
+    about = engines.BACKENDS[name]
+    title = f"backend {name}"
+    if not importlib.util.find_spec(about.vendor):
+        status, code = ("fail", engines.BackendMissing.code) if wanted else ("ok", 0)
+        return Check(title, status, "not installed", about.install, code)
+    found = [version for dist in (about.vendor, f"{about.vendor}-gpu") if (version := _version(dist))]
+    detail = " ".join([about.vendor, *found[:1]])
+    status = "warn"
+    try:
+        if about.nvidia:
+            module = engines.load(name)
+            status = "ok"  # a machine without a GPU may have what needs one
+            _check_device(module, name)
+    except engines.EngineError as error:
+        if wanted:
+            raise
+        return Check(title, status, f"{detail}; {error.what}: {error.why}", error.do)
+    return Check(title, "ok", detail)
+
+
+def _check_device(module: Any, name: str) -> None:
+    """Refuse a driver, a GPU or a build of the package that the backend cannot use."""
+    about = engines.BACKENDS[name]
+    if hasattr(module, "check"):
+        module.check(**about.options)
+    else:
+        nvidia.check_cuda(nvidia.driver(), _cuda_of(about.vendor), about.vendor)
+
+
+def _cuda_of(distribution: str) -> int | None:
+    """Major version of the CUDA that a package is for: it is in the name of what the package asks for."""
+    try:
+        wanted = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = re.search(r"[_-]cu(\d\d)", " ".join(wanted))
+    return int(found[1]) if found else None
 
 
 def _one_onnxruntime() -> Check:

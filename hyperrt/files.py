@@ -132,13 +132,14 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
     target = Path(os.path.abspath(path))
     with _explained(target):
         _check_parent(target)
-        if not _is_taken(target):
-            return target
-        if target.is_symlink() or (target.exists() and not target.is_dir()):
-            raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
         try:
+            found = target.lstat()
+            if not stat.S_ISDIR(found.st_mode):
+                raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
             current, contents = target.samefile(os.curdir), os.listdir(target)
-        except FileNotFoundError:  # another run is replacing it
+            if not os.path.samestat(found, target.lstat()):
+                return target  # what was listed may be half removed
+        except FileNotFoundError:  # it is free, or another run is replacing it
             return target
         if current:
             raise UsageError(f"{target} is the current folder", "it would be replaced", "name a new one")
@@ -152,24 +153,52 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
     return target
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed runs left in `folder`; leave what another run is writing.  Never raises OSError."""
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file, a link or a folder with all that is in it; its name is free at once.
+
+    Raises:
+        NotFound, UsageError: it is not there; its folder is not writable.
+        ResourceError: the disk is broken, or part of it could not be removed.
+    """
+    target = Path(os.path.abspath(path))
+    with _explained(target):
+        if not stat.S_ISDIR(target.lstat().st_mode):
+            target.unlink()
+            return
+        old = _new_name(target.parent)
+        with _locked(target):  # so that no sweep of another run removes it, too
+            os.rename(target, old)
+            shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(old):
+            raise ResourceError(f"{target} was not wholly removed", f"the rest is {old}", f"rm -r {old}")
+
+
+def sweep(folder: Path, dry_run: bool = False) -> list[Path]:
+    """Remove what killed runs left in `folder`; leave what another run is writing.  Never raises OSError.
+
+    Returns what was removed, or with `dry_run` would be.
+    """
+    found: list[Path] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in list(entries):
             if entry.name.startswith(PREFIX) and entry.name.endswith(SUFFIX):
+                path = Path(entry.path)
                 with contextlib.suppress(OSError):
-                    _remove_stale(Path(entry.path))
+                    found += [path] if _remove_stale(path, dry_run) else []
+    return found
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale(path: Path, dry_run: bool) -> bool:
     mode = path.lstat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        return
+        return False
     with _locked(path) as alone:
-        if alone and stat.S_ISDIR(mode):
-            shutil.rmtree(path, ignore_errors=True)
-        elif alone:
-            path.unlink()
+        if alone and not dry_run:
+            if stat.S_ISDIR(mode):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        return alone
 
 
 def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
@@ -357,7 +386,9 @@ def _explain(number: int, text: str, target: Path) -> HyperRTError:
     if number in _EXISTS:
         return _already(target)
     if number in _MISSING:
-        return NotFound(f"{target} cannot be written", "a folder above it was removed", "make it again")
+        return NotFound(
+            f"{target} cannot be written", "it, or a folder above it, was removed", "make it again"
+        )
     if number == errno.ENAMETOOLONG:
         return UsageError(f"the name {target.name[:40]}… is too long", text, "choose a shorter one")
     what = f"{target} could not be written"

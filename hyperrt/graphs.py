@@ -6,21 +6,23 @@ two rows are another program than three.  What it compiles is kept in this user'
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import engines
 from engines.base import Engine, listed
+from hyperrt import compiling, home
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
-from hyperrt.errors import BundleMismatch, UsageError
+from hyperrt.compiling import PLANNED
+from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
 from hyperrt.manifest import shown
 
-COMPILING = frozenset({"openvino"})  # backends that are faster when they know the sizes
+# Backends that are faster when they know the sizes.
+COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
 CACHING = frozenset({"openvino"})  # backends that take `cache`
-REFITTING = frozenset({"fake", "onnxruntime"})  # backends whose engines have `weights`
+REFITTING = PLANNED | {"fake", "onnxruntime"}  # backends whose engines have `weights`
 
 Sizes = Mapping[str, int]
 
@@ -60,12 +62,16 @@ class Graphs:
 
         Raises:
             BundleMismatch: the constants that a refit replaces are not those that the manifest names.
+            NotFound, Incompatible, IntegrityError: there is no plan for this machine, or none to be trusted.
             engines.EngineError: it cannot be opened.
         """
-        cache = {"cache": compile_cache()} if self.backend in CACHING else {}
+        options: dict[str, Any] = {"cache": compile_cache()} if self.backend in CACHING else {}
+        if self.backend in PLANNED:
+            plan = compiling.find(self.bundle, name, self.backend, sizes or {})
+            options = {"plan": plan.path, "weights": self.bundle.graphs[name].weights}
         fixed = sizes if self.backend in COMPILING else None
         path = self.bundle.graph(name)
-        engine = engines.open(path, self.backend, self._threads, fixed, **cache | self._options)
+        engine = engines.open(path, self.backend, self._threads, fixed, **options | self._options)
         try:
             self._check_weights(name, engine)
         except BundleMismatch:
@@ -152,17 +158,8 @@ def compile_cache() -> Path | None:
     None where it cannot be made, or where others may write: what lies there is run.
     """
     try:
-        home = os.environ.get("HYPERRT_HOME")
-        base = (
-            Path(home)
-            if home
-            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperrt"
-        )
-        folder = base.absolute() / "compiled"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):  # no home, a file in the way, a disk that is full or read-only
+        folder = home.base_folder() / "compiled"
+        home.make_folder(folder)
+        return None if home.distrust(folder.stat()) else folder
+    except (OSError, HyperRTError):  # no home, a file in the way, a disk that is full or read-only
         return None
-    if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
-        return None
-    return folder

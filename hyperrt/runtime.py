@@ -24,12 +24,13 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+import engines
 from engines.base import Engine
 from hyperrt import lora, memory, sampling, tiling
 from hyperrt.bundle import Bundle
 from hyperrt.conditioning import Conditioning
 from hyperrt.config import SamplingConfig
-from hyperrt.errors import NumericError, UsageError
+from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
@@ -42,12 +43,12 @@ from hyperrt.personalize import (
     predict_tokens,
     read_photos,
 )
+from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
 
 log = logging.getLogger("hyperrt")
 
 Floats = NDArray[np.float32]
-Pictures = NDArray[np.uint8]
 FEWER = "end other programs, or use a smaller batch (--batch-size)"
 
 
@@ -142,7 +143,8 @@ class Runtime:
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
         pixels = preprocess(photos, self.bundle.preprocess)
-        memory.check(memory.to_personalize(self.bundle), "making a subject", "end other programs")
+        if not engines.BACKENDS[self.backend].nvidia:
+            memory.check(memory.to_personalize(self.bundle), "making a subject", "end other programs")
         tokens = None
         with self._lock:
             # One after the other, and closed at once: these are not needed again until the next subject.
@@ -285,9 +287,11 @@ class Runtime:
             generators = [one for _ in range(pairs) for one in sampling.noise_generators(seed, count)]
             noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
             for step in sampling.denoise(self._stepper(job, count), job.table, noises, generators):
-                check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
-                latents = step.latents
+                if isinstance(step.latents, np.ndarray):  # a device would have to be waited for
+                    check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
+            latents = np.asarray(step.latents)
+            check_finite({"latents": latents}, "the picture")
             finished.append(latents.reshape(pairs, count, *shape))
         self._done_with("denoiser")
         drawn = np.concatenate(finished, axis=1)
@@ -300,7 +304,9 @@ class Runtime:
         return results if several else results[0]
 
     def _check_memory(self, job: Job) -> None:
-        """Refuse a job that will not fit, before anything is loaded for it."""
+        """Refuse a job that will not fit, before anything is loaded for it; a GPU says itself when it is full."""
+        if engines.BACKENDS[self.backend].nvidia:
+            return
         rows = len(job.gate) * min(job.batch_size, job.n)
         low = memory.to_draw(self.bundle, rows, low_memory=True)
         advice = FEWER
@@ -314,7 +320,7 @@ class Runtime:
             with self._lock:
                 # Another call may have used the denoiser since the last step.
                 denoiser = self._bind(job, images)
-                return denoiser.run(feeds)
+                return denoiser.run(feeds, host=False)  # where it was computed: the next step reads it there
 
         return step
 
@@ -366,14 +372,15 @@ class Runtime:
                 one = latents[k : k + 1]
                 pixels = tiling.decode(self._decode, one, tile) if tile else self._decode(one)
             check_finite({"pixels": pixels}, "the picture")
-            _check_not_flat(pixels)
+            check_not_flat(pixels)
             pictures.append(pictures_from_pixels(pixels))
         return np.concatenate(pictures)
 
     def _decode(self, latents: Floats) -> Floats:
         """Latents [1, C, h, w], of the whole picture or a tile, to pixels [1, 3, 8h, 8w]."""
         sizes = {"images": 1, "h": latents.shape[2], "w": latents.shape[3]}
-        return self._graphs.engine("vae_decoder", sizes).run({"latents": latents})["pixels"]
+        pixels: Floats = self._graphs.engine("vae_decoder", sizes).run({"latents": latents})["pixels"]
+        return pixels
 
     def close(self) -> None:
         """Free the engines; a closed runtime samples no more. Closing twice does nothing."""
@@ -389,19 +396,3 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_not_flat(pixels: Floats) -> None:
-    """Refuse pixels [1, 3, H, W] of one colour: a black picture is how overflow in a decoder shows."""
-    if not np.ptp(np.clip(pixels, -1, 1), axis=(2, 3)).any():
-        raise NumericError(
-            "the picture is all of one colour",
-            "every pixel came out of the decoder the same, or beyond black or white",
-            "try a lower guidance scale or another seed; if it stays, check the bundle: hyperrt doctor",
-        )
-
-
-def pictures_from_pixels(pixels: Floats) -> Pictures:
-    """Pixels [n, 3, H, W] in [-1, 1] to pictures [n, H, W, 3] uint8; what lies outside is clipped."""
-    scaled = np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
-    return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))

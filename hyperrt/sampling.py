@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator, Philox
@@ -17,12 +18,14 @@ from hyperrt.errors import UsageError
 from hyperrt.solvers import SolverTable
 
 Latents = NDArray[np.float32]
-Feeds = Mapping[str, NDArray[np.generic]]
+Feeds = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """State after a step of the loop.
+
+    On a device the arrays are still there, and perhaps not computed yet: `numpy.asarray` waits, and copies.
 
     Attributes:
         index: the step that was just done, from 0.
@@ -91,8 +94,7 @@ def denoise(
                 "coefficients": coefficients,
             }
         )
-        latents = np.asarray(outputs["next_latents"], dtype=np.float32)
-        denoised = np.asarray(outputs["denoised"], dtype=np.float32)
+        latents, denoised = outputs["next_latents"], outputs["denoised"]
         yield Step(index, total, float(timestep), latents, denoised)
 
 

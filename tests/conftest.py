@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,19 @@ SHARED_DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 # Read by huggingface_hub when it is imported, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU is here: the one place that decides what is run of the tests marked `gpu`."""
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,16 @@ from engines import EngineClosed, EngineError, EngineInputError, EngineLoadError
 
 GRAPHS = Path(__file__).parent / "engines" / "graphs"
 ONNX = "affine.onnx"
-FILES = {"fake": "affine.json", "onnxruntime": ONNX, "openvino": ONNX}  # backend -> its form of the graph
+# Backend -> its form of the graph.
+FILES = {
+    "fake": "affine.json",
+    "onnxruntime": ONNX,
+    "onnxruntime-cuda": ONNX,
+    "onnxruntime-tensorrt": ONNX,
+    "openvino": ONNX,
+    "tensorrt": ONNX,
+    "tensorrt-rtx": ONNX,
+}
 W = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 LORA = np.array([[10, 20]], np.float32)
@@ -33,10 +42,18 @@ def affine(tensors):
     }
 
 
+def marked(name):
+    marks = [pytest.mark.gpu] if engines.BACKENDS[name].nvidia else []
+    return pytest.param(name, marks=marks)
+
+
 def ready(backend, monkeypatch):
     """The name of a backend that can open both graphs."""
-    if engines.BACKENDS[backend]:
-        pytest.importorskip(engines.BACKENDS[backend])
+    about = engines.BACKENDS[backend]
+    if about.vendor:
+        vendor = pytest.importorskip(about.vendor)
+        if about.options.get("provider", "") not in ("", *getattr(vendor, "get_available_providers", list)()):
+            pytest.skip(f"this {about.vendor} is not the one for GPUs")
     else:
         functions = pytest.importorskip("engines.fake").FUNCTIONS
         monkeypatch.setitem(functions, "affine", affine)
@@ -44,7 +61,7 @@ def ready(backend, monkeypatch):
     return backend
 
 
-@pytest.fixture(params=FILES)
+@pytest.fixture(params=map(marked, FILES))
 def backend(request, monkeypatch):
     return ready(request.param, monkeypatch)
 

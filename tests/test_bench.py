@@ -26,6 +26,7 @@ KEYS = {
     "fused_step": {"fused_over_two_calls", "lora_overhead"},
     "full_size": {"export_s", "export_peak_gb", "bundle_gb", "step_s_onnxruntime", "parity_fp32_worst_rel"},
     "hoist": {"time_ratio", "memory_ratio", "weight_bytes_saved"},
+    "compile": {"compiled"},
     "peers": {"ours_s"},  # the smallest run makes no environments
     "delta_retention": {"beside", "merged"},
     "subjects": {"per_subject_s_1", "per_subject_s_8", "mb_per_extra_subject"},
@@ -38,7 +39,7 @@ KEYS = {
 }
 NEEDS = {"parity": ("torch", "diffusers", "peft", "onnx_ir"), "fused_step": ("onnx_ir",)}
 EXPORTS = ("torch", "diffusers", "onnxscript", "openvino")
-NEEDS |= {"full_size": EXPORTS, "hoist": EXPORTS}
+NEEDS |= {"full_size": EXPORTS, "hoist": EXPORTS, "compile": ("tensorrt_rtx",)}
 
 
 def module(name: str):

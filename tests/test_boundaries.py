@@ -1,6 +1,6 @@
 """What may import what, and what no file may contain. Read from the source, so lazy imports count too.
 
-    engines < hyperrt < training < export        each may use only what stands to its left
+engines < hyperrt < training < export        each may use only what stands to its left
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperrt import guidance, sampling, solvers
-from hyperrt.runtime import pictures_from_pixels
+from hyperrt.pictures import pictures_from_pixels
 from training.base import Base
 from training.features import encode_text
 from training.lora_layers import Rows, install, layout_of, unpack

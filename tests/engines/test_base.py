@@ -5,13 +5,13 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import engines
 from engines import BackendMissing, EngineError
-from engines.base import INSTALL
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {
@@ -72,15 +72,19 @@ def test_a_missing_vendor_package_says_what_to_install(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [ImportError("libonnxruntime.so: cannot open"), ModuleNotFoundError("No module named 'x'", name="x")],
-    ids=["library", "dependency"],
+    [
+        ImportError("libonnxruntime.so: cannot open"),
+        OSError("libnvinfer.so.10: cannot open"),
+        ModuleNotFoundError("No module named 'x'", name="x"),
+    ],
+    ids=["library", "library that the package loads itself", "dependency"],
 )
 def test_a_broken_vendor_package_is_not_called_missing(monkeypatch, tmp_path, error):
     blocked(monkeypatch, error)
     with pytest.raises(EngineError, match="installed but does not start") as caught:
         engines.open(tmp_path / "graph.onnx")
     assert not isinstance(caught.value, BackendMissing)
-    assert error.msg in caught.value.why
+    assert str(error) in caught.value.why
 
 
 def test_importing_engines_loads_no_backend_and_no_vendor():
@@ -113,4 +117,21 @@ def test_a_name_stands_for_itself_and_an_unknown_one_is_refused():
 
 
 def test_every_backend_with_a_package_says_how_to_install_it():
-    assert INSTALL.keys() == {name for name, vendor in engines.BACKENDS.items() if vendor}
+    for name, backend in engines.BACKENDS.items():
+        assert backend.install.startswith("pip install ") == bool(backend.vendor), name
+
+
+def test_backends_of_one_module_differ_in_what_they_fix():
+    kinds = {(one.module, tuple(one.options.items())) for one in engines.BACKENDS.values()}
+    assert len(kinds) == len(engines.BACKENDS)
+
+
+def test_what_a_backend_fixes_reaches_its_module(monkeypatch, tmp_path):
+    given = {}
+    module = types.SimpleNamespace(open=lambda path, **options: given.update(options, path=path))
+    monkeypatch.setattr("engines.base.load", lambda name: module)
+    (tmp_path / "graph").touch()
+    engines.open(tmp_path / "graph", "tensorrt-rtx", threads=3, sizes={"rows": 2}, other=1)
+    assert given == {
+        "path": tmp_path / "graph", "threads": 3, "sizes": {"rows": 2}, "other": 1, "vendor": "tensorrt_rtx",
+    }  # fmt: skip

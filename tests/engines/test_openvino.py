@@ -11,6 +11,7 @@ import pytest
 
 import engines
 from engines import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
+from engines.cores import multiplies_bf16
 
 pytest.importorskip("openvino")
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,6 +243,50 @@ def test_a_run_that_runs_out_of_memory_says_how_much_it_wanted_and_the_next_one_
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["(1000,)", "no 400 MB could be had at once", "(1000,)"]
     assert EngineMemoryError.code == 6
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this processor does not multiply bfloat16")
+def test_angles_and_coefficients_are_not_rounded_to_bf16(save, onnx):
+    """cos(t f) and c[1] x, and then a product with weights, in which bf16 is right."""
+    frequencies = np.geomspace(1, 1e-4, 16, dtype=np.float32)
+    constants = {"f": frequencies, "w": np.eye(16, dtype=np.float32), "i": np.array(1), "a": np.array([1])}
+    nodes = [
+        ("Reshape", ["t", "m1"], ["flat"]), ("Unsqueeze", ["flat", "a"], ["column"]),
+        ("Mul", ["column", "f"], ["angle"]), ("Cos", ["angle"], ["cosine"]),
+        ("MatMul", ["cosine", "w"], ["y"]),
+        ("Gather", ["c", "i"], ["one"]), ("Mul", ["x", "one"], ["scaled"]),
+        ("MatMul", ["scaled", "w"], ["z"]),
+    ]  # fmt: skip
+    constants["m1"] = np.array([-1])
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    inputs = [("t", 1, []), ("c", 1, [2]), ("x", 1, [1, 16])]
+    path = save(nodes, inputs, [("y", 1, [1, 16]), ("z", 1, [1, 16])], tensors)
+    scale = np.array([0, 1.005], np.float32)  # in bf16 it would be 1 + 1 / 128, and z 254 / 128
+    x = np.full((1, 16), 252 / 128, np.float32)
+    with open_(path, precision="bf16") as engine:
+        found = engine.run({"t": np.array(999, np.float32), "c": scale, "x": x})
+    np.testing.assert_allclose(found["y"][0], np.cos(999 * frequencies), atol=4e-3)
+    np.testing.assert_array_equal(found["z"], 253 / 128)
+
+
+SIGNALLED = """
+import os, signal, sys
+import engines
+first, second = (engines.open(sys.argv[1], "openvino", threads=1) for _ in range(2))
+first.close()
+del first
+second.close()
+del second
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks of Linux")
+def test_ctrl_c_is_handled_after_engines_were_closed_in_the_order_in_which_they_were_opened():
+    command = [sys.executable, "-c", SIGNALLED, AFFINE]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "handled\n")
 
 
 def test_odd_graphs_from_other_projects_open_or_are_refused(shared_data):

@@ -29,7 +29,7 @@ def unet(modules):
 @pytest.fixture(scope="module")
 def made(exported, drawn_photos):
     """A subject, and what the runtime makes of it; κ = 2 and s = 1/2 leave nothing but its own branch."""
-    with Runtime.open(exported) as runtime:
+    with Runtime.open(exported, "onnxruntime") as runtime:
         subject = runtime.personalize(drawn_photos, class_noun="robot")
         alone = {"kappa": 2, "guidance_scale": 0.5, "solver": "ddim", "steps": STEPS, "seed": SEED}
         return subject, runtime.generate(PROMPT, subject, **alone)

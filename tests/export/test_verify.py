@@ -23,8 +23,8 @@ def test_a_graph_that_differs_from_its_module_is_seen(exported, parts, modules):
     errors = [
         verify.graph_error(
             exported / "denoiser.onnx",
-            "onnxruntime",
-            verify.expectations(parts["denoiser"], unets, verify.GRAPH_SIZES[:1]),
+            backend="onnxruntime",
+            expected=verify.expectations(parts["denoiser"], unets, verify.GRAPH_SIZES[:1]),
         )
         for unets in (modules, changed)
     ]

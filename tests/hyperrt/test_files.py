@@ -271,6 +271,7 @@ def test_what_killed_runs_left_is_swept_and_what_lives_is_not(kind, tmp_path):
         files.publish(tmp_path / "other", text("x"))
         new_content(kind)(target)
 
+    assert sorted(files.sweep(tmp_path, dry_run=True)) == [tmp_path / name for name in names]
     path = publish_either(kind, tmp_path / "out", write_while_another_run_publishes)
     assert read_either(kind, path) == "new"
     assert sorted(os.listdir(tmp_path)) == ["other", "out"]
@@ -381,3 +382,19 @@ def test_two_runs_that_replace_one_folder_take_turns(tmp_path):
     files.publish_folder(path, write, marker=MARKER, force=True)
     assert read_bundle(path) == ("second", "second")
     assert os.listdir(tmp_path) == ["robot"]
+
+
+# Removing
+
+
+def test_a_removed_file_link_or_folder_is_gone_and_what_a_link_leads_to_is_not(tmp_path):
+    files.publish_folder(tmp_path / "robot", bundle("old"), marker=MARKER)
+    (tmp_path / "link").symlink_to("robot")
+    (tmp_path / "file").touch()
+    files.remove(tmp_path / "link")
+    assert sorted(os.listdir(tmp_path)) == ["file", "robot"]
+    files.remove(tmp_path / "file")
+    files.remove(tmp_path / "robot")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(NotFound, match="robot is not there"):
+        files.remove(tmp_path / "robot")

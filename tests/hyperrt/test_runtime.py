@@ -10,7 +10,8 @@ import pytest
 import engines
 from hyperrt import guidance, sampling, solvers
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
-from hyperrt.runtime import Runtime, pictures_from_pixels
+from hyperrt.pictures import pictures_from_pixels
+from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"

@@ -1,0 +1,110 @@
+"""Compiling ahead of time, on a machine without a GPU: plans of TensorRT-RTX for GPUs that are elsewhere.
+
+    python bench/compile.py --family tiny,sd15,sdxl [--target sm86,sm89,sm120] [--work DIR]
+
+    compiled                  (family, target) whose graphs all compiled, of as many as were asked for
+    seconds_FAMILY_TARGET     all graphs of it
+    peak_gb_FAMILY_TARGET     largest memory of the compiling process, of its largest graph
+    plan_gb_FAMILY_TARGET     all plans of it
+    lora_sites_FAMILY_TARGET  sites whose LoRA is an input of a plan, so that a subject needs no refit
+    sites_FAMILY              sites of the family's layout
+
+SD1.5 and SDXL have random weights, and bf16 in the graph; tiny is the bundle in the wheel, fp32. Bundles and
+plans go to `--work` (default: a temporary folder); a bundle that is there, as of bench/full_size.py, is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import report
+
+sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
+
+from hyperrt.bundle import Bundle
+
+TARGETS = "sm86,sm89,sm120"
+BARS = {"peak_gb_sdxl_sm86": "< 20", "peak_gb_sdxl_sm89": "< 20", "peak_gb_sdxl_sm120": "< 20"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--family", default="tiny,sd15,sdxl")
+    parser.add_argument("--target", default=TARGETS)
+    parser.add_argument("--work", type=Path, help="folder that keeps bundles and plans")
+    parser.add_argument("--quick", action="store_true", help="tiny for one target: is the script in order?")
+    args = parser.parse_args()
+    families, targets = args.family.split(","), args.target.split(",")
+    if args.quick:
+        families, targets = ["tiny"], targets[:1]
+    figures: dict[str, float] = {"compiled": 0, "wanted": len(families) * len(targets)}
+    with tempfile.TemporaryDirectory() as folder:
+        work = (args.work or Path(folder)).absolute()
+        work.mkdir(exist_ok=True)
+        for family in families:
+            bundle = exported(family, work)
+            figures[f"sites_{family}"] = len(bundle.layout.sites)
+            for target in targets:
+                plans = compiled(bundle, target, work)
+                figures |= about(bundle, plans, f"{family}_{target}")
+                figures["compiled"] += len(plans) == len(bundle.graphs)
+    report.finish(__file__, figures, BARS | {"compiled": str(figures["wanted"])})
+
+
+def exported(family: str, work: Path) -> Bundle:
+    """The family's bundle."""
+    if family == "tiny":
+        return Bundle.open("tiny")
+    folder = work / f"{family}-full-bf16"
+    if not (folder / "bundle.json").exists():
+        options = ("--random-weights", "0", "--precision", "bf16", "--verify", "none")
+        hyperrt("export", "--model", family, *options, "-o", str(folder), work=work)
+    return Bundle.open(folder)
+
+
+def compiled(bundle: Bundle, target: str, work: Path) -> list[dict[str, Any]]:
+    """What was said of each plan; a graph that cannot be compiled ends it, and is told of on stderr."""
+    name = "tiny" if bundle.family == "tiny" else str(bundle.path)
+    found = hyperrt("compile", name, "--target", target, "--force", "--json", work=work, check=False)
+    for line in found:
+        if line["event"] == "error":
+            print(line["what"], line["why"], sep="\n", file=sys.stderr)
+    return [line for line in found if line["event"] == "plan"]
+
+
+def about(bundle: Bundle, plans: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """The figures of one family and target."""
+    inputs = {name for plan in plans for name in plan["inputs"]}
+    sites = sum(
+        len(bundle.layout.sites_of(vector)) for vector in ("lora_q", "lora_kv") if vector in inputs
+    )
+    return {
+        f"seconds_{key}": sum(plan["seconds"] for plan in plans),
+        f"peak_gb_{key}": max((plan["peak_bytes"] for plan in plans), default=0) / 1e9,
+        f"plan_gb_{key}": sum(plan["bytes"] for plan in plans) / 1e9,
+        f"lora_sites_{key}": sites,
+    }
+
+
+def hyperrt(*arguments: str, work: Path, check: bool = True) -> list[dict[str, Any]]:
+    """Run the command line; the JSON events that it prints."""
+    print("hyperrt", *arguments, file=sys.stderr, flush=True)
+    environment = os.environ | {"HYPERRT_HOME": str(work / "home")}
+    done = subprocess.run(
+        (sys.executable, "-m", "hyperrt", *arguments), cwd=report.ROOT, env=environment,
+        stdout=subprocess.PIPE, text=True, check=check,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+if __name__ == "__main__":
+    main()

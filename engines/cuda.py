@@ -1,0 +1,180 @@
+"""Device memory, a stream and graphs of CUDA: all that an engine on a GPU needs, by way of cuda-bindings.
+
+Everything of an engine is enqueued on its own stream, so nothing has to wait but what leaves the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cuda.bindings import runtime as cudart
+
+from engines import dlpack
+from engines.base import Array, EngineError, EngineMemoryError
+from engines.dlpack import DeviceArray
+
+NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
+FAILED, FULL = "CUDA failed", "the GPU has no memory left"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    Attributes:
+        name: the vendor's, "NVIDIA H200".
+        sm: compute capability, "sm90".
+    """
+
+    name: str
+    sm: str
+
+
+def device(index: int = 0) -> Device:
+    """The GPU that engines run on.
+
+    Raises:
+        EngineError: there is none, or no driver.
+    """
+    with explained("no NVIDIA GPU can be used"):
+        properties = _call(cudart.cudaGetDeviceProperties, index)
+    name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
+    return Device(name, f"sm{properties.major}{properties.minor}")
+
+
+class Stream:
+    """A stream, and the memory that is used on it; freed when it is closed."""
+
+    def __init__(self) -> None:
+        self.handle = int(_call(cudart.cudaStreamCreateWithFlags, NON_BLOCKING))
+
+    def close(self) -> None:
+        """Wait for what is enqueued, and free the stream."""
+        self.wait()
+        _call(cudart.cudaStreamDestroy, self.handle)
+
+    def wait(self) -> None:
+        """Until everything that was enqueued is done."""
+        _call(cudart.cudaStreamSynchronize, self.handle)
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
+        """New memory, its contents undefined.
+
+        Raises:
+            EngineMemoryError: the device has no more.
+        """
+        return Buffer(self, shape, np.dtype(dtype))
+
+    def upload(self, array: Array | DeviceArray, into: Buffer) -> None:
+        """Enqueue a copy from the host, or from another place on the device, into a buffer of the same size.
+
+        A host array can be changed when this returns: CUDA has read it, as it is not page-locked.
+        """
+        if isinstance(array, DeviceArray):
+            self._copy(into.pointer, array.pointer, into.nbytes, "cudaMemcpyDeviceToDevice")
+        else:
+            self._copy(into.pointer, array.ctypes.data, into.nbytes, "cudaMemcpyHostToDevice")
+
+    def download(self, buffer: DeviceArray) -> Array:
+        """A copy on the host; waits."""
+        array = np.empty(buffer.shape, buffer.dtype)
+        self._copy(array.ctypes.data, buffer.pointer, array.nbytes, "cudaMemcpyDeviceToHost")
+        self.wait()
+        return array
+
+    def copy(self, buffer: Buffer) -> Buffer:
+        """Enqueue a copy of a buffer into memory of its own."""
+        new = self.allocate(buffer.shape, buffer.dtype)
+        self._copy(new.pointer, buffer.pointer, buffer.nbytes, "cudaMemcpyDeviceToDevice")
+        return new
+
+    def record(self, enqueue: Callable[[], object]) -> Recorded:
+        """What `enqueue` enqueues on this stream, as one launch; nothing is run now."""
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        _call(cudart.cudaStreamBeginCapture, self.handle, mode)
+        try:
+            enqueue()
+        finally:
+            graph = _call(cudart.cudaStreamEndCapture, self.handle)
+        executable = _call(cudart.cudaGraphInstantiate, graph, 0)
+        _call(cudart.cudaGraphDestroy, graph)
+        return Recorded(self, executable)
+
+    def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
+        _call(
+            cudart.cudaMemcpyAsync, to, source, nbytes, getattr(cudart.cudaMemcpyKind, kind), self.handle
+        )
+
+
+class Buffer(DeviceArray):
+    """An array on the device; its memory is freed, in the stream's order, when nothing refers to it.
+
+    `numpy.asarray` makes a copy on the host; other programs take it by DLPack.
+    """
+
+    def __init__(self, stream: Stream, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        self.stream = stream
+        self.pointer = int(_call(cudart.cudaMallocAsync, max(1, self.nbytes), stream.handle))
+        weakref.finalize(self, cudart.cudaFreeAsync, self.pointer, stream.handle)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("an array on the device cannot be had on the host without a copy")
+        return self.stream.download(self).astype(dtype or self.dtype, copy=False)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CUDA, 0
+
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+        if stream != self.stream.handle:  # the reader's own stream knows nothing of what is enqueued here
+            self.stream.wait()
+        return dlpack.capsule(self, self.pointer, self.__dlpack_device__())
+
+
+class Recorded:
+    """A CUDA graph: addresses are those of when it was recorded, contents those of when it is launched."""
+
+    def __init__(self, stream: Stream, executable: Any) -> None:
+        self._stream, self._executable = stream, executable
+        weakref.finalize(self, cudart.cudaGraphExecDestroy, executable)
+
+    def launch(self) -> None:
+        """Enqueue it."""
+        _call(cudart.cudaGraphLaunch, self._executable, self._stream.handle)
+
+
+def memory_free() -> int:
+    """Bytes that the device could still give."""
+    free, _ = _call(cudart.cudaMemGetInfo)
+    return int(free)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Say of CUDA's errors what was being done."""
+    try:
+        yield
+    except EngineError as error:
+        if error.what not in (FAILED, FULL):
+            raise
+        raise type(error)(what, error.why, error.do) from error
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    """A function of CUDA: its results without the error code, which is raised where it says so."""
+    code, *results = function(*arguments)
+    if int(code):
+        _, text = cudart.cudaGetErrorString(code)
+        why = f"CUDA: {text.decode(errors='replace')} ({code.name})"
+        if code == cudart.cudaError_t.cudaErrorMemoryAllocation:
+            do = "use a smaller batch, --low-memory, or end other programs on the GPU"
+            raise EngineMemoryError(FULL, why, do)
+        raise EngineError(FAILED, why, "hyperrt doctor says what is missing")
+    return results[0] if len(results) == 1 else tuple(results)

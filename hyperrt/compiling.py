@@ -1,0 +1,195 @@
+"""The plans of a bundle for TensorRT: which there must be, made ahead of time, and found again.
+
+The two large graphs have a plan for fixed sizes, which is the fastest: the denoiser for so many pictures
+and branches, the decoder for one picture or a tile. The others are run once per subject or prompt, and have
+one plan for all sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import engines
+from engines import tensorrt_build
+from engines.backends import BACKENDS
+from engines.tensorrt_build import CURRENT, Built, Recipe
+from hyperrt import parity, tiling
+from hyperrt.bundle import PACKAGED, Bundle
+from hyperrt.errors import NumericError, UsageError
+from hyperrt.plans import Plan, PlanCache, PlanKey, graph_hash
+
+log = logging.getLogger("hyperrt")
+
+PLANNED = frozenset({"tensorrt", "tensorrt-rtx"})  # backends that run plans
+FIXED = ("denoiser", "vae_decoder")  # graphs whose plans have fixed sizes
+RANGES = {"photos": (1, 1, 16), "prompts": (1, 3, 48), "rows": (1, 3, 48), "subjects": (1, 1, 48)}
+# Largest relative error of a plan against another backend; TensorRT multiplies fp32 as TF32.
+TOLERANCE = {"fp32": 1e-2, "fp16": 3e-2, "bf16": 8e-2}
+Sizes = Mapping[str, int]
+Progress = Callable[[str, str, float], None]  # graph, target, share that is done
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan in the cache; `built` is None where it was there already."""
+
+    plan: Plan
+    built: Built | None
+
+
+def key_of(bundle: Bundle, name: str, backend: str, target: str, sizes: Sizes) -> PlanKey:
+    """The key of a graph's plan.
+
+    Args:
+        target: as `tensorrt_build.Recipe` has it, or `engines.tensorrt.target`.
+        sizes: of the call; those that the plan of this graph does not fix are left out.
+    """
+    graph = bundle.graphs[name]
+    fixed = {
+        dim: sizes[dim]
+        for spec in (graph.inputs if name in FIXED else ())
+        for dim in spec.shape
+        if isinstance(dim, str) and dim in sizes
+    }
+    flags = ("refit",) if graph.weights else ()
+    return PlanKey(graph_hash(graph), backend, version(backend), target, tuple(sorted(fixed.items())), flags)
+
+
+def version(backend: str) -> str:
+    """Of the vendor's package.
+
+    Raises:
+        engines.BackendMissing: it is not installed.
+    """
+    try:
+        return metadata.version(BACKENDS[backend].vendor)
+    except metadata.PackageNotFoundError:  # a system's own, without pip's records
+        engines.load(backend)
+        return str(import_module(BACKENDS[backend].vendor).__version__)
+
+
+def find(bundle: Bundle, name: str, backend: str, sizes: Sizes, cache: PlanCache | None = None) -> Plan:
+    """The plan of a graph for the GPU of this machine, checked to the last bit.
+
+    Raises:
+        NotFound: there is none.
+        Incompatible: there are others, of another version, card or size.
+        IntegrityError: it is damaged, or others may have written it.
+        engines.EngineError: there is no GPU.
+    """
+    target = engines.load(backend).target(BACKENDS[backend].vendor)
+    key = key_of(bundle, name, backend, target, sizes)
+    said = bundle.path.name if bundle.path.parent == PACKAGED else str(bundle.path)
+    return (cache or PlanCache()).load(key, bundle=said, graph_name=name)
+
+
+def sizes_of(
+    bundle: Bundle, images: int, branches: int, *, several: bool = False, low_memory: bool = False
+) -> dict[str, int]:
+    """The sizes of a call, by name.
+
+    Args:
+        images: pictures, of all subjects together.
+        branches: of the guidance.
+        several: whether they have different subjects.
+        low_memory: whether large pictures are decoded in tiles.
+    """
+    side = (tiling.tile_of(bundle) if low_memory else None) or bundle.latent.size
+    rows = images * branches
+    fixed = {"images": images, "branches": branches, "rows": rows, "subjects": rows if several else 1}
+    return {**fixed, "h": side, "w": side}
+
+
+def compile_bundle(
+    bundle: Bundle,
+    backend: str,
+    targets: Sequence[str],
+    sizes: Sizes,
+    names: Sequence[str] = (),
+    *,
+    cache: PlanCache | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Compiled]:
+    """Compile graphs of a bundle for some targets, one by one; each is yielded when it is in the cache.
+
+    Args:
+        backend: one of `PLANNED`.
+        targets: "sm89", ...; "current" is the GPU of this machine, and the only one that TensorRT knows.
+        sizes: as `sizes_of`.
+        names: of the graphs; none means all.
+        force: compile what is in the cache, too.
+
+    Raises:
+        UsageError: no such backend or graph.
+        NumericError: a plan computes something else than its graph.
+        engines.EngineError: a graph cannot be compiled for a target; what was done before stays.
+    """
+    if backend not in PLANNED:
+        why = f"plans are compiled for {', '.join(sorted(PLANNED))}"
+        raise UsageError(f"the backend is {backend!r}", why)
+    unknown = [name for name in names if name not in bundle.graphs]
+    if unknown:
+        raise UsageError(f"a bundle has no graph {unknown[0]!r}", f"it has {', '.join(bundle.graphs)}")
+    cache = cache or PlanCache()
+    for target in targets:
+        for name in names or bundle.graphs:
+            yield _compile(bundle, name, backend, target, sizes, cache, force, progress)
+
+
+def _compile(
+    bundle: Bundle,
+    name: str,
+    backend: str,
+    target: str,
+    sizes: Sizes,
+    cache: PlanCache,
+    force: bool,
+    progress: Progress | None,
+) -> Compiled:
+    vendor = BACKENDS[backend].vendor
+    own = engines.load(backend).target(vendor) if target == CURRENT else ""
+    if name == "vae_decoder":
+        sizes = {**sizes, "images": 1}  # pictures are decoded one by one
+    key = key_of(bundle, name, backend, own or target, sizes)
+    if not force and (known := cache.find(key)):
+        return Compiled(known, None)
+    graph, path = bundle.graphs[name], bundle.graph(name)
+    weights = tuple(spec.name for spec in graph.weights)
+    built: list[Built] = []
+
+    def write(output: Path) -> None:
+        recipe = Recipe(
+            str(path), str(output), vendor, target, dict(key.sizes), RANGES, weights,
+            str(cache.folder.parent / f"{backend}.timing"),
+        )  # fmt: skip
+        tell = progress or (lambda *_: None)
+        built.append(tensorrt_build.build(recipe, lambda share: tell(name, target, share)))
+        if own:
+            _check(bundle, name, backend, output, {**sizes, **dict(key.sizes)})
+
+    plan = cache.publish(key, write, bundle=bundle.path.name, graph_name=name, weights=weights)
+    return Compiled(plan, built[0])
+
+
+def _check(bundle: Bundle, name: str, backend: str, plan: Path, sizes: Sizes) -> None:
+    """Refuse a plan for this machine's GPU that computes something else than its graph."""
+    reference = "onnxruntime" if bundle.precision == "fp32" else "openvino"
+    if find_spec(BACKENDS[reference].vendor) is None:
+        log.warning("the plan of %s is not compared: %s is not installed", name, reference)
+        return
+    graph, path = bundle.graphs[name], bundle.graph(name)
+    feeds = parity.random_feeds(graph.inputs, {"photos": 1, "prompts": 3, "H": 0, "W": 0, **sizes}, seed=0)
+    with engines.open(path, reference) as engine:
+        expected = engine.run(feeds)
+    with engines.open(path, backend, plan=plan, weights=graph.weights) as engine:
+        error = parity.relative(engine.run(feeds), expected)
+    if not error <= TOLERANCE[bundle.precision]:
+        why = f"its relative error is {error:.2g}; allowed is {TOLERANCE[bundle.precision]:g}"
+        what = f"the plan of {name} computes something else than the graph"
+        raise NumericError(what, why, f"use another version of {BACKENDS[backend].vendor}")

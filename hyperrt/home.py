@@ -1,0 +1,135 @@
+"""This user's own folder, where compiled code is kept: nobody else may have written what is run from it.
+
+A file is judged by its open descriptor, and opened in the open descriptor of its folder, so that what was
+judged is what is read, whatever is renamed meanwhile.  Systems other than POSIX have neither; there the
+user's profile keeps others out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shlex
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from hyperrt.errors import IntegrityError, NotFound, ResourceError, UsageError
+
+_POSIX = os.name == "posix"
+SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_FULL = {errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+_CODE = "what lies there is executable code"
+
+
+def base_folder() -> Path:
+    """$HYPERRT_HOME, else `hyperrt` in the XDG cache; absolute, and perhaps not there yet.
+
+    Raises:
+        NotFound: this user has no home folder.
+    """
+    if own := os.environ.get("HYPERRT_HOME"):
+        return Path(own).absolute()
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        why = "compiled code is kept there"
+        raise NotFound("there is no home folder", why, "set HYPERRT_HOME to a folder of yours") from error
+    return (Path(cache) / "hyperrt").absolute()
+
+
+def distrust(found: os.stat_result) -> str:
+    """Why what has this status may hold another user's code; empty where only this user can write it."""
+    if not _POSIX:
+        return ""
+    if found.st_uid != os.geteuid():
+        return f"it belongs to user {found.st_uid}, and you are user {os.geteuid()}"
+    if found.st_mode & 0o022:
+        return f"others may write to it: its mode is {stat.S_IMODE(found.st_mode):o}"
+    return ""
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for this user alone, and those above it; one that is there stays as it is.
+
+    Raises:
+        ResourceError: the disk is full or broken.
+        UsageError: it cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        why, what = error.strerror or str(error), f"the folder {path} cannot be made"
+        if error.errno in _FULL:
+            raise ResourceError(what, why, "make room on the disk, or set HYPERRT_HOME") from error
+        raise UsageError(what, why, "set HYPERRT_HOME to a folder of yours") from error
+
+
+@contextlib.contextmanager
+def open_folder(path: Path, inside: int | None = None) -> Iterator[int | None]:
+    """The descriptor of a folder that only this user can write; None where the system opens no folders.
+
+    Args:
+        path: the folder; its last part is no link.
+        inside: descriptor of the folder that it lies in.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        IntegrityError: it is no folder, a link, or others may write to it; its `do` is a shell command.
+    """
+    if not _POSIX:
+        if not path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        yield None
+        return
+    descriptor = _open(path, inside, os.O_DIRECTORY)
+    try:
+        _judge(path, os.fstat(descriptor))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_file(path: Path, inside: int | None = None) -> Iterator[io.BufferedReader]:
+    """A plain file that only this user can write, open for reading; arguments and errors as `open_folder`."""
+    descriptor = _open(path, inside)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise IntegrityError(f"{path} is no plain file", _CODE, f"rm -r {shlex.quote(str(path))}")
+        _judge(path, found)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path, inside: int | None, flags: int = 0) -> int:
+    try:
+        if inside is None:
+            return os.open(path, os.O_RDONLY | _FLAGS | flags)
+        return os.open(path.name, os.O_RDONLY | _FLAGS | flags, dir_fd=inside)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise
+        if not os.path.lexists(path):  # a file where a folder above it should be
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+        fix = f"rm -r {shlex.quote(str(path))}"
+        if path.is_symlink():
+            raise IntegrityError(f"{path} is a link", f"{_CODE}, and no link is followed", fix) from error
+        raise IntegrityError(f"{path} cannot be opened", error.strerror or str(error), fix) from error
+
+
+def _judge(path: Path, found: os.stat_result) -> None:
+    why = distrust(found)
+    if not why:
+        return
+    ours = not _POSIX or found.st_uid == os.geteuid()
+    fix = f"{'chmod go-w' if ours else 'rm -r'} {shlex.quote(str(path))}"
+    raise IntegrityError(f"{path} is not yours alone", f"{why}; {_CODE}", fix)

@@ -1,0 +1,266 @@
+"""Stand-ins for CUDA and TensorRT in host memory: what engines/tensorrt.py asks of them, faults on demand.
+
+A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be refitted:
+
+    {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}, "weights": {"w": 2}}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+import engines
+
+
+class Code(enum.IntEnum):
+    cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
+
+
+class Cuda(ModuleType):
+    """`cuda.bindings.runtime`; `room`: how many allocations still succeed, `has_gpu`: is there one."""
+
+    cudaError_t = Code
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="there"
+    )
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.room, self.has_gpu = 1000, True
+        self.memory: dict[int, object] = {}
+        self.waits = self.launches = 0
+        self.recording: list[object] | None = None
+
+    def cudaGetErrorString(self, code):
+        return Code.cudaSuccess, b"no CUDA-capable device" if code == Code.cudaErrorNoDevice else b"no memory"
+
+    def cudaGetDeviceProperties(self, index):
+        if not self.has_gpu:
+            return Code.cudaErrorNoDevice, None
+        return Code.cudaSuccess, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
+
+    def cudaMemGetInfo(self):
+        return Code.cudaSuccess, 5_000_000, 8_000_000
+
+    def cudaStreamCreateWithFlags(self, flags):
+        return Code.cudaSuccess, 7
+
+    def cudaStreamDestroy(self, stream):
+        return (Code.cudaSuccess,)
+
+    def cudaStreamSynchronize(self, stream):
+        self.waits += 1
+        return (Code.cudaSuccess,)
+
+    def cudaMallocAsync(self, size, stream):
+        if self.room <= 0:
+            return Code.cudaErrorMemoryAllocation, None
+        self.room -= 1
+        buffer = ctypes.create_string_buffer(size)
+        self.memory[ctypes.addressof(buffer)] = buffer
+        return Code.cudaSuccess, ctypes.addressof(buffer)
+
+    def cudaFreeAsync(self, pointer, stream):
+        self.memory.pop(pointer, None)
+        return (Code.cudaSuccess,)
+
+    def cudaMemcpyAsync(self, to, source, count, kind, stream):
+        ctypes.memmove(to, source, count)
+        return (Code.cudaSuccess,)
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        self.recording = []
+        return (Code.cudaSuccess,)
+
+    def cudaStreamEndCapture(self, stream):
+        graph, self.recording = self.recording, None
+        return Code.cudaSuccess, graph
+
+    def cudaGraphInstantiate(self, graph, flags):
+        return Code.cudaSuccess, list(graph)
+
+    def cudaGraphDestroy(self, graph):
+        return (Code.cudaSuccess,)
+
+    def cudaGraphExecDestroy(self, executable):
+        return (Code.cudaSuccess,)
+
+    def cudaGraphLaunch(self, executable, stream):
+        self.launches += 1
+        for call in executable:
+            call()
+        return (Code.cudaSuccess,)
+
+
+class TensorRT(ModuleType):
+    """`tensorrt`; `fail` names what returns None or False, and `refit_stops` after how many weights."""
+
+    __version__ = "11.4.0.106"
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    TensorLocation = SimpleNamespace(DEVICE="device")
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR, INFO = "error", "internal", "info"
+
+        def __init__(self) -> None:
+            pass
+
+    def __init__(self, cuda: Cuda) -> None:
+        super().__init__("tensorrt")
+        self.cuda, self.fail, self.refit_stops = cuda, set(), None
+        self.addresses: list[tuple[str, int]] = []
+        self.Runtime = lambda logger: Runtime(self, logger)
+        self.Refitter = lambda engine, logger: Refitter(self, engine, logger)
+
+    def nptype(self, dtype):
+        return np.float32
+
+    def Weights(self, dtype, pointer, count):
+        return pointer, count
+
+
+class Runtime:
+    def __init__(self, trt, logger) -> None:
+        self.trt, self.logger = trt, logger
+
+    def deserialize_cuda_engine(self, plan):
+        try:
+            return Engine(self.trt, self.logger, json.loads(plan))
+        except ValueError:
+            self.logger.log("info", "loading")
+            self.logger.log("error", "Version tag does not match: 240 vs 239")
+            self.logger.log("error", "engine.cpp: it failed")
+            return None
+
+
+class Engine:
+    device_memory_size_v2 = 9_000_000
+
+    def __init__(self, trt, logger, plan) -> None:
+        self.trt, self.logger, self.plan = trt, logger, plan
+        self.shapes = {**plan["inputs"], **plan["outputs"]}
+        self.names = list(self.shapes)
+        self.num_io_tensors = len(self.names)
+        self.weights = {name: np.zeros(count, np.float32) for name, count in plan.get("weights", {}).items()}
+        self.refittable = bool(self.weights)
+
+    def get_tensor_name(self, k):
+        return self.names[k]
+
+    def get_tensor_mode(self, name):
+        return "input" if name in self.plan["inputs"] else "output"
+
+    def get_tensor_shape(self, name):
+        return self.shapes[name]
+
+    def get_tensor_dtype(self, name):
+        return "float"
+
+    def create_execution_context(self):
+        if "context" in self.trt.fail:
+            self.logger.log("error", "Cuda Runtime (out of memory)")
+            return None
+        return Context(self)
+
+
+class Context:
+    def __init__(self, engine) -> None:
+        self.engine, self.trt = engine, engine.trt
+        self.shapes = dict(engine.shapes)
+        self.places: dict[str, int] = {}
+
+    def set_tensor_address(self, name, pointer):
+        self.places[name] = pointer
+        self.trt.addresses.append((name, pointer))
+        return True
+
+    def set_input_shape(self, name, shape):
+        if max(shape) > 8:
+            self.engine.logger.log("error", "not in the profile")
+            return False
+        self.shapes[name] = list(shape)
+        if -1 in self.engine.shapes["y"]:
+            self.shapes["y"] = list(shape)
+        return True
+
+    def get_tensor_shape(self, name):
+        return self.shapes[name]
+
+    def execute_async_v3(self, stream):
+        if "execute" in self.trt.fail:
+            self.engine.logger.log("error", "an illegal memory access")
+            return False
+        if self.trt.cuda.recording is None:
+            self._compute()
+        elif "record" in self.trt.fail:
+            return False
+        else:
+            self.trt.cuda.recording.append(self._compute)
+        return True
+
+    def _compute(self):
+        x, gain, y = (self._at(name) for name in ("x", "gain", "y"))
+        y[:] = x * gain + (self.engine.weights["w"] if self.engine.weights else 0)
+        for name, weight in self.engine.weights.items():
+            if name != "w":
+                y[:] += weight
+
+    def _at(self, name):
+        count = int(np.prod(self.shapes[name]))
+        floats = (ctypes.c_float * count).from_address(self.places[name])
+        return np.frombuffer(floats, np.float32)
+
+
+class Refitter:
+    weights_validation = True
+
+    def __init__(self, trt, engine, logger) -> None:
+        self.trt, self.engine, self.logger = trt, engine, logger
+        self.places: dict[str, tuple[int, int]] = {}
+
+    def get_all_weights(self):
+        return list(self.engine.weights)
+
+    def get_weights_prototype(self, name):
+        return SimpleNamespace(size=len(self.engine.weights[name]), dtype="float")
+
+    def set_named_weights(self, name, weights, location):
+        self.places[name] = weights
+        return True
+
+    def get_missing_weights(self):
+        return ["folded"] if "missing" in self.trt.fail else []
+
+    def refit_cuda_engine_async(self, stream):
+        for k, (name, (pointer, count)) in enumerate(self.places.items()):
+            if k == self.trt.refit_stops:
+                self.logger.log("error", "refitting stopped")
+                return False
+            self.engine.weights[name][:] = np.frombuffer(
+                (ctypes.c_float * count).from_address(pointer), np.float32
+            )
+        return True
+
+
+def install(monkeypatch) -> tuple[Cuda, TensorRT]:
+    """Put both in the place of the vendor's packages, for engines/cuda.py and engines/tensorrt.py anew."""
+    cuda = Cuda()
+    trt = TensorRT(cuda)
+    package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
+    bindings.runtime = cuda
+    package.bindings = bindings
+    for name in ("cuda", "tensorrt"):
+        monkeypatch.delitem(sys.modules, f"engines.{name}", raising=False)
+        monkeypatch.delattr(engines, name, raising=False)
+    for name, module in {"cuda": package, "cuda.bindings": bindings, "tensorrt": trt}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return cuda, trt

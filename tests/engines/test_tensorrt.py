@@ -1,0 +1,211 @@
+"""What the TensorRT backends do with a plan, on stand-ins for CUDA and TensorRT: no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import engines
+from engines import EngineError, EngineLoadError, EngineMemoryError, EngineUnusable, TensorSpec
+
+FAKES = importlib.util.spec_from_file_location("fake_nvidia", Path(__file__).with_name("fake_nvidia.py"))
+fake_nvidia = importlib.util.module_from_spec(FAKES)
+FAKES.loader.exec_module(fake_nvidia)
+
+FIXED = {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}}
+WEIGHTS = (TensorSpec("w", (1, 2), "float32"), TensorSpec("v", (2,), "float32"))
+REFITTABLE = {**FIXED, "weights": {"w": 2, "v": 2}}
+OPEN = {"inputs": {"x": [-1], "gain": [1]}, "outputs": {"y": [-1]}}
+X, GAIN = np.array([1, 2], np.float32), np.array([10], np.float32)
+
+
+@pytest.fixture
+def nvidia(monkeypatch):
+    """The two stand-ins."""
+    return fake_nvidia.install(monkeypatch)
+
+
+@pytest.fixture
+def opened(nvidia, tmp_path):
+    """A function: plan -> engine."""
+    (tmp_path / "graph.onnx").write_bytes(b"onnx")
+
+    def open_(plan, **options):
+        path = tmp_path / "plan"
+        path.write_bytes(plan if isinstance(plan, bytes) else json.dumps(plan).encode())
+        return engines.open(tmp_path / "graph.onnx", "tensorrt", plan=path, **options)
+
+    return open_
+
+
+def test_a_plan_runs_and_its_results_belong_to_the_caller(opened):
+    with opened(FIXED) as engine:
+        assert engine.inputs == (TensorSpec("x", (2,), "float32"), TensorSpec("gain", (1,), "float32"))
+        first = engine.run({"x": X, "gain": GAIN})["y"]
+        engine.run({"x": 0 * X, "gain": GAIN})
+        np.testing.assert_array_equal(first, [10, 20])
+
+
+def test_a_loop_on_the_device_never_waits(opened, nvidia):
+    cuda, _ = nvidia
+    with opened(FIXED) as engine:
+        engine.bind({"gain": GAIN})
+        x = X
+        before = cuda.waits
+        steps = [x := engine.run({"x": x}, host=False)["y"] for _ in range(5)]
+        assert cuda.waits == before
+        np.testing.assert_array_equal(steps[0], 10 * X)  # not what the steps after it wrote
+        np.testing.assert_array_equal(np.asarray(x), 1e5 * X)
+
+
+def test_a_recorded_step_is_right_for_the_next_subject_too(opened, nvidia):
+    cuda, trt = nvidia
+    with opened(FIXED) as engine:
+        engine.bind({"gain": GAIN})
+        for _ in range(4):
+            engine.run({"x": X})
+        assert cuda.launches == 2  # after two runs that warm up
+        places = len(trt.addresses)
+        engine.bind({"gain": 2 * GAIN})
+        np.testing.assert_array_equal(engine.run({"x": X})["y"], 20 * X)
+        engine.bind({"gain": GAIN})
+        np.testing.assert_array_equal(engine.run({"x": X})["y"], 10 * X)
+        assert cuda.launches == 4 and len(trt.addresses) == places
+
+
+def test_a_step_that_cannot_be_recorded_runs_all_the_same(opened, nvidia):
+    cuda, trt = nvidia
+    trt.fail.add("record")
+    with opened(FIXED) as engine:
+        for _ in range(4):
+            np.testing.assert_array_equal(engine.run({"x": X, "gain": GAIN})["y"], 10 * X)
+    assert cuda.launches == 0
+
+
+def test_open_sizes_are_those_of_the_call(opened, nvidia):
+    with opened(OPEN) as engine:
+        assert engine.inputs[0].shape == ("x_0",)
+        for count in (2, 5, 2):
+            x = np.arange(count, dtype=np.float32)
+            np.testing.assert_array_equal(engine.run({"x": x, "gain": GAIN})["y"], 10 * x)
+        with pytest.raises(EngineError, match=r"does not take 'x' of shape \[9\](?s:.*)not in the profile"):
+            engine.run({"x": np.zeros(9, np.float32), "gain": GAIN})
+    assert nvidia[0].launches == 0
+
+
+def test_subjects_come_and_go_by_refit(opened):
+    a, b, zero = (np.full((1, 2), k, np.float32) for k in (3, 4, 0))
+    with opened(REFITTABLE, weights=WEIGHTS) as engine:
+        feeds = {"x": X, "gain": GAIN}
+        base = engine.run(feeds)["y"]
+        found = []
+        for weight in (a, b, a, zero):
+            engine.refit({"w": weight})
+            found.append(engine.run(feeds)["y"])
+        np.testing.assert_array_equal(found, [base + 3, base + 4, base + 3, base])
+
+
+def test_a_step_is_recorded_again_after_a_refit(opened, nvidia):
+    cuda, _ = nvidia
+    with opened(REFITTABLE, weights=WEIGHTS) as engine:
+        for _ in range(4):
+            engine.run({"x": X, "gain": GAIN})
+        first = engine._recorded
+        engine.refit({"w": np.full((1, 2), 3, np.float32)})
+        np.testing.assert_array_equal(engine.run({"x": X, "gain": GAIN})["y"], 10 * X + 3)
+        assert cuda.launches == 3 and engine._recorded is not first
+
+
+def test_a_refit_that_stops_half_way_leaves_the_old_weights(opened, nvidia):
+    _, trt = nvidia
+    with opened(REFITTABLE, weights=WEIGHTS) as engine:
+        old = {"w": np.ones((1, 2), np.float32), "v": np.ones(2, np.float32)}
+        engine.refit(old)
+        expected = engine.run({"x": X, "gain": GAIN})["y"]
+
+        trt.refit_stops = 1
+        with pytest.raises(EngineUnusable):  # nor could the old ones be written
+            engine.refit({name: 5 * weight for name, weight in old.items()})
+        with pytest.raises(EngineUnusable):
+            engine.run({"x": X, "gain": GAIN})
+        trt.refit_stops = None
+        engine.refit(old)
+        np.testing.assert_array_equal(engine.run({"x": X, "gain": GAIN})["y"], expected)
+
+
+def test_a_plan_with_other_weights_than_the_bundle_is_refused(opened):
+    with pytest.raises(EngineLoadError, match=r"another graph(?s:.*)differ in 1 weights, such as 'v'"):
+        opened(REFITTABLE, weights=WEIGHTS[:1])
+    with pytest.raises(EngineLoadError, match=r"does not fit(?s:.*)2 float32 numbers, the bundle 3"):
+        opened(REFITTABLE, weights=(TensorSpec("w", (3,), "float32"), WEIGHTS[1]))
+
+
+def test_weights_that_were_folded_into_others_are_refused(opened, nvidia):
+    nvidia[1].fail.add("missing")
+    with pytest.raises(EngineLoadError, match="'folded'"):
+        opened(REFITTABLE, weights=WEIGHTS)
+
+
+def test_a_plan_that_does_not_load_says_what_tensorrt_says(opened):
+    with pytest.raises(EngineLoadError, match=r"does not load(?s:.*)240 vs 239\n(?s:.*)hyperrt compile"):
+        opened(b"another version")
+
+
+def test_no_plan_is_said_with_the_command_that_makes_one(nvidia, tmp_path):
+    (tmp_path / "graph.onnx").write_bytes(b"onnx")
+    with pytest.raises(EngineLoadError, match="hyperrt compile"):
+        engines.open(tmp_path / "graph.onnx", "tensorrt")
+
+
+def test_a_full_gpu_is_an_error_of_memory_with_both_sides(opened, nvidia):
+    nvidia[1].fail.add("context")
+    with pytest.raises(EngineMemoryError, match=r"out of memory(?s:.*)takes 9 MB, 5 MB are free"):
+        opened(FIXED)
+
+
+def test_binding_when_memory_is_out_keeps_what_was_bound(opened, nvidia):
+    cuda, _ = nvidia
+    with opened(OPEN) as engine:
+        engine.bind({"gain": GAIN, "x": X})
+        expected = engine.run({})["y"]
+        cuda.room = 0
+        with pytest.raises(EngineMemoryError, match="binding an input failed"):
+            engine.bind({"gain": 5 * GAIN, "x": np.zeros(7, np.float32)})
+        np.testing.assert_array_equal(engine.run({})["y"], expected)
+
+
+def test_a_run_that_fails_says_why(opened, nvidia):
+    nvidia[1].fail.add("execute")
+    with opened(FIXED) as engine, pytest.raises(EngineError, match="an illegal memory access"):
+        engine.run({"x": X, "gain": GAIN})
+
+
+def test_without_a_gpu_the_error_is_one_of_the_device(opened, nvidia):
+    nvidia[0].has_gpu = False
+    with pytest.raises(EngineError, match="no NVIDIA GPU can be used") as raised:
+        opened(FIXED)
+    assert raised.value.code == 7
+
+
+def test_results_on_the_device_are_taken_by_dlpack_and_freed(opened, nvidia, monkeypatch):
+    from engines import cuda, dlpack
+
+    monkeypatch.setattr(cuda.Buffer, "__dlpack_device__", lambda self: (dlpack.CPU, 0))
+    with opened(FIXED) as engine:
+        result = engine.run({"x": X, "gain": GAIN}, host=False)["y"]
+        shared = np.from_dlpack(result)
+        assert shared.ctypes.data == result.pointer
+        np.testing.assert_array_equal(shared, 10 * X)
+        pointer = result.pointer
+        del result
+        assert pointer in nvidia[0].memory  # for as long as the reader has it
+        del shared
+        assert pointer not in nvidia[0].memory
+        unread = engine.run({"x": X, "gain": GAIN}, host=False)["y"]
+        pointer, capsule = unread.pointer, unread.__dlpack__()
+        del unread, capsule
+        assert pointer not in nvidia[0].memory
