@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
@@ -82,5 +82,15 @@ def machine() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
         f"{names[0] if names else platform.machine()}, {usable} CPUs, {platform.system()}, "
-        f"Python {platform.python_version()}, onnxruntime {version('onnxruntime')}"
+        f"Python {platform.python_version()}, {onnx_runtime()}"
     )
+
+
+def onnx_runtime() -> str:
+    """Which ONNX Runtime is installed, and its version."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+    return "no onnxruntime"

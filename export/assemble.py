@@ -213,7 +213,7 @@ def manifest(
         created_by=f"hyperrt {__version__}",
         image_size=made_from.image_size,
         latent=bundle.Latent(made_from.config("unet").in_channels, made_from.latent_size),
-        prediction_type=made_from.scheduler["prediction_type"],
+        prediction_type=source.prediction_type(made_from),
         betas=source.betas(made_from),
         timestep_spacing=source.timestep_spacing(made_from),
         defaults=family.defaults,

@@ -98,5 +98,6 @@ def _silence_libraries() -> None:
     import diffusers
     import transformers
 
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()  # a bar for each part, where the command has its own

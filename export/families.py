@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from export import architectures, loading
-from export.errors import ExportError
+from export.errors import ExportError, first_line
+from export.loading import Found
 from export.parts import Part, random_part
 from export.source import Inputs, Source, sized, vae_factor
 from hyperrt.bundle import Defaults, Prompts
@@ -109,7 +109,7 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
         ExportError: the parts do not fit each other, or the graphs cannot express them.
     """
     if inputs.random_weights is not None:
-        for name in ("base", "hypernet", "image_encoder", "image_prompt"):
+        for name in ("base", "hypernet", "image_encoder", "image_prompt", "like"):
             if getattr(inputs, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 why = "random weights are in place of everything that could be read"
@@ -122,14 +122,15 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
         raise UsageError("--hypernet is not given", why, do)
     about = _about_hypernet(inputs.hypernet)
     base = str(inputs.base or _base_of(inputs.hypernet, about))
-    with loading.as_folder(base, inputs.like, inputs.offline) as folder:
-        source = sized(_load(family, folder, inputs, about), inputs.size)
-        _check_fit(source, about, family.half_hash)
-        yield source
+    found = loading.find(base, inputs.like, inputs.offline)
+    source = sized(_load(family, found, inputs, about), inputs.size)
+    _check_fit(source, about, family.half_hash)
+    yield source
 
 
-def _load(family: Family, folder: Path, inputs: Inputs, about: Mapping[str, Any]) -> Source:
-    parts = loading.parts_of(folder, inputs.image_encoder)
+def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]) -> Source:
+    folder = found.folder
+    parts = loading.parts_of(folder, inputs.image_encoder, found.file)
     unet = parts["unet"].skeleton
     parts["weight_decoder"] = _decoder_part(inputs.hypernet, about)
     if inputs.image_prompt is not None:
@@ -140,22 +141,20 @@ def _load(family: Family, folder: Path, inputs: Inputs, about: Mapping[str, Any]
     return Source(
         parts=parts,
         tokenizer=_tokenizer(folder / "tokenizer", parts["text_encoder"]),
-        scheduler=loading.scheduler_of(folder),
+        scheduler=loading.scheduler_of(folder, found.file),
         layout=about["layout"],
         token=about["token"],
         image_size=unet.config.sample_size * vae_factor(parts["vae"]),
-        license=_license_of(folder, family),
-        **_sdxl_rules(folder),
+        # A single file is not under the licence of the model whose configuration it has.
+        license=family.license if found.file else _license_of(folder, family),
+        **(_sdxl_rules(folder, parts["text_encoder_2"]) if "text_encoder_2" in parts else {}),
     )
 
 
-def _sdxl_rules(folder: Path) -> dict[str, Any]:
-    if not (folder / "text_encoder_2").is_dir():
-        return {}
-    index = json.loads((folder / "model_index.json").read_text())
-    second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+def _sdxl_rules(folder: Path, text_encoder_2: Part) -> dict[str, Any]:
+    index = loading.read_json(folder / "model_index.json")
     return {
-        "pad_2": second.pad_token_id,
+        "pad_2": _tokenizer(folder / "tokenizer_2", text_encoder_2).pad_token_id,
         "zero_empty": bool(index.get("force_zeros_for_empty_prompt", True)),  # diffusers' default
     }
 
@@ -165,7 +164,7 @@ def _tokenizer(folder: Path, text_encoder: Part) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers has no common one
-        raise IntegrityError(what, _why(error), "copy the model again") from error
+        raise IntegrityError(what, first_line(error), "copy the model again") from error
     known = text_encoder.skeleton.config.vocab_size
     if len(tokenizer) > known or len(tokenizer) < 3:  # an empty folder makes a tokenizer, too
         raise IntegrityError(
@@ -203,9 +202,9 @@ def _about_hypernet(path: Path) -> dict[str, Any]:
         }
     except OSError as error:
         do = "train one: python -m training.train"
-        raise NotFound(f"no hypernetwork can be read from {path}", _why(error), do) from error
+        raise NotFound(f"no hypernetwork can be read from {path}", first_line(error), do) from error
     except (HyperRTError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        why = f"hypernet.json lacks {error}" if isinstance(error, KeyError) else _why(error)
+        why = f"hypernet.json lacks {error}" if isinstance(error, KeyError) else first_line(error)
         raise IntegrityError(
             f"the hypernetwork {path} is damaged", why, "copy it again, or train it again"
         ) from error
@@ -226,12 +225,6 @@ def _base_of(hypernet: Path, about: Mapping[str, Any]) -> Path:
         why = f"{hypernet} was trained on {folder}, which is not there"
         raise NotFound("there is no base model", why, "say where it is: --base BASE")
     return folder
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _check_fit(source: Source, about: Mapping[str, Any], half_hash: bool) -> None:

@@ -15,7 +15,7 @@ from export.parts import Part
 from hyperrt.bundle import Betas, ImagePrompt, Preprocess
 from hyperrt.errors import UsageError
 from hyperrt.lora import LoraLayout
-from hyperrt.solvers import BETA_SCHEDULES
+from hyperrt.solvers import BETA_SCHEDULES, PREDICTION_TYPES
 from training import features, image_prompt, lora_layers
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -33,7 +33,7 @@ class Inputs:
         random_weights: a seed: random weights of the family's sizes in place of all others.
         image_encoder: folder of the ViT that the hypernetwork reads, where the base model's has none.
         image_prompt: IP-Adapter-Plus file, for the open category.
-        like: for a single file, see `loading.as_folder`.
+        like: for a single file, see `loading.find`.
         offline: no network.
         size: of the pictures, in pixels; None: what the UNet was trained for.
     """
@@ -106,14 +106,32 @@ def betas(source: Source) -> Betas:
         ExportError: the runtime does not know it.
     """
     config = source.scheduler
-    found = config.get("beta_schedule", "linear")
+    found = config.get("beta_schedule", "linear")  # diffusers' default
     what = "the base model has an unknown noise schedule"
     if found not in BETA_SCHEDULES or config.get("trained_betas") is not None:
         raise ExportError(what, f"its beta_schedule is {found!r}", "train it with scaled_linear")
     if config.get("rescale_betas_zero_snr"):
         why = "rescale_betas_zero_snr leaves no signal at the last timestep, where solvers divide by it"
         raise ExportError(what, why, "use a model without it")
-    return Betas(found, config["beta_start"], config["beta_end"], config.get("num_train_timesteps", 1000))
+    start, end = config.get("beta_start"), config.get("beta_end")
+    try:
+        return Betas(found, start, end, config.get("num_train_timesteps", 1000))
+    except (TypeError, ValueError) as error:
+        why = f"its betas go from {start!r} to {end!r}; it must be 0 < start < end < 1"
+        raise ExportError(what, why, "use a model whose scheduler_config.json has them") from error
+
+
+def prediction_type(source: Source) -> Any:
+    """What the UNet predicts, for the manifest; diffusers' default where the configuration does not say.
+
+    Raises:
+        ExportError: the runtime does not know it.
+    """
+    found = source.scheduler.get("prediction_type", "epsilon")
+    if found not in PREDICTION_TYPES:
+        why = f"its prediction_type is {found!r}; known are {', '.join(sorted(PREDICTION_TYPES))}"
+        raise ExportError("the base model predicts something unknown", why, "use another model")
+    return found
 
 
 def timestep_spacing(source: Source) -> Literal["leading", "trailing"]:
@@ -138,7 +156,12 @@ def image_prompt_section(source: Source) -> ImagePrompt | None:
 
 
 def sized(source: Source, size: int | None) -> Source:
-    """`source` for pictures of another size; what its UNet cannot halve as often as it must is refused."""
+    """`source` for pictures of another size; what its UNet cannot halve as often as it must is refused.
+
+    Raises:
+        UsageError: such a size.
+        ExportError: the graphs cannot express the UNet, or the runtime the noise schedule.
+    """
     unet = source.parts["unet"].skeleton.config
     step = vae_factor(source.parts["vae"]) * 2 ** (len(unet.block_out_channels) - 1)
     wanted = source.image_size if size is None else size
@@ -147,6 +170,8 @@ def sized(source: Source, size: int | None) -> Source:
         do = f"leave --size out for {source.image_size}, which the model was trained for"
         raise UsageError(f"the model cannot draw pictures of {wanted} pixels", why, do)
     _check_unet(source)
+    betas(source)  # what the manifest cannot say is known before the work, not after
+    prediction_type(source)
     return dataclasses.replace(source, image_size=wanted)
 
 

@@ -27,7 +27,7 @@ from engines.base import Engine
 from export import reference, refit_form
 from export.errors import ParityError
 from export.graphs import Graph
-from export.source import Source, betas
+from export.source import Source, betas, prediction_type
 from hyperrt import guidance, sampling, solvers
 from hyperrt.bundle import Defaults
 from hyperrt.graphs import REFITTING
@@ -284,7 +284,7 @@ def loop_error(torchs: Torch, opened: Mapping[str, Fed], defaults: Defaults) -> 
 def _sampled(source: Source, step: Callable[[Mapping[str, np.ndarray]], Arrays]) -> np.ndarray:
     """Latents [1, C, h, w] after LOOP_STEPS steps of DPM-Solver++(2M)."""
     schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
-    table = solvers.table("dpmpp_2m", schedule, LOOP_STEPS, source.scheduler["prediction_type"])
+    table = solvers.table("dpmpp_2m", schedule, LOOP_STEPS, prediction_type(source))
     channels = source.config("unet").in_channels
     noise = sampling.initial_noise(0, (channels, source.latent_size, source.latent_size), 1)
     latents = noise * np.float32(table.initial_scale)

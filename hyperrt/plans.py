@@ -29,7 +29,7 @@ __all__ = ["Plan", "PlanCache", "PlanKey", "builder", "compile_command", "graph_
 
 BACKENDS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}  # name -> its vendor's spelling
 SHOWN = 12  # digits of an id in tables and messages
-ATTEMPTS, PAUSE = 40, 0.005  # how often, and after how many seconds, a reader looks again during a replacement
+ATTEMPTS, PAUSE = 40, 0.005  # how often a reader looks again during a replacement, after how many seconds
 
 
 @dataclass(frozen=True)

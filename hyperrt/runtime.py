@@ -304,7 +304,7 @@ class Runtime:
         return results if several else results[0]
 
     def _check_memory(self, job: Job) -> None:
-        """Refuse a job that will not fit, before anything is loaded for it; a GPU says itself when it is full."""
+        """Refuse a job that will not fit, before anything is loaded; a GPU says itself when it is full."""
         if engines.BACKENDS[self.backend].nvidia:
             return
         rows = len(job.gate) * min(job.batch_size, job.n)

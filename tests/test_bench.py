@@ -30,6 +30,7 @@ KEYS = {
     "peers": {"ours_s"},  # the smallest run makes no environments
     "delta_retention": {"beside", "merged"},
     "subjects": {"per_subject_s_1", "per_subject_s_8", "mb_per_extra_subject"},
+    "gpu": {"tiny_step_over_floor", "switch_ms", "vs_compile_naive"},
     "switch": {"switch_ms", "aba_max_diff", "a_base_max_diff", "row_alone_max_rel"},
     "fidelity": {
         f"{key}{way}"
@@ -40,6 +41,7 @@ KEYS = {
 NEEDS = {"parity": ("torch", "diffusers", "peft", "onnx_ir"), "fused_step": ("onnx_ir",)}
 EXPORTS = ("torch", "diffusers", "onnxscript", "openvino")
 NEEDS |= {"full_size": EXPORTS, "hoist": EXPORTS, "compile": ("tensorrt_rtx",)}
+NEEDS |= {"gpu": ("torch", "diffusers", "onnxruntime")}
 
 
 def module(name: str):

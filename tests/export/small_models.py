@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -11,6 +18,16 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from export.families import _random
+from export.parts import random_part
+from export.source import Source
+from training import checkpoint, clip_tokenizer, image_prompt, lora_layers
+from training.config import DecoderConfig, TrainConfig
+from training.hypernet import decoder_of
+
+SCHEDULER = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon",
+}  # fmt: skip
 TEXT = {
     "vocab_size": 1000, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 77, "eos_token_id": 2,
@@ -63,3 +80,44 @@ def vision() -> CLIPVisionModelWithProjection:
             patch_size=14, projection_dim=8,
         )
     )  # fmt: skip
+
+
+def source(family: str, folder: Path, scheduler: Mapping[str, Any] = SCHEDULER) -> Source:
+    """Random weights like those of the families sd15 and sdxl; the tokenizer goes to `folder`."""
+    xl = family == "sdxl"
+    parts = {name: random_part(name, build, 0) for name, build in (SDXL if xl else SD15).items()}
+    unet = parts["unet"].skeleton
+    if xl:
+        build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=1)  # noqa: E731
+        parts["image_prompt"] = random_part("image_prompt", build, 0)
+    config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
+    found = _random(parts, clip_tokenizer.build(folder, 77), scheduler, 0, 2, config, 32, "none")
+    return dataclasses.replace(found, pad_2=0, zero_empty=True) if xl else found
+
+
+def save(
+    folder: Path, builders: Mapping[str, Callable[[], nn.Module]], scheduler: Mapping[str, Any] = SCHEDULER
+) -> dict[str, Any]:
+    """Random weights of `SD15` or `SDXL` as diffusers saves a model; returns the networks."""
+    modules = {name: random_part(name, build, 0).read().float() for name, build in builders.items()}
+    for name, module in modules.items():
+        for tensor in module.state_dict().values():
+            tensor.mul_(1 + 2**-13)  # which fp16 cannot hold
+        module.save_pretrained(folder / name)
+    tokenizer = clip_tokenizer.build(folder / "tokenizer", 77)
+    if "text_encoder_2" in modules:
+        tokenizer.pad_token = "!"
+        tokenizer.save_pretrained(folder / "tokenizer_2")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": True}))
+    return modules
+
+
+def save_hypernet(folder: Path, base: Path, unet: nn.Module) -> Path:
+    """A hypernetwork of that base model, fresh."""
+    config = TrainConfig(base=str(base), cache="c", out="h", rank=2, dim=16, layers=1, head_dim=8)
+    decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
+    folder.mkdir()
+    checkpoint.save_hypernet(folder, decoder, config, 1, checkpoint.hash_of(unet, half=True))
+    return folder

@@ -1,6 +1,4 @@
 import json
-import shutil
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -8,10 +6,7 @@ import pytest
 from export import assemble, verify
 from export.errors import ParityError
 from hyperrt import cli as command
-
-
-def arguments(base, hypernet, new):
-    return ["export", "--model", "tiny", "--base", str(base), "--hypernet", str(hypernet), "-o", str(new)]
+from tests.export.command_line import arguments, three_lines
 
 
 def last_event(capsys):
@@ -91,122 +86,12 @@ def test_a_folder_that_is_called_like_a_family_is_not_the_model(tmp_path, monkey
     assert (called["model"], called["base"]) == ("tiny", None)
 
 
-def test_two_base_models_are_one_too_many(trained, tmp_path, capfd):
-    options = [
-        "export",
-        "--model",
-        str(trained.base),
-        "--base",
-        str(trained.base),
-        "-o",
-        str(tmp_path / "new"),
-    ]
-    assert command.run(options) == 2
-    assert "there are two base models" in three_lines(capfd)
-
-
 def test_the_parity_figures_are_shown(trained, tmp_path, capsys, called, exported):
     assert command.run(arguments(trained.base, trained.hypernet, tmp_path / "new")) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{exported}\n"
     for rung, error in json.loads((exported / "bundle.json").read_text())["parity"].items():
         assert f"{rung:20}{error:8.0e}" in shown.err
-
-
-def no_base(base, hypernet, new):
-    shutil.rmtree(base)
-
-
-def no_unet(base, hypernet, new):
-    shutil.rmtree(base / "unet")
-
-
-def truncated_unet(base, hypernet, new):
-    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"PK\x03\x04")
-
-
-def pickled_text_encoder(base, hypernet, new):
-    (base / "text_encoder" / "model.safetensors").rename(base / "text_encoder" / "pytorch_model.bin")
-
-
-def no_vocabulary(base, hypernet, new):
-    for file in (base / "tokenizer").iterdir():
-        file.unlink()
-
-
-def unknown_vae(base, hypernet, new):
-    (base / "vae" / "config.json").write_text('{"_class_name": "VQModel"}')
-
-
-def no_hypernet(base, hypernet, new):
-    (hypernet / "hypernet.safetensors").unlink()
-
-
-def truncated_hypernet(base, hypernet, new):
-    (hypernet / "hypernet.safetensors").write_bytes(b"")
-
-
-def list_for_hypernet_json(base, hypernet, new):
-    (hypernet / "hypernet.json").write_text("[]")
-
-
-def no_token(base, hypernet, new):
-    about = json.loads((hypernet / "hypernet.json").read_text())
-    del about["token"]
-    (hypernet / "hypernet.json").write_text(json.dumps(about))
-
-
-def bundle_exists(base, hypernet, new):
-    new.mkdir()
-    (new / "bundle.json").write_text("{}")
-
-
-def output_is_a_file(base, hypernet, new):
-    new.write_text("mine")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "code", "what"),
-    [
-        (no_base, 4, "no base model"),
-        (no_unet, 4, "it has no unet"),
-        (truncated_unet, 8, "unet"),
-        (pickled_text_encoder, 3, "is a pickle"),
-        (no_vocabulary, 8, "tokenizer"),
-        (unknown_vae, 3, "'VQModel'"),
-        (no_hypernet, 4, "hypernet.safetensors"),
-        (truncated_hypernet, 8, "hypernet"),
-        (list_for_hypernet_json, 8, "hypernet"),
-        (no_token, 8, "lacks 'token'"),
-        (bundle_exists, 2, "exists"),
-        (output_is_a_file, 2, "is no plain folder"),
-    ],
-    ids=lambda value: getattr(value, "__name__", "").replace("_", " "),
-)
-def test_bad_input_ends_in_three_lines_and_its_code(spoil, code, what, trained, tmp_path, capfd):
-    base, hypernet = (
-        shutil.copytree(getattr(trained, name), tmp_path / name) for name in ("base", "hypernet")
-    )
-    spoil(base, hypernet, tmp_path / "new")
-    there = sorted(tmp_path.rglob("*"))
-    assert command.run(arguments(base, hypernet, tmp_path / "new")) == code
-    assert what in three_lines(capfd)
-    assert sorted(tmp_path.rglob("*")) == there
-
-
-def test_a_pickle_is_not_read(trained, tmp_path, capfd):
-    pickle = tmp_path / "hypernet.pt"
-    pickle.write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    assert command.run(arguments(trained.base, pickle, tmp_path / "new")) == 3
-    assert "pickles can run code" in three_lines(capfd)
-
-
-def test_a_full_disk_is_seen_before_the_work(trained, tmp_path, capfd, monkeypatch):
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1000))
-    assert command.run(arguments(trained.base, trained.hypernet, tmp_path / "new")) == 6
-    assert "has no room for the bundle" in three_lines(capfd)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_rung_that_fails_is_named(trained, tmp_path, capfd, monkeypatch):
@@ -216,12 +101,3 @@ def test_a_rung_that_fails_is_named(trained, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(assemble, "export_bundle", fails)
     assert command.run(arguments(trained.base, trained.hypernet, tmp_path / "new")) == ParityError.code == 9
     assert "fused_step" in three_lines(capfd)
-
-
-def three_lines(capfd):
-    """What is on stderr, which must be one error as design 10 wants it."""
-    shown = capfd.readouterr()
-    assert not shown.out
-    heads = [line[:7] for line in shown.err.splitlines()]
-    assert heads == ["error: ", "  why: ", "  do:  "]
-    return shown.err

@@ -11,41 +11,23 @@ from safetensors.torch import load_file, save_file
 
 from export import assemble, export_bundle, families, loading
 from export.errors import ExportError
-from export.parts import random_part
 from export.source import Inputs
 from hyperrt.bundle import Bundle
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
+from tests.export import small_models
 from tests.export.small_models import SDXL
-from training import checkpoint, clip_tokenizer, lora_layers
-from training.config import TrainConfig
-from training.hypernet import decoder_of
 
 COMMIT = "0123456789" * 4
-SCHEDULER = {
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-}  # fmt: skip
+SCHEDULER = small_models.SCHEDULER | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A small SDXL as diffusers saves it, and a hypernetwork of it in `hypernet`."""
     folder = tmp_path_factory.mktemp("model")
-    for name, build in SDXL.items():
-        random_part(name, build, 0).read().save_pretrained(folder / name)
-    tokenizer = clip_tokenizer.build(folder / "tokenizer", 77)
-    tokenizer.pad_token = "!"
-    tokenizer.save_pretrained(folder / "tokenizer_2")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": True}))
+    modules = small_models.save(folder, SDXL, SCHEDULER)
     (folder / "LICENSE.md").write_text("theirs")
-    unet = loading.parts_of(folder)["unet"].read()
-    config = TrainConfig(base=str(folder), cache="c", out="h", rank=2, dim=16, layers=1, head_dim=8)
-    decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
-    (folder / "hypernet").mkdir()
-    checkpoint.save_hypernet(folder / "hypernet", decoder, config, 1, checkpoint.hash_of(unet, half=True))
+    small_models.save_hypernet(folder / "hypernet", folder, modules["unet"])
     return folder
 
 
@@ -163,40 +145,42 @@ def test_a_size_that_the_unet_cannot_draw_is_refused(size, saved):
         pass
 
 
-def opened(model, like=None, offline=False):
-    with loading.as_folder(str(model), like, offline) as folder:
-        return folder
+def find(model, like=None, offline=False):
+    return loading.find(str(model), like and str(like), offline)
 
 
 def test_a_pickled_checkpoint_is_refused(tmp_path):
     with pytest.raises(BadInput, match="ckpt files are pickles"):
-        opened(tmp_path / "model.ckpt")
+        find(tmp_path / "model.ckpt")
 
 
-def test_a_single_file_needs_a_configuration(tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+def test_a_single_file_needs_a_configuration(saved, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
     with pytest.raises(UsageError, match="--like DIR"):
-        opened(tmp_path / "model.safetensors")
+        find(file)
+    with pytest.raises(UsageError, match="is a file of weights"):
+        find(file, like=file)
     with pytest.raises(NotFound, match="no such file"):
-        opened(tmp_path / "other.safetensors")
+        find(tmp_path / "other.safetensors")
+    assert find(file, like=saved) == loading.Found(saved, file)
 
 
-def test_a_single_file_of_something_else_is_refused(saved, tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ExportError, match="cannot be read as a model"):
-        opened(tmp_path / "model.safetensors", str(saved))
+def test_a_configuration_of_something_that_has_its_own_is_refused(saved):
+    with pytest.raises(UsageError, match=r"would not be read(?s:.*)leave --like out"):
+        find(saved, like=saved)
 
 
 def test_a_hub_id_must_name_its_commit():
     with pytest.raises(UsageError, match="no pinned revision"):
-        opened("someone/model")
+        find("someone/model")
     with pytest.raises(UsageError, match="no pinned revision"):
-        opened("someone/model@main")
+        find("someone/model@main")
 
 
 def test_a_name_that_is_nothing_is_not_found():
     with pytest.raises(NotFound, match="no folder, no file and no hub id"):
-        opened("no such thing")
+        find("no such thing")
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -209,7 +193,7 @@ def test_a_hub_that_cannot_be_reached_is_said(offline, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(NotFound, match="--offline is given" if offline else "cannot be had from the hub"):
-        opened(f"someone/model@{COMMIT}", offline=offline)
+        find(f"someone/model@{COMMIT}", offline=offline)
     assert asked["name"] == "someone/model" and asked["revision"] == COMMIT
     assert asked["local_files_only"] is offline
     assert not any(pattern.endswith((".bin", ".ckpt", ".py")) for pattern in asked["allow_patterns"])

@@ -10,44 +10,20 @@ import torch
 
 from export import assemble, export_bundle, families, verify
 from export.errors import ParityError
-from export.families import _random
-from export.parts import random_part
 from export.source import Inputs
 from hyperrt import Runtime
 from hyperrt.bundle import Bundle
-from tests.export.small_models import SD15, SDXL
-from training import clip_tokenizer, image_prompt
-from training.config import DecoderConfig
+from tests.export import small_models
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="half precision on a CPU is OpenVINO's"
 )
 
 
-def small(name, tmp_path):
-    """A source like those of the families sd15 and sdxl."""
-    xl = name == "sdxl"
-    parts = {part: random_part(part, build, 0) for part, build in (SDXL if xl else SD15).items()}
-    unet = parts["unet"].skeleton
-    if xl:
-        build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=1)  # noqa: E731
-        parts["image_prompt"] = random_part("image_prompt", build, 0)
-    config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
-    scheduler = {
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "prediction_type": "epsilon",
-    }
-    tokenizer = clip_tokenizer.build(tmp_path, 77)
-    source = _random(parts, tokenizer, scheduler, 0, 2, config, 32, "none")
-    return dataclasses.replace(source, pad_2=0, zero_empty=True) if xl else source
-
-
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def family(request, tmp_path_factory):
     """The name of a family whose random models are small."""
-    source = small(request.param, tmp_path_factory.mktemp("tokenizer"))
+    source = small_models.source(request.param, tmp_path_factory.mktemp("tokenizer"))
     smaller = dataclasses.replace(families.get(request.param), random=lambda seed: source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families.FAMILIES, request.param, smaller)

@@ -1,0 +1,76 @@
+"""What HyperRT needs on a backend: steps of the runtime's own loop, three rows, and changes of subject.
+
+The step is the time between one latent and the next of `Runtime.steps`: what the host does is in it.  A
+change of subject is `Runtime.prepare` with another LoRA and the same prompt.  A backend with plans gets them
+by `hyperrt compile`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from itertools import cycle
+from time import perf_counter
+from typing import Any
+
+import gpu_timing
+import peer_ours
+import report
+
+from hyperrt import Runtime
+
+PROMPT = "a [V] on a beach"
+COMPILED = ("tensorrt", "tensorrt-rtx")  # backends that run plans
+
+
+def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str, float]:
+    """Figures of a backend on the bundle `args.bundle`.
+
+    Args:
+        options: the backend's own.
+    """
+    found: dict[str, float] = {}
+    if backend in COMPILED:
+        start = perf_counter()
+        compile_bundle(args.bundle, backend)
+        found["compile_s"] = perf_counter() - start
+    with Runtime.open(args.bundle, backend, backend_options=options) as runtime:
+        pair = [peer_ours.random_subject(runtime.bundle, seed) for seed in (0, 1)]
+        subjects = cycle(pair[::-1])
+        runtime.prepare(PROMPT, pair[0])
+        loop = runtime.steps(PROMPT, pair[0], steps=args.warm_up + args.rounds)
+
+        def picture() -> None:
+            # The decoder comes after the last step, when somebody asks for more.
+            steps = runtime.steps(PROMPT, pair[0], steps=args.steps)
+            for _ in range(args.steps):
+                next(steps)
+
+        def switch() -> None:
+            runtime.prepare(PROMPT, next(subjects))
+
+        return found | gpu_timing.figures(lambda: next(loop), switch, picture, args)
+
+
+def compile_bundle(bundle: str, backend: str) -> None:
+    """Plans of all graphs, for this machine.
+
+    Raises:
+        Absent: with what the command said.
+    """
+    command = (
+        sys.executable,
+        "-m",
+        "hyperrt",
+        "compile",
+        bundle,
+        "--backend",
+        backend,
+        "--target",
+        "current",
+    )
+    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=False)
+    print(done.stderr, file=sys.stderr)
+    if done.returncode:
+        raise gpu_timing.Absent(gpu_timing.last_words(done.stderr) or f"exit code {done.returncode}")

@@ -1,0 +1,221 @@
+"""What PyTorch needs for a step of HM-CFG with three rows, and for a change of subject.
+
+    naive   as it is done with diffusers: the base model on two rows, then the same UNet with its LoRA on, on
+            one; q, k and v of every attention in every step
+    rows    this project's step in PyTorch: one call of three rows with the LoRA on one, keys and values
+            computed once per subject, guidance and solver included (export/modules.py)
+
+A change of subject is its factors from the host's memory into the tensors that are computed with, and for
+`rows` their keys and values.  Weights are random; the sizes are true.  `rows` of SDXL has the image tokens of
+the open category, `naive` has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import gpu_timing
+import numpy as np
+
+try:
+    import torch
+
+    from export import families, graphs, precision
+    from export.source import Source
+    from training import lora_layers
+except ModuleNotFoundError as error:
+    raise gpu_timing.Absent(f"PyTorch's kinds need the package {error.name!r}") from error
+
+SIZES = {"images": 1, "branches": 3, "rows": 3, "subjects": 1}
+GATE, WEIGHTS = (0.0, 1.0, 0.0), (-6.5, 3.75, 3.75)  # of empty prompt, subject, generic prompt
+BASE, SUBJECT = (0, 2), (1,)  # rows
+SOLVER = (1, 0.9, 0.1, 0, 0, 0.9, 0.1)  # coefficients of a step that needs no memory of the last
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A family's UNet on a device, and what its three rows are told.
+
+    Attributes:
+        feeds: every input of the `denoiser` graph, on the device.
+        subjects: two packed LoRAs by name, in the host's memory.
+        compiled: makes a function faster, or leaves it as it is.
+    """
+
+    source: Source
+    unet: Any
+    precision: precision.Precision
+    feeds: dict[str, torch.Tensor]
+    hidden: torch.Tensor
+    subjects: list[dict[str, torch.Tensor]]
+    compiled: Callable[[Any], Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return precision.DTYPES[self.precision]
+
+
+def measure(args: argparse.Namespace, way: str, mode: str = "") -> dict[str, float]:
+    """Figures of a way of computing.
+
+    Args:
+        mode: of torch.compile; "" computes eagerly.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    with torch.no_grad():
+        model = made(args, device, mode)
+        step, put = {"naive": naive, "rows": rows}[way](model)
+        subjects = cycle(model.subjects)
+        latents = model.feeds["latents"]
+
+        def one_step() -> torch.Tensor:
+            return finished(step(latents))
+
+        def picture() -> torch.Tensor:
+            x = latents
+            for _ in range(args.steps):
+                x = step(x)
+            return finished(x)
+
+        def switch() -> None:
+            put(next(subjects))
+            finished(latents)
+
+        settle = torch.cuda.empty_cache  # without CUDA it does nothing
+        return gpu_timing.figures(one_step, switch, picture, args, settle)
+
+
+def finished(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, when the device has computed it."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return tensor
+
+
+def made(args: argparse.Namespace, device: str, mode: str) -> Model:
+    """The family's UNet with PyTorch's own initialisation."""
+    torch.manual_seed(0)
+    source = families.get(args.family).random(0)
+    with torch.device(device):
+        unet = source.parts["unet"].build().eval().requires_grad_(False)
+    unet = unet.to(device=device, memory_format=torch.channels_last)
+    feeds = denoiser_of(source).feeds(SIZES, seed=0)
+    feeds |= {"gate": torch.tensor(GATE), "guidance": torch.tensor(WEIGHTS), "timestep": torch.tensor(501.0)}
+    feeds["coefficients"] = torch.tensor(SOLVER)
+    rng = np.random.default_rng(0)
+    subjects = [
+        {name: torch.from_numpy(0.01 * rng.standard_normal((1, source.layout.size(name)), np.float32))
+         for name in ("lora_q", "lora_kv")}
+        for _ in range(2)
+    ]  # fmt: skip
+    return Model(
+        source=source,
+        unet=unet,
+        precision=args.precision,
+        feeds={name: tensor.to(device) for name, tensor in feeds.items()},
+        hidden=torch.randn(3, source.max_tokens, source.text_width, device=device),
+        subjects=subjects,
+        compiled=compiler(device, mode),
+    )
+
+
+def compiler(device: str, mode: str) -> Callable[[Any], Any]:
+    """torch.compile of that mode; without a GPU only its first half, which needs no C++ compiler."""
+    if not mode:
+        return lambda function: function
+    if device == "cpu":
+        return lambda function: torch.compile(function, backend="eager", dynamic=False)
+    compiled = lambda function: torch.compile(function, mode=mode, dynamic=False)  # noqa: E731
+    return (lambda function: replayed(compiled(function))) if mode == "reduce-overhead" else compiled
+
+
+def replayed(function: Any) -> Any:
+    """Results of a CUDA graph as tensors of their own: the next replay overwrites them."""
+    return lambda *tensors: function(*tensors).clone()
+
+
+def denoiser_of(source: Source) -> graphs.Graph:
+    """The graph of a step."""
+    return next(graph for graph in graphs.build(source) if graph.name == "denoiser")
+
+
+def naive(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]]:
+    """Two calls of one UNet, its LoRA off and on."""
+    feeds, dtype, layout = model.feeds, model.dtype, model.source.layout
+    unet = model.unet.to(dtype)
+    lora_layers.install(unet)
+    device, text = model.hidden.device, model.hidden.to(dtype)
+    lora = {name: vector.to(device, dtype) for name, vector in model.subjects[0].items()}
+    open_gate = torch.ones(1, 1, 1, device=device, dtype=dtype)
+    time, c, weights = feeds["timestep"], feeds["coefficients"], feeds["guidance"].reshape(3, 1, 1, 1)
+    texts = {rows: text[list(rows)] for rows in (BASE, SUBJECT)}
+    others = {rows: added(model, len(rows)) for rows in (BASE, SUBJECT)}
+
+    def predict(x: torch.Tensor, text: torch.Tensor, other: Any, lora_q: Any, lora_kv: Any) -> torch.Tensor:
+        told: dict[str, Any] = {}
+        if lora_q is not None:
+            factors = lora_layers.unpack(layout, {"lora_q": lora_q, "lora_kv": lora_kv})
+            told = {"cross_attention_kwargs": {"rows": lora_layers.Rows(factors, open_gate)}}
+        return unet(x, time, text, added_cond_kwargs=other, return_dict=False, **told)[0]
+
+    call = model.compiled(predict)
+
+    def step(latents: torch.Tensor) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        x = (latents * c[0]).to(dtype)
+        base = call(x.repeat(2, 1, 1, 1), texts[BASE], others[BASE], None, None)
+        own = call(x, texts[SUBJECT], others[SUBJECT], lora["lora_q"], lora["lora_kv"])
+        g = (weights * torch.cat([base[:1], own, base[1:]]).float()).sum(0, keepdim=True)
+        return c[1] * latents + c[2] * g
+
+    def put(subject: dict[str, torch.Tensor]) -> None:
+        for name, vector in subject.items():
+            lora[name].copy_(vector)
+
+    return step, put
+
+
+def added(model: Model, rows: int) -> dict[str, torch.Tensor] | None:
+    """What SDXL is told beside the text, for so many rows: its pooled form, and sizes."""
+    if not model.source.is_sdxl:
+        return None
+    device, side = model.hidden.device, model.source.image_size
+    pooled = model.source.config("text_encoder_2").projection_dim
+    sizes = torch.tensor([side, side, 0, 0, side, side], device=device, dtype=model.dtype)
+    return {
+        "text_embeds": torch.ones(rows, pooled, device=device, dtype=model.dtype),
+        "time_ids": sizes.repeat(rows, 1),
+    }
+
+
+def rows(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]]:
+    """One call of three rows."""
+    module = precision.apply(denoiser_of(model.source).make({"unet": model.unet}), model.precision)
+    feeds = dict(model.feeds)
+    text, gate, layout = model.hidden.to(model.dtype), feeds["gate"].to(model.dtype), model.source.layout
+    names = [name for name in feeds if name not in ("latents", "previous", "noise")]
+
+    def whole(latents: torch.Tensor, *told: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(names, told, strict=True))
+        return module(latents=latents, previous=latents, noise=latents, **given)[0]
+
+    call = model.compiled(whole)
+
+    def step(latents: torch.Tensor) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call(latents, *(feeds[name] for name in names))
+
+    def put(subject: dict[str, torch.Tensor]) -> None:
+        feeds["lora_q"].copy_(subject["lora_q"])
+        lora_kv = subject["lora_kv"].to(gate.device, model.dtype)
+        context = lora_layers.context(model.unet, text, gate, lora_kv, layout)
+        feeds["context"][:, : context.shape[1]].copy_(context)  # behind it are the image tokens'
+
+    return step, put

@@ -1,0 +1,166 @@
+"""Single files: Stable Diffusion's weights under the names that it was first published with.
+
+Such a file has the networks side by side, each below a prefix, and no configuration: that is in the folder of
+a model of the same architecture. diffusers' own functions translate the names. They say nothing of what they
+miss or do not know, so names and shapes are compared with the configuration here, before anything is read.
+
+The file is mapped into memory: a network takes it as it is stored, and what is stored in fp16 is not copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from export.errors import ExportError, first_line
+from export.parts import Part
+from hyperrt.errors import BadInput, IntegrityError
+
+Tensors = Mapping[str, Tensor]
+
+OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")  # Stable Diffusion 2, SDXL
+PREFIXES = {  # of each network; the first that the file has
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.",),
+    "text_encoder": (
+        "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", OPEN_CLIP[0],
+    ),
+    "text_encoder_2": (OPEN_CLIP[1],),
+}  # fmt: skip
+# SDXL's embedding of the pooled text and the sizes; diffusers' function fails where one of them is missing.
+ADDED = {"label_emb.0.0.": "add_embedding.linear_1.", "label_emb.0.2.": "add_embedding.linear_2."}
+# Text encoders may have them; hidden states do not depend on them.
+UNUSED = ("embeddings.position_ids", "text_projection.weight")
+AGAIN = "download or copy it again"
+LIKE = "name a model that it was made from: --like DIR or OWNER/NAME@COMMIT"
+
+
+def part_of(path: Path, name: str, build: Callable[[], nn.Module]) -> Part:
+    """A network of the file, a key of `PREFIXES`; `build` makes it as its configuration says."""
+
+    def read() -> nn.Module:
+        with init_empty_weights(include_buffers=False):
+            module = build().requires_grad_(False)
+        module.load_state_dict(_translated(name, _tensors(path, name), module), assign=True)
+        return module.eval()
+
+    return Part(name, build, read)
+
+
+def check(path: Path, part: Part, like: Path) -> None:
+    """Whether the file has all of a network, and of the shapes that the configuration in `like` asks for.
+
+    Raises:
+        BadInput: it has nothing of this network.
+        IntegrityError: it is damaged, or not complete.
+        ExportError: it is of another architecture.
+    """
+    tensors = _tensors(path, part.name, hollow=True)
+    if not tensors:
+        why = f"no tensor's name begins with {' or '.join(PREFIXES[part.name])}"
+        do = "give a whole model under Stable Diffusion's original names, or a folder in diffusers' format"
+        raise BadInput(f"{path} has no {part.name}", why, do)
+    what = f"the base model {path} is not complete"
+    try:
+        translated = _translated(part.name, tensors, part.skeleton)
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise IntegrityError(what, f"{part.name}: {error} is missing", AGAIN) from error
+    found = {key: _form(tensor) for key, tensor in translated.items()}
+    wanted = {key: _form(tensor) for key, tensor in part.skeleton.state_dict(keep_vars=True).items()}
+    if others := sorted(key for key in found if found[key] != wanted.get(key)):
+        key = others[0]
+        why = f"{part.name}, {key}: {found[key]} in the file, {wanted.get(key, 'absent')} in {like}"
+        raise ExportError(f"{path} is of another architecture than --like", why, LIKE)
+    if missing := sorted(wanted.keys() - found.keys()):
+        why = f"{len(missing)} of the {len(wanted)} tensors of {part.name} are missing, such as {missing[0]}"
+        raise IntegrityError(what, why, AGAIN)
+
+
+def check_schedule(path: Path, config: Mapping[str, Any]) -> None:
+    """Whether the file says of itself what the configuration of the noise schedule does not.
+
+    Models that were trained so have an empty tensor `v_pred`, and `ztsnr` where the last timestep has no
+    signal, for programs that read no configuration.
+
+    Raises:
+        ExportError: it does.
+    """
+    with _opened(path) as file:
+        names = set(file.keys())
+    told = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+    for name, (key, value) in told.items():
+        if name in names and config.get(key) != value:
+            why = f"{name} in the file means that {key} is {value!r}; in --like it is {config.get(key)!r}"
+            raise ExportError(f"{path} was trained with another noise schedule than --like", why, LIKE)
+
+
+def _translated(name: str, tensors: Tensors, module: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors under the names that `module` gives them."""
+    config: Any = module.config
+    if name == "unet":
+        found = convert_ldm_unet_checkpoint(dict(tensors), {**config, "addition_embed_type": None})
+        found |= _added(tensors)
+    elif name == "vae":
+        found = convert_ldm_vae_checkpoint(dict(tensors), config)
+    else:
+        found = _text(tensors, module)
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+
+def _added(tensors: Tensors) -> dict[str, Tensor]:
+    found = {}
+    for key, tensor in tensors.items():
+        for old, new in ADDED.items():
+            start = PREFIXES["unet"][0] + old
+            if key.startswith(start):
+                found[new + key.removeprefix(start)] = tensor
+    return found
+
+
+def _text(tensors: Tensors, module: nn.Module) -> dict[str, Tensor]:
+    prefix = next((prefix for prefix in OPEN_CLIP if next(iter(tensors)).startswith(prefix)), None)
+    if prefix is None:
+        found = convert_ldm_clip_checkpoint(tensors)
+    else:
+        found = convert_open_clip_checkpoint(module, tensors, prefix)
+    wanted = module.state_dict(keep_vars=True).keys()
+    if not any(key.startswith("text_model.") for key in wanted):  # so in transformers 5.6 and later
+        found = {key.removeprefix("text_model."): tensor for key, tensor in found.items()}
+    return {key: tensor for key, tensor in found.items() if key in wanted or not key.endswith(UNUSED)}
+
+
+def _tensors(path: Path, name: str, hollow: bool = False) -> dict[str, Tensor]:
+    """What the file has of a network; `hollow`: shapes without data."""
+    with _opened(path) as file:
+        for prefix in PREFIXES[name]:
+            if keys := [key for key in file.keys() if key.startswith(prefix)]:  # noqa: SIM118
+                return {key: _hollow(file.get_slice(key)) if hollow else file.get_tensor(key) for key in keys}
+    return {}
+
+
+def _hollow(about: Any) -> Tensor:
+    dtype = torch.float32 if about.get_dtype().startswith(("F", "BF")) else torch.int64
+    return torch.empty(about.get_shape(), dtype=dtype, device="meta")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}{'' if tensor.is_floating_point() else ' of whole numbers'}"
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"the base model {path} is damaged", first_line(error), AGAIN) from error

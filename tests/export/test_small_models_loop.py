@@ -1,0 +1,149 @@
+"""Pictures of small SD1.5 and SDXL bundles, against a loop of diffusers' own networks and schedulers.
+
+The kinds of model whose loop differs: v-prediction (as Stable Diffusion 2), and few steps (as SDXL Turbo:
+from the last timestep, and no unconditional branch). Each goes through the real export and the runtime.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+from unittest import mock
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from engines.base import Engine
+from export import assemble, export_bundle, families, reference, verify
+from export.source import Inputs
+from hyperrt import Runtime, sampling
+from hyperrt.bundle import Bundle
+from tests.export import small_models
+from training.base import tokens
+
+SEED = 3
+PROMPTS = {"uncond": "", "subject": "a sks toy on a beach", "generic": "a toy on a beach"}
+SCHEDULERS = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+OF_V = {"prediction_type": "v_prediction"}
+OF_FEW_STEPS = {"timestep_spacing": "trailing"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("sd15", OF_V), ("sdxl", OF_V), ("sd15", OF_FEW_STEPS), ("sdxl", OF_FEW_STEPS)],
+    ids=["sd15 v", "sdxl v", "sd15 few steps", "sdxl few steps"],
+)
+def model(request, tmp_path_factory, drawn_photos):
+    """A bundle of that kind, a subject, and the networks that it was made from."""
+    family, own = request.param
+    folder = tmp_path_factory.mktemp("model")
+    source = small_models.source(family, folder / "tokenizer", small_models.SCHEDULER | own)
+    smaller = dataclasses.replace(families.get(family), random=lambda seed: source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families.FAMILIES, family, smaller)
+        options = assemble.Options(verify="none")
+        bundle = export_bundle(family, Inputs(random_weights=0), folder / "bundle", options)
+    modules = {name: part.load().float() for name, part in source.parts.items()}
+    with Runtime.open(bundle, "onnxruntime") as runtime:
+        subject = runtime.personalize(drawn_photos)
+        yield SimpleNamespace(source=source, modules=modules, runtime=runtime, subject=subject, own=own)
+
+
+@torch.no_grad()
+def told(model):
+    """By branch, what the UNet reads beside the latents: hidden states, and SDXL's additions."""
+    source, modules = model.source, model.modules
+    ids = tokens(source.tokenizer, list(PROMPTS.values()))
+    if not source.is_sdxl:
+        texts = modules["text_encoder"](ids).last_hidden_state.split(1)
+        return {name: (text, {}) for name, text in zip(PROMPTS, texts, strict=True)}
+    after_end = (ids == source.tokenizer.eos_token_id).cumsum(1).cumsum(1) > 1
+    first = modules["text_encoder"](ids, output_hidden_states=True)
+    second = modules["text_encoder_2"](ids.masked_fill(after_end, source.pad_2), output_hidden_states=True)
+    hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    pooled = second.text_embeds
+    hidden[0] = pooled[0] = 0  # force_zeros_for_empty_prompt
+    time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+    return {
+        name: (text[None], {"text_embeds": more[None], "time_ids": time_ids})
+        for name, text, more in zip(PROMPTS, hidden, pooled, strict=True)
+    }
+
+
+@torch.no_grad()
+def latents_of_diffusers(model, solver, steps, s, kappa):
+    """The paper's equation 20 in a loop of diffusers' networks; branches of weight zero are left out."""
+    kind, more = SCHEDULERS[solver]
+    config = small_models.SCHEDULER | {"timestep_spacing": "leading", "steps_offset": 1} | model.own | more
+    scheduler = kind(**config)
+    scheduler.set_timesteps(steps)
+    base = reference.plain(model.modules["unet"])
+    personal = reference.personalised(base, model.source.layout, model.subject.lora)
+    weights = {"uncond": 1 - 2 * s, "subject": kappa * s, "generic": (2 - kappa) * s}
+    texts = told(model)
+    latents = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1)) * scheduler.init_noise_sigma
+    generator = sampling.noise_generators(SEED, 1)[0]
+
+    def fresh_noise(*_, **__):
+        return torch.from_numpy(generator.standard_normal(latents.shape, np.float32))
+
+    place = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
+    with mock.patch(place, fresh_noise):
+        for t in scheduler.timesteps:
+            x, guided = scheduler.scale_model_input(latents, t), 0
+            for name, weight in weights.items():
+                if weight:
+                    (text, added), unet = texts[name], personal if name == "subject" else base
+                    guided = guided + weight * unet(x, t, text, added_cond_kwargs=added).sample
+            latents = scheduler.step(guided, t, latents).prev_sample
+    return latents.numpy()
+
+
+def compared(model, solver, steps, s, kappa=1.0, **more):
+    """Relative difference of the runtime's latents."""
+    options = {"solver": solver, "steps": steps, "guidance_scale": s, "kappa": kappa, "seed": SEED, **more}
+    if model.source.is_sdxl:
+        options["image_scale"] = 0.0  # diffusers' loop has no image tokens here
+    found = model.runtime.generate("a [V] toy on a beach", model.subject, **options).latents
+    expected = latents_of_diffusers(model, solver, steps, s, kappa)
+    return verify.relative({"latents": found}, {"latents": expected})
+
+
+def test_the_bundle_knows_of_what_kind_it_is(model):
+    bundle: Bundle = model.runtime.bundle
+    assert bundle.prediction_type == model.own.get("prediction_type", "epsilon")
+    assert bundle.timestep_spacing == model.own.get("timestep_spacing", "leading")
+
+
+@pytest.mark.parametrize("solver", SCHEDULERS)
+def test_many_steps_are_those_of_diffusers(model, solver):
+    assert compared(model, solver, 6, s=2.0) < 1e-4
+    assert compared(model, solver, 6, s=2.0, kappa=0.5) < 1e-4
+
+
+@pytest.mark.parametrize("solver", ["euler", "euler_ancestral"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_few_steps_without_the_empty_prompt_are_two_rows_and_those_of_diffusers(
+    model, solver, steps, monkeypatch
+):
+    model.runtime.prepare("a [V] toy", model.subject)  # other rows than those below
+    rows, bind = [], Engine.bind
+
+    def watched(engine, tensors):
+        if "guidance" in tensors:
+            rows.append((len(tensors["gate"]), tensors["guidance"].tolist()))
+        bind(engine, tensors)
+
+    monkeypatch.setattr(Engine, "bind", watched)
+    assert compared(model, solver, steps, s=0.5) < 1e-4
+    assert rows == [(2, [0.5, 0.5])]
+
+
+def test_the_subject_matters(model):
+    """Parity of a LoRA that does nothing would prove nothing."""
+    assert compared(model, "euler", 4, s=0.5, strength=0.0) > 1e-3
