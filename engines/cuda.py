@@ -48,15 +48,11 @@ def device(index: int = 0) -> Device:
 
 
 class Stream:
-    """A stream, and the memory that is used on it; freed when it is closed."""
+    """A stream, and the memory that is used on it and keeps it; freed when nothing refers to it."""
 
     def __init__(self) -> None:
         self.handle = int(_call(cudart.cudaStreamCreateWithFlags, NON_BLOCKING))
-
-    def close(self) -> None:
-        """Wait for what is enqueued, and free the stream."""
-        self.wait()
-        _call(cudart.cudaStreamDestroy, self.handle)
+        weakref.finalize(self, cudart.cudaStreamDestroy, self.handle)
 
     def wait(self) -> None:
         """Until everything that was enqueued is done."""

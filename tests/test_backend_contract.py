@@ -1,64 +1,16 @@
-"""What every backend promises, on two graphs (tests/engines/graphs/make.py).
-
-The first: y = x w + step lora, same = x.
-"""
+"""What every backend promises, on a graph of tests/backends.py: y = x w + step lora, same = x."""
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import engines
 from engines import EngineClosed, EngineError, EngineInputError, EngineLoadError, TensorSpec
-
-GRAPHS = Path(__file__).parent / "engines" / "graphs"
-ONNX = "affine.onnx"
-# Backend -> its form of the graph.
-FILES = {
-    "fake": "affine.json",
-    "onnxruntime": ONNX,
-    "onnxruntime-cuda": ONNX,
-    "onnxruntime-tensorrt": ONNX,
-    "openvino": ONNX,
-    "tensorrt": ONNX,
-    "tensorrt-rtx": ONNX,
-}
-W = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
-X = np.arange(6, dtype=np.float32).reshape(2, 3)
-LORA = np.array([[10, 20]], np.float32)
-STEP = np.array(2, np.int64)
-FEEDS = {"x": X, "lora": LORA, "step": STEP}
-Y = X @ W + 2 * LORA
-
-
-def affine(tensors):
-    return {
-        "y": tensors["x"] @ W + tensors["step"].astype(np.float32) * tensors["lora"],
-        "same": tensors["x"],
-    }
-
-
-def marked(name):
-    marks = [pytest.mark.gpu] if engines.BACKENDS[name].nvidia else []
-    return pytest.param(name, marks=marks)
-
-
-def ready(backend, monkeypatch):
-    """The name of a backend that can open both graphs."""
-    about = engines.BACKENDS[backend]
-    if about.vendor:
-        vendor = pytest.importorskip(about.vendor)
-        if about.options.get("provider", "") not in ("", *getattr(vendor, "get_available_providers", list)()):
-            pytest.skip(f"this {about.vendor} is not the one for GPUs")
-    else:
-        functions = pytest.importorskip("engines.fake").FUNCTIONS
-        monkeypatch.setitem(functions, "affine", affine)
-        monkeypatch.setitem(functions, "refittable", refittable)
-    return backend
+from tests.backends import FEEDS, FILES, LORA, STEP, W, X, Y, marked, opened, ready
 
 
 @pytest.fixture(params=map(marked, FILES))
@@ -68,7 +20,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def engine(backend):
-    with engines.open(GRAPHS / FILES[backend], backend, threads=1) as engine:
+    with opened(backend, threads=1) as engine:
         yield engine
 
 
@@ -234,7 +186,7 @@ def test_a_graph_with_no_replaceable_constants_cannot_be_refitted(engine):
 
 
 def test_closing_twice_is_fine_and_a_with_statement_closes(backend):
-    with engines.open(GRAPHS / FILES[backend], backend) as engine:
+    with opened(backend) as engine:
         engine.close()
     engine.close()
 
@@ -314,19 +266,19 @@ def test_a_missing_file_and_a_folder_are_refused(backend, tmp_path):
 
 @pytest.mark.parametrize("threads", [None, 1, 2, 10**9])
 def test_any_number_of_threads_gives_the_same_result(backend, threads):
-    with engines.open(str(GRAPHS / FILES[backend]), backend, threads=threads) as engine:
+    with opened(backend, threads=threads) as engine:
         np.testing.assert_array_equal(engine.run(FEEDS)["y"], Y)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_less_than_one_thread_is_refused(backend, threads):
     with pytest.raises(EngineInputError, match=f"threads is {threads}"):
-        engines.open(GRAPHS / FILES[backend], backend, threads=threads)
+        opened(backend, threads=threads)
 
 
 @pytest.mark.parametrize("sizes", [{"rows": 2}, {"subjects": 1}, {"rows": 2, "subjects": 1, "absent": 7}])
 def test_a_size_that_is_given_is_fixed_and_the_others_stay_free(backend, sizes):
-    with engines.open(GRAPHS / FILES[backend], backend, threads=1, sizes=sizes) as engine:
+    with opened(backend, threads=1, sizes=sizes) as engine:
         rows, subjects = (sizes.get(name, name) for name in ("rows", "subjects"))
         assert [spec.shape for spec in engine.inputs] == [(rows, 3), (subjects, 2), ()]
         assert [spec.shape for spec in engine.outputs] == [(rows, 2), (rows, 3)]
@@ -339,117 +291,4 @@ def test_a_size_that_is_given_is_fixed_and_the_others_stay_free(backend, sizes):
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_size_less_than_one_is_refused(backend, size):
     with pytest.raises(EngineInputError, match=f"'rows' is {size}"):
-        engines.open(GRAPHS / FILES[backend], backend, sizes={"rows": size})
-
-
-# A graph with constants that a refit replaces: y = x w + b, at first w of ones and b of zeros
-
-
-REFITTABLE = {name: file.replace("affine", "refittable") for name, file in FILES.items()}
-FROZEN = ("openvino",)  # backends to which such constants are like any others
-WEIGHTS = (TensorSpec("w", (3, 2), "float32"), TensorSpec("b", (1, 2), "float32"))
-FIRST = {"w": np.ones((3, 2), np.float32), "b": np.zeros((1, 2), np.float32)}
-A, B = (
-    {spec.name: np.random.default_rng(seed).standard_normal(spec.shape, np.float32) for spec in WEIGHTS}
-    for seed in (1, 2)
-)
-
-
-def refittable(tensors):
-    return {"y": tensors["x"] @ tensors["w"] + tensors["b"]}
-
-
-def computed(weights):
-    return X @ weights["w"] + weights["b"]
-
-
-@pytest.fixture(params=[name for name in FILES if name not in FROZEN])
-def refitted(request, monkeypatch):
-    """An engine of this graph."""
-    backend = ready(request.param, monkeypatch)
-    with engines.open(GRAPHS / REFITTABLE[backend], backend, threads=1) as engine:
-        yield engine
-
-
-def y(engine):
-    return engine.run({"x": X})["y"]
-
-
-@pytest.mark.parametrize("backend", FROZEN)
-def test_a_backend_that_cannot_refit_says_so_and_runs_with_what_the_graph_has(backend, monkeypatch):
-    ready(backend, monkeypatch)
-    with engines.open(GRAPHS / REFITTABLE[backend], backend, threads=1) as engine:
-        assert engine.weights == ()
-        np.testing.assert_allclose(y(engine), computed(FIRST), rtol=1e-2)
-        with pytest.raises(EngineError, match=r"cannot be refitted\n  why: .*\n  do:  .*inputs"):
-            engine.refit(A)
-
-
-def test_what_can_be_refitted_is_no_input_and_has_the_value_of_the_graph(refitted):
-    assert refitted.weights == WEIGHTS
-    assert [spec.name for spec in refitted.inputs] == ["x"]
-    np.testing.assert_allclose(y(refitted), computed(FIRST), rtol=1e-6)
-
-
-def test_a_refit_replaces_all_constants_or_some(refitted):
-    refitted.refit(A)
-    np.testing.assert_allclose(y(refitted), computed(A), rtol=1e-5)
-    refitted.refit({"b": B["b"]})
-    np.testing.assert_allclose(y(refitted), computed(A | {"b": B["b"]}), rtol=1e-5)
-    refitted.refit({})
-    np.testing.assert_allclose(y(refitted), computed(A | {"b": B["b"]}), rtol=1e-5)
-
-
-def test_refitting_there_and_back_gives_the_same_bits(refitted):
-    def run_with(weights):
-        refitted.refit(weights)
-        return y(refitted).tobytes()
-
-    base = y(refitted).tobytes()
-    a, b, again, back = (run_with(weights) for weights in (A, B, A, FIRST))
-    assert a == again != b
-    assert base == back
-
-
-def test_what_was_refitted_is_a_copy(refitted):
-    weights = {name: array.copy() for name, array in A.items()}
-    refitted.refit(weights)
-    before = y(refitted)
-    for array in weights.values():
-        array[:] = 0
-    np.testing.assert_array_equal(y(refitted), before)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"x": X}, {"b": B["b"][0]}, {"b": B["b"].astype(float)}, {"b": [[1, 2]]}],
-    ids=["name", "shape", "type", "list"],
-)  # fmt: skip
-def test_a_refit_that_is_refused_changes_nothing(refitted, wrong):
-    refitted.refit(A)
-    before = y(refitted)
-    with pytest.raises(EngineInputError, match="weight"):
-        refitted.refit(B | wrong)
-    np.testing.assert_array_equal(y(refitted), before)
-
-
-def test_a_refit_leaves_what_is_bound(refitted):
-    refitted.bind({"x": X})
-    refitted.refit(A)
-    np.testing.assert_allclose(refitted.run({})["y"], computed(A), rtol=1e-5)
-
-
-def test_a_run_sees_one_refit_as_a_whole(refitted):
-    x, ones, shift = np.ones((1, 3), np.float32), FIRST["w"], np.ones((1, 2), np.float32)
-    done = threading.Event()
-
-    def refit():
-        for k in range(200):
-            refitted.refit({"w": k * ones, "b": -3 * k * shift})  # y = 3 k - 3 k
-        done.set()
-
-    refitted.refit({"w": 0 * ones})
-    with ThreadPoolExecutor(1) as pool:
-        refitting = pool.submit(refit)
-        while not done.wait(0.0001) and not refitting.done():
-            np.testing.assert_array_equal(refitted.run({"x": x})["y"], np.zeros((1, 2)))
-        refitting.result()
+        opened(backend, sizes={"rows": size})

@@ -3,6 +3,10 @@
 A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be refitted:
 
     {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}, "weights": {"w": 2}}
+
+or, as `build` writes it in place of engines.tensorrt_build's, a graph that ONNX Runtime computes:
+
+    {"onnx": "denoiser.onnx", "sizes": {"rows": 3}}
 """
 
 from __future__ import annotations
@@ -122,7 +126,7 @@ class TensorRT(ModuleType):
         self.Refitter = lambda engine, logger: Refitter(self, engine, logger)
 
     def nptype(self, dtype):
-        return np.float32
+        return np.int64 if dtype == "int64" else np.float32
 
     def Weights(self, dtype, pointer, count):
         return pointer, count
@@ -134,7 +138,8 @@ class Runtime:
 
     def deserialize_cuda_engine(self, plan):
         try:
-            return Engine(self.trt, self.logger, json.loads(plan))
+            plan = json.loads(plan)
+            return (OnnxEngine if "onnx" in plan else Engine)(self.trt, self.logger, plan)
         except ValueError:
             self.logger.log("info", "loading")
             self.logger.log("error", "Version tag does not match: 240 vs 239")
@@ -218,6 +223,67 @@ class Context:
         count = int(np.prod(self.shapes[name]))
         floats = (ctypes.c_float * count).from_address(self.places[name])
         return np.frombuffer(floats, np.float32)
+
+
+class OnnxEngine(Engine):
+    """A graph that ONNX Runtime computes where TensorRT would."""
+
+    def __init__(self, trt, logger, plan) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        for name, size in plan["sizes"].items():
+            options.add_free_dimension_override_by_name(name, size)
+        self.session = ort.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
+        sides = [
+            {node.name: [-1 if isinstance(dim, str) else dim for dim in node.shape] for node in side}
+            for side in (self.session.get_inputs(), self.session.get_outputs())
+        ]
+        super().__init__(trt, logger, {"inputs": sides[0], "outputs": sides[1]})
+        self.types = {node.name: node.type for node in self.session.get_inputs()}
+        constants = self.session.get_overridable_initializers()
+        self.constants = {node.name: node.shape for node in constants}
+        self.weights = {name: np.zeros(np.prod(shape), np.float32) for name, shape in self.constants.items()}
+        self.refittable = bool(self.weights)
+
+    def get_tensor_dtype(self, name):
+        return "int64" if self.types.get(name) == "tensor(int64)" else "float"
+
+    def create_execution_context(self):
+        return OnnxContext(self)
+
+
+class OnnxContext(Context):
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = list(shape)
+        rows = shape[0]  # in every graph of a bundle the outputs have as many as the first input
+        for output in self.engine.plan["outputs"]:
+            if self.engine.shapes[output][0] == -1 and name == next(iter(self.engine.plan["inputs"])):
+                self.shapes[output] = [rows, *self.engine.shapes[output][1:]]
+        return True
+
+    def _compute(self):
+        engine = self.engine
+        feeds = {name: self._at(name).reshape(self.shapes[name]) for name in engine.plan["inputs"]}
+        feeds |= {name: engine.weights[name].reshape(shape) for name, shape in engine.constants.items()}
+        results = engine.session.run(list(engine.plan["outputs"]), feeds)
+        for name, result in zip(engine.plan["outputs"], results, strict=True):
+            self._at(name)[:] = result.ravel()
+
+    def _at(self, name):
+        count = int(np.prod(self.shapes[name]))
+        kind = ctypes.c_int64 if self.engine.get_tensor_dtype(name) == "int64" else ctypes.c_float
+        return np.frombuffer((kind * count).from_address(self.places[name]), np.dtype(kind))
+
+
+def build(recipe, progress=None):
+    """In place of the compiler."""
+    from engines.tensorrt_build import Built
+
+    with open(recipe.output, "w") as file:
+        json.dump({"onnx": recipe.onnx, "sizes": dict(recipe.sizes)}, file)
+    return Built(0.0, 0, 0, ())
 
 
 class Refitter:
