@@ -45,26 +45,28 @@ def measured(args: argparse.Namespace, family: str, kind: str) -> dict[str, Any]
 def run(command: list[str], log: Path, limit: float, memory: DeviceMemory) -> dict[str, Any]:
     """What a child prints last; why it printed nothing, where it did not."""
     timed_out = threading.Event()
-    with log.open("w") as words:
-        process = subprocess.Popen(
+    last = ""
+    with (
+        log.open("w") as words,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True
-        )
+        ) as process,
+    ):
 
         def end() -> None:
             timed_out.set()
-            os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
 
         timer = threading.Timer(limit, end)
         timer.start()
-        last = ""
         try:
             for line in process.stdout or ():
                 if line.strip() == gpu_timing.MEASURING:
                     memory.start_over()
                 last = line.strip() or last
+            code = process.wait()
         finally:
             timer.cancel()
-        code = process.wait()
     if timed_out.is_set():
         return {"absent": f"not done after {limit:.0f} s"}
     if code or not last.startswith("{"):
@@ -109,6 +111,7 @@ class DeviceMemory:
         self._before: float | None = None
         self._most = self._now = 0.0
         self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
         self._known = threading.Event()
 
     @property
@@ -127,14 +130,17 @@ class DeviceMemory:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
-            threading.Thread(target=self._read, daemon=True).start()
+            self._reader = threading.Thread(target=self._read, daemon=True)
+            self._reader.start()
             self._known.wait(20)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
+        if self._process is not None and self._reader is not None:
             self._process.terminate()
-            self._process.wait()
+            self._reader.join()
+            with self._process:  # closes its pipe
+                self._process.wait()
 
     def _read(self) -> None:
         for line in (self._process.stdout if self._process else None) or ():

@@ -152,7 +152,7 @@ def naive(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]
     unet = model.unet.to(dtype)
     lora_layers.install(unet)
     device, text = model.hidden.device, model.hidden.to(dtype)
-    lora = {name: vector.to(device, dtype) for name, vector in model.subjects[0].items()}
+    lora = {name: vector.to(device, dtype, copy=True) for name, vector in model.subjects[0].items()}
     open_gate = torch.ones(1, 1, 1, device=device, dtype=dtype)
     time, c, weights = feeds["timestep"], feeds["coefficients"], feeds["guidance"].reshape(3, 1, 1, 1)
     texts = {rows: text[list(rows)] for rows in (BASE, SUBJECT)}
