@@ -12,6 +12,7 @@ from export import assemble, export_bundle, families, verify
 from export.errors import ParityError
 from export.source import Inputs
 from hyperrt import Runtime
+from hyperrt import cli as command
 from hyperrt.bundle import Bundle
 from tests.export import small_models
 
@@ -53,6 +54,14 @@ def test_the_runtime_draws_with_them(plain, drawn_photos):
         )
     assert np.array_equal(personal, again)
     assert np.abs(personal - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+def test_a_prompt_of_more_than_77_tokens_is_cut_and_what_is_dropped_is_said(plain, tmp_path, capfd):
+    picture, prompt = tmp_path / "robot.png", f"a robot {'very ' * 80}red"
+    options = ["--bundle", str(plain), "-p", prompt, "--steps", "1", "-o", str(picture)]
+    assert command.run(["generate", *options, "--backend", "onnxruntime"]) == 0
+    assert "warning: prompt cut to 77 tokens; dropped: " in capfd.readouterr().err
+    assert picture.exists()
 
 
 @needs_openvino

@@ -5,6 +5,7 @@ from the last timestep, and no unconditional branch). Each goes through the real
 """
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from engines.base import Engine
-from export import assemble, export_bundle, families, reference, verify
+from export import assemble, export_bundle, families, onnx_graph, reference, verify
 from export.source import Inputs
 from hyperrt import Runtime, sampling
 from hyperrt.bundle import Bundle
@@ -34,25 +35,48 @@ OF_V = {"prediction_type": "v_prediction"}
 OF_FEW_STEPS = {"timestep_spacing": "trailing"}
 
 
+@pytest.fixture(scope="module")
+def exported():
+    """Folder of the first bundle of each family."""
+    return {}
+
+
 @pytest.fixture(
     scope="module",
     params=[("sd15", OF_V), ("sdxl", OF_V), ("sd15", OF_FEW_STEPS), ("sdxl", OF_FEW_STEPS)],
     ids=["sd15 v", "sdxl v", "sd15 few steps", "sdxl few steps"],
 )
-def model(request, tmp_path_factory, drawn_photos):
-    """A bundle of that kind, a subject, and the networks that it was made from."""
+def model(request, tmp_path_factory, drawn_photos, exported):
+    """A bundle of that kind, a subject, and the networks that it was made from.
+
+    Kinds differ in the manifest: the second of a family copies the graphs of the first, which take long.
+    """
     family, own = request.param
     folder = tmp_path_factory.mktemp("model")
     source = small_models.source(family, folder / "tokenizer", small_models.SCHEDULER | own)
     smaller = dataclasses.replace(families.get(family), random=lambda seed: source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families.FAMILIES, family, smaller)
+        if family in exported:
+            patch.setattr(onnx_graph, "write", copied_from(exported[family]))
         options = assemble.Options(verify="none")
         bundle = export_bundle(family, Inputs(random_weights=0), folder / "bundle", options)
+    exported.setdefault(family, bundle)
     modules = {name: part.load().float() for name, part in source.parts.items()}
     with Runtime.open(bundle, "onnxruntime") as runtime:
         subject = runtime.personalize(drawn_photos)
         yield SimpleNamespace(source=source, modules=modules, runtime=runtime, subject=subject, own=own)
+
+
+def copied_from(bundle):
+    graphs = Bundle.open(bundle).graphs
+
+    def write(graph, skeletons, modules, folder, *options):
+        for path in bundle.glob(f"{graph.name}.onnx*"):
+            shutil.copy(path, folder)
+        return onnx_graph.Written(graphs[graph.name].weight_bytes, graphs[graph.name].row_bytes)
+
+    return write
 
 
 @torch.no_grad()
