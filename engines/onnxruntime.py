@@ -123,6 +123,7 @@ class CudaGraphEngine(OnnxRuntimeEngine):
 
     def __init__(self, session: ort.InferenceSession, device: str = "cuda") -> None:
         super().__init__(session, device)
+        self.weights = ()  # a constant that is replaced has another address, which a replay does not read
         self._turn = threading.Lock()
         self._held: dict[str, Array] = {}  # by the buffers, of what is bound
         with _errors("the inputs and outputs do not fit on the device", EngineError):

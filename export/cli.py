@@ -97,7 +97,9 @@ def _silence_libraries() -> None:
     """What diffusers and transformers warn about is an error of training.base.load, or of no interest."""
     import diffusers
     import transformers
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # a hub that cannot be reached is asked five times more
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()  # a bar for each part, where the command has its own

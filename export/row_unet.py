@@ -94,7 +94,7 @@ def _first_block(
 def _first_transformer(transformer: Any, x: Tensor, tile: Tile, options: dict[str, Any]) -> Tensor:
     """diffusers' Transformer2DModel on x [images, C, h, w]; returns [rows, C, h, w]."""
     block, *others = transformer.transformer_blocks
-    tokens, inner = transformer._operate_on_continuous_inputs(transformer.norm(x))
+    tokens, inner = transformer._operate_on_continuous_inputs(x)  # its group norm included
     tokens = tokens + block.attn1(block.norm1(tokens))
     tokens = tile(tokens.unsqueeze(1)).squeeze(1)
     tokens = tokens + block.attn2(block.norm2(tokens), **options["cross_attention_kwargs"])

@@ -111,11 +111,11 @@ def rm(output: Output, ids: tuple[str, ...], everything: bool) -> None:
 
 
 @plans.command()
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Also those built before.")
+@click.option("--older-than", type=click.IntRange(min=0), metavar="DAYS", help="Also those built before.")
 @click.option("--dry-run", is_flag=True, help="Remove nothing, only say what would be removed.")
 @with_json
 @click.pass_obj
-def prune(output: Output, older_than: float | None, dry_run: bool) -> None:
+def prune(output: Output, older_than: int | None, dry_run: bool) -> None:
     """Remove plans that are damaged or not of their backend's newest version, and what killed runs left.
 
     \b

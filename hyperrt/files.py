@@ -386,9 +386,7 @@ def _explain(number: int, text: str, target: Path) -> HyperRTError:
     if number in _EXISTS:
         return _already(target)
     if number in _MISSING:
-        return NotFound(
-            f"{target} cannot be written", "it, or a folder above it, was removed", "make it again"
-        )
+        return NotFound(f"{target} is not there", "it, or a folder above it, was removed", "make it again")
     if number == errno.ENAMETOOLONG:
         return UsageError(f"the name {target.name[:40]}… is too long", text, "choose a shorter one")
     what = f"{target} could not be written"

@@ -164,11 +164,11 @@ def test_a_refit_that_fails_at_any_constant_replaces_none(monkeypatch):
     make = ort.OrtValue.ortvalue_from_numpy
     left = [0]  # how many more can be made
 
-    def fails(array, device):
+    def fails(array, *device):
         left[0] -= 1
         if left[0] < 0:
             raise MemoryError
-        return make(array, device)
+        return make(array, *device)
 
     x, weights = np.ones((1, 3), np.float32), {"w": np.ones((3, 2), np.float32), "b": VECTOR[None, :2]}
     with engines.open(HERE / "refittable.onnx") as engine:

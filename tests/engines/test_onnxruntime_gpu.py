@@ -259,6 +259,14 @@ def test_a_run_copies_what_is_fed_and_of_what_is_bound_only_what_changed(graph):
     assert copied(graph) == ["lora", "x"]
 
 
+def test_constants_of_a_capture_cannot_be_refitted():
+    options = ort.SessionOptions()
+    options.add_free_dimension_override_by_name("rows", 2)
+    session = ort.InferenceSession(GRAPH.with_name("refittable.onnx"), options, providers=[backend.CPU])
+    with backend.CudaGraphEngine(session, "cpu") as engine, pytest.raises(EngineError, match="be refitted"):
+        engine.refit({"b": np.ones((1, 2), np.float32)})
+
+
 def test_an_input_that_was_fed_between_two_bindings_is_copied_again(graph):
     graph.bind({"x": X, "lora": LORA, "step": STEP})
     graph.run({})

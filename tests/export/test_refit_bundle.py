@@ -1,17 +1,25 @@
 """A bundle whose LoRA enters by refit, from the real export: the runtime draws with it as with the other."""
 
+import importlib.util
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engines import EngineUnusable
 from export import export_bundle, onnx_graph
 from export.assemble import Options
 from export.source import Inputs
-from hyperrt import Runtime
+from hyperrt import Runtime, compiling
 from hyperrt.bundle import Bundle
 
+FAKES = importlib.util.spec_from_file_location(
+    "fake_nvidia", Path(__file__).parents[1] / "engines" / "fake_nvidia.py"
+)
+fake_nvidia = importlib.util.module_from_spec(FAKES)
+FAKES.loader.exec_module(fake_nvidia)
 PROMPT, PLAIN = "a [V] robot on a beach", "a robot on a beach"
 
 
@@ -94,3 +102,28 @@ def test_with_low_memory_the_subject_is_put_into_the_new_engine(refitted, runtim
     expected = [draw(runtime, who).tobytes() for who in (*subjects, None)]
     with Runtime.open(refitted, "onnxruntime", low_memory=True) as low:
         assert [draw(low, who).tobytes() for who in (*subjects, None)] == expected
+
+
+def test_on_tensorrt_subjects_come_and_go_by_refit(refitted, runtime, subjects, monkeypatch, tmp_path):
+    """On stand-ins for CUDA and TensorRT, in which ONNX Runtime computes (tests/engines/fake_nvidia.py)."""
+    _, trt = fake_nvidia.install(monkeypatch)
+    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path))
+    monkeypatch.setattr(compiling.tensorrt_build, "build", fake_nvidia.build)
+    monkeypatch.setattr(compiling, "version", lambda backend: trt.__version__)
+    bundle = Bundle.open(refitted)
+    for branches in (3, 2):
+        sizes = compiling.sizes_of(bundle, 1, branches)
+        plans = [one.plan for one in compiling.compile_bundle(bundle, "tensorrt", ["current"], sizes)]
+    weights = {plan.graph_name: plan.weights for plan in plans}
+    assert weights["denoiser"] == tuple(spec.name for spec in bundle.graphs["denoiser"].weights)
+    with Runtime.open(refitted, "tensorrt") as on_gpu:
+        a, b = subjects[:2]
+        found = [draw(on_gpu, subject) for subject in (a, b, a, None)]
+        trt.refit_stops = 5
+        with pytest.raises(EngineUnusable):
+            draw(on_gpu, b)
+        trt.refit_stops = None
+        assert np.array_equal(draw(on_gpu, a), found[0])
+    assert np.array_equal(found[0], found[2])
+    for one, subject in zip(found, (a, b, a, None), strict=True):
+        np.testing.assert_allclose(one, draw(runtime, subject), rtol=1e-4, atol=1e-5)

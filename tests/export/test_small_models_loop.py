@@ -18,6 +18,7 @@ from export import assemble, export_bundle, families, reference, verify
 from export.source import Inputs
 from hyperrt import Runtime, sampling
 from hyperrt.bundle import Bundle
+from hyperrt.runtime import pictures_from_pixels
 from tests.export import small_models
 from training.base import tokens
 
@@ -142,6 +143,16 @@ def test_few_steps_without_the_empty_prompt_are_two_rows_and_those_of_diffusers(
     monkeypatch.setattr(Engine, "bind", watched)
     assert compared(model, solver, steps, s=0.5) < 1e-4
     assert rows == [(2, [0.5, 0.5])]
+
+
+def test_pictures_are_those_of_diffusers_decoder(model):
+    latents = sampling.initial_noise(SEED, (4, 16, 16), 2)
+    vae = model.modules["vae"]
+    with torch.no_grad():
+        pixels = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample.numpy()
+    assert np.ptp(pixels) > 0.1
+    difference = model.runtime.decode(latents).astype(int) - pictures_from_pixels(pixels)
+    assert np.abs(difference).max() <= 1  # of 255
 
 
 def test_the_subject_matters(model):

@@ -67,9 +67,6 @@ while time.monotonic() < end:
     cache.remove(None)
     cache.prune()
 """
-READ_OR_NOT = READ.replace("plan = cache.load(key)", "plan = cache.find(key) and whole(key)").replace(
-    "plan.key == key and cache.find(key).key == key", "True"
-)
 # Dies at the given call, counted over all of those that change the disk.
 DIE = """
 left = int(mark)
