@@ -80,6 +80,17 @@ def test_a_package_that_is_missing_is_the_reason(bench, monkeypatch):
         assert "PyTorch" in gpu.child(argparse.Namespace(child=kind))["absent"]
 
 
+def test_a_pytorch_for_the_cpu_is_not_timed_as_a_gpus(bench):
+    if pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("this PyTorch has a GPU")
+    for package in ("diffusers", "onnxscript"):
+        pytest.importorskip(package)
+    gpu = bench("gpu")
+    for kind in ("eager_naive", "floor"):
+        args = argparse.Namespace(child=kind, family="sdxl", quick=False, precision="fp16")
+        assert "sees no GPU" in gpu.child(args)["absent"]
+
+
 # The processes
 
 
