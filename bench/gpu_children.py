@@ -26,7 +26,7 @@ def measured(args: argparse.Namespace, family: str, kind: str) -> dict[str, Any]
     command = [
         sys.executable, str(Path(__file__).with_name("gpu.py")), "--child", kind, "--family", family,
         "--rounds", str(args.rounds), "--warm-up", str(args.warm_up), "--steps", str(args.steps),
-        "--precision", args.precision,
+        "--precision", args.precision, *(["--quick"] if args.quick else []),
     ]  # fmt: skip
     if kind.startswith(ENGINES_KINDS):
         try:

@@ -29,7 +29,7 @@ TYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a step at the device's rate, and what they are made of."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = gpu_timing.device(torch, args)
     rates = [rate(device, dtype, args) for dtype in TYPES[device]]
     try:
         operations = counted(args.family)

@@ -10,6 +10,7 @@ import argparse
 import resource
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import report
 
@@ -53,6 +54,19 @@ def figures(
     seconds = report.milliseconds(picture) / 1000
     found = {"step_ms": median(steps), "switch_ms": median(switches[args.warm_up :]), "picture_s": seconds}
     return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def device(torch: Any, args: argparse.Namespace) -> str:
+    """Where PyTorch computes: "cuda", or "cpu" for --quick.
+
+    Raises:
+        Absent: it sees no GPU; its times on the CPU would pass for those of one.
+    """
+    if torch.cuda.is_available():
+        return "cuda"
+    if args.quick:
+        return "cpu"
+    raise Absent(f"PyTorch {torch.__version__} sees no GPU")
 
 
 def last_words(text: str) -> str:

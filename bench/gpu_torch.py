@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace, way: str, mode: str = "") -> dict[str, flo
     Args:
         mode: of torch.compile; "" computes eagerly.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = gpu_timing.device(torch, args)
     torch.backends.cudnn.benchmark = True
     with torch.no_grad():
         model = made(args, device, mode)

@@ -117,7 +117,7 @@ class CudaGraphEngine(OnnxRuntimeEngine):
     bound is kept on the host as well.  Runs take turns.
 
     Args:
-        session: with the graph; every size of its inputs and outputs is fixed.
+        session: with the graph; every size of its inputs and outputs is fixed, and it has no `weights`.
         device: "cuda".
     """
 
@@ -180,7 +180,8 @@ def open(
         provider: ONNX Runtime's execution provider, `CPU`, `CUDA` or `TENSORRT`.  Operators that it lacks are
             left to CUDA and to the CPU; but where it does not start, nothing stands in for it.
         cuda_graph: launch all kernels of a run as one: what many small ones cost the host is saved.  Only
-            where `sizes` fixes every size of the graph's inputs and outputs; others run as without.
+            where `sizes` fixes every size of the graph's inputs and outputs, and no constant can be refitted;
+            others run as without.
 
     Raises:
         EngineInputError: `threads` is less than 1, `provider` is unknown, or `cuda_graph` asked of the CPU.
@@ -205,7 +206,14 @@ def open(
         capture = cuda_graph and _is_fixed(path, sizes or {})
     _load_libraries(provider)
     session = _gpu_session(path, options, provider, capture)
-    return CudaGraphEngine(session) if capture else OnnxRuntimeEngine(session, "cuda")
+    if not capture or session.get_overridable_initializers():
+        if capture:  # a refit moves constants to other addresses than were captured
+            session = _gpu_session(path, options, provider, False)
+        engine = OnnxRuntimeEngine(session, "cuda")
+        if provider == TENSORRT:
+            engine.weights = ()  # it compiles constants in, named or not
+        return engine
+    return CudaGraphEngine(session)
 
 
 def check(provider: str = CPU) -> None:

@@ -28,7 +28,7 @@ FILES = {
     "tensorrt-rtx": ONNX,
 }
 REFITTABLE = {name: file.replace("affine", "refittable") for name, file in FILES.items()}
-FROZEN = ("openvino",)  # backends to which constants with names are like any others
+FROZEN = ("onnxruntime-tensorrt", "openvino")  # backends to which constants with names are like any others
 PLANNED = ("tensorrt", "tensorrt-rtx")  # those that run what was compiled
 RANGES = {"rows": (1, 2, 8), "subjects": (1, 1, 8)}
 

@@ -34,7 +34,7 @@ def y(engine):
     return engine.run({"x": X})["y"]
 
 
-@pytest.mark.parametrize("backend", FROZEN)
+@pytest.mark.parametrize("backend", [marked(name) for name in FROZEN])
 def test_a_backend_that_cannot_refit_says_so_and_runs_with_what_the_graph_has(backend, monkeypatch):
     ready(backend, monkeypatch)
     with opened(backend, REFITTABLE, threads=1) as engine:

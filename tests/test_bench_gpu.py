@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from engines import nvidia
+from hyperrt import compiling
+from hyperrt.bundle import Bundle, packaged
 from tests.conftest import has_gpu
+from tests.engines import fake_nvidia
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 CARD = nvidia.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)
@@ -75,6 +78,17 @@ def test_a_package_that_is_missing_is_the_reason(bench, monkeypatch):
     for module, kind in (("gpu_torch", "eager_naive"), ("gpu_floor", "floor")):
         monkeypatch.delitem(sys.modules, module, raising=False)
         assert "PyTorch" in gpu.child(argparse.Namespace(child=kind))["absent"]
+
+
+def test_a_pytorch_for_the_cpu_is_not_timed_as_a_gpus(bench):
+    if pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("this PyTorch has a GPU")
+    for package in ("diffusers", "onnxscript"):
+        pytest.importorskip(package)
+    gpu = bench("gpu")
+    for kind in ("eager_naive", "floor"):
+        args = argparse.Namespace(child=kind, family="sdxl", quick=False, precision="fp16")
+        assert "sees no GPU" in gpu.child(args)["absent"]
 
 
 # The processes
@@ -162,6 +176,42 @@ def test_a_bundle_that_is_given_is_used_and_its_refittable_one_lies_beside_it(be
     monkeypatch.setattr(children.subprocess, "run", lambda command, **_: said)
     with pytest.raises(Exception, match="there is no bundle\nerror: no diffusers"):
         children.bundle(args, "sd15", "inputs")
+
+
+# HyperRT's kinds
+
+
+def test_a_backend_with_plans_is_compiled_and_waited_for(bench, monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    if "tiny" not in packaged():
+        pytest.skip("the default bundle is not in this checkout")
+    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path))
+    cuda, _ = fake_nvidia.install(monkeypatch)
+    waits = []
+    monkeypatch.setattr(cuda, "cudaDeviceSynchronize", lambda: waits.append(1), raising=False)
+    monkeypatch.setattr(compiling.tensorrt_build, "build", fake_nvidia.build)
+    monkeypatch.setattr(compiling, "version", lambda backend: "11.4.0.106")
+
+    def compile_bundle(name, backend):
+        bundle = Bundle.open(name)
+        list(compiling.compile_bundle(bundle, backend, ["current"], compiling.sizes_of(bundle, 1, 3)))
+
+    engines_kind = bench("gpu_engines")
+    monkeypatch.setattr(engines_kind, "compile_bundle", compile_bundle)
+    args = argparse.Namespace(bundle="tiny", rounds=2, warm_up=1, steps=2)
+    found = engines_kind.measure(args, "tensorrt")
+    assert found.keys() == {*FOUND, "compile_s"} and min(found.values()) > 0
+    assert len(waits) == 3  # one a change of subject
+
+
+def test_a_bundle_that_cannot_be_compiled_is_absent_with_the_commands_error(bench, monkeypatch):
+    engines_kind = bench("gpu_engines")
+    said = "a warning\nerror: cannot compile\n  why: sm_90 is not supported\n  do:  use another\n"
+    done = subprocess.CompletedProcess([], 7, "", said)
+    monkeypatch.setattr(engines_kind.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(Exception, match=r"^error: cannot compile\n  why: sm_90 is not .*\n  do:") as caught:
+        engines_kind.compile_bundle("tiny", "tensorrt-rtx")
+    assert type(caught.value).__name__ == "Absent"
 
 
 # What is kept

@@ -5,6 +5,7 @@ Without a GPU: ONNX Runtime is the CPU's own where values matter, and a stand-in
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -167,13 +168,26 @@ def test_the_provider_is_asked_for_with_its_options_and_no_fallback(
 ):
     found = wheel()
     made = []
+
+    def engine(kind, *given):
+        made.append((kind, given[1:]))
+        return types.SimpleNamespace()
+
     for kind in ("OnnxRuntimeEngine", "CudaGraphEngine"):
-        monkeypatch.setattr(backend, kind, lambda *given, kind=kind: made.append((kind, given[1:])))
+        monkeypatch.setattr(backend, kind, functools.partial(engine, kind))
     engines.open(GRAPH, name, **options)
     assert (found.asked, found.fallback) == (providers, 0)
     assert found.said == [backend.FATAL, "preload"]
     captured = any("1" in options.values() for _, options in providers)
     assert made == [("CudaGraphEngine", ()) if captured else ("OnnxRuntimeEngine", ("cuda",))]
+
+
+def test_a_graph_whose_constants_can_be_refitted_is_not_captured(wheel):
+    found, path = wheel(), GRAPH.with_name("refittable.onnx")
+    engine = backend.open(path, sizes={"rows": 2}, provider=backend.CUDA, cuda_graph=True)
+    assert type(engine) is backend.OnnxRuntimeEngine and engine.weights
+    assert found.asked == [(backend.CUDA, {"use_tf32": "0"})]
+    assert backend.open(path, provider=backend.TENSORRT).weights == ()
 
 
 def test_a_cuda_graph_on_the_cpu_and_an_unknown_provider_are_refused():

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 RTX = "tensorrt_rtx"
 
 
-def does_not_open(path, **options):
+def does_not_open(*_, **options):
     raise engines.EngineError("there is no device", "this is a stand-in")
 
 
@@ -42,7 +42,7 @@ def machine(monkeypatch, tmp_path):
 
     def loaded(name, package=None):
         if name == "engines.tensorrt":
-            return types.SimpleNamespace(open=does_not_open)
+            return types.SimpleNamespace(open=does_not_open, target=does_not_open)
         if packages.get(name):
             raise packages[name]
         return types.SimpleNamespace() if name in packages else load(name, package)
