@@ -6,7 +6,7 @@
     memory_ratio         peak memory of a process that runs the one / the other
     weight_bytes_saved   of the key and value projections, which an edge device frees after the prompt (fp16)
 
-Random weights, three rows, one picture. Both graphs are exported here by the project's own exporter and are
+Random weights, three rows, one picture, fp32. Both graphs are exported here by the project's own exporter and are
 equal but for the projections and their LoRA; their outputs are compared first. Steps take turns; the time is
 the median over rounds of the ratio within a round. Memory is measured in a process for each.
 """
@@ -151,7 +151,9 @@ class Projected(Mapping):
 
 def opened(folder: Path, backend: str) -> tuple[Engine, dict[str, np.ndarray]]:
     """The engine with everything bound that stays over a loop, and what a step is given."""
-    engine = engines.open(folder / "denoiser.onnx", backend, sizes=SIZES)
+    backend = engines.resolve(backend)
+    fp32 = {"precision": "f32"} if backend == "openvino" else {}  # which may choose bf16: they are compared
+    engine = engines.open(folder / "denoiser.onnx", backend, sizes=SIZES, **fp32)
     names = {spec.name for spec in engine.inputs}
     feeds = {name: array for name, array in np.load(folder / "feeds.npz").items() if name in names}
     varying = ("latents", "previous", "noise", "timestep", "coefficients")

@@ -23,6 +23,18 @@ def test_what_is_encoded_is_read_again(tmp_path):
         assert tensors[name].tolist() == theirs[name].tolist() == tensor.tolist()
 
 
+@pytest.mark.parametrize("start", subject_file.PICKLES)
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, start):
+    wanted = int.from_bytes(start, "little")  # "PK", for example, is a header of 19,280 bytes
+    path = tmp_path / "x.safetensors"
+    for pad in range(wanted):
+        path.write_bytes(subject_file.encode(TENSORS, {"class_noun": "x" * (wanted - 400 + pad)}, {}))
+        if path.read_bytes().startswith(start):
+            break
+    tensors, _ = subject_file.read(path, limit=10**6)
+    assert tensors.keys() == TENSORS.keys()
+
+
 def test_the_limit_is_the_largest_size_that_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(subject_file.encode(TENSORS, {}, {}))
