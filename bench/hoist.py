@@ -6,9 +6,9 @@
     memory_ratio         peak memory of a process that runs the one / the other
     weight_bytes_saved   of the key and value projections, which an edge device frees after the prompt (fp16)
 
-Random weights, three rows, one picture, fp32. Both graphs are exported here by the project's own exporter and are
-equal but for the projections and their LoRA; their outputs are compared first. Steps take turns; the time is
-the median over rounds of the ratio within a round. Memory is measured in a process for each.
+Random weights, three rows, one picture, fp32. Both graphs are exported here by the project's own exporter and
+are equal but for the projections and their LoRA; their outputs are compared first. Steps take turns; the time
+is the median over rounds of the ratio within a round. Memory is measured in a process for each.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def read(path: Path, limit: int) -> tuple[Tensors, dict[str, str]]:
 
     name = path.name
     data = _read_bytes(path, limit)
-    # A safetensors file begins with the length of its header, which may look like one of these; then comes "{".
+    # A safetensors file begins with the length of its header, which may look like that; then comes "{".
     if data.startswith(PICKLES) and data[8:9] != b"{":
         do = "convert it to safetensors where it came from"
         raise LoraError(f"{name} is a pickle or an archive", "those can run code when they are read", do)
