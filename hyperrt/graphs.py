@@ -66,6 +66,8 @@ class Graphs:
             engines.EngineError: it cannot be opened.
         """
         options: dict[str, Any] = {"cache": compile_cache()} if self.backend in CACHING else {}
+        if self.backend == "openvino" and name == "vae_decoder":
+            options["precision"] = "f32"  # it would choose bf16, whose rounding is bands in the picture
         if self.backend in PLANNED:
             plan = compiling.find(self.bundle, name, self.backend, sizes or {})
             options = {"plan": plan.path, "weights": self.bundle.graphs[name].weights}

@@ -121,3 +121,21 @@ def test_where_no_folder_can_be_made_nothing_is_kept(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HYPERRT_HOME", str(tmp_path / "file"))
     assert graphs.compile_cache() is None
+
+
+def test_openvino_decodes_in_fp32_unless_it_is_told_otherwise(monkeypatch):
+    pytest.importorskip("openvino")
+    chosen = {}
+    true = engines.open
+
+    def spy(path, *arguments, **options):
+        chosen[path.stem] = options.get("precision")
+        return true(path, *arguments, **options)
+
+    monkeypatch.setattr(engines, "open", spy)
+    with Runtime.open("tiny", "openvino") as runtime:
+        runtime.generate("a mug in the snow", steps=1)
+    assert chosen["vae_decoder"] == "f32" and chosen["denoiser"] is None
+    with Runtime.open("tiny", "openvino", backend_options={"precision": "auto"}) as runtime:
+        runtime.generate("a mug in the snow", steps=1)
+    assert set(chosen.values()) == {"auto"}
