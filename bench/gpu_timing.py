@@ -7,7 +7,6 @@ counts, the word `measuring` goes to stdout: from there on the parent watches th
 from __future__ import annotations
 
 import argparse
-import resource
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -53,7 +52,7 @@ def figures(
     switches = [report.milliseconds(switch) for _ in range(args.warm_up + args.rounds)]
     seconds = report.milliseconds(picture) / 1000
     found = {"step_ms": median(steps), "switch_ms": median(switches[args.warm_up :]), "picture_s": seconds}
-    return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    return found | {"peak_gb": report.peak_bytes() / 1e9}
 
 
 def device(torch: Any, args: argparse.Namespace) -> str:

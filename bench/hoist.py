@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -186,7 +185,7 @@ def peak_of(folder: Path, backend: str) -> int:
     engine, feeds = opened(folder, backend)
     for _ in range(2):
         engine.run(feeds)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report.peak_bytes()
 
 
 def memory_in_child(folder: Path, backend: str) -> int:

@@ -36,6 +36,15 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    Not `getrusage`: what that says begins with the memory of whoever started the process.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def milliseconds(work: Callable[[], object]) -> float:
     """How long one call takes."""
     start = perf_counter()

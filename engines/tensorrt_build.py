@@ -20,7 +20,6 @@ import dataclasses
 import importlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -195,9 +194,16 @@ def _compiled(recipe: Recipe, say: _Voice) -> Built:
         file.write(plan)
     if timing is not None and recipe.timing:
         Path(recipe.timing).write_bytes(timing.serialize())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     inputs = tuple(network.get_input(k).name for k in range(network.num_inputs))
-    return Built(time.perf_counter() - began, peak, plan.nbytes, inputs)
+    return Built(time.perf_counter() - began, _peak_bytes(), plan.nbytes, inputs)
+
+
+def _peak_bytes() -> int:
+    """Largest memory of this process; what `getrusage` says begins with that of whoever started it."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM:"))
 
 
 def _set_target(trt: Any, config: Any, recipe: Recipe) -> None:
