@@ -85,8 +85,10 @@ class TensorRTEngine(Engine):
         # TensorRT-RTX records by itself, and cannot be told to do it again after a refit.
         self._context = _context(trt, log, engine, recording and not weights)
         self._places: dict[str, cuda.Buffer] = {}
-        fixed = all(isinstance(dim, int) for spec in specs for dim in spec.shape)
-        self._recording = recording and fixed and trt.__name__ != RTX
+        self._open_inputs = {
+            spec.name for spec in self.inputs if any(isinstance(dim, str) for dim in spec.shape)
+        }
+        self._recording = recording and not self._open_inputs and trt.__name__ != RTX
         self._recorded: cuda.Recorded | None = None
         self._runs = 0
         self._weights: _Weights | None = None
@@ -122,8 +124,14 @@ class TensorRTEngine(Engine):
 
     def _upload(self, arrays: dict[str, Any]) -> dict[str, Any]:
         with self._device, cuda.explained("binding an input failed"):
-            for name, array in arrays.items():  # what can fail comes first
-                self._place(name, array.shape)
+            before = dict(self._places)
+            try:  # what can fail comes first
+                for name, array in arrays.items():
+                    self._place(name, array.shape)
+            except EngineError:
+                for name in arrays.keys() & before.keys():
+                    self._take(name, before[name])
+                raise
             for name, array in arrays.items():
                 self._put(name, array)
         return {name: self._places[name] for name in arrays}
@@ -144,13 +152,16 @@ class TensorRTEngine(Engine):
         if place is None or place.shape != shape:
             dtype = next(spec.dtype for spec in (*self.inputs, *self.outputs) if spec.name == name)
             place = self._stream.allocate(shape, dtype)
-            is_open = any(spec.name == name and -1 in _fixed(spec.shape) for spec in self.inputs)
-            if is_open and not self._context.set_input_shape(name, shape):
-                why = self._log.last()
-                raise EngineError(f"the plan does not take {name!r} of shape {list(shape)}", why)
-            self._context.set_tensor_address(name, place.pointer)
-            self._places[name] = place
+            self._take(name, place)
         return place
+
+    def _take(self, name: str, place: cuda.Buffer) -> None:
+        """Let the plan have a tensor in a place, of the place's shape."""
+        if name in self._open_inputs and not self._context.set_input_shape(name, place.shape):
+            why = self._log.last()
+            raise EngineError(f"the plan does not take {name!r} of shape {list(place.shape)}", why)
+        self._context.set_tensor_address(name, place.pointer)
+        self._places[name] = place
 
     def _enqueue(self) -> None:
         """Run on the stream: the recorded graph, where there is one."""
@@ -311,8 +322,3 @@ def _spec(trt: Any, engine: Any, name: str) -> TensorSpec:
 
 def _zeros(spec: TensorSpec) -> Array:
     return np.zeros([int(size) for size in spec.shape], spec.dtype)
-
-
-def _fixed(shape: tuple[int | str, ...]) -> Iterator[int]:
-    """Sizes, open ones as TensorRT says it: -1."""
-    return (-1 if isinstance(dim, str) else dim for dim in shape)

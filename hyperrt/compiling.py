@@ -184,7 +184,7 @@ def _check(bundle: Bundle, name: str, backend: str, plan: Path, sizes: Sizes) ->
         log.warning("the plan of %s is not compared: %s is not installed", name, reference)
         return
     graph, path = bundle.graphs[name], bundle.graph(name)
-    feeds = parity.random_feeds(graph.inputs, {"photos": 1, "prompts": 3, "H": 0, "W": 0, **sizes}, seed=0)
+    feeds = parity.random_feeds(graph.inputs, {"photos": 1, "prompts": 3, **sizes}, seed=0)
     with engines.open(path, reference) as engine:
         expected = engine.run(feeds)
     with engines.open(path, backend, plan=plan, weights=graph.weights) as engine:

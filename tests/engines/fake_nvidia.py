@@ -193,7 +193,7 @@ class Context:
             self.engine.logger.log("error", "not in the profile")
             return False
         self.shapes[name] = list(shape)
-        if -1 in self.engine.shapes["y"]:
+        if name == "x" and -1 in self.engine.shapes["y"]:
             self.shapes["y"] = list(shape)
         return True
 

@@ -16,6 +16,7 @@ import pytest
 
 import engines
 from engines import EngineClosed, EngineError, EngineInputError, EngineLoadError
+from tests.backends import FEEDS, LORA, STEP, W, X, Y
 from tests.engines import fake_cuda
 from tests.engines.fake_cuda import H100, OLD
 
@@ -23,12 +24,6 @@ ort = pytest.importorskip("onnxruntime")
 backend = pytest.importorskip("engines.onnxruntime")
 GRAPH = Path(__file__).parent / "graphs" / "affine.onnx"
 SIZES = {"rows": 2, "subjects": 1}
-W = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
-X = np.arange(6, dtype=np.float32).reshape(2, 3)
-LORA = np.array([[10, 20]], np.float32)
-STEP = np.array(2, np.int64)
-FEEDS = {"x": X, "lora": LORA, "step": STEP}
-Y = X @ W + 2 * LORA
 GPU_BACKENDS = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 
 

@@ -178,6 +178,20 @@ def test_binding_when_memory_is_out_keeps_what_was_bound(opened, nvidia):
         np.testing.assert_array_equal(engine.run({})["y"], expected)
 
 
+@pytest.mark.parametrize(("room", "size"), [(1, 7), (9, 9)], ids=["memory", "profile"])
+def test_a_bind_that_fails_half_way_keeps_what_was_bound(opened, nvidia, room, size):
+    """The first tensor has its new place already when the second one cannot have any."""
+    cuda, _ = nvidia
+    plan = {"inputs": {"x": [-1], "gain": [-1]}, "outputs": {"y": [-1]}}
+    with opened(plan) as engine:
+        engine.bind({"gain": GAIN, "x": X})
+        expected = engine.run({})["y"]
+        cuda.room = room
+        with pytest.raises(EngineError):
+            engine.bind({"gain": np.full(7, 3, np.float32), "x": np.zeros(size, np.float32)})
+        np.testing.assert_array_equal(engine.run({})["y"], expected)
+
+
 def test_a_run_that_fails_says_why(opened, nvidia):
     nvidia[1].fail.add("execute")
     with opened(FIXED) as engine, pytest.raises(EngineError, match="an illegal memory access"):
