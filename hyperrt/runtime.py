@@ -92,7 +92,6 @@ class Runtime:
         self.backend = self._graphs.backend
         self._low_memory = low_memory
         self._conditioning = Conditioning(self._graphs, low_memory)
-        # The denoiser, and whose constants it holds, for how many pictures of a pair.
         self._bound: tuple[Any, ...] | None = None  # engine, what it was told, for how many pictures
         self._lock = threading.RLock()
 
@@ -143,8 +142,9 @@ class Runtime:
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
         pixels = preprocess(photos, self.bundle.preprocess)
-        if not engines.BACKENDS[self.backend].nvidia:
-            memory.check(memory.to_personalize(self.bundle), "making a subject", "end other programs")
+        if not (backend := engines.BACKENDS[self.backend]).nvidia:
+            needed = memory.to_personalize(self.bundle, backend.loads_fp32)
+            memory.check(needed, "making a subject", "end other programs")
         tokens = None
         with self._lock:
             # One after the other, and closed at once: these are not needed again until the next subject.
@@ -305,14 +305,16 @@ class Runtime:
 
     def _check_memory(self, job: Job) -> None:
         """Refuse a job that will not fit, before anything is loaded; a GPU says itself when it is full."""
-        if engines.BACKENDS[self.backend].nvidia:
+        backend = engines.BACKENDS[self.backend]
+        if backend.nvidia:
             return
         rows = len(job.gate) * min(job.batch_size, job.n)
-        low = memory.to_draw(self.bundle, rows, low_memory=True)
+        low = memory.to_draw(self.bundle, rows, low_memory=True, loads_fp32=backend.loads_fp32)
         advice = FEWER
         if low and not self._low_memory:
             advice = f"use --low-memory (low_memory=True), which needs about {low / 1e9:.1f} GB, or {FEWER}"
-        needed = memory.to_draw(self.bundle, rows, self._low_memory, self._graphs.open_names)
+        is_open = self._graphs.open_names
+        needed = memory.to_draw(self.bundle, rows, self._low_memory, is_open, backend.loads_fp32)
         memory.check(needed, "drawing", advice)
 
     def _stepper(self, job: Job, images: int) -> Callable[[Feeds], Feeds]:
