@@ -56,7 +56,7 @@ def to_draw(
         return max(0, max(alone) - loaded)
     opened = accumulate(weights[name] for name in missing)  # one after the other
     peaks = [size + loading[name] for size, name in zip(opened, missing, strict=True)]
-    return max(*peaks, sum(weights[name] for name in missing) + max(beside.values()))
+    return max([*peaks, sum(weights[name] for name in missing) + max(beside.values())])
 
 
 def to_personalize(bundle: Bundle, loads_fp32: bool = False) -> int | None:
