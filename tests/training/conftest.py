@@ -37,8 +37,8 @@ def parts(world):
 def short_run(world) -> dict:
     """Settings of a run of a few steps, without its folder."""
     return {
-        "base": str(world.base),
-        "cache": str(world.cache),
+        "model": str(world.base),
+        "data": str(world.cache),
         "steps": 6,
         "batch": 4,
         "rank": 2,
@@ -58,7 +58,7 @@ def short_run(world) -> dict:
 @pytest.fixture
 def settings(short_run, tmp_path) -> dict:
     """The same with a folder of the test's own."""
-    return {**short_run, "out": str(tmp_path / "run")}
+    return {**short_run, "output": str(tmp_path / "run")}
 
 
 @pytest.fixture(scope="session")
