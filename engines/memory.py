@@ -8,7 +8,10 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_bytes() -> int:
-    """The most so far. Not `getrusage`: what that says begins with the memory of whoever started the process."""
+    """The most so far.
+
+    Not `getrusage`: what that says begins with the memory of whoever started the process.
+    """
     return _field("VmHWM:")
 
 

@@ -50,6 +50,10 @@ class Batches:
         train_steps: int,
         part: slice | None = None,
     ) -> None:
+        shapes = {name: np.shape(getattr(cache, name))[:2] for name in ("images", "latents", "backgrounds")}
+        shapes["features"] = features.shape[:2]
+        if wrong := {name: shape for name, shape in shapes.items() if shape != shapes["backgrounds"]}:
+            raise ValueError(f"of (identities, views) it has {wrong}, elsewhere {shapes['backgrounds']}")
         self.latents = cache.latents
         self.nouns = cache.nouns
         self.features = features
@@ -62,12 +66,10 @@ class Batches:
         self.part = part or slice(0, self.subjects)
         self.rows = slice(self.part.start * config.targets, self.part.stop * config.targets)
         if self.count < 1:
-            why = f"the cache has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
-            raise UsageError(
-                "no identity is left to train on", why, "lower --holdout, or draw a larger cache"
-            )
+            why = f"the data has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
+            raise UsageError("no identity is left to train on", why, "lower --holdout, or take more data")
         if config.photos > self.views:
-            why = f"the cache has {self.views} views of a subject"
+            why = f"the data has {self.views} views of a subject"
             raise UsageError(f"photos is {config.photos}", why, f"set --photos to at most {self.views}")
         self._permutation = lru_cache(2)(self._shuffled)
 

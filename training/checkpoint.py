@@ -103,7 +103,7 @@ def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
     stem = path / HYPERNET if path.is_dir() else path.with_suffix("")
     try:
         about = json.loads(stem.with_suffix(".json").read_text())
-        tensors, metadata = _read(stem.with_suffix(".safetensors"))
+        tensors, metadata = read(stem.with_suffix(".safetensors"))
         step = metadata.get("step")
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{stem} is damaged: {error}") from error
@@ -148,7 +148,7 @@ def load_state(
     """
     path = folder / STATE
     try:
-        tensors, metadata = _read(path)
+        tensors, metadata = read(path)
         done, before = int(metadata["step"]), json.loads(metadata["config"])
         was = Origin(metadata["base_model"], metadata.get("data", ""))
     except (SafetensorError, KeyError, ValueError) as error:
@@ -186,8 +186,8 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; raises SafetensorError where it is damaged."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 

@@ -13,6 +13,7 @@ from training.presets import PRESETS
 REDUCTIONS = ("mean", "sum", "per_factor")
 KINDS = ("hyperdreambooth", "resampler")
 QUERIES = ("factor", "site")
+PRECISIONS = (None, "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,7 @@ class TrainConfig:
     save_every: int = 250
     device: str | None = None  # None: a GPU if there is one
     threads: int | None = None  # None: torch decides
+    precision: str | None = None  # of products, fp32 or bf16; None: bf16 where the device computes in it
     compile: bool = False  # torch.compile for the UNet; pays on a GPU
     gradient_checkpointing: bool = False  # the UNet computes its activations twice and keeps few of them
     compress_gradients: bool = False  # between processes gradients travel as bf16, in half the bytes
@@ -138,6 +140,8 @@ class TrainConfig:
             raise ValueError("noise_shift, lr and clip must be above 0")
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {self.reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; it must be fp32 or bf16")
         if self.batch % self.targets:
             raise ValueError(f"batch is {self.batch}; it must be a multiple of targets, {self.targets}")
         _ = self.decoder  # checks its own numbers
@@ -158,14 +162,30 @@ def resolve(flags: dict[str, Any], preset: str = "tiny", file: Path | None = Non
         raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])
     if file is not None:
-        values.update(json.loads(file.read_text()))
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} holds no JSON object")
+        values.update(found)
     values.update({name: value for name, value in flags.items() if value is not None})
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := set(values) - known:
         raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in values and not _is_of(values[field.name], str(field.type)):
+            raise ValueError(f"{field.name} is {values[field.name]!r}; it must be of the kind {field.type}")
     if missing := {"model", "data", "output"} - set(values):
         raise ValueError(f"missing: {', '.join('--' + name for name in sorted(missing))}")
     return TrainConfig(**values)
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value is of a field's type, as written: "int", "float", "bool", "str", or one "| None"."""
+    names = kind.split(" | ")
+    if value is None:
+        return "None" in names
+    if isinstance(value, bool):
+        return "bool" in names
+    return isinstance(value, {"int": int, "float": (int, float), "str": str}.get(names[0], ()))
 
 
 def to_json(config: TrainConfig | DecoderConfig) -> dict[str, Any]:
@@ -178,7 +198,8 @@ def to_json(config: TrainConfig | DecoderConfig) -> dict[str, Any]:
 FREE = frozenset(
     (
         "model", "data", "output", "steps", "log_every", "monitor_every", "sample_every", "save_every",
-        "device", "threads", "compile", "gradient_checkpointing", "compress_gradients", "shard_optimizer",
+        "device", "threads", "precision", "compile",
+        "gradient_checkpointing", "compress_gradients", "shard_optimizer",
     )
 )  # fmt: skip
 # What it may not change at all: the weights would not fit.

@@ -33,20 +33,26 @@ def has_bf16(device: torch.device) -> bool:
     return any(capabilities.get(unit, False) for unit in BF16_UNITS)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 where that is fast, else fp32."""
-    if has_bf16(device):
+def computes_bf16(device: torch.device, precision: str | None = None) -> bool:
+    """Whether products are to be of bf16: if `precision` says so, or says nothing and that is fast."""
+    return has_bf16(device) if precision is None else precision == "bf16"
+
+
+def autocast(device: torch.device, precision: str | None = None) -> AbstractContextManager[object]:
+    """bf16 or fp32, as `computes_bf16`."""
+    if computes_bf16(device, precision):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
-def frozen_dtype(device: torch.device) -> torch.dtype:
+def frozen_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
     """What the weights of a frozen network are kept in: bf16 on a GPU that computes in it anyway.
 
     On a processor they stay fp32: memory is not what is short there, and a base model that was trained beside
     them goes on to give the same numbers.
     """
-    return torch.bfloat16 if device.type == "cuda" and has_bf16(device) else torch.float32
+    half = device.type == "cuda" and computes_bf16(device, precision)
+    return torch.bfloat16 if half else torch.float32
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,6 @@
-"""What a training would take, from its first two steps: memory, seconds, and the shapes of all that it handles.
+"""What a training would take, from its first two steps: memory, seconds, the shapes of all that it handles.
 
-Two, because AdamW makes its moments at the end of the first, and the second is what all the others are like.
+Two, because AdamW makes its moments at the end of the first; the second is what all the others are like.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Several processes as one training, by accelerate: `accelerate launch -m training.train`, or torchrun.
 
-Only the decoder and its optimizer go through it. The frozen parts stay as they are, one copy in each process:
-wrapped, they would be averaged and cast for nothing. Every process computes its rows of the same batch, and
-the gradients' mean is the gradient of the whole batch; so how many processes there are is no setting of a run.
+Only the decoder and its optimizer go through it; the frozen parts have no gradients to share, and each
+process holds a copy. Every process computes its rows of the same batch, and the mean of the gradients is that
+of the whole batch: so how many processes there are is no setting of a run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ def start(cpu: bool, compress: bool = False) -> Accelerator:
         compress: whether gradients travel as bf16.
     """
     hook = DDPCommunicationHookType.BF16 if compress else DDPCommunicationHookType.NO
-    # The decoder's buffers never change, and gradients that are views of the buckets are not held twice.
-    wrapper = DistributedDataParallelKwargs(
-        broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook
-    )
-    handlers = [wrapper, InitProcessGroupKwargs(timeout=PATIENCE)]
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
+        InitProcessGroupKwargs(timeout=PATIENCE),
+    ]
     # Precision and devices are training/device.py's.
     return Accelerator(cpu=cpu, mixed_precision="no", device_placement=False, kwargs_handlers=handlers)
 
@@ -52,14 +51,15 @@ def any_of(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def share(rows: int, accelerator: Accelerator) -> slice:
-    """This process's part of a batch.
+def share(subjects: int, accelerator: Accelerator) -> slice:
+    """This process's part of a step's subjects.
 
     Raises:
-        UsageError: the rows cannot be shared equally.
+        UsageError: they cannot be shared equally.
     """
     of, number = accelerator.num_processes, accelerator.process_index
-    if rows % of:
+    if subjects % of:
+        what = f"a step of {subjects} subjects cannot be shared by {of} processes"
         do = f"set --batch to a multiple of {of} times --targets"
-        raise UsageError(f"a batch of {rows} subjects cannot be shared by {of} processes", "all take as many", do)
-    return slice(rows // of * number, rows // of * (number + 1))
+        raise UsageError(what, "each takes as many as the others", do)
+    return slice(subjects // of * number, subjects // of * (number + 1))

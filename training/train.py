@@ -50,6 +50,7 @@ class Trainer:
         self.accelerator = processes.start(config.device == "cpu", config.compress_gradients)
         alone = self.accelerator.num_processes == 1
         self.device = device.pick(config.device) if alone else self.accelerator.device
+        self.autocast = partial(device.autocast, self.device, config.precision)
         device.seed_everything(config.seed)
         with _readable(config.model, "make it anew: python -m training.pretrain"):
             self.base = bases.load(config.model)
@@ -90,7 +91,9 @@ class Trainer:
         """The frozen UNet as the steps call it; the encoders, which are done, leave a GPU."""
         unet = self.base.unet
         install(unet)
-        unet.to(device.frozen_dtype(self.device), memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)
+        if (dtype := device.frozen_dtype(self.device, self.config.precision)) != unet.dtype:
+            unet.to(dtype)
         self.base.image_encoder.to("cpu")
         if self.config.gradient_checkpointing:
             # Not re-entrant: LoRA comes to a block as part of an argument, which that kind would detach.
@@ -104,7 +107,7 @@ class Trainer:
         if lora is not None:
             gate = torch.ones(len(latents), 1, 1, device=self.device)
             options = {"rows": Rows(unpack(self.layout, lora), gate)}
-        with device.autocast(self.device):
+        with self.autocast():
             output = self.unet(
                 latents,
                 timesteps.to(self.device),
@@ -116,7 +119,7 @@ class Trainer:
 
     def losses(self, batch: Batch, prior: Batch | None) -> dict[str, Tensor]:
         """The terms of eq. 5 for one batch."""
-        with device.autocast(self.device):
+        with self.autocast():
             lora = self.decode(batch.features.to(self.device))
         lora = {
             name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()
