@@ -25,7 +25,10 @@ def start(cpu: bool, compress: bool = False) -> Accelerator:
 
     Args:
         cpu: whether a processor computes even where there is a GPU.
-        compress: whether gradients travel as bf16.
+        compress: whether gradients travel as bf16, in half the bytes.
+
+    Raises:
+        UsageError: they cannot, between processors.
     """
     hook = DDPCommunicationHookType.BF16 if compress else DDPCommunicationHookType.NO
     handlers = [
@@ -33,7 +36,11 @@ def start(cpu: bool, compress: bool = False) -> Accelerator:
         InitProcessGroupKwargs(timeout=PATIENCE),
     ]
     # Precision and devices are training/device.py's.
-    return Accelerator(cpu=cpu, mixed_precision="no", device_placement=False, kwargs_handlers=handlers)
+    found = Accelerator(cpu=cpu, mixed_precision="no", device_placement=False, kwargs_handlers=handlers)
+    if compress and found.num_processes > 1 and found.device.type != "cuda":
+        why = f"PyTorch does it between GPUs, and these processes compute on {found.device}"
+        raise UsageError("gradients cannot travel as bf16", why, "leave --compress-gradients out")
+    return found
 
 
 def adamw(groups: list[dict[str, object]], lr: float, sharded: bool) -> Optimizer:

@@ -158,13 +158,16 @@ class Trainer:
         return self.descent.step(step, terms, f"identities {self.batches.identities(step).tolist()}")
 
     def save(self, folder: Path, step: int, window: Tensor) -> None:
-        """Everything that resuming needs, and the EMA for export; all processes come and wait for it."""
+        """The EMA for export, and everything that resuming needs; all processes come and wait for it.
+
+        The state last: a run that is killed in between goes on from the one before, and writes both again.
+        """
         moments = self.descent.moments()
         if self.accelerator.is_main_process:
+            checkpoint.save_hypernet(folder, self.ema, self.config, step, self.origin.base_model)
             checkpoint.save_state(
                 folder, self.decoder, self.ema, moments, window, self.config, step, self.origin
             )
-            checkpoint.save_hypernet(folder, self.ema, self.config, step, self.origin.base_model)
         self.accelerator.wait_for_everyone()
 
 

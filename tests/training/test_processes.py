@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,13 +42,11 @@ def joined(started) -> list[int]:
 
 
 def assert_same_curve(entries, found: Path, expected: Path, tolerance: float) -> None:
-    pairs = list(zip(entries(found), entries(expected), strict=True))
-    for one, other in pairs:
-        assert one["step"] == other["step"]
-        for name in ("loss", "ft", "reg", "prior", "grad_norm"):
-            assert one.get(name) == pytest.approx(other.get(name), rel=tolerance, abs=tolerance)
-    assert pairs[0][0]["processes"] == 2
-    assert sum("loss" in one for one, _ in pairs) == 6
+    assert entries(found)[0]["processes"] == 2
+    names = ("step", "loss", "ft", "reg", "prior", "grad_norm")
+    one, other = ([[e[k] for k in names] for e in entries(run) if "loss" in e] for run in (found, expected))
+    assert len(one) == 6
+    np.testing.assert_allclose(one, other, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -67,10 +66,16 @@ def test_two_processes_have_the_curve_of_one_and_leave_a_state_that_one_can_resu
     assert entries(run)[-1]["step"] == 7
 
 
-def test_gradients_that_travel_as_bf16_cost_the_third_digit(exact, alone, together, tmp_path, entries):
-    config = TrainConfig(**exact, output=str(tmp_path / "run"), compress_gradients=True)
-    assert joined(together(2, config)) == [0, 0]
-    assert_same_curve(entries, Path(config.output), alone, 1e-2)
+@pytest.mark.parametrize(("compress", "hook"), [(False, "no"), (True, "bf16")])
+def test_gradients_travel_as_they_were_asked_to(compress, hook):
+    """To accelerate; to try it takes two GPUs."""
+    assert processes.start(True, compress).ddp_handler.comm_hook.value == hook
+
+
+def test_processors_that_cannot_compress_gradients_say_so(monkeypatch):
+    monkeypatch.setattr(processes.Accelerator, "num_processes", 2)
+    with pytest.raises(UsageError, match="these processes compute on cpu"):
+        processes.start(True, compress=True)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(exact, together, tmp_path, entries):

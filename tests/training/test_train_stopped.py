@@ -80,22 +80,25 @@ def same_tensors(one: Path, other: Path) -> bool:
     return found.keys() == expected.keys() and all(found[k].equal(expected[k]) for k in found)
 
 
-# Publishing 0 is of the log; 1 to 3 of state, hypernet.json and hypernet.safetensors at step 3, 4 to 6 at 6.
-MOMENTS = [(1, "written"), (4, "written"), (4, "named"), (5, "named"), (6, "written")]
+# Publishing 0 is of the log; 1 to 3 of hypernet.json, hypernet.safetensors and state at step 3, 4 to 6 at 6.
+MOMENTS = [(1, "written", None), (4, "named", 3), (5, "written", 3), (5, "named", 6), (6, "written", 6)]
 
 
-@pytest.mark.parametrize(("count", "when"), MOMENTS)
+@pytest.mark.parametrize(("count", "when", "step"), MOMENTS)
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_good_one(
-    settings, straight, no_sheets, launch, curve, count, when
+    settings, straight, no_sheets, launch, curve, count, when, step
 ):
     config = TrainConfig(**settings)
     process = launch(config, die=(count, when))
     process.join()
     assert process.exitcode == -signal.SIGKILL
     run = Path(config.output)
-    assert list(run.glob(".hyperrt-*"))
-    if count > 3:
-        assert checkpoint.load_hypernet(run)[1]["step"] == 3
+    assert bool(list(run.glob(".hyperrt-*"))) == (when == "written")
+    if step is None:
+        assert not (run / checkpoint.STATE).exists()
+    else:
+        assert checkpoint.load_hypernet(run)[1]["step"] == step
+        assert checkpoint.read(run / checkpoint.STATE)[1]["step"] == "3"
     train.run(config, resume=True)
     assert curve(run) == curve(straight)
     assert same_tensors(run / "hypernet.safetensors", straight / "hypernet.safetensors")
@@ -164,7 +167,8 @@ def test_a_full_disk_ends_in_three_lines_and_keeps_the_last_checkpoint(
     error = result.stderr[result.stderr.index("Error:") :].splitlines()
     assert len(error) == 3 and "No space left" in error[1]
     assert not list(run.glob(".hyperrt-*"))
-    assert checkpoint.load_hypernet(run)[1]["step"] == 3
+    assert checkpoint.load_hypernet(run)[1]["step"] == (6 if name == checkpoint.STATE else 3)
+    assert checkpoint.read(run / checkpoint.STATE)[1]["step"] == "3"
     assert command(settings, "--resume").exit_code == 0
     assert curve(run) == curve(straight)
 
