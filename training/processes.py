@@ -51,11 +51,11 @@ def adamw(groups: list[dict[str, object]], lr: float, sharded: bool) -> Optimize
     return AdamW(groups, **options)
 
 
-def any_of(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether it is so in any process; all must ask."""
+def largest(accelerator: Accelerator, number: int) -> int:
+    """Of what the processes say; all must ask."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def share(subjects: int, accelerator: Accelerator) -> slice:

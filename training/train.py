@@ -234,8 +234,10 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
             journal.after(done, window)
         if end or done % config.log_every == 0:
             window = window[:0]
-        # Asked once: a signal that comes later is for the next step.
-        leaving = processes.any_of(accelerator, bool(stopped))
+        # Asked once: a signal that comes later is for the next step. One process's is for all.
+        leaving = processes.largest(accelerator, stopped[0] if stopped else 0)
+        if leaving and not stopped:
+            stopped.append(leaving)
         if end or done % config.save_every == 0 or leaving:
             trainer.save(out, done, window)
         if leaving:

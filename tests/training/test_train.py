@@ -11,6 +11,7 @@ from PIL import Image
 
 from training import checkpoint, lora_layers, train
 from training.config import TrainConfig
+from training.sample import sample
 
 
 def test_the_smoke_preset_logs_monitors_from_step_0_and_writes_a_sheet_and_a_hypernetwork(
@@ -116,3 +117,14 @@ def test_products_are_of_the_precision_that_was_asked_for(settings, precision, m
     trainer = train.Trainer(TrainConfig(**settings, precision=precision))
     trainer.step(0)
     assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+
+
+def test_frozen_weights_in_bf16_as_on_a_gpu_give_nearly_the_same(settings, monkeypatch):
+    exact = train.Trainer(TrainConfig(**settings, precision="fp32")).step(0)
+    monkeypatch.setattr(train.device, "frozen_dtype", lambda device, precision: torch.bfloat16)
+    trainer = train.Trainer(TrainConfig(**settings, precision="bf16"))
+    assert {p.dtype for p in trainer.base.unet.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(trainer.step(0), exact, rtol=2e-2, atol=1e-3)
+    pictures = sample(trainer.base, ["a mug"], ["a sks mug"], trainer.ema(trainer.batches.at(0).features[:1]),
+                      rank=trainer.config.rank, steps=2)  # fmt: skip
+    assert pictures.shape == (1, 64, 64, 3)
