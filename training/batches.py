@@ -1,10 +1,13 @@
 """Batches that are a function of seed and step alone, so that a resumed run continues as if never stopped.
 
 S subjects, N photos of each that the decoder sees, R target rows of each that are denoised; rows = S R.
+What is random is drawn for all rows of the step, whoever computes them: a process that takes a part of the
+subjects gets what one process would have had there.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,7 +35,11 @@ class Batch:
 
 
 class Batches:
-    """Draws batches from the identities of a cache before its held-out ones."""
+    """Draws batches from the identities of a cache before its held-out ones.
+
+    Args:
+        part: of a step's subjects those that this process takes; None: all.
+    """
 
     def __init__(
         self,
@@ -41,7 +48,12 @@ class Batches:
         captions: CaptionTable,
         config: TrainConfig,
         train_steps: int,
+        part: slice | None = None,
     ) -> None:
+        shapes = {name: np.shape(getattr(cache, name))[:2] for name in ("images", "latents", "backgrounds")}
+        shapes["features"] = features.shape[:2]
+        if wrong := {name: shape for name, shape in shapes.items() if shape != shapes["backgrounds"]}:
+            raise ValueError(f"of (identities, views) it has {wrong}, elsewhere {shapes['backgrounds']}")
         self.latents = cache.latents
         self.nouns = cache.nouns
         self.features = features
@@ -51,21 +63,30 @@ class Batches:
         self.views = cache.images.shape[1]
         self.count = len(cache.nouns) - config.holdout
         self.subjects = config.batch // config.targets
+        self.part = part or slice(0, self.subjects)
+        self.rows = slice(self.part.start * config.targets, self.part.stop * config.targets)
         if self.count < 1:
-            why = f"the cache has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
-            raise UsageError(
-                "no identity is left to train on", why, "lower --holdout, or draw a larger cache"
-            )
+            why = f"the data has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
+            raise UsageError("no identity is left to train on", why, "lower --holdout, or take more data")
         if config.photos > self.views:
-            why = f"the cache has {self.views} views of a subject"
+            why = f"the data has {self.views} views of a subject"
             raise UsageError(f"photos is {config.photos}", why, f"set --photos to at most {self.views}")
         self._permutation = lru_cache(2)(self._shuffled)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that stand for the pictures and captions that are trained on."""
+        digest = hashlib.sha256(repr((self.latents.shape, self.features.shape)).encode())
+        for values in (self.latents, self.features, self.nouns, self.captions.subject):
+            some = values[:: max(1, len(values) // 64)]
+            digest.update(np.ascontiguousarray(some).tobytes())
+        return digest.hexdigest()[:12]
 
     def at(self, step: int) -> Batch:
         """The batch of a step, numbered from 0."""
         config = self.config
         rng = np.random.default_rng([config.seed, 2, step])
-        who = self._identities(step)
+        who = self.identities(step)
         photos = int(rng.integers(1, config.photos + 1))
         views = np.argsort(rng.random((len(who), self.views)), axis=1)
         rows = np.repeat(who, config.targets)
@@ -76,7 +97,7 @@ class Batches:
     def prior_at(self, step: int) -> Batch:
         """For L_reg: other subjects of the same nouns, captioned without the token; rows as in `at(step)`."""
         rng = np.random.default_rng([self.config.seed, 3, step])
-        who = self._identities(step)
+        who = self.identities(step)
         rows = np.repeat(who, self.config.targets)
         others = np.array([self._other(rng, row) for row in rows])
         shown = rng.integers(0, self.views, len(rows))
@@ -93,21 +114,24 @@ class Batches:
         shown: np.ndarray,
         text: np.ndarray,
     ) -> Batch:
-        latents = torch.from_numpy(self.latents[rows, shown].astype(np.float32))
-        features = self.features[who[:, None], views].reshape(-1, *self.features.shape[2:])
+        part, own = self.part, self.rows
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = torch.randn((len(rows), *self.latents.shape[2:]), generator=generator)
+        timesteps = torch.from_numpy(self._timesteps(rng, len(rows)))
+        features = self.features[who[part, None], views[part]].reshape(-1, *self.features.shape[2:])
+        hidden = self.captions.hidden
         return Batch(
-            identities=who,
+            identities=who[part],
             photos=views.shape[1],
             features=torch.from_numpy(features.astype(np.float32)),
-            latents=latents,
-            text=self.captions.hidden[torch.from_numpy(text).to(self.captions.hidden.device)],
-            noise=torch.randn(latents.shape, generator=generator),
-            timesteps=torch.from_numpy(self._timesteps(rng, len(rows))),
+            latents=torch.from_numpy(self.latents[rows[own], shown[own]].astype(np.float32)),
+            text=hidden[torch.from_numpy(text[own]).to(hidden.device)],
+            noise=noise[own],
+            timesteps=timesteps[own],
         )
 
-    def _identities(self, step: int) -> np.ndarray:
-        """Every identity once per epoch, in an order of the epoch's own."""
+    def identities(self, step: int) -> np.ndarray:
+        """The subjects of a step [S], all processes': every one once per epoch, in an order of its own."""
         epochs, places = np.divmod(np.arange(step * self.subjects, (step + 1) * self.subjects), self.count)
         return np.array(
             [self._permutation(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import multiprocessing
+import runpy
+import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +43,8 @@ def parts(world):
 def short_run(world) -> dict:
     """Settings of a run of a few steps, without its folder."""
     return {
-        "base": str(world.base),
-        "cache": str(world.cache),
+        "model": str(world.base),
+        "data": str(world.cache),
         "steps": 6,
         "batch": 4,
         "rank": 2,
@@ -58,7 +64,88 @@ def short_run(world) -> dict:
 @pytest.fixture
 def settings(short_run, tmp_path) -> dict:
     """The same with a folder of the test's own."""
-    return {**short_run, "out": str(tmp_path / "run")}
+    return {**short_run, "output": str(tmp_path / "run")}
+
+
+CLOCK = ("rows_per_s", "peak_mb", "mb_per_sample", "processes", "config")  # and what names the run
+
+
+def read_log(folder: Path | str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def entries() -> Callable[[Path | str], list[dict]]:
+    """The lines of a run's log."""
+    return read_log
+
+
+@pytest.fixture(scope="session")
+def curve() -> Callable[[Path | str], list[dict]]:
+    """The log without what the machine and the folder's name decide."""
+    return lambda folder: [{k: v for k, v in e.items() if k not in CLOCK} for e in read_log(folder)]
+
+
+@pytest.fixture
+def no_sheets(monkeypatch):
+    """Sample sheets are tested once; they are the longest part of a short run."""
+    from training import train
+
+    monkeypatch.setattr(train.preview, "write", lambda path, trainer: None)
+
+
+@pytest.fixture(scope="session")
+def straight(short_run, tmp_path_factory) -> Path:
+    """A run of `short_run` that nothing interrupted."""
+    from training import train
+    from training.config import TrainConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.preview, "write", lambda path, trainer: None)
+        output = tmp_path_factory.mktemp("straight") / "run"
+        return train.run(TrainConfig(**short_run, output=str(output)))
+
+
+@pytest.fixture
+def finished(straight, settings) -> Path:
+    """A copy of that run, in the folder of `settings`."""
+    return Path(shutil.copytree(straight, settings["output"]))
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., multiprocessing.Process]:
+    """Starts a training in a process of its own, see child.py.
+
+    The process is forked off a server that has imported the training once: no test waits for that.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.train"])
+    child = str(Path(__file__).with_name("child.py"))
+
+    def start(config, **options) -> multiprocessing.Process:
+        process = context.Process(
+            target=runpy.run_path, args=(child, {"config": config, "options": options})
+        )
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def together(launch) -> Callable[..., list[multiprocessing.Process]]:
+    """Starts so many processes of one training, as a launcher would."""
+
+    def start(count: int, config, **options) -> list[multiprocessing.Process]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            launch(config, environment={**shared, "RANK": str(k), "LOCAL_RANK": str(k)}, **options)
+            for k in range(count)
+        ]
+
+    return start
 
 
 @pytest.fixture(scope="session")

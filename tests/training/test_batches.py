@@ -38,6 +38,20 @@ def test_an_epoch_has_every_training_identity_once_and_no_held_out_one(make, set
         assert sorted(epoch) == list(range(count))
 
 
+def test_the_parts_of_a_step_are_the_step(make, read, settings):
+    config = TrainConfig(**{**settings, "batch": 8, "targets": 2, "photos": 2})
+    whole = make(batch=8, targets=2, photos=2)
+    parts = [batches.Batches(*read, config, 1000, part) for part in (slice(0, 2), slice(2, 4))]
+    for draw in ("at", "prior_at"):
+        expected = vars(getattr(whole, draw)(3))
+        found = [vars(getattr(part, draw)(3)) for part in parts]
+        assert found[0].pop("photos") == found[1].pop("photos") == expected.pop("photos")
+        for name, value in expected.items():
+            both = [torch.as_tensor(part[name]) for part in found]
+            assert torch.equal(torch.cat(both), torch.as_tensor(value)), name
+            assert len(both[0]) == len(both[1])
+
+
 def test_targets_share_their_subject_and_photos(make):
     batch = make(batch=6, targets=3, photos=2).at(1)
     assert len(batch.identities) == 2
