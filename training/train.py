@@ -45,6 +45,7 @@ class Trainer:
         for module in (self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder):
             module.to(self.device)
         self.cache = SceneCache.open(config.cache)
+        features.check_latents(self.base, self.cache)
         self.features = features.image_features(self.base, self.cache)
         self.captions = features.caption_table(self.base, self.cache, config.token)
         self.noising = Noising(self.base.scheduler, self.device)
