@@ -189,7 +189,7 @@ def square(picture: Picture, size: int, crop: str = "center") -> Picture:
 def natural_key(name: str) -> tuple[Any, ...]:
     """Sort key by which 2.png comes before 10.png."""
     parts = re.split(r"([0-9]+)", name.casefold())
-    return (*(int(part) if index % 2 else part for index, part in enumerate(parts)), name)
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
 def printable(name: str) -> str:

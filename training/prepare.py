@@ -4,7 +4,7 @@
 
 Stages, each of which is kept when a later one is stopped:
 
-    pictures   reads the photos, in worker processes (training/pictures.py)
+    pictures   reads the photos, in worker processes (training/ingest.py)
     encoders   latents, image features, texts (training/features.py)
     cache.json is written last
 
@@ -32,7 +32,7 @@ import torch
 from hyperrt import files, images
 from hyperrt.errors import IntegrityError, NotFound, UsageError
 from training import base as bases
-from training import device, features, pictures, scenes
+from training import device, features, ingest, scenes
 from training.checkpoint import hash_of
 from training.data import (
     CAPTIONS,
@@ -54,7 +54,7 @@ log = logging.getLogger("training")
 
 VERSION = 2  # of the cache; 1 is that of the drawn scenes
 ENCODED = ("latents", "mirrored", "features", "text", "pooled")
-FILES = (IMAGES, NOUNS, CAPTIONS, RECIPE, LATENTS, pictures.SKIPPED, "backgrounds.npy")
+FILES = (IMAGES, NOUNS, CAPTIONS, RECIPE, LATENTS, ingest.SKIPPED, "backgrounds.npy")
 OURS = re.compile(rf"({'|'.join(ENCODED)})-[0-9a-f]+\.npy|\.hyperrt-\w+\.tmp")
 MODEL_PARTS = ("vae", "image_encoder", "text_encoder", "text_encoder_2")
 
@@ -145,7 +145,7 @@ def prepare(config: PrepareConfig) -> SceneCache:
             _read_pictures(config, recipe)
         about = read_json(config.output / CAPTIONS)
         about = {name: about[name] for name in ("names", "photos", "bad", "filtered")}
-        pictures.check_share(config.output, about, config.max_bad)
+        ingest.check_share(config.output, about, config.max_bad)
         cache = SceneCache.read(config.output, about)
         base = _encoders(config)
         made = {**recipe, "model": _hashes(base), "token": config.token, "flip": config.flip}
@@ -164,7 +164,7 @@ def _read_pictures(config: PrepareConfig, recipe: dict[str, Any]) -> None:
     size = recipe["size"]
     options = Options(config.split, config.noun, config.views, config.limit, size)
     found = LAYOUTS[config.layout].find(config.source, options)
-    pictures.write(config.output, found, size, config.limit, config.workers, recipe)
+    ingest.write(config.output, found, size, config.limit, config.workers, recipe)
 
 
 def _encode(config: PrepareConfig, base: bases.Encoders, cache: SceneCache) -> dict[str, str]:

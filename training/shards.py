@@ -92,7 +92,7 @@ def samples(shard: Path) -> Iterator[Sample]:
     """
     sample: Sample | None = None
     try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it remembers them all, and a shard may have millions
                 name, suffix = _split(member.name)

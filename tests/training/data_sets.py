@@ -59,7 +59,7 @@ def composite(left: np.ndarray, right: np.ndarray, padding: int = 8) -> np.ndarr
     return canvas
 
 
-def row(item: str, scores: int | None = 5, **description: object) -> dict[str, object]:
+def row(item: str, scores: int | None = 5, /, **description: object) -> dict[str, object]:
     """The columns of a row of Subjects200K, but for its picture."""
     names = ("compositeStructure", "objectConsistency", "imageQuality")
     return {
@@ -78,8 +78,8 @@ def row(item: str, scores: int | None = 5, **description: object) -> dict[str, o
 
 def folders(path: Path) -> Path:
     """Four subjects with 3, 1, 2 and 3 photos; each says in another way what it is."""
-    names = ["a/1.png", "a/2.png", "a/10.png", "b/1.png", "c/1.png", "c/2.png", "d/1.png", "d/2.png", "d/3.png"]
-    write(path, names)
+    numbers = {"a": (1, 2, 10), "b": (1,), "c": (1, 2), "d": (1, 2, 3)}
+    write(path, [f"{subject}/{number}.png" for subject in numbers for number in numbers[subject]])
     (path / "a" / "class.txt").write_text("robot\n")
     (path / "b" / "metadata.json").write_text('{"class_noun": "stuffed animal"}')
     table = "Classes\n\nsubject_name,class\n\nc,cat\nd,dog\n\nPrompts\n\n'a {0} {1}'.format(token, class),\n"
@@ -105,7 +105,7 @@ def subjects200k(path: Path) -> Path:
     members = []
     for number in range(5):
         content = encoded(composite(*pictures[2 * number : 2 * number + 2]))
-        about = row(f"Toy {number}", scores=4 if number == 2 else 5)
+        about = row(f"Toy {number}", 4 if number == 2 else 5)
         members += [(f"{number}.png", content), (f"{number}.json", json.dumps(about).encode())]
     tar(path / "part.tar", members)
     return path

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +19,11 @@ import torch
 from click.testing import CliRunner
 
 from hyperrt.errors import BadInput, Incompatible, NotFound, ResourceError, UsageError
+from tests.training import data_sets
 from training import data, features, prepare, train
 from training.config import TrainConfig
 from training.data import SceneCache
 from training.prepare import PrepareConfig
-
-SPEC = importlib.util.spec_from_file_location("data_sets", Path(__file__).with_name("data_sets.py"))
-data_sets = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(data_sets)
 
 SHAPES = {  # layout -> subjects, views
     "folders": (4, 3),
@@ -74,7 +72,7 @@ def test_a_training_step_can_be_made_of_every_layout(layout, config, settings):
 
 def test_what_is_prepared_is_what_the_parts_of_the_base_make(config, parts):
     cache = prepare.prepare(config("folders", flip=True))
-    picture = cache.images[2, 1][None]
+    picture = np.array(cache.images[2, 1])[None]
     pixels = torch.from_numpy(picture).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         means = [parts.vae.encode(x).latent_dist.mean * 0.5 for x in (pixels, pixels.flip(-1))]
@@ -190,10 +188,7 @@ def test_malformed_and_hostile_photos_do_not_stop_the_work(config, tmp_path, sha
     source = tmp_path / "photos"
     source.mkdir()
     for path in (shared_data / "bad_images").iterdir():
-        if path.is_file():
-            os.link(path, source / path.name) if source.stat().st_dev == path.stat().st_dev else (
-                source / path.name
-            ).write_bytes(path.read_bytes())
+        shutil.copy(path, source)
     os.mkfifo(source / "pipe.png")
     (source / "link.png").symlink_to(shared_data / "photos")
     cache = prepare.prepare(config("folders", source, noun="thing", views=200, max_bad=1.0))
@@ -207,7 +202,7 @@ def test_malformed_and_hostile_photos_do_not_stop_the_work(config, tmp_path, sha
 def test_real_photos_become_a_cache(config, shared_data):
     cache = prepare.prepare(config("folders", shared_data / "dreambench", limit=3))
     assert cache.counts.min() >= 4
-    assert ("a [V] stuffed animal", "a stuffed animal") in texts(cache)
+    assert texts(cache) == {("a [V] backpack", "a backpack"), ("a [V] can", "a can")}
 
 
 def test_a_finished_cache_is_kept_and_another_make_up_asks_for_force(config, tmp_path):
@@ -249,7 +244,7 @@ def test_what_was_finished_before_an_interruption_is_kept(stage, config, monkeyp
     assert not (wanted.output / data.RECIPE).exists()
     with pytest.raises(FileNotFoundError, match="not a finished"):
         SceneCache.open(wanted.output)
-    monkeypatch.setattr(prepare.pictures, "write", stop)
+    monkeypatch.setattr(prepare.ingest, "write", stop)
     monkeypatch.setattr(features, "encode_latents", stop)
     assert prepare.prepare(wanted).shape == (4, 3)
 
@@ -281,8 +276,7 @@ def test_two_runs_do_not_write_one_cache(config):
         prepare.prepare(wanted)
 
 
-def test_a_worker_that_dies_is_named(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.np.random, "default_rng", lambda *_: os._exit(9))
+def test_a_worker_that_dies_is_named():
     with pytest.raises(ResourceError, match="a worker process died"):
         list(data.in_processes(os._exit, [9], 2))
 
@@ -296,7 +290,7 @@ def test_latents_of_another_autoencoder_are_refused(config, settings, parts):
 
 
 def test_a_full_disk_is_said_before_the_work(config, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: (0, 0, 10))
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ResourceError, match="no room for the latents"):
         prepare.prepare(config("celeba"))
 

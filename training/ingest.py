@@ -147,7 +147,8 @@ def _write_images(
         why = f"of {tally.photos:,} photos {len(tally.left_out):,} are bad"
         if tally.filtered:
             why += f", and {tally.filtered:,} samples are not good enough for the layout's filter"
-        raise BadInput("the data set has nothing that can be used", _with_names(why, tally.left_out))
+        why = _with_names(why, tally.left_out)
+        raise BadInput("the data set has nothing that can be used", why, "check --source and --layout")
     file.seek(0)
     _write_header(file, (len(tally.nouns), *shape))
     if file.tell() != start:  # NumPy leaves room for the first number to grow
