@@ -54,7 +54,8 @@ class Batches:
         shapes["features"] = features.shape[:2]
         if wrong := {name: shape for name, shape in shapes.items() if shape != shapes["backgrounds"]}:
             raise ValueError(f"of (identities, views) it has {wrong}, elsewhere {shapes['backgrounds']}")
-        self.latents = cache.latents
+        self.latents, self.mirrored = cache.latents, cache.mirrored
+        self.counts = cache.counts
         self.nouns = cache.nouns
         self.features = features
         self.captions = captions
@@ -88,9 +89,11 @@ class Batches:
         rng = np.random.default_rng([config.seed, 2, step])
         who = self.identities(step)
         photos = int(rng.integers(1, config.photos + 1))
-        views = np.argsort(rng.random((len(who), self.views)), axis=1)
+        # Views that an identity has again come last.
+        again = np.arange(self.views) >= self.counts[who, None]
+        views = np.argsort(rng.random((len(who), self.views)) + again, axis=1)
         rows = np.repeat(who, config.targets)
-        shown = self._target_views(rng, views, photos)
+        shown = self._target_views(rng, views, photos, self.counts[who])
         row = np.where(rng.random(len(rows)) < config.text_dropout, 0, self.captions.subject[rows, shown])
         return self._batch(rng, who, views[:, :photos], rows, shown, row)
 
@@ -115,17 +118,17 @@ class Batches:
         text: np.ndarray,
     ) -> Batch:
         part, own = self.part, self.rows
+        latents = self._latents(rng, rows, shown)[own]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = torch.randn((len(rows), *self.latents.shape[2:]), generator=generator)
         timesteps = torch.from_numpy(self._timesteps(rng, len(rows)))
         features = self.features[who[part, None], views[part]].reshape(-1, *self.features.shape[2:])
-        hidden = self.captions.hidden
         return Batch(
             identities=who[part],
             photos=views.shape[1],
             features=torch.from_numpy(features.astype(np.float32)),
-            latents=torch.from_numpy(self.latents[rows[own], shown[own]].astype(np.float32)),
-            text=hidden[torch.from_numpy(text[own]).to(hidden.device)],
+            latents=torch.from_numpy(latents),
+            text=self.captions.text(text[own]),
             noise=noise[own],
             timesteps=timesteps[own],
         )
@@ -140,13 +143,27 @@ class Batches:
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.config.seed, 1, epoch]).permutation(self.count)
 
-    def _target_views(self, rng: np.random.Generator, views: np.ndarray, photos: int) -> np.ndarray:
-        """The view to denoise, [rows]: with probability `cross_view` one that the decoder does not see."""
+    def _latents(self, rng: np.random.Generator, rows: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """[rows, C, h, w]; half of them mirrored where the cache has that."""
+        latents = self.latents[rows, shown].astype(np.float32)
+        if self.mirrored is not None:
+            turned = rng.random(len(rows)) < 0.5
+            latents[turned] = self.mirrored[rows[turned], shown[turned]]
+        return latents
+
+    def _target_views(
+        self, rng: np.random.Generator, views: np.ndarray, photos: int, counts: np.ndarray
+    ) -> np.ndarray:
+        """The view to denoise, [rows]: with probability `cross_view` one that the decoder does not see.
+
+        One of the photos where a subject has no others; with a single view it is the photo itself.
+        """
         shape = (len(views), self.config.targets)
         seen = rng.integers(0, photos, shape)
         if photos < self.views:
-            other = rng.integers(photos, self.views, shape)
-            seen = np.where(rng.random(shape) < self.config.cross_view, other, seen)
+            others = np.maximum(counts - photos, 0)[:, None]
+            other = photos + rng.integers(0, np.maximum(others, 1), shape)
+            seen = np.where((rng.random(shape) < self.config.cross_view) & (others > 0), other, seen)
         return np.take_along_axis(views, seen, axis=1).ravel()
 
     def _other(self, rng: np.random.Generator, row: int) -> int:

@@ -71,7 +71,7 @@ def probe(
         second=torch.from_numpy(features[who, min(1, views - 1)].astype(np.float32)),
         another=torch.from_numpy(same_noun(cache.nouns[who])),
         latents=latents,
-        text=captions.hidden[torch.from_numpy(captions.subject[rows, shown]).to(captions.hidden.device)],
+        text=captions.text(captions.subject[rows, shown]),
         noise=torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
         timesteps=torch.from_numpy(spread.astype(np.int64)),
     )

@@ -61,6 +61,7 @@ class Trainer:
         # What one process of a machine computes and keeps, the others find.
         with self.accelerator.local_main_process_first(), _readable(config.data, "build it anew"):
             self.cache = SceneCache.open(config.data)
+            features.check_latents(self.base, self.cache)
             self.features = features.image_features(self.base, self.cache)
             self.captions = features.caption_table(self.base, self.cache, config.token)
             self.batches = Batches(

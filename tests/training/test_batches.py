@@ -72,7 +72,7 @@ def test_the_target_is_one_of_the_photos_or_another_view(make, read, cross_view)
 
 
 def test_text_dropout_gives_the_empty_prompt(make, read):
-    empty = read[2].hidden[0]
+    [empty] = read[2].text(np.array([0]))
     assert all(torch.equal(text, empty) for text in make(text_dropout=1.0).at(0).text)
     assert not any(torch.equal(text, empty) for text in make(text_dropout=0.0).at(0).text)
 
@@ -86,7 +86,7 @@ def test_the_prior_is_of_other_subjects_of_the_noun_without_the_token(make, read
         other, view = matches[0]
         assert other != who
         assert cache.nouns[other] == cache.nouns[who]
-        assert torch.equal(text, captions.hidden[captions.generic[other, view]])
+        assert torch.equal(text, captions.text(captions.generic[None, other, view])[0])
 
 
 def test_timesteps_cover_the_schedule_and_a_shift_makes_them_noisier(make):
