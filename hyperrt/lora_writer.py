@@ -119,10 +119,10 @@ def reduced(factors: Factors, rank: int) -> Factors:
     a, b = factors.numbers()
     q_b, r_b = np.linalg.qr(b.astype(np.float64))  # B A = Q_B (R_B R_A^T) Q_A^T
     q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
-    u, s, v = np.linalg.svd(r_b @ r_a.T)
+    u, s, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = np.sqrt(s[:rank])
     nearest_a, nearest_b = (root * v[:rank].T).T @ q_a.T, q_b @ (u[:, :rank] * root)
-    return Factors(Stored.of(nearest_a), Stored.of(nearest_b), float(rank))
+    return Factors(Stored.of(nearest_a), Stored.of(nearest_b), float(len(root)))
 
 
 def norm(factors: Factors) -> float:

@@ -39,6 +39,7 @@ from hyperrt.personalize import (
     Photos,
     check_finite,
     encode_photos,
+    origin,
     predict_lora,
     predict_tokens,
     read_photos,
@@ -155,22 +156,7 @@ class Runtime:
             if self.bundle.image_prompt:
                 with self._graphs.open("image_prompt") as resampler:
                     tokens = predict_tokens(features, resampler)
-        return Subject(weights, noun, len(photos), self._origin(noun, len(photos)), tokens)
-
-    def _origin(self, noun: str, photos: int) -> dict[str, str]:
-        """Metadata of a subject that was made here."""
-        bundle = self.bundle
-        origin = {
-            "base_model": bundle.hashes.base_model,
-            "hypernet": bundle.hashes.hypernet,
-            "class_noun": noun,
-            "photos": str(photos),
-            "trigger": bundle.prompts.token,
-            "family": bundle.family,
-            "image_size": str(bundle.image_size),
-            "prediction_type": bundle.prediction_type,
-        }
-        return origin | ({"image_scale": f"{bundle.image_prompt.scale:g}"} if bundle.image_prompt else {})
+        return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos)), tokens)
 
     def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
         """Read a LoRA file that fits this bundle: a subject file, or one of another program.
@@ -179,15 +165,11 @@ class Runtime:
             partial: leave out what another program's file adapts beside q, k and v of the cross-attention.
 
         Raises:
-            NotFound: there is no such file.
-            LoraError: it is malformed.
-            LoraMismatch: it was made for another base model or layout, or adapts other modules.
+            NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
         """
-        bundle = self.bundle
-        subject = lora.load_subject(
-            Path(path), bundle.layout, bundle.hashes.base_model, bundle.token_shape, partial=partial
-        )
-        noun = subject.class_noun or bundle.prompts.default_class
+        shape, base = self.bundle.token_shape, self.bundle.hashes.base_model
+        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial)
+        noun = subject.class_noun or self.bundle.prompts.default_class
         return dataclasses.replace(subject, class_noun=noun)
 
     def check(self, prompt: str, has_subject: bool, **options: Any) -> None:
