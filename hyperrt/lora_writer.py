@@ -99,7 +99,10 @@ def convert(
     dropped = (*_OF_A_FORMAT, *(key for key in file.metadata if key.startswith(ORIGIN)))
     metadata = {key: text for key, text in file.metadata.items() if key not in dropped}
     if format == "kohya":
-        metadata |= lora_metadata.kohya(peft_config(sites), family, width)
+        config = peft_config(sites)
+        metadata |= lora_metadata.kohya(config, family, width)
+        if "alpha_pattern" in config:
+            log.warning("alpha differs between sites: diffusers, unlike others, takes one from a kohya file")
     if "modelspec.implementation" in metadata:
         metadata["modelspec.implementation"] = lora_metadata.SGM if layers else "diffusers"
     _write(path, format, sites, metadata, layers, file.tokens(), force)

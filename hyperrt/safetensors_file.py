@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 from hyperrt.errors import LoraError, NotFound
 
 MAX_HEADER = 2**24  # bytes; kohya's trainer writes its statistics there
-BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}  # types that a LoRA has, and the size of a number
+TYPES = ("F32", "F16", "BF16")  # that a LoRA is stored as
+# As NumPy has them; of these alpha may be any: diffusers writes it as a whole number.
+NUMBERS: Mapping[str, str] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"
+}  # fmt: skip
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save, old and new
 REDO = "make the file again: hyperrt personalize"
 
@@ -37,12 +41,13 @@ class Stored(NamedTuple):
         return cls("F32", array.shape, array.astype("<f4").tobytes())
 
     def array(self) -> NDArray[np.float32]:
-        """The numbers, as float32, which holds them all exactly."""
+        """The numbers, as float32, which holds all of a LoRA's types exactly."""
         if self.dtype == "BF16":
             wide = np.frombuffer(self.data, "<u2").astype("<u4") << 16
             return wide.view("<f4").astype(np.float32, copy=False).reshape(self.shape)
-        kind = "<f4" if self.dtype == "F32" else "<f2"
-        return np.frombuffer(self.data, kind).astype(np.float32, copy=False).reshape(self.shape)
+        found = np.frombuffer(self.data, NUMBERS[self.dtype])
+        with np.errstate(over="ignore"):
+            return found.astype(np.float32, copy=False).reshape(self.shape)
 
 
 class Entry(NamedTuple):
@@ -78,13 +83,13 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     return dict(sorted(metadata.items())), entries
 
 
-def read_tensor(path: Path, name: str, entry: Entry) -> Stored:
+def read_tensor(path: Path, name: str, entry: Entry, types: Collection[str] = TYPES) -> Stored:
     """One tensor.
 
     Raises:
-        LoraError: it has a type that a LoRA has not, or the file is no longer what its header was.
+        LoraError: it has another type than `types`, or the file is no longer what its header was.
     """
-    check_type(path, name, entry)
+    check_type(path, name, entry, types)
     try:
         with path.open("rb") as file:
             file.seek(entry.start)
@@ -96,14 +101,14 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Stored:
     return Stored(entry.dtype, entry.shape, data)
 
 
-def check_type(path: Path, name: str, entry: Entry) -> None:
-    """Refuse a tensor of a type that a LoRA has not.
+def check_type(path: Path, name: str, entry: Entry, types: Collection[str] = TYPES) -> None:
+    """Refuse a tensor of another type.
 
     Raises:
         LoraError: it is one.
     """
-    if entry.dtype not in BYTES:
-        why = f"a LoRA is stored as {', '.join(BYTES)}"
+    if entry.dtype not in types:
+        why = f"it must be one of {', '.join(types)}"
         raise LoraError(f"{path.name}: {shown(name)} is {entry.dtype}", why, REDO)
 
 

@@ -259,7 +259,9 @@ def _alpha(
     if name is not None:
         if math.prod(shape := entries[name].shape) != 1:
             raise LoraError(f"{source.name}: {shown(name)} is {shape}", "it must be one number", REDO)
-        alpha = float(safetensors_file.read_tensor(source, name, entries[name]).array().ravel()[0])
+        types = (*safetensors_file.NUMBERS, "BF16")
+        stored = safetensors_file.read_tensor(source, name, entries[name], types)
+        alpha = float(stored.array().ravel()[0])
     else:
         alpha = _configured(source, config, site, rank)
     if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
