@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from hyperrt import __version__
 from hyperrt.cli_compile import compile_
 from hyperrt.cli_config import default_map, user_config
+from hyperrt.cli_lora import lora
 from hyperrt.cli_output import Output, with_json
 from hyperrt.cli_plans import plans
 from hyperrt.config import (
@@ -89,6 +90,9 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 )
 @click.option(
     "--subject", "-s", metavar="FILE", help="Subject file of `hyperrt personalize`, instead of photos."
+)
+@click.option(
+    "--partial", is_flag=True, help="Of a LoRA file that adapts other layers, too, use what can be used."
 )
 @click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to draw with.")
 @click.option(
@@ -295,6 +299,7 @@ def doctor(output: Output, bundle: str, backend: str) -> None:
 
 hyperrt.add_command(compile_)
 hyperrt.add_command(plans)
+hyperrt.add_command(lora)
 
 
 def _config(context: click.Context, kind: type[Config], options: dict[str, Any]) -> Config:

@@ -101,7 +101,7 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
 
 def _subject(runtime: Runtime, config: GenerateConfig, output: Output) -> Subject | None:
     if config.subject:
-        subject = runtime.load_subject(config.subject)
+        subject = runtime.load_subject(config.subject, config.partial)
         return dataclasses.replace(subject, class_noun=config.class_noun) if config.class_noun else subject
     if not config.images:
         return None

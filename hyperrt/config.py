@@ -25,6 +25,7 @@ MAX_SIZE = 2**14  # pixels
 MAX_IMAGE_SCALE = 10
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
+MAX_RANK = 1024
 MAX_SEED = 2**63 - 1
 STDOUT = "-"
 SOLVER_NAMES = (
@@ -79,6 +80,7 @@ class GenerateConfig(SamplingConfig):
     prompt: str
     images: tuple[str, ...] = ()  # photos: a folder, or files
     subject: str | None = None  # a subject file, instead of photos
+    partial: bool = False  # of a LoRA that adapts other modules, too: leave these out
     bundle: str = "tiny"  # name or folder
     class_noun: str | None = None  # None: the noun of the prompt, else the subject file's, else the bundle's
     backend: str = "auto"
@@ -102,6 +104,10 @@ class GenerateConfig(SamplingConfig):
             raise UsageError(what, "a pipe takes one PNG", "use -o FOLDER")
         _named("images", *self.images)
         _named("subject", self.subject)
+        if self.partial and not self.subject:
+            why = "it leaves out part of a subject file, and none was named"
+            do = "leave it out, or add --subject FILE"
+            raise UsageError("--partial was given without --subject", why, do)
         check_needs_subject(bool(self.images or self.subject), self)
 
     def sampling(self, **changes: Any) -> SamplingConfig:
@@ -201,6 +207,29 @@ class CompileConfig:
     def targets(self) -> tuple[str, ...]:
         """Each once, in order."""
         return tuple(dict.fromkeys(name.strip() for name in self.target.split(",")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """One `hyperrt lora convert`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    source: str  # file or folder
+    output: str
+    format: str
+    bundle: str | None = None  # None: whatever model the file is for
+    rank: int | None = None  # None: as it is
+    partial: bool = False  # leave out what is no q, k or v of the cross-attention
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, SUBJECT_FORMATS)
+        _in_range("rank", self.rank, 1, MAX_RANK)
+        _named("source", self.source)
+        _named("output", self.output)
 
 
 def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:

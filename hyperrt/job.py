@@ -259,7 +259,8 @@ def _texts(
     if not known and rules.placeholder.lower() in prompt.lower():
         log.warning("the prompt has %s but there is no subject: the base model draws it", rules.placeholder)
     noun = subject.class_noun if subject else rules.default_class
-    split = prompts.split_prompt(prompt, noun, rules.token, rules.placeholder, has_subject=known)
+    token = (subject.metadata.get("trigger") if subject else None) or rules.token
+    split = prompts.split_prompt(prompt, noun, token, rules.placeholder, has_subject=known)
     of_base = split.generic if generic is None else _plain(generic, "generic prompt", rules.placeholder)
     return {
         "uncond": _plain(options.negative_prompt, "negative prompt", rules.placeholder) or split.empty,

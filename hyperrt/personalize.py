@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from engines.base import Engine
 from hyperrt import images as photo_files
 from hyperrt.errors import BadImage, BadInput, NumericError
+from hyperrt.manifest import Manifest
 
 log = logging.getLogger("hyperrt")
 
@@ -104,6 +105,26 @@ def _mean_over_photos(
             if name in names:
                 sums[name] = sums.get(name, 0.0) + rows.astype(np.float64)
     return {name: (total / len(features)).astype(np.float32) for name, total in sums.items()}
+
+
+def origin(bundle: Manifest, noun: str, photos: int) -> dict[str, str]:
+    """What a subject's file says of where it comes from (`lora_metadata`).
+
+    Args:
+        noun: what the subject is.
+        photos: how many there were.
+    """
+    found = {
+        "base_model": bundle.hashes.base_model,
+        "hypernet": bundle.hashes.hypernet,
+        "class_noun": noun,
+        "photos": str(photos),
+        "trigger": bundle.prompts.token,
+        "family": bundle.family,
+        "image_size": str(bundle.image_size),
+        "prediction_type": bundle.prediction_type,
+    }
+    return found | ({"image_scale": f"{bundle.image_prompt.scale:g}"} if bundle.image_prompt else {})
 
 
 def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:

@@ -39,6 +39,7 @@ from hyperrt.personalize import (
     Photos,
     check_finite,
     encode_photos,
+    origin,
     predict_lora,
     predict_tokens,
     read_photos,
@@ -155,25 +156,21 @@ class Runtime:
             if self.bundle.image_prompt:
                 with self._graphs.open("image_prompt") as resampler:
                     tokens = predict_tokens(features, resampler)
-        origin = {
-            "base_model": self.bundle.hashes.base_model,
-            "hypernet": self.bundle.hashes.hypernet,
-            "class_noun": noun,
-            "photos": str(len(photos)),
-            "trigger": self.bundle.prompts.token,
-        }
-        return Subject(weights, noun, len(photos), origin, tokens)
+        return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos)), tokens)
 
-    def load_subject(self, path: str | Path) -> Subject:
-        """Read a subject file that fits this bundle.
+    def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
+        """Read a LoRA file that fits this bundle: a subject file, or one of another program.
+
+        Args:
+            partial: leave out what another program's file adapts beside q, k and v of the cross-attention.
 
         Raises:
-            NotFound: there is no such file.
-            LoraError: it is malformed.
-            LoraMismatch: it was made for another base model or layout.
+            NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
         """
-        bundle = self.bundle
-        return lora.load_subject(Path(path), bundle.layout, bundle.hashes.base_model, bundle.token_shape)
+        shape, base = self.bundle.token_shape, self.bundle.hashes.base_model
+        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial)
+        noun = subject.class_noun or self.bundle.prompts.default_class
+        return dataclasses.replace(subject, class_noun=noun)
 
     def check(self, prompt: str, has_subject: bool, **options: Any) -> None:
         """Refuse a prompt or an option that `steps` would refuse, before photos are read for it.
