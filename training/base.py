@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from hyperrt.errors import IntegrityError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -141,6 +143,20 @@ def load(folder: Path | str) -> Base:
     if tokens != embeddings:  # an empty tokenizer folder makes a tokenizer, too
         raise ValueError(f"{folder / 'tokenizer'} knows {tokens} tokens, the text encoder {embeddings}")
     return base
+
+
+def opened(folder: Path | str) -> Base:
+    """`load` for a command: what is wrong with the folder's content is said with what to do about it.
+
+    Raises:
+        FileNotFoundError: the folder, or a part of it, is missing.
+        IntegrityError: it cannot be used.
+    """
+    try:
+        return load(folder)
+    except ValueError as error:
+        do = "make it anew: python -m training.pretrain"
+        raise IntegrityError(f"{folder} is no base model", str(error), do) from error
 
 
 def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:

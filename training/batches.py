@@ -103,7 +103,9 @@ class Batches:
             latents=latents,
             text=self.captions.hidden[torch.from_numpy(text).to(self.captions.hidden.device)],
             noise=torch.randn(latents.shape, generator=generator),
-            timesteps=torch.from_numpy(self._timesteps(rng, len(rows))),
+            timesteps=torch.from_numpy(
+                spread_timesteps(rng, len(rows), self.config.noise_shift, self.train_steps)
+            ),
         )
 
     def _identities(self, step: int) -> np.ndarray:
@@ -131,9 +133,12 @@ class Batches:
         others = same[same != row]
         return int(rng.choice(others)) if len(others) else int(row)
 
-    def _timesteps(self, rng: np.random.Generator, rows: int) -> np.ndarray:
-        """One from each of `rows` equal parts of the schedule, shuffled: less variance than free draws."""
-        u = (rng.permutation(rows) + rng.random(rows)) / rows
-        shift = self.config.noise_shift
-        u = shift * u / (1 + (shift - 1) * u)
-        return np.minimum((u * self.train_steps).astype(np.int64), self.train_steps - 1)
+
+def spread_timesteps(rng: np.random.Generator, rows: int, shift: float, train_steps: int) -> np.ndarray:
+    """Timesteps [rows], one from each of `rows` equal parts of the schedule, shuffled.
+
+    That has less variance than free draws. A shift above 1 makes more of them noisy ones.
+    """
+    u = (rng.permutation(rows) + rng.random(rows)) / rows
+    u = shift * u / (1 + (shift - 1) * u)
+    return np.minimum((u * train_steps).astype(np.int64), train_steps - 1)
