@@ -8,6 +8,7 @@ text_encoder_2/ and tokenizer_2/, too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from hyperrt.errors import HyperRTError, IntegrityError, NotFound
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 IMAGE_SIZE = 64
 MAX_TOKENS = 24
@@ -207,6 +210,31 @@ def _checked(folder: Path, found: Any) -> Any:
         if not 3 <= tokens <= embeddings:
             raise ValueError(f"{folder / tokenizer} knows {tokens} tokens, the text encoder {embeddings}")
     return found
+
+
+def opened(folder: Path | str) -> Base:
+    """`load` for a command; errors as `readable`."""
+    with readable(folder, "make it anew: python -m training.pretrain"):
+        return load(folder)
+
+
+@contextlib.contextmanager
+def readable(folder: Path | str, remedy: str) -> Iterator[None]:
+    """What a command says of a folder that cannot be read.
+
+    Raises:
+        NotFound: the folder, or a part of it, is missing.
+        IntegrityError: it cannot be used.
+    """
+    try:
+        yield
+    except HyperRTError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(f"{folder} is not what is needed", str(error), remedy) from error
+    except (ValueError, EOFError, OSError, IndexError) as error:
+        why = str(error) or type(error).__name__
+        raise IntegrityError(f"{folder} cannot be read", why, remedy) from error
 
 
 def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:

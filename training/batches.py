@@ -121,7 +121,7 @@ class Batches:
         latents = self._latents(rng, rows, shown)[own]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = torch.randn((len(rows), *self.latents.shape[2:]), generator=generator)
-        timesteps = torch.from_numpy(self._timesteps(rng, len(rows)))
+        timesteps = spread_timesteps(rng, len(rows), self.config.noise_shift, self.train_steps)
         features = self.features[who[part, None], views[part]].reshape(-1, *self.features.shape[2:])
         return Batch(
             identities=who[part],
@@ -130,7 +130,7 @@ class Batches:
             latents=torch.from_numpy(latents),
             text=self.captions.text(text[own]),
             noise=noise[own],
-            timesteps=timesteps[own],
+            timesteps=torch.from_numpy(timesteps)[own],
         )
 
     def identities(self, step: int) -> np.ndarray:
@@ -172,9 +172,12 @@ class Batches:
         others = same[same != row]
         return int(rng.choice(others)) if len(others) else int(row)
 
-    def _timesteps(self, rng: np.random.Generator, rows: int) -> np.ndarray:
-        """One from each of `rows` equal parts of the schedule, shuffled: less variance than free draws."""
-        u = (rng.permutation(rows) + rng.random(rows)) / rows
-        shift = self.config.noise_shift
-        u = shift * u / (1 + (shift - 1) * u)
-        return np.minimum((u * self.train_steps).astype(np.int64), self.train_steps - 1)
+
+def spread_timesteps(rng: np.random.Generator, rows: int, shift: float, train_steps: int) -> np.ndarray:
+    """Timesteps [rows], one from each of `rows` equal parts of the schedule, shuffled.
+
+    That has less variance than free draws. A shift above 1 makes more of them noisy ones.
+    """
+    u = (rng.permutation(rows) + rng.random(rows)) / rows
+    u = shift * u / (1 + (shift - 1) * u)
+    return np.minimum((u * train_steps).astype(np.int64), train_steps - 1)

@@ -10,12 +10,10 @@ on with --resume, with the loss curve that it would have had; what it may be tol
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
-from hyperrt.errors import HyperRTError, IntegrityError, NotFound, UsageError
+from hyperrt.errors import UsageError
 from training import base as bases
 from training import checkpoint, device, dry_run, features, monitors, preview, processes
 from training.batches import Batch, Batches
@@ -52,14 +50,13 @@ class Trainer:
         self.device = device.pick(config.device) if alone else self.accelerator.device
         self.autocast = partial(device.autocast, self.device, config.precision)
         device.seed_everything(config.seed)
-        with _readable(config.model, "make it anew: python -m training.pretrain"):
-            self.base = bases.load(config.model)
+        self.base = bases.opened(config.model)
         for module in (self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder):
             module.to(self.device)
         self.noising = Noising(self.base.scheduler, self.device)
         part = processes.share(config.batch // config.targets, self.accelerator)
         # What one process of a machine computes and keeps, the others find.
-        with self.accelerator.local_main_process_first(), _readable(config.data, "build it anew"):
+        with self.accelerator.local_main_process_first(), bases.readable(config.data, "build it anew"):
             self.cache = SceneCache.open(config.data)
             features.check_latents(self.base, self.cache)
             self.features = features.image_features(self.base, self.cache)
@@ -170,20 +167,6 @@ class Trainer:
                 folder, self.decoder, self.ema, moments, window, self.config, step, self.origin
             )
         self.accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def _readable(folder: str, remedy: str) -> Iterator[None]:
-    """What is said of a folder that cannot be read, in three lines."""
-    try:
-        yield
-    except HyperRTError:
-        raise
-    except FileNotFoundError as error:
-        raise NotFound(f"{folder} is not what is needed", str(error), remedy) from error
-    except (ValueError, EOFError, OSError, IndexError) as error:
-        why = str(error) or type(error).__name__
-        raise IntegrityError(f"{folder} cannot be read", why, remedy) from error
 
 
 def _repeated(vector: Tensor, times: int) -> Tensor:

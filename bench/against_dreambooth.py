@@ -1,0 +1,167 @@
+"""A subject by one pass of a hypernetwork, or fine-tuned with DreamBooth: who is better, who is faster?
+
+    identity_hypernet, identity_dreambooth
+                           how often the nearest of 20 unseen subjects of the noun is the right one, and
+    likeness_...           cosine with the subject, by the image encoder's features
+    colours_...            the same by the colours of what is not white
+    background_hypernet, background_dreambooth
+                           how often the scene is the one that the prompt names, and
+    prompt_...             the margin by which it is (bench/scoring.py)
+    seconds_per_subject_hypernet, seconds_per_subject_dreambooth
+                           from photos in memory to LoRA, median
+    times_faster           seconds of DreamBooth over those of the hypernetwork
+    dreambooth_steps       how many fine-tuning takes: the choice of the sweep
+    sweep_likeness_N, sweep_prompt_N    of other subjects, after N steps
+
+Both see the same four photos of unseen drawn subjects, have a LoRA of the same rank on the same sites, and
+are drawn by the same runtime with the same noise, at the bundle's guidance and κ 1.  DreamBooth is told the
+scene of every photo, which the hypernetwork is not.  It learns at a constant rate, so the sweep is one run
+per subject.  Of its stops the one is chosen where likeness and prompt margin add up to the most, as the paper
+stops early (figure 3), on subjects that are not those of the comparison.  --dreambooth-steps N leaves the
+sweep out.  All computation is on the threads of --threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import report
+import scoring
+import small_drawing
+import small_world
+from small_drawing import Guidance, Studio
+
+sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
+
+from hyperrt import Runtime
+from hyperrt.lora import Subject
+from training import base as bases
+from training import checkpoint, device, scenes
+from training.dreambooth import DreamBoothConfig, Finetuned, finetune
+from training.intervals import mean_interval
+
+STOPS = (50, 100, 200, 400, 800)
+METHODS = ("hypernet", "dreambooth")
+SHOWN = {  # score -> what it is called here
+    scoring.IDENTITY: "identity", scoring.SUBJECT: "likeness", scoring.COLOURS: "colours",
+    scoring.BACKGROUND: "background", scoring.PROMPT: "prompt",
+}  # fmt: skip
+BARS = {"times_faster": ">= 1000", "background_hypernet": ">= background_dreambooth"}
+REPEATS = 5  # of a personalisation that takes milliseconds
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """DreamBooth for cases: what is the same for all of them."""
+
+    base: bases.Base
+    runtime: Runtime
+    config: DreamBoothConfig
+
+    def __call__(self, case: scoring.Case, stops: Sequence[int] = ()) -> list[Finetuned]:
+        """A case after each of the stops, the last after all the steps."""
+        photos, places = scoring.photos_of(case)
+        prompts = [scenes.caption(case.noun, place, "[V]") for place in places]
+        layout = self.runtime.bundle.layout
+        return finetune(self.base, photos, case.noun, layout, self.config, prompts, stops)
+
+
+def main() -> None:
+    parser = small_world.options(__doc__)
+    parser.add_argument("--hypernet", type=Path, metavar="RUN", help="a run of training.train; else --bundle")
+    parser.add_argument("--work", type=Path, help="where a bundle of it is kept (default: beside the model)")
+    parser.add_argument("--subjects", type=int, default=24, help="of the comparison")
+    parser.add_argument("--sweep-subjects", type=int, default=8)
+    parser.add_argument("--dreambooth-steps", type=int, help="leave the sweep out")
+    parser.add_argument("--lr", type=float, default=DreamBoothConfig.lr, help="of DreamBooth")
+    parser.add_argument("--steps", type=int, default=15, help="of the solver")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.quick:
+        args.subjects, args.sweep_subjects, args.steps = 1, 1, 2
+    with small_world.refusals(), small_world.opened(args, random=args.quick) as world:
+        device.prepare(args.threads)
+        base = bases.opened(world.base)
+        work = args.work or world.base.parent / "bench"
+        bundle = small_drawing.bundle_of(args, world, lambda: checkpoint.hash_of(base.unet), work)
+        with Runtime.open(bundle.path, "onnxruntime", threads=args.threads) as runtime:
+            figures = compare(args, base, runtime)
+    report.finish(__file__, figures, BARS)
+
+
+def compare(args: argparse.Namespace, base: bases.Base, runtime: Runtime) -> dict[str, float]:
+    """All the figures; prints them with their intervals."""
+    figures: dict[str, float] = {}
+    steps = args.dreambooth_steps
+    if not steps:
+        stops = (1, 2) if args.quick else STOPS
+        tuner = Tuner(base, runtime, settings(args, runtime, max(stops)))
+        figures, steps = sweep(studio_of(args, runtime, args.seed + 1, args.sweep_subjects), tuner, stops)
+    tuner = Tuner(base, runtime, settings(args, runtime, steps))
+    studio = studio_of(args, runtime, args.seed, args.subjects)
+    tuned = [tuner(case)[-1] for case in studio.cases]
+    made = {"hypernet": personalised(runtime, studio.cases)}
+    made["dreambooth"] = [(one.subject, one.seconds) for one in tuned]
+    rows = []
+    for method in METHODS:
+        scores = studio.scores([small_drawing.anywhere(s) for s, _ in made[method]], guidance_of(runtime))
+        rows.append((method, *(str(mean_interval(scores[name])) for name in SHOWN)))
+        figures |= {f"{word}_{method}": float(scores[name].mean()) for name, word in SHOWN.items()}
+        figures[f"seconds_per_subject_{method}"] = median(seconds for _, seconds in made[method])
+    report.table(rows, ("method", *SHOWN.values()))
+    times = [figures[f"seconds_per_subject_{method}"] for method in METHODS]
+    return figures | {"times_faster": times[1] / times[0], "dreambooth_steps": steps}
+
+
+def studio_of(args: argparse.Namespace, runtime: Runtime, seed: int, count: int) -> Studio:
+    """Cases of a seed with their judges."""
+    cases = scoring.cases(seed, count)
+    return Studio(runtime, scoring.Scorer(runtime.bundle, cases), args.steps, 1000 * seed)
+
+
+def settings(args: argparse.Namespace, runtime: Runtime, steps: int) -> DreamBoothConfig:
+    return DreamBoothConfig(steps=steps, lr=args.lr, token=runtime.bundle.prompts.token)
+
+
+def guidance_of(runtime: Runtime) -> Guidance:
+    return Guidance(runtime.bundle.defaults.guidance_scale, 1.0)
+
+
+def personalised(runtime: Runtime, cases: Sequence[scoring.Case]) -> list[tuple[Subject, float]]:
+    """Every case by the hypernetwork, and the seconds of one call of `Runtime.personalize`."""
+    found = []
+    for case in cases:
+        photos, _ = scoring.photos_of(case)
+        made: list[Subject] = []
+        times = [
+            report.milliseconds(lambda photos=photos, case=case, made=made: made.append(
+                runtime.personalize(photos, case.noun)))
+            for _ in range(REPEATS)
+        ]  # fmt: skip
+        found.append((made[-1], median(times) / 1000))
+    return found
+
+
+def sweep(studio: Studio, tuner: Tuner, stops: Sequence[int]) -> tuple[dict[str, float], int]:
+    """Figures of DreamBooth after so many steps, and the number of steps that does best."""
+    tuned = [tuner(case, stops) for case in studio.cases]
+    figures, totals, rows = {}, [], []
+    for k, stop in enumerate(stops):
+        subjects = [small_drawing.anywhere(of_case[k].subject) for of_case in tuned]
+        scores = studio.scores(subjects, guidance_of(studio.runtime))
+        likeness, prompt = (float(scores[name].mean()) for name in (scoring.SUBJECT, scoring.PROMPT))
+        figures |= {f"sweep_likeness_{stop}": likeness, f"sweep_prompt_{stop}": prompt}
+        totals.append(likeness + prompt)
+        rows.append((stop, *(float(scores[name].mean()) for name in SHOWN), tuned[0][k].loss))
+    report.table(rows, ("steps", *SHOWN.values(), "loss"))
+    return figures, stops[int(np.argmax(totals))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The tables of the paper at small scale: are the rows in the order in which the paper has them?
+
+    python bench/paper_small.py --table 3|5|9|10|photos|all --model BASE --data CACHE --hypernet RUN
+
+    orderings        things that the paper's tables say, of the tables that were run
+    orderings_held   how many of them hold here; each is a figure of its own, 1 or 0
+
+Table 3: λ trades likeness for the prompt, and without it the prompt is followed least.  Tables 9 and 10: so
+does κ of HM-CFG, the other way.  Table 5: HM-CFG against CFG, for the hypernetwork and for DreamBooth.
+photos: one, two and four photos of a subject.  What each row is, is said in bench/paper_tables.py, when an
+ordering holds in bench/paper_rows.py, how pictures are scored in bench/scoring.py.
+
+Every point is drawn of the same unseen subjects with the same noise.  A table goes to --output, as JSON and
+as a plot.  Table 3 trains a hypernetwork for each λ by training.train; these, DreamBooth's subjects and the
+exported bundle are kept in --work and used again.
+
+Table 3 is trained as the paper trains: the picture that is denoised is the one photo that the hypernetwork
+sees (photos 1, cross_view 0).  With other views of the subject as targets, the default of training/config.py,
+there is nothing to overfit: what the photo's scene adds to the LoRA would be wrong in the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import paper_plots
+import paper_tables
+import report
+import scoring
+import small_drawing
+import small_world
+from paper_rows import Row, Table
+from paper_subjects import Lab
+
+sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
+
+from hyperrt import Runtime, files
+from training import base as bases
+from training import checkpoint, device
+from training.dreambooth import DreamBoothConfig
+
+OUTPUT = report.ROOT / "docs" / "results"
+TABLES: dict[str, Callable[[Lab], Table]] = {
+    "3": paper_tables.table3,
+    "5": paper_tables.table5,
+    "9": lambda lab: paper_tables.kappas(lab, "table9"),
+    "10": lambda lab: paper_tables.kappas(lab, "table10"),
+    "photos": paper_tables.photos,
+}
+OVERFIT = {"photos": 1, "cross_view": 0.0}  # as the paper trains
+# What a quick run trains with: enough to write a checkpoint.
+QUICK = {"batch": 4, "holdout": 2, "dim": 16, "layers": 1, "iterations": 1}
+
+
+def main() -> None:
+    parser = small_world.options(__doc__)
+    parser.add_argument("--table", choices=[*TABLES, "all"], default="all")
+    parser.add_argument("--hypernet", type=Path, metavar="RUN", help="a run of training.train; else --bundle")
+    parser.add_argument("--output", type=Path, help=f"folder (default: {OUTPUT.relative_to(report.ROOT)})")
+    parser.add_argument("--work", type=Path, help="what is kept (default: a folder beside the model)")
+    parser.add_argument("--subjects", type=int, default=40)
+    parser.add_argument("--scenes", type=int, default=1, help="scenes of a subject beside the white one")
+    parser.add_argument("--steps", type=int, default=15, help="of the solver")
+    parser.add_argument("--train-steps", type=int, default=600, help="of a hypernetwork of table 3")
+    parser.add_argument("--train-batch", type=int, default=64)
+    parser.add_argument("--lambdas", type=float, nargs="+", default=paper_tables.LAMBDAS)
+    parser.add_argument("--dreambooth-steps", type=int, default=DreamBoothConfig.steps)
+    parser.add_argument("--lr", type=float, default=DreamBoothConfig.lr, help="of DreamBooth")
+    parser.add_argument("--seed", type=int, default=2, help="other subjects")
+    args = parser.parse_args()
+    if args.quick:
+        args.subjects, args.steps, args.train_steps, args.dreambooth_steps = 2, 2, 1, 1
+        args.lambdas = args.lambdas[:2]
+    with (
+        small_world.refusals(),
+        small_world.opened(args, random=args.quick) as world,
+        lab(args, world) as found,
+    ):
+        write(args, found)
+
+
+@contextlib.contextmanager
+def lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
+    """The lab of a run, with its runtime open."""
+    device.prepare(args.threads)
+    base = bases.opened(world.base)
+    work = args.work or world.base.parent / "bench"
+    bundle = small_drawing.bundle_of(args, world, lambda: checkpoint.hash_of(base.unet), work)
+    token = bundle.prompts.token
+    training = {"steps": args.train_steps, "batch": args.train_batch, "rank": bundle.layout.rank} | OVERFIT
+    if args.quick:
+        training |= QUICK
+    tuning = DreamBoothConfig(steps=args.dreambooth_steps, lr=args.lr, token=token)
+    with Runtime.open(bundle.path, "onnxruntime", threads=args.threads) as runtime:
+        cases = scoring.cases(args.seed, args.subjects)
+        scorer = scoring.Scorer(runtime.bundle, cases, args.scenes)
+        studio = small_drawing.Studio(runtime, scorer, args.steps, 1000 * args.seed)
+        training |= {"token": token, "threads": args.threads}
+        yield Lab(world, base, studio, training, tuple(args.lambdas), tuning, work)
+
+
+def write(args: argparse.Namespace, found: Lab) -> None:
+    """Make the tables, write each, and report the orderings."""
+    ceiling = Row("real pictures", {}, paper_tables.real(found))
+    orderings = []
+    with contextlib.ExitStack() as stack:
+        if args.quick and not args.output:
+            args.output = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name in TABLES if args.table == "all" else [args.table]:
+            table = TABLES[name](found)
+            show(table, ceiling)
+            keep(args, table, ceiling)
+            orderings += table.orderings
+    figures = {"orderings_held": sum(one.held for one in orderings), "orderings": len(orderings)}
+    report.finish(__file__, figures | {one.name: int(one.held) for one in orderings})
+
+
+def show(table: Table, ceiling: Row) -> None:
+    """Print a table for people."""
+    print(f"{table.title}; {len(ceiling.scores[scoring.SUBJECT])} subjects\n")
+    head = scoring.NAMES
+    rows = [(row.label, *(str(row.interval(name)) for name in head)) for row in [*table.rows, ceiling]]
+    report.table(rows, ("", *head))
+
+
+def keep(args: argparse.Namespace, table: Table, ceiling: Row) -> None:
+    """Write a table as JSON and as a plot."""
+    output = args.output or OUTPUT
+    output.mkdir(parents=True, exist_ok=True)
+    about = {
+        **table.to_json(), "real": ceiling.to_json()["scores"], "subjects": args.subjects, "seed": args.seed,
+        "solver_steps": args.steps, "commit": report.commit(), "machine": report.machine(),
+    }  # fmt: skip
+    content = json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"
+    files.publish(output / f"{table.name}.json", lambda file: file.write(content), force=True)
+    paper_plots.write(table, output / f"{table.name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The subjects of bench/paper_small.py, each made in several ways: by hypernetworks, or by DreamBooth.
+
+Hypernetworks and fine-tuned subjects are kept in the work folder under their settings, and used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import report
+import scoring
+import small_drawing
+import torch
+from small_drawing import Studio
+from small_world import World
+
+sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
+
+from hyperrt import files, lora
+from hyperrt.lora import Subject
+from training import base as bases
+from training import checkpoint, scenes, train
+from training.config import TrainConfig, to_json
+from training.dreambooth import DreamBoothConfig, finetune
+from training.features import encode_images
+from training.hypernet import Decoder
+
+WHERE = ("base", "cache", "out", "device", "threads")  # settings that change no result
+
+
+@dataclass(frozen=True)
+class Made:
+    """Subjects of all cases, and what one takes in seconds."""
+
+    subjects: Sequence[Subject]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What the tables are made with.
+
+    training: settings of the hypernetworks that table 3 trains, one for each of `lambdas`.
+    fine_tuning: of DreamBooth.
+    work: where both are kept.
+    """
+
+    world: World
+    base: bases.Base
+    studio: Studio
+    training: dict[str, Any]
+    lambdas: Sequence[float]
+    fine_tuning: DreamBoothConfig
+    work: Path
+
+    def predicted(self, photos: int = 4) -> Made:
+        """By the bundle's hypernetwork, from the first photos of each case."""
+        runtime, found, times = self.studio.runtime, [], []
+        for case in self.studio.cases:
+            began = perf_counter()
+            found.append(runtime.personalize(scoring.photos_of(case)[0][:photos], case.noun))
+            times.append(perf_counter() - began)
+        return Made([small_drawing.anywhere(subject) for subject in found], median(times))
+
+    def predicted_by(self, decoder: Decoder, photos: int) -> list[Subject]:
+        """By another hypernetwork on the same base model."""
+        return [self._subject(decoder, case, photos) for case in self.studio.cases]
+
+    @torch.no_grad()
+    def _subject(self, decoder: Decoder, case: scoring.Case, photos: int) -> Subject:
+        pictures = np.stack(scoring.photos_of(case)[0][:photos])
+        packed = decoder(encode_images(self.base, pictures))
+        return Subject({name: rows.mean(0).numpy() for name, rows in packed.items()}, case.noun, photos, {})
+
+    def hypernetwork(self, lambda_: float) -> Decoder:
+        """Trained with that λ, or read where it was before."""
+        config = TrainConfig(
+            base=str(self.world.base), cache=str(self.world.cache), out="", lambda_=lambda_, **self.training
+        )
+        settings = {name: value for name, value in to_json(config).items() if name not in WHERE}
+        out = self.work / f"lambda-{lambda_:g}-{_digest(settings, checkpoint.hash_of(self.base.unet))}"
+        if not _finished(out, config.steps):
+            train.run(TrainConfig(**{**to_json(config), "out": str(out)}), resume=True)
+        return checkpoint.load_hypernet(out)[0]
+
+    def fine_tuned(self) -> Made:
+        """By DreamBooth, from all photos of each case; told the scene of each photo."""
+        found = [self._fine_tuned(case) for case in self.studio.cases]
+        return Made([small_drawing.anywhere(s) for s, _ in found], median(seconds for _, seconds in found))
+
+    def _fine_tuned(self, case: scoring.Case) -> tuple[Subject, float]:
+        layout, origin = self.studio.runtime.bundle.layout, checkpoint.hash_of(self.base.unet)
+        name = f"{case.noun}-{case.index}-{_digest(vars(self.fine_tuning), origin, layout.hash)}"
+        folder = self.work / "dreambooth"
+        path, note = folder / f"{name}.safetensors", folder / f"{name}.json"
+        if note.is_file():  # written last
+            return lora.load_subject(path, layout, origin), json.loads(note.read_text())["seconds"]
+        photos, places = scoring.photos_of(case)
+        prompts = [scenes.caption(case.noun, place, "[V]") for place in places]
+        done = finetune(self.base, photos, case.noun, layout, self.fine_tuning, prompts)[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        lora.save_subject(path, done.subject.lora, layout, done.subject.metadata, force=True)
+        content = json.dumps({"seconds": done.seconds, "steps": done.steps}).encode()
+        files.publish(note, lambda file: file.write(content), force=True)
+        return done.subject, done.seconds
+
+
+def _finished(out: Path, steps: int) -> bool:
+    """Whether a run of that many steps is there."""
+    try:
+        return checkpoint.load_hypernet(out)[1]["step"] == steps
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _digest(*settings: object) -> str:
+    """Eight hex digits that stand for some settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

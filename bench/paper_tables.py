@@ -1,0 +1,142 @@
+"""The tables that bench/paper_small.py makes at small scale: what is drawn, and what must be ordered.
+
+Every function takes the lab and returns a `Table`.  How the paper's numbers become ours:
+
+* Scales: the paper's w + 1 is measured against its own CFG (closed category 7.5, open 5.0).  Here CFG has the
+  bundle's scale, and HM-CFG the same share of it as there: table 5 uses 6 / 7.5, table 9 7 / 7.5, table 10
+  3.5 / 5.
+* Photos: tables 3 and 9 have one photo of a subject, as the paper's closed category; tables 5 and 10 have all
+  four, as DreamBooth and DreamBench have several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import paper_rows
+import scoring
+from paper_rows import Ordering, Row, Table
+from paper_subjects import Lab, Made
+from scoring import COLOURS, PROMPT, SUBJECT
+from small_drawing import Guidance
+
+LAMBDAS = (0.0, 1.0, 10.0, 100.0)
+KAPPAS = {"table9": (0.4, 0.6, 0.8, 1.0, 1.2, 1.6), "table10": (0.4, 0.8, 1.0, 1.2, 1.4, 1.6)}
+SHARES = {"table5": 6 / 7.5, "table9": 7 / 7.5, "table10": 3.5 / 5}  # HM-CFG's scale over that of CFG
+TABLE_PHOTOS = {"table3": 1, "table9": 1, "table10": 4}
+PHOTOS = (1, 2, 4)
+
+
+def cfg(lab: Lab) -> Guidance:
+    """Plain CFG of the personalised model, at the scale of the bundle."""
+    return Guidance(lab.studio.runtime.bundle.defaults.guidance_scale, None)
+
+
+def hm_cfg(lab: Lab, table: str, kappa: float) -> Guidance:
+    """HM-CFG at a table's share of that scale."""
+    return Guidance(SHARES[table] * cfg(lab).scale, kappa)
+
+
+def table3(lab: Lab) -> Table:
+    """λ: hypernetworks trained with more and more regularisation, drawn by plain CFG."""
+    rows = []
+    photos = TABLE_PHOTOS["table3"]
+    for lambda_ in lab.lambdas:
+        subjects = lab.predicted_by(lab.hypernetwork(lambda_), photos)
+        scores = lab.studio.scores(subjects, cfg(lab))
+        rows.append(Row(f"λ {lambda_:g}", {"lambda": lambda_}, scores))
+    others = rows[1:]
+    orderings = [
+        paper_rows.falls("table3_likeness_falls_with_lambda", rows, SUBJECT),
+        paper_rows.rises("table3_prompt_rises_with_lambda", rows, PROMPT),
+        _all("table3_without_lambda_most_like_the_subject", [
+            paper_rows.above("", rows[0], other, SUBJECT) for other in others]),
+        _all("table3_without_lambda_least_as_the_prompt_says", [
+            paper_rows.above("", other, rows[0], PROMPT) for other in others]),
+    ]  # fmt: skip
+    settings = {"guidance_scale": cfg(lab).scale, "photos": photos, **lab.training}
+    return Table("table3", "Table 3: weight λ of R(h), plain CFG", rows, orderings, settings)
+
+
+def kappas(lab: Lab, name: str) -> Table:
+    """κ, as tables 9 and 10: the last row is plain CFG."""
+    photos = TABLE_PHOTOS[name]
+    made = lab.predicted(photos)
+    sweep = []
+    for kappa in KAPPAS[name]:
+        scores = lab.studio.scores(made.subjects, hm_cfg(lab, name, kappa))
+        sweep.append(Row(f"κ {kappa:g}", {"kappa": kappa}, scores))
+    plain = Row("CFG", {"kappa": None}, lab.studio.scores(made.subjects, cfg(lab)))
+    orderings = [
+        paper_rows.rises(f"{name}_likeness_rises_with_kappa", sweep, SUBJECT),
+        paper_rows.rises(f"{name}_colours_rise_with_kappa", sweep, COLOURS),
+        paper_rows.falls(f"{name}_prompt_falls_with_kappa", sweep, PROMPT),
+    ]
+    if name == "table9":
+        above_cfg = [paper_rows.above("", row, plain, PROMPT) for row in sweep]
+        orderings.append(_all(f"{name}_prompt_of_every_kappa_above_cfg", above_cfg))
+    settings = {
+        "guidance_scale": hm_cfg(lab, name, 1.0).scale, "cfg_scale": cfg(lab).scale, "photos": photos
+    }  # fmt: skip
+    title = f"Table {name.removeprefix('table')}: κ of HM-CFG, {photos} photo{'s' * (photos > 1)}"
+    return Table(name, title, [*sweep, plain], orderings, settings)
+
+
+def table5(lab: Lab) -> Table:
+    """HM-CFG against CFG, for the hypernetwork and for DreamBooth."""
+    made = {"hypernet": lab.predicted(), "dreambooth": lab.fine_tuned()}
+    ways = {"CFG": cfg(lab), "HM-CFG": hm_cfg(lab, "table5", 1.0)}
+    rows = {
+        (method, way): _row(lab, f"{method}, {way}", one, guidance)
+        for method, one in made.items()
+        for way, guidance in ways.items()
+    }
+    orderings = []
+    for method in made:
+        pair = rows[method, "HM-CFG"], rows[method, "CFG"]
+        orderings += [
+            paper_rows.above(f"table5_hm_cfg_raises_prompt_of_{method}", *pair, PROMPT),
+            paper_rows.not_below(f"table5_hm_cfg_keeps_likeness_of_{method}", *pair, SUBJECT),
+        ]
+    for way in ways:
+        pair = rows["hypernet", way], rows["dreambooth", way]
+        word = way.lower().replace("-", "_")
+        orderings.append(paper_rows.above(f"table5_hypernet_above_dreambooth_by_{word}", *pair, SUBJECT))
+    faster = made["hypernet"].seconds < made["dreambooth"].seconds
+    orderings.append(Ordering("table5_hypernet_takes_less_time", faster))
+    settings = {
+        "guidance_scale": ways["HM-CFG"].scale, "kappa": 1.0, "cfg_scale": ways["CFG"].scale,
+        "dreambooth_steps": lab.fine_tuning.steps, "dreambooth_lr": lab.fine_tuning.lr,
+    }  # fmt: skip
+    return Table("table5", "Table 5: HM-CFG and CFG", [*rows.values()], orderings, settings)
+
+
+def photos(lab: Lab) -> Table:
+    """How many photos of a subject are averaged, as section 5.2; drawn by HM-CFG as table 10."""
+    guidance = hm_cfg(lab, "table10", 1.0)
+    rows = []
+    for count in PHOTOS:
+        scores = lab.studio.scores(lab.predicted(count).subjects, guidance)
+        rows.append(Row(f"{count} photo{'s' * (count > 1)}", {"photos": count}, scores))
+    orderings = [
+        paper_rows.rises("photos_likeness_rises", rows, SUBJECT),
+        paper_rows.rises("photos_colours_rise", rows, COLOURS),
+    ]
+    settings = {"guidance_scale": guidance.scale, "kappa": guidance.kappa}
+    return Table("photos", "Photos of a subject", rows, orderings, settings)
+
+
+def real(lab: Lab) -> scoring.Scores:
+    """What real pictures score: the ceiling of every table."""
+    return lab.studio.scorer.real()
+
+
+def _row(lab: Lab, label: str, made: Made, guidance: Guidance) -> Row:
+    scores = lab.studio.scores(made.subjects, guidance)
+    point = {"method": label, "guidance_scale": guidance.scale, "kappa": guidance.kappa}
+    return Row(label, point, scores, {"seconds_per_subject": made.seconds})
+
+
+def _all(name: str, orderings: Sequence[Ordering]) -> Ordering:
+    """One ordering that needs all of some."""
+    return Ordering(name, all(one.held for one in orderings))

@@ -1,0 +1,149 @@
+"""Scores of pictures of drawn subjects, one value per subject: the one place here that knows the judges.
+
+    subject           cosine between a picture and the subject, by the features of the bundle's image encoder
+    colours           the same by the colours of what is not white, of the picture on white alone
+    prompt            margin of the scene that the prompt names, -1 to 1: how much nearer the picture's border
+                      is to real pictures of it than to those of the next best scene
+    identity          rate: the nearest of 20 unseen subjects of the noun is the right one, on white
+    identity_colours  the same by colours
+    background        rate: the scene is the right one
+
+The first three go on where the rates are at 0 or 1.  Every subject is drawn on white and in other scenes; its
+value is the mean over these.  Cases, photos and judges are those of bench/fidelity.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+import fidelity
+import judges
+import numpy as np
+import report
+
+sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
+
+from hyperrt.bundle import Bundle
+from training import scenes
+
+Case = fidelity.Case
+Picture = np.ndarray  # [H, W, 3] uint8
+Scores = Mapping[str, np.ndarray]  # name -> [cases]
+
+SUBJECT, COLOURS, PROMPT = "subject", "colours", "prompt"
+IDENTITY, IDENTITY_COLOURS, BACKGROUND = "identity", "identity_colours", "background"
+NAMES = (SUBJECT, COLOURS, PROMPT, IDENTITY, IDENTITY_COLOURS, BACKGROUND)
+REAL_VIEW = 500  # number of the views that say what real pictures score; judges and photos have others
+
+
+def cases(seed: int, count: int) -> list[Case]:
+    """Unseen drawn subjects, the nouns in turn; other ones for every seed.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    per_noun = -(-count // len(scenes.NOUNS))
+    if not 1 <= count <= fidelity.CANDIDATES * len(scenes.NOUNS):
+        raise ValueError(f"there are 1 to {fidelity.CANDIDATES * len(scenes.NOUNS)} subjects, not {count}")
+    found = fidelity.drawn_cases(seed, per_noun)
+    return [found[per_noun * noun + k] for k in range(per_noun) for noun in range(len(scenes.NOUNS))][:count]
+
+
+def photos_of(case: Case) -> tuple[list[Picture], list[str]]:
+    """The photos of a case, and the scene of each."""
+    others = [scene for scene in scenes.BACKGROUNDS if scene != fidelity.WHITE]
+    order = np.random.default_rng([case.index, 1]).permutation(len(others))
+    return case.photos, [others[k] for k in order[: fidelity.PHOTOS]]
+
+
+def scenes_of(case: int, others: int) -> list[str]:
+    """Where a case is drawn: on white, and in so many others, each scene equally often over the cases."""
+    places = [scene for scene in scenes.BACKGROUNDS if scene != fidelity.WHITE]
+    return [fidelity.WHITE, *(places[(5 * case + 3 * j) % len(places)] for j in range(others))]
+
+
+class Scorer:
+    """Scores the pictures of some cases.
+
+    Args:
+        others: scenes besides white that each case is drawn in.
+    """
+
+    def __init__(self, bundle: Bundle, cases: Sequence[Case], others: int = 1) -> None:
+        self.cases = cases
+        self.places = [scenes_of(k, others) for k in range(len(cases))]
+        self.encoder = judges.Encoder(bundle)
+        self.scenes = _scene_judge(cases)
+        self.known = {name: self._references(features) for name, features in self._features().items()}
+
+    def __call__(self, pictures: Sequence[Sequence[Picture]]) -> Scores:
+        """Scores of the pictures of every case, in the order of its `places`: name -> [cases]."""
+        rows = [
+            self._of_case(case, places, of_case)
+            for case, places, of_case in zip(self.cases, self.places, pictures, strict=True)
+        ]
+        return {name: np.array([row[name] for row in rows]) for name in NAMES}
+
+    def real(self) -> Scores:
+        """What real pictures of the subjects in these scenes score: the ceiling."""
+        return self(
+            [
+                [case.view(scene, REAL_VIEW + j) for j, scene in enumerate(places)]
+                for case, places in zip(self.cases, self.places, strict=True)
+            ]
+        )
+
+    def _features(self) -> dict[str, judges.Features]:
+        return {SUBJECT: self.encoder, COLOURS: judges.histogram}
+
+    def _references(self, features: judges.Features) -> dict[int, np.ndarray]:
+        """What the candidates of every case look like, [candidates, F]; the cases of a noun share theirs."""
+        found = {}
+        for case in self.cases:
+            if id(case.candidates) not in found:
+                views = [
+                    [
+                        fidelity.view(drawing, fidelity.WHITE, [k, 2, number])
+                        for number in range(fidelity.VIEWS)
+                    ]
+                    for k, drawing in enumerate(case.candidates)
+                ]
+                found[id(case.candidates)] = np.stack([judges.reference(one, features) for one in views])
+        return found
+
+    def _of_case(self, case: Case, places: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float]:
+        known = {name: references[id(case.candidates)] for name, references in self.known.items()}
+        likeness = [known[SUBJECT] @ self.encoder(picture) for picture in pictures]
+        colours = known[COLOURS] @ judges.histogram(pictures[0])
+        margins = [
+            margin(self.scenes, picture, scene) for picture, scene in zip(pictures, places, strict=True)
+        ]
+        return {
+            SUBJECT: float(np.mean([one[case.place] for one in likeness])),
+            COLOURS: float(colours[case.place]),
+            PROMPT: float(np.mean(margins)),
+            IDENTITY: float(likeness[0].argmax() == case.place),
+            IDENTITY_COLOURS: float(colours.argmax() == case.place),
+            BACKGROUND: float(
+                np.mean([self.scenes(p) == scene for p, scene in zip(pictures, places, strict=True)])
+            ),
+        }
+
+
+def _scene_judge(cases: Sequence[Case]) -> judges.Scenes:
+    names = [name for name in scenes.BACKGROUNDS for _ in range(fidelity.REAL_SCENES)]
+    pictures = [cases[k % len(cases)].view(name, 1_000 + k) for k, name in enumerate(names)]
+    return judges.Scenes(pictures, names)
+
+
+def margin(judge: judges.Scenes, picture: Picture, scene: str) -> float:
+    """(other - right) / (other + right), of the distances to the nearest real pictures of a scene."""
+    distances = np.square(judge.known - judges.border(picture)).sum(axis=1)
+
+    def distance(name: str) -> float:
+        return float(np.sort(distances[judge.names == name])[: judges.SCENE_NEIGHBOURS].mean())
+
+    right = distance(scene)
+    other = min(distance(name) for name in dict.fromkeys(judge.names) if name != scene)
+    return (other - right) / max(other + right, 1e-12)

@@ -1,0 +1,193 @@
+"""How fast does a hypernetwork train?  A step of `training.train` against one with diffusers and PEFT.
+
+    vs_plain       samples a second of ours, over those of the faster plain loop
+    ours_per_s     samples a second of `training.train.Trainer.step`: every row of a batch has its own LoRA
+    alone_per_s    plain: subject by subject, hypernetwork, UNet and backward; gradients add up
+    shared_per_s   plain: the hypernetwork once for the whole batch, the UNet subject by subject
+    mb_per_sample  peak memory of our step that one more row costs, in 10^6 bytes
+
+A PEFT layer holds one adapter for all rows of a call, so the plain loops call the UNet once for each subject,
+with the hypernetwork's output in place of the layer's weights, through which the gradient flows.  All three
+see the same batches, take the same losses and update with the same optimizer; batch, rank and decoder are the
+defaults of training/config.py.  They take turns in one process; the figures are medians.  Without --model a
+random base model of the tiny family's sizes is used: speed does not depend on weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from statistics import median
+
+import peer_environment
+import report
+import small_world
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
+
+from training import base as bases
+from training import device
+from training.batches import Batch
+from training.config import TrainConfig
+from training.dreambooth import ADAPTER, adapted
+from training.loop import Descent
+from training.lora_layers import unpack
+from training.losses import regulariser, row_loss
+from training.train import Trainer
+
+BARS = {"vs_plain": ">= 5"}
+SMALLER = 4  # for the growth of memory: a batch of a quarter is compared
+HOLDOUT = 16  # enough for a cache of few subjects; no monitor is measured here
+
+
+class Plain:
+    """The training loop that one writes with diffusers and PEFT; one UNet call per subject."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.config, self.layout = trainer, trainer.config, trainer.layout
+        self.decoder = copy.deepcopy(trainer.decoder)
+        self.descent = Descent(self.decoder, trainer.schedule, undecayed=("position",))
+        unet = adapted(bases.opened(self.config.base).unet, self.layout).requires_grad_(False)
+        self.unet = unet.to(trainer.device)
+        self.slots: dict[str, tuple[nn.Module, nn.Module]] = {}
+        for site in self.layout.sites:
+            layer = self.unet.get_submodule(site.path)
+            self.slots[site.path] = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            for slot in self.slots[site.path]:
+                del slot.weight  # a Parameter would not take a tensor that has a history
+
+    def alone(self, batch: Batch) -> float:
+        """Gradients of the batch's loss, subject by subject; returns the loss."""
+        total, subjects = 0.0, len(batch.identities)
+        for k in range(subjects):
+            lora = self._predicted(batch.features[k * batch.photos : (k + 1) * batch.photos], batch.photos)
+            loss = self._row_loss(batch, k, {name: vector[0] for name, vector in lora.items()})
+            loss = (loss + self._regulariser(lora)) / subjects
+            loss.backward()
+            total += float(loss)
+        return total
+
+    def shared(self, batch: Batch) -> float:
+        """The same, the hypernetwork once: its output collects what flows back from the UNet's calls."""
+        lora = self._predicted(batch.features, batch.photos)
+        leaves = {name: vector.detach().requires_grad_() for name, vector in lora.items()}
+        total, subjects = 0.0, len(batch.identities)
+        for k in range(subjects):
+            loss = self._row_loss(batch, k, {name: leaf[k] for name, leaf in leaves.items()}) / subjects
+            loss.backward()
+            total += float(loss)
+        penalty = self._regulariser(lora)
+        torch.autograd.backward([penalty, *lora.values()], [None, *(leaves[name].grad for name in lora)])
+        return total + float(penalty)
+
+    def step(self, step: int, gradients: Callable[[Batch], float]) -> float:
+        """One update; returns the loss."""
+        descent = self.descent
+        descent.optimizer.zero_grad(set_to_none=True)
+        loss = gradients(self.trainer.batches.at(step))
+        nn.utils.clip_grad_norm_(descent.parameters, self.config.clip)
+        for group in descent.optimizer.param_groups:
+            group["lr"] = descent.schedule.rate(step)
+        descent.optimizer.step()
+        return loss
+
+    def _predicted(self, features: Tensor, photos: int) -> dict[str, Tensor]:
+        """Features [S photos, T, F] to packed LoRAs [S, N]."""
+        with device.autocast(self.trainer.device):
+            lora = self.decoder(features.to(self.trainer.device))
+        return {name: vector.float().unflatten(0, (-1, photos)).mean(1) for name, vector in lora.items()}
+
+    def _row_loss(self, batch: Batch, subject: int, lora: dict[str, Tensor]) -> Tensor:
+        """Mean loss of one subject's rows, with its LoRA [N] in the PEFT layers."""
+        for path, factors in unpack(self.layout, {name: v[None] for name, v in lora.items()}).items():
+            for slot, factor in zip(self.slots[path], factors, strict=True):
+                slot.weight = factor[0].T
+        targets, where, noising = self.config.targets, self.trainer.device, self.trainer.noising
+        rows = slice(subject * targets, (subject + 1) * targets)
+        parts = (batch.latents, batch.noise, batch.timesteps, batch.text)
+        latents, noise, timesteps, text = (part[rows].to(where) for part in parts)
+        with device.autocast(where):
+            predicted = self.unet(noising.noised(latents, noise, timesteps), timesteps, text).sample
+        losses = row_loss(predicted, noising.target(latents, noise, timesteps))
+        return (losses * noising.weights(timesteps, self.config.min_snr)).mean()
+
+    def _regulariser(self, lora: dict[str, Tensor]) -> Tensor:
+        factors = 2 * len(self.layout.sites)
+        return self.config.lambda_ * regulariser(self.decoder.deltas(lora), self.config.reduction, factors)
+
+
+def main() -> None:
+    parser = small_world.options(__doc__)
+    parser.add_argument("--batch", type=int, default=TrainConfig.batch)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--peak", type=int, metavar="BATCH", help="the peak memory of such a batch alone")
+    args = parser.parse_args()
+    if args.quick:
+        args.batch, args.rounds, args.warm_up = 4, 1, 0
+    with small_world.refusals(), small_world.opened(args, random=True) as world:
+        if args.peak:
+            print(json.dumps({"peak_mb": peak_mb(args, world)}))
+            return
+        times = in_turns(args, world)
+        figures = {f"{way}_per_s": args.batch / median(spent) for way, spent in times.items()}
+        figures["vs_plain"] = figures["ours_per_s"] / max(figures["alone_per_s"], figures["shared_per_s"])
+        few = max(1, args.batch // SMALLER)
+        peaks = [child_peak(args, world, rows) for rows in (few, args.batch)]
+        figures["mb_per_sample"] = (peaks[1] - peaks[0]) / (args.batch - few)
+        rows = [(way, median(spent), min(spent), len(spent)) for way, spent in times.items()]
+        report.table(rows, ("step", "s, median", "s, least", "rounds"))
+        report.finish(__file__, figures, BARS)
+
+
+def trainer_of(args: argparse.Namespace, world: small_world.World, batch: int, out: str) -> Trainer:
+    """What `python -m training.train` would train with, at its defaults."""
+    device.prepare(args.threads)
+    config = TrainConfig(base=str(world.base), cache=str(world.cache), out=out, batch=batch, holdout=HOLDOUT)
+    return Trainer(config)
+
+
+def in_turns(args: argparse.Namespace, world: small_world.World) -> dict[str, list[float]]:
+    """Seconds of the steps of each way, round by round."""
+    with tempfile.TemporaryDirectory() as out:
+        trainer = trainer_of(args, world, args.batch, out)
+    plain = Plain(trainer)
+    ways = {
+        "ours": trainer.step,
+        "alone": lambda step: plain.step(step, plain.alone),
+        "shared": lambda step: plain.step(step, plain.shared),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for step in range(args.warm_up + args.rounds):
+        for way, take in ways.items():
+            seconds = report.milliseconds(lambda take=take, step=step: take(step)) / 1000
+            if step >= args.warm_up:
+                times[way].append(seconds)
+    return times
+
+
+def peak_mb(args: argparse.Namespace, world: small_world.World) -> float:
+    """Peak of this process after two of our steps, in 10^6 bytes."""
+    with tempfile.TemporaryDirectory() as out:
+        trainer = trainer_of(args, world, args.peak, out)
+    for step in range(2):  # Adam's state is there from the first update on
+        trainer.step(step)
+    return report.peak_bytes() / 1e6
+
+
+def child_peak(args: argparse.Namespace, world: small_world.World, batch: int) -> float:
+    """The peak of a process of its own."""
+    command = [sys.executable, __file__, "--model", world.base, "--data", world.cache, "--peak", batch]
+    if args.threads:
+        command += ["--threads", args.threads]
+    return peer_environment.run([str(word) for word in command])["peak_mb"]
+
+
+if __name__ == "__main__":
+    main()
