@@ -27,6 +27,7 @@ class Batch:
     features: Tensor  # [S N, T, F]
     latents: Tensor  # [rows, C, h, w]
     text: Tensor  # [rows, L, D]
+    generic: Tensor  # [rows, L, D] of the same pictures, without the token
     noise: Tensor  # [rows, C, h, w]
     timesteps: Tensor  # [rows]
 
@@ -96,12 +97,15 @@ class Batches:
         latents = torch.from_numpy(self.latents[rows, shown].astype(np.float32))
         features = self.features[who[:, None], views].reshape(-1, *self.features.shape[2:])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        hidden = self.captions.hidden
+        generic = self.captions.generic[rows, shown]
         return Batch(
             identities=who,
             photos=views.shape[1],
             features=torch.from_numpy(features.astype(np.float32)),
             latents=latents,
-            text=self.captions.hidden[torch.from_numpy(text).to(self.captions.hidden.device)],
+            text=hidden[torch.from_numpy(text).to(hidden.device)],
+            generic=hidden[torch.from_numpy(generic).to(hidden.device)],
             noise=torch.randn(latents.shape, generator=generator),
             timesteps=torch.from_numpy(self._timesteps(rng, len(rows))),
         )

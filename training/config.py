@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REDUCTIONS = ("mean", "sum", "per_factor")
+REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # training.losses.Regulariser
+REGULARISED = ("factors", "product")
+PRIORS = ("preservation", "matching")
 KINDS = ("hyperdreambooth", "resampler")
 QUERIES = ("factor", "site")
 
@@ -90,8 +92,10 @@ class TrainConfig:
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.999
     lambda_: float = 0.05  # weight of R(h), paper eq. 5
-    reduction: str = "mean"  # of R(h): mean, sum, per_factor
+    reduction: str = "mean"  # of R(h): mean, sum, matrix_fro_mean, matrix_mean_sum
+    regularised: str = "factors"  # what R(h) weighs: the factors A and B, or their "product"
     gamma: float = 0.0  # weight of L_reg, paper eq. 5; doubles the rows
+    prior: str = "preservation"  # what L_reg is, or "matching": training/losses.py
     min_snr: float = 0.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0: none
     noise_shift: float = 2.0  # above 1, more of the timesteps are noisy ones
     text_dropout: float = 0.1  # share of rows with the empty prompt
@@ -130,8 +134,9 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.noise_shift <= 0 or self.lr <= 0 or self.clip <= 0:
             raise ValueError("noise_shift, lr and clip must be above 0")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {self.reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+        for name, words in (("reduction", REDUCTIONS), ("regularised", REGULARISED), ("prior", PRIORS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}")
         if self.batch % self.targets:
             raise ValueError(f"batch is {self.batch}; it must be a multiple of targets, {self.targets}")
         _ = self.decoder  # checks its own numbers
@@ -145,7 +150,7 @@ class TrainConfig:
 
 PAPER: dict[str, Any] = {
     "steps": 4000, "photos": 1, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
-    "lambda_": 0.5, "reduction": "per_factor", "noise_shift": 1.0,
+    "lambda_": 0.5, "reduction": "matrix_fro_mean", "noise_shift": 1.0,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},  # the defaults

@@ -27,11 +27,12 @@ from training.data import SceneCache
 from training.hypernet import Packed, WeightDecoder
 from training.loop import LOG, Descent, RunLog, Schedule, reported, stopping
 from training.lora_layers import Rows, install, layout_of, unpack
-from training.losses import Noising, regulariser, row_loss
+from training.losses import Noising, Regulariser, row_loss
 
 log = logging.getLogger("training")
 
 LOSSES = ("loss", "ft", "reg", "prior", "grad_norm")
+SAID_COST = 0.01  # of the regulariser, a tenth of a usual loss: what lambda means is said by it
 
 
 class Trainer:
@@ -57,6 +58,7 @@ class Trainer:
         decoder = WeightDecoder(self.layout, self.features.shape[-1], config.decoder)
         decoder.set_feature_statistics(*features.feature_statistics(self.features))
         self.decoder = decoder.to(self.device)
+        self.regulariser = Regulariser(self.layout, config.reduction, config.regularised, self.device)
         self.schedule = Schedule(
             steps=config.steps,
             lr=config.lr,
@@ -93,7 +95,7 @@ class Trainer:
         lora = {
             name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()
         }
-        reg = regulariser(self.decoder.deltas(lora), self.config.reduction, 2 * len(self.layout.sites))
+        reg = self.regulariser(lora, self.decoder.deltas(lora))
         if self.config.targets > 1:
             lora = {name: _repeated(vector, self.config.targets) for name, vector in lora.items()}
         parts = [batch] if prior is None else [batch, prior]
@@ -105,8 +107,13 @@ class Trainer:
         )
         if prior is not None:
             lora = {name: vector.repeat(2, 1) for name, vector in lora.items()}
-        prediction = self.predict(self.noising.noised(latents, noise, timesteps), timesteps, text, lora)
-        rows = row_loss(prediction, self.noising.target(latents, noise, timesteps))
+        noised = self.noising.noised(latents, noise, timesteps)
+        target = self.noising.target(latents, noise, timesteps)
+        if prior is not None and self.config.prior == "matching":
+            with torch.no_grad():
+                of_prior = [x.chunk(2)[1] for x in (noised, timesteps, text)]
+                target = torch.cat([target.chunk(2)[0], self.predict(*of_prior, None)])
+        rows = row_loss(self.predict(noised, timesteps, text, lora), target)
         rows = rows * self.noising.weights(timesteps, self.config.min_snr)
         means = rows.view(len(parts), -1).mean(1)
         terms = {
@@ -123,8 +130,14 @@ class Trainer:
             NumericError: the loss is not a finite number.
         """
         batch = self.batches.at(step)
-        terms = self.losses(batch, self.batches.prior_at(step) if self.config.gamma else None)
+        terms = self.losses(batch, self._prior(step, batch) if self.config.gamma else None)
         return self.descent.step(step, terms, f"identities {batch.identities.tolist()}")
+
+    def _prior(self, step: int, batch: Batch) -> Batch:
+        """The rows of L_reg; for matching they are the batch's own, captioned without the token."""
+        if self.config.prior == "matching":
+            return dataclasses.replace(batch, text=batch.generic)
+        return self.batches.prior_at(step)
 
     def save(self, folder: Path, step: int, window: Tensor) -> None:
         """Everything that resuming needs, and the EMA for export."""
@@ -185,6 +198,9 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
         parameters = sum(p.numel() for p in trainer.decoder.parameters())
         journal.write(0, config=to_json(config), parameters=parameters)
         journal.write(0, monitor=watch.measure(trainer.ema))
+        if config.lambda_:
+            rms = trainer.regulariser.rms_at(SAID_COST / config.lambda_)
+            log.info("lambda R(h) is %g where the LoRA has an rms of %.2g", SAID_COST, rms)
     clock = time.perf_counter()
     for step in range(start, config.steps):
         window = torch.cat([window, trainer.step(step)[None]])
@@ -199,6 +215,7 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
             figures = watch.measure(trainer.ema)
             journal.write(done, monitor=figures)
             log.info("held out: gap %.4g, gain %.4g", figures["gap"], figures["gain"])
+            watch.warn(done, config.warmup, figures)
         if end or done % config.sample_every == 0:
             preview.write(out / "samples" / f"step-{done:06d}.png", trainer)
         leaving = bool(stopped)  # asked once: a signal that comes later is for the next step
