@@ -159,7 +159,8 @@ class Monitor:
 
     def warn(self, step: int, warmup: int, figures: Mapping[str, float]) -> None:
         """Log a warning if the LoRAs have collapsed, once, from twice the warm-up on."""
-        if self.warned or step < max(SOONEST, 2 * warmup):
+        alone = len(self.probe.features) < 2  # no other subject's LoRA to compare with
+        if self.warned or alone or step < max(SOONEST, 2 * warmup):
             return
         if kind := collapse(figures):
             self.warned = True

@@ -40,6 +40,8 @@ def test_missing_folders_are_named_as_flags():
         {"ema": 1.5},
         {"lambda_": -1},
         {"reduction": "median"},
+        {"regularised": "weights"},
+        {"prior": "none"},
         {"batch": 6, "targets": 4},
         {"lr": 0},
     ],
