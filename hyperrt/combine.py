@@ -8,13 +8,15 @@ mean     A = mean(A_i), B = mean(B_i): the paper's (arXiv 2511.03156, several re
 product  A B is the best approximation of mean(A_i B_i) of the layout's rank r (Eckart and Young, 1936)
 concat   A B is mean(A_i B_i), exactly: A = [A_1 ... A_n], B = [B_1; ...; B_n] / n, of rank n r
 
-No product of size d_in x d_out is ever made. LoRAs are packed as `LoraLayout` says; n photos, i = 1 ... n.
+The first is taken while photos are decoded (hyperrt/personalize.py), with one in memory at a time; the others
+need all, and are here. No product of size d_in x d_out is ever made. LoRAs are packed as `LoraLayout` says,
+i = 1 ... n photos.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,23 +31,6 @@ Matrix = NDArray[np.floating[Any]]
 WAYS = ("mean", "product", "concat")
 
 
-def combined(photos: Iterable[Packed], layout: LoraLayout, way: str) -> dict[str, Vector]:
-    """The LoRA of a subject from those of its photos.
-
-    Args:
-        photos: at least one, each of `layout`. With "mean" one is in memory at a time, otherwise all are.
-        way: one of `WAYS`. The result is of `layout`, and with "concat" of `concat_layout(layout, n)`.
-
-    Raises:
-        UsageError: there is no such way, or with "concat" the layout becomes too large.
-        LoraMismatch: a photo does not fit the layout.
-    """
-    check_way(way)
-    if way == "mean":
-        return factor_mean(photos)
-    return (product_mean if way == "product" else concatenated)(list(photos), layout)
-
-
 def check_way(way: str) -> None:
     """Refuse a word that is none of `WAYS`.
 
@@ -56,27 +41,14 @@ def check_way(way: str) -> None:
         raise UsageError(f"combine is {way!r}", f"it must be one of {', '.join(WAYS)}")
 
 
-def factor_mean(photos: Iterable[Packed]) -> dict[str, Vector]:
-    """Mean of A and of B; adds up in float64."""
-    sums: dict[str, NDArray[np.float64]] = {}
-    count = 0
-    for photo in photos:
-        count += 1
-        for name, vector in photo.items():
-            sums[name] = sums.get(name, 0.0) + vector.astype(np.float64)
-    return {name: (total / count).astype(np.float32) for name, total in sums.items()}
-
-
 def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
-    """The LoRA of the layout's rank whose products are closest to mean(A_i B_i); one photo stays as it is.
+    """The LoRA of the layout's rank whose products are closest to mean(A_i B_i).
 
     Scale is shared evenly by A and B, and rank that is not needed is zero.
 
     Raises:
         LoraMismatch: a photo does not fit the layout.
     """
-    if len(photos) == 1:
-        return dict(photos[0])
     return layout.pack({path: truncated(a, b, layout.rank) for path, a, b in _side_by_side(photos, layout)})
 
 

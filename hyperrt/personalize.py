@@ -1,15 +1,16 @@
-"""Photos to the weights of a subject: image encoder, weight decoder, one LoRA of those of all photos.
+"""Photos to the weights of a subject: image encoder, weight decoder, mean over the photos.
 
-pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> one.
+pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> mean.
 In the open category also features -> image_tokens [photos, tokens, width] -> mean.
-What becomes of several photos: hyperrt/combine.py.
+The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B, unless
+something else is asked for: hyperrt/combine.py.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from engines.base import Engine
 from hyperrt import combine as combining
 from hyperrt import images as photo_files
 from hyperrt.errors import BadImage, BadInput, NumericError
-from hyperrt.lora import VECTORS, LoraLayout
+from hyperrt.lora import LoraLayout
 
 log = logging.getLogger("hyperrt")
 
@@ -74,29 +75,34 @@ def encode_photos(pixels: Weights, image_encoder: Engine) -> list[Weights]:
     return [image_encoder.run({"pixels": photo[np.newaxis]})["features"] for photo in pixels]
 
 
-def predict_lora(
-    features: Sequence[Weights], weight_decoder: Engine, layout: LoraLayout, combine: str = "mean"
-) -> dict[str, Weights]:
-    """The LoRA of the photos whose features [1, T, F] are given: `lora_q` [Nq] and `lora_kv` [Nkv].
-
-    Args:
-        layout: of the decoder's LoRA.
-        combine: one of `combine.WAYS`.
+def predict_lora(features: Sequence[Weights], weight_decoder: Engine) -> dict[str, Weights]:
+    """The mean LoRA of the photos whose features [1, T, F] are given: `lora_q` [Nq] and `lora_kv` [Nkv].
 
     Raises:
         NumericError: a weight is NaN or infinite.
-        UsageError: there is no such way to combine photos.
     """
-    return combining.combined(_each_photo(features, weight_decoder), layout, combine)
+    lora = _mean_over_photos(features, weight_decoder, ("lora_q", "lora_kv"))
+    check_finite(lora, "the predicted LoRA")
+    return {name: rows[0] for name, rows in lora.items()}
 
 
-def _each_photo(features: Sequence[Weights], weight_decoder: Engine) -> Iterator[dict[str, Weights]]:
-    """The LoRA of one photo after the other."""
-    for photo in features:
-        rows = weight_decoder.run({"features": photo})
-        lora = {name: rows[name][0] for name in VECTORS}
-        check_finite(lora, "the predicted LoRA")
-        yield lora
+def combine_lora(
+    features: Sequence[Weights], weight_decoder: Engine, layout: LoraLayout, combine: str
+) -> dict[str, Weights]:
+    """`predict_lora`, but of several photos what `combine` says, one of `combine.WAYS`.
+
+    Args:
+        layout: of the decoder's LoRA; that of the result is another for "concat".
+
+    Raises:
+        NumericError: a weight is NaN or infinite.
+        UsageError: there is no such way, or with "concat" the layout becomes too large.
+    """
+    combining.check_way(combine)
+    if combine == "mean" or len(features) == 1:
+        return predict_lora(features, weight_decoder)
+    each = [predict_lora([photo], weight_decoder) for photo in features]
+    return (combining.product_mean if combine == "product" else combining.concatenated)(each, layout)
 
 
 def predict_tokens(features: Sequence[Weights], image_prompt: Engine) -> Weights:
@@ -105,10 +111,21 @@ def predict_tokens(features: Sequence[Weights], image_prompt: Engine) -> Weights
     Raises:
         NumericError: a number is NaN or infinite.
     """
-    each = ({"image_tokens": image_prompt.run({"features": photo})["image_tokens"]} for photo in features)
-    tokens = combining.factor_mean(each)
+    tokens = _mean_over_photos(features, image_prompt, ("image_tokens",))
     check_finite(tokens, "the image prompt")
     return tokens["image_tokens"]
+
+
+def _mean_over_photos(
+    features: Sequence[Weights], engine: Engine, names: Sequence[str]
+) -> dict[str, Weights]:
+    """Outputs [1, ...] of one photo at a time, their mean."""
+    sums: dict[str, NDArray[np.float64]] = {}
+    for photo in features:
+        for name, rows in engine.run({"features": photo}).items():
+            if name in names:
+                sums[name] = sums.get(name, 0.0) + rows.astype(np.float64)
+    return {name: (total / len(features)).astype(np.float32) for name, total in sums.items()}
 
 
 def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:

@@ -36,7 +36,7 @@ from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
 from hyperrt.lora import Subject
-from hyperrt.personalize import Photos, check_finite, encode_photos, predict_lora, predict_tokens, read_photos
+from hyperrt.personalize import Photos, check_finite, combine_lora, encode_photos, predict_tokens, read_photos
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
 
@@ -151,7 +151,7 @@ class Runtime:
             with self._graphs.open("image_encoder") as encoder:
                 features = encode_photos(pixels, encoder)
             with self._graphs.open("weight_decoder") as decoder:
-                weights = predict_lora(features, decoder, self.bundle.layout, combine)
+                weights = combine_lora(features, decoder, self.bundle.layout, combine)
             if self.bundle.image_prompt:
                 with self._graphs.open("image_prompt") as resampler:
                     tokens = predict_tokens(features, resampler)

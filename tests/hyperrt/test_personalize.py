@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperrt import combine as combining
-from hyperrt import personalize
-from hyperrt.errors import BadImage, BadInput, NotFound, NumericError
+from hyperrt import combine, personalize
+from hyperrt.errors import BadImage, BadInput, NotFound, NumericError, UsageError
 from hyperrt.lora import LoraLayout, Site
 from tests.hyperrt.pictures import half_and_half
 
@@ -120,33 +119,43 @@ def test_photos_are_encoded_one_at_a_time():
 def test_the_weights_are_the_mean_over_the_photos():
     features = [np.full((1, 1, 1), value, np.float32) for value in (1, 2, 6)]
     decoder = Recorded(lambda feeds: {"lora_q": feeds["features"][0], "lora_kv": -feeds["features"][0]})
-    weights = personalize.predict_lora(features, decoder, LAYOUT)
+    weights = personalize.predict_lora(features, decoder)
     assert weights["lora_q"].dtype == np.float32
     assert (weights["lora_q"].tolist(), weights["lora_kv"].tolist()) == ([3.0], [-3.0])
 
 
 def test_one_photo_gives_the_bits_that_were_predicted():
     row = np.random.default_rng(0).normal(size=(1, 50)).astype(np.float32)
-    decoder = Recorded(lambda feeds: {"lora_q": row, "lora_kv": row})
-    weights = personalize.predict_lora([row[None]], decoder, LAYOUT)
+    weights = personalize.predict_lora([row[None]], Recorded(lambda feeds: {"lora_q": row, "lora_kv": row}))
     np.testing.assert_array_equal(weights["lora_q"], row[0])
 
 
-@pytest.mark.parametrize("combine", ["product", "concat"])
-def test_the_weights_of_several_photos_are_combined_as_asked(combine):
+@pytest.mark.parametrize("photos", [1, 2, 3])
+@pytest.mark.parametrize("way", combine.WAYS)
+def test_the_weights_of_several_photos_are_combined_as_asked_and_one_keeps_its_bits(way, photos):
+    rng = np.random.default_rng(0)
     sizes = {name: LAYOUT.size(name) for name in ("lora_q", "lora_kv")}
-    each = [{name: np.full((1, size), k, np.float32) for name, size in sizes.items()} for k in (1, 2)]
+    each = [{name: rng.normal(size=(1, n)).astype("f4") for name, n in sizes.items()} for _ in range(photos)]
     decoder = Recorded(lambda feeds: each[int(feeds["features"])])
-    features = [np.array(k, np.float32) for k in (0, 1)]
-    weights = personalize.predict_lora(features, decoder, LAYOUT, combine)
-    expected = combining.combined([{n: rows[0] for n, rows in one.items()} for one in each], LAYOUT, combine)
-    assert {n: v.tobytes() for n, v in weights.items()} == {n: v.tobytes() for n, v in expected.items()}
+    features = [np.array(k, np.float32) for k in range(photos)]
+    weights = personalize.combine_lora(features, decoder, LAYOUT, way)
+    rows = [{name: row[0] for name, row in one.items()} for one in each]
+    expected = {
+        "mean": lambda: personalize.predict_lora(features, decoder),
+        "product": lambda: combine.product_mean(rows, LAYOUT),
+        "concat": lambda: combine.concatenated(rows, LAYOUT),
+    }[way]()
+    for name, vector in (rows[0] if photos == 1 else expected).items():
+        np.testing.assert_array_equal(weights[name], vector)
 
 
-@pytest.mark.parametrize("combine", combining.WAYS)
+def test_another_way_to_combine_photos_is_refused_before_one_is_decoded():
+    with pytest.raises(UsageError, match="combine is 'median'"):
+        personalize.combine_lora([np.zeros(())], None, LAYOUT, "median")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_weight_that_is_no_number_is_refused(value, combine):
-    row = np.array([[1, value]], np.float32)
-    decoder = Recorded(lambda feeds: {"lora_q": row, "lora_kv": row[:, :1]})
+def test_a_weight_that_is_no_number_is_refused(value):
+    decoder = Recorded(lambda feeds: {"lora_q": np.array([[1, value]], np.float32)})
     with pytest.raises(NumericError, match="1 of 2 values of lora_q"):
-        personalize.predict_lora([np.zeros((1, 1, 1), np.float32)] * 2, decoder, LAYOUT, combine)
+        personalize.predict_lora([np.zeros((1, 1, 1), np.float32)], decoder)
