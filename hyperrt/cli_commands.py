@@ -24,6 +24,8 @@ from hyperrt.cli_output import Output, with_json
 from hyperrt.cli_plans import plans
 from hyperrt.config import (
     ADAPTED,
+    COMBINED,
+    COMBINED_TO_SAVE,
     PRECISIONS,
     QUANTIZED,
     SOLVER_NAMES,
@@ -128,6 +130,13 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
     "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
 )
 @click.option(
+    "--combine",
+    default="mean",
+    show_default=True,
+    type=click.Choice(COMBINED),
+    help="Of several photos take the mean of the LoRA's factors, or of their products.",
+)
+@click.option(
     "--output", "-o", metavar="FILE.png|DIR|-", help="Where to; - is stdout.  [default: the current folder]"
 )
 @click.option("--force", "-f", is_flag=True, help="Replace files that exist.")
@@ -176,6 +185,14 @@ def generate(context: click.Context, /, **options: Any) -> None:
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option(
     "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
+)
+@click.option(
+    "--combine",
+    default="mean",
+    show_default=True,
+    type=click.Choice(COMBINED_TO_SAVE),
+    help="Of several photos take the mean of the LoRA's factors, of their products, or (for other programs, "
+    "with a rank per photo) that mean exactly.",
 )
 @click.option("--force", "-f", is_flag=True, help="Replace a file that exists.")
 @with_json

@@ -17,6 +17,8 @@ from typing import Any
 from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
+COMBINED = ("mean", "product")  # how several photos become a LoRA of the bundle's rank
+COMBINED_TO_SAVE = (*COMBINED, "concat")  # to one of any rank; see hyperrt/combine.py, which needs NumPy
 PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = ("none", "int8")
 VERIFIED = ("none", "graphs", "full")
@@ -87,12 +89,14 @@ class GenerateConfig(SamplingConfig):
     threads: int | None = None  # None: the backend decides
     low_memory: bool = False  # close graphs that are no longer needed; decode large pictures in tiles
     strict_images: bool = False  # one bad photo stops the command
+    combine: str = "mean"  # what becomes of several photos
     output: str | None = None  # FILE.png, folder, "-" for stdout; None: the current folder
     force: bool = False  # overwrite
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _in_range("threads", self.threads, 1, 1024)
+        _one_of("combine", self.combine, COMBINED)
         if self.images and self.subject:
             raise UsageError(
                 "--images and --subject were both given",
@@ -109,6 +113,9 @@ class GenerateConfig(SamplingConfig):
             do = "leave it out, or add --subject FILE"
             raise UsageError("--partial was given without --subject", why, do)
         check_needs_subject(bool(self.images or self.subject), self)
+        if self.combine != "mean" and not self.images:
+            why = "it says what becomes of several photos, and would change nothing"
+            raise UsageError(f"combine is {self.combine!r}, but there are no photos", why, "leave it out")
 
     def sampling(self, **changes: Any) -> SamplingConfig:
         """The sampling options alone, some of them changed."""
@@ -132,11 +139,13 @@ class PersonalizeConfig:
     backend: str = "auto"
     threads: int | None = None
     strict_images: bool = False
+    combine: str = "mean"
     force: bool = False
 
     def __post_init__(self) -> None:
         _in_range("threads", self.threads, 1, 1024)
         _one_of("format", self.format, SUBJECT_FORMATS)
+        _one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
             raise UsageError("no photos were named", "", "add --images FOLDER")
         _named("images", *self.images)

@@ -234,6 +234,7 @@ def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[s
         "subject_prompt": texts["subject"],
         "class_noun": subject.class_noun,
         "photos": subject.photos,
+        "combine": subject.metadata.get("combine", "mean"),
         "subject_sha256": digest.hexdigest(),
         "hypernet": subject.metadata.get("hypernet", ""),
     }

@@ -2,7 +2,8 @@
 
 pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> mean.
 In the open category also features -> image_tokens [photos, tokens, width] -> mean.
-The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B.
+The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B, unless
+something else is asked for: hyperrt/combine.py.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
+from hyperrt import combine as combining
 from hyperrt import images as photo_files
 from hyperrt.errors import BadImage, BadInput, NumericError
+from hyperrt.lora import LoraLayout
 from hyperrt.manifest import Manifest
 
 log = logging.getLogger("hyperrt")
@@ -84,6 +87,25 @@ def predict_lora(features: Sequence[Weights], weight_decoder: Engine) -> dict[st
     return {name: rows[0] for name, rows in lora.items()}
 
 
+def combine_lora(
+    features: Sequence[Weights], weight_decoder: Engine, layout: LoraLayout, combine: str
+) -> dict[str, Weights]:
+    """`predict_lora`, but of several photos what `combine` says, one of `combine.WAYS`.
+
+    Args:
+        layout: of the decoder's LoRA; that of the result is another for "concat".
+
+    Raises:
+        NumericError: a weight is NaN or infinite.
+        UsageError: there is no such way, or with "concat" the layout becomes too large.
+    """
+    combining.check_way(combine)
+    if combine == "mean" or len(features) == 1:
+        return predict_lora(features, weight_decoder)
+    each = [predict_lora([photo], weight_decoder) for photo in features]
+    return (combining.product_mean if combine == "product" else combining.concatenated)(each, layout)
+
+
 def predict_tokens(features: Sequence[Weights], image_prompt: Engine) -> Weights:
     """The mean image tokens [1, tokens, width] of the photos whose features [1, T, F] are given.
 
@@ -107,18 +129,20 @@ def _mean_over_photos(
     return {name: (total / len(features)).astype(np.float32) for name, total in sums.items()}
 
 
-def origin(bundle: Manifest, noun: str, photos: int) -> dict[str, str]:
+def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, str]:
     """What a subject's file says of where it comes from (`lora_metadata`).
 
     Args:
         noun: what the subject is.
         photos: how many there were.
+        combine: what was made of several, one of `combine.WAYS`.
     """
     found = {
         "base_model": bundle.hashes.base_model,
         "hypernet": bundle.hashes.hypernet,
         "class_noun": noun,
         "photos": str(photos),
+        "combine": combine,
         "trigger": bundle.prompts.token,
         "family": bundle.family,
         "image_size": str(bundle.image_size),

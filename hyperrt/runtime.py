@@ -28,6 +28,7 @@ import engines
 from engines.base import Engine
 from hyperrt import lora, memory, sampling, tiling
 from hyperrt.bundle import Bundle
+from hyperrt.combine import check_way
 from hyperrt.conditioning import Conditioning
 from hyperrt.config import SamplingConfig
 from hyperrt.errors import UsageError
@@ -38,9 +39,9 @@ from hyperrt.lora import Subject
 from hyperrt.personalize import (
     Photos,
     check_finite,
+    combine_lora,
     encode_photos,
     origin,
-    predict_lora,
     predict_tokens,
     read_photos,
 )
@@ -126,20 +127,26 @@ class Runtime:
         """
         return cls(Bundle.open(bundle), backend, threads, low_memory, backend_options)
 
-    def personalize(self, images: Photos, class_noun: str | None = None, strict: bool = False) -> Subject:
+    def personalize(
+        self, images: Photos, class_noun: str | None = None, strict: bool = False, combine: str = "mean"
+    ) -> Subject:
         """Photos of one subject to its LoRA.
 
         Args:
             images: a folder, a file, or a sequence of files, [H, W, 3] uint8 arrays and PIL images.
             class_noun: what the subject is ("mug"), for prompts that do not say; None: the bundle's default.
             strict: refuse if one photo cannot be used, instead of leaving it out with a warning.
+            combine: of several photos take the "mean" of the factors (the paper's), the "product" closest to
+                the mean of A B, or "concat": that mean itself, of a rank that can be saved, not drawn with.
 
         Raises:
+            UsageError: combine is another word.
             BadInput: no photo is left, or one is bad and `strict` is on.
             NotFound: the folder or a file does not exist.
             NumericError: the predicted weights hold NaN.
             ResourceError: there is not enough memory.
         """
+        check_way(combine)
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
         pixels = preprocess(photos, self.bundle.preprocess)
@@ -152,11 +159,11 @@ class Runtime:
             with self._graphs.open("image_encoder") as encoder:
                 features = encode_photos(pixels, encoder)
             with self._graphs.open("weight_decoder") as decoder:
-                weights = predict_lora(features, decoder)
+                weights = combine_lora(features, decoder, self.bundle.layout, combine)
             if self.bundle.image_prompt:
                 with self._graphs.open("image_prompt") as resampler:
                     tokens = predict_tokens(features, resampler)
-        return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos)), tokens)
+        return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos), combine), tokens)
 
     def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
         """Read a LoRA file that fits this bundle: a subject file, or one of another program.

@@ -30,6 +30,7 @@ class Batch:
     features: Tensor  # [S N, T, F]
     latents: Tensor  # [rows, C, h, w]
     text: Tensor  # [rows, L, D]
+    generic: Tensor  # [rows, L, D] of the same pictures, without the token
     noise: Tensor  # [rows, C, h, w]
     timesteps: Tensor  # [rows]
 
@@ -123,12 +124,14 @@ class Batches:
         noise = torch.randn((len(rows), *self.latents.shape[2:]), generator=generator)
         timesteps = spread_timesteps(rng, len(rows), self.config.noise_shift, self.train_steps)
         features = self.features[who[part, None], views[part]].reshape(-1, *self.features.shape[2:])
+        generic = self.captions.generic[rows, shown]
         return Batch(
             identities=who[part],
             photos=views.shape[1],
             features=torch.from_numpy(features.astype(np.float32)),
             latents=torch.from_numpy(latents),
             text=self.captions.text(text[own]),
+            generic=self.captions.text(generic[own]),
             noise=noise[own],
             timesteps=torch.from_numpy(timesteps)[own],
         )

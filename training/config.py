@@ -10,7 +10,9 @@ from typing import Any
 
 from training.presets import PRESETS
 
-REDUCTIONS = ("mean", "sum", "per_factor")
+REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # training.losses.Regulariser
+REGULARISED = ("factors", "product")
+PRIORS = ("preservation", "matching")
 KINDS = ("hyperdreambooth", "resampler")
 QUERIES = ("factor", "site")
 PRECISIONS = (None, "fp32", "bf16")
@@ -94,8 +96,10 @@ class TrainConfig:
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.999
     lambda_: float = 0.05  # weight of R(h), paper eq. 5
-    reduction: str = "mean"  # of R(h): mean, sum, per_factor
+    reduction: str = "mean"  # of R(h): mean, sum, matrix_fro_mean, matrix_mean_sum
+    regularised: str = "factors"  # what R(h) weighs: the factors A and B, or their "product"
     gamma: float = 0.0  # weight of L_reg, paper eq. 5; doubles the rows
+    prior: str = "preservation"  # what L_reg is, or "matching": training/losses.py
     min_snr: float = 0.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0: none
     noise_shift: float = 2.0  # above 1, more of the timesteps are noisy ones
     text_dropout: float = 0.1  # share of rows with the empty prompt
@@ -138,8 +142,9 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.noise_shift <= 0 or self.lr <= 0 or self.clip <= 0:
             raise ValueError("noise_shift, lr and clip must be above 0")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {self.reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+        for name, words in (("reduction", REDUCTIONS), ("regularised", REGULARISED), ("prior", PRIORS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; it must be fp32 or bf16")
         if self.batch % self.targets:

@@ -32,12 +32,13 @@ from training.data import SceneCache
 from training.hypernet import Packed, decoder_of
 from training.loop import LOG, Descent, RunLog, Schedule, reported, stopping
 from training.lora_layers import Rows, install, layout_of, unpack
-from training.losses import Noising, regulariser, row_loss
+from training.losses import Noising, Regulariser, row_loss
 from training.presets import PRESETS
 
 log = logging.getLogger("training")
 
 LOSSES = ("loss", "ft", "reg", "prior", "grad_norm")
+SAID_COST = 0.01  # of the regulariser, a tenth of a usual loss: what lambda means is said by it
 
 
 class Trainer:
@@ -70,6 +71,7 @@ class Trainer:
         decoder = decoder_of(self.layout, self.features.shape[-1], config.decoder)
         decoder.set_feature_statistics(*features.feature_statistics(self.features))
         self.decoder = decoder.to(self.device)
+        self.regulariser = Regulariser(self.layout, config.reduction, config.regularised, self.device)
         self.schedule = Schedule(
             steps=config.steps,
             lr=config.lr,
@@ -122,7 +124,7 @@ class Trainer:
         lora = {
             name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()
         }
-        reg = regulariser(self.decoder.deltas(lora), self.config.reduction, 2 * len(self.layout.sites))
+        reg = self.regulariser(lora, self.decoder.deltas(lora))
         if self.config.targets > 1:
             lora = {name: _repeated(vector, self.config.targets) for name, vector in lora.items()}
         parts = [batch] if prior is None else [batch, prior]
@@ -134,8 +136,13 @@ class Trainer:
         )
         if prior is not None:
             lora = {name: vector.repeat(2, 1) for name, vector in lora.items()}
-        prediction = self.predict(self.noising.noised(latents, noise, timesteps), timesteps, text, lora)
-        rows = row_loss(prediction, self.noising.target(latents, noise, timesteps))
+        noised = self.noising.noised(latents, noise, timesteps)
+        target = self.noising.target(latents, noise, timesteps)
+        if prior is not None and self.config.prior == "matching":
+            with torch.no_grad():
+                of_prior = [x.chunk(2)[1] for x in (noised, timesteps, text)]
+                target = torch.cat([target.chunk(2)[0], self.predict(*of_prior, None)])
+        rows = row_loss(self.predict(noised, timesteps, text, lora), target)
         rows = rows * self.noising.weights(timesteps, self.config.min_snr)
         means = rows.view(len(parts), -1).mean(1)
         terms = {
@@ -152,8 +159,14 @@ class Trainer:
             NumericError: the loss is not a finite number.
         """
         batch = self.batches.at(step)
-        terms = self.losses(batch, self.batches.prior_at(step) if self.config.gamma else None)
+        terms = self.losses(batch, self._prior(step, batch) if self.config.gamma else None)
         return self.descent.step(step, terms, f"identities {self.batches.identities(step).tolist()}")
+
+    def _prior(self, step: int, batch: Batch) -> Batch:
+        """The rows of L_reg; for matching they are the batch's own, captioned without the token."""
+        if self.config.prior == "matching":
+            return dataclasses.replace(batch, text=batch.generic)
+        return self.batches.prior_at(step)
 
     def save(self, folder: Path, step: int, window: Tensor) -> None:
         """The EMA for export, and everything that resuming needs; all processes come and wait for it.
@@ -251,6 +264,9 @@ class Journal:
             count = trainer.accelerator.num_processes
             self.log.write(0, config=to_json(config), parameters=parameters, processes=count)
             self._held_out(0)
+            if config.lambda_:
+                rms = trainer.regulariser.rms_at(SAID_COST / config.lambda_)
+                log.info("lambda R(h) is %g where the LoRA has an rms of %.2g", SAID_COST, rms)
         self.memory = device.Memory(trainer.device)
         self.clock = time.perf_counter()
 
@@ -282,6 +298,8 @@ class Journal:
             figures = self.watch.measure(self.trainer.ema)
             self.log.write(done, monitor=figures)
             log.info("held out: gap %.4g, gain %.4g", figures["gap"], figures["gain"])
+            if done:
+                self.watch.warn(done, self.config.warmup, figures)
 
 
 OPTION_NAMES = {"lambda_": "--lambda"}  # a Python keyword cannot be a field

@@ -41,6 +41,8 @@ def test_missing_folders_are_named_as_flags():
         {"ema": 1.5},
         {"lambda_": -1},
         {"reduction": "median"},
+        {"regularised": "weights"},
+        {"prior": "none"},
         {"batch": 6, "targets": 4},
         {"lr": 0},
         {"precision": "fp16"},
@@ -74,8 +76,8 @@ def test_the_papers_presets_have_its_numbers():
 
 def test_the_weight_of_the_penalty_comes_with_its_reduction():
     found = {name: (resolve(PATHS, name).lambda_, resolve(PATHS, name).reduction) for name in PRESETS}
-    assert found["celeba"] == (0.15, "per_factor")
-    assert found["afhq"] == (0.5, "per_factor")
+    assert found["celeba"] == (0.15, "matrix_fro_mean")
+    assert found["afhq"] == (0.5, "matrix_fro_mean")
     assert found["open"] == found["celeba_table_6"] == found["afhq_table_6"] == (100.0, "mean")
 
 
