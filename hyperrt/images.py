@@ -176,7 +176,7 @@ def preprocess(images: Sequence[Picture], spec: Preprocess) -> NDArray[np.float3
 def natural_key(name: str) -> tuple[Any, ...]:
     """Sort key by which 2.png comes before 10.png."""
     parts = re.split(r"([0-9]+)", name.casefold())
-    return (*(int(part) if index % 2 else part for index, part in enumerate(parts)), name)
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
 def printable(name: str) -> str:
