@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hyperrt.prompts import split_prompt
 from training import scenes
 
-DREAMBENCH_SOURCE = "github.com/google/dreambooth, dataset/prompts_and_classes.txt, commit 4f887af (CC BY 4.0)"
+DREAMBENCH_SOURCE = "google/dreambooth on GitHub, dataset/prompts_and_classes.txt, 4f887af (CC BY 4.0)"
 
 # Both kinds of subject have the first ten and the last five.
 _PLACES = (
@@ -109,7 +109,7 @@ PACKS = {
         Pack("dreambench-live", DREAMBENCH_SOURCE, _PLACES + _OF_LIVE + _PROPERTIES),
         Pack(
             "hyperrt-faces-v1",
-            "nine prompts that HyperDreamBooth and HyperNet Fields name, sixteen of DreamBench's, five of ours",
+            "nine prompts that HyperDreamBooth and HyperNet Fields name, 16 of DreamBench, five of ours",
             _NAMED_FOR_FACES
             + tuple(
                 template
