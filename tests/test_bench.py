@@ -221,7 +221,8 @@ def coloured(*colours: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_the_colour_judge_sees_colours_and_not_white_or_place():
-    histogram = module("judges").histogram
+    from training.judges import histogram
+
     mine = histogram(coloured((200, 30, 40), (20, 90, 200)))
     assert np.linalg.norm(mine) == pytest.approx(1)
     assert mine @ histogram(coloured((20, 90, 200), (200, 30, 40))) == pytest.approx(1)

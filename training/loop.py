@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from engines.errors import EngineError
 from hyperrt import files
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError
 from training import device, processes
@@ -211,7 +212,7 @@ def reported() -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
-    except (HyperRTError, FileNotFoundError) as error:
+    except (HyperRTError, EngineError, FileNotFoundError) as error:
         failure = click.ClickException(str(error))
         failure.exit_code = getattr(error, "code", 4)  # 4: not found
         raise failure from error

@@ -141,11 +141,19 @@ def _reconstruct(
 
 
 def train_image_encoder(
-    out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int
+    out: Path,
+    cache: data.SceneCache,
+    schedule: Schedule,
+    batch: int,
+    seed: int,
+    encoder: nn.Module | None = None,
 ) -> nn.Module:
-    """InfoNCE between two views of each subject; every other batch is of one noun: only identity differs."""
+    """InfoNCE between two views of each subject; every other batch is of one noun: only identity differs.
+
+    encoder: pixels to an output with `last_hidden_state`, whose first token counts; None: `tiny`'s.
+    """
     torch.manual_seed(seed)
-    encoder = bases.tiny_image_encoder().to(device.pick())
+    encoder = (bases.tiny_image_encoder() if encoder is None else encoder).to(device.pick())
     by_noun = [np.flatnonzero(cache.nouns[:-VALIDATION] == k) for k in range(len(cache.names))]
     by_noun = [identities for identities in by_noun if len(identities) > 1]
 

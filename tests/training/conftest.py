@@ -168,3 +168,29 @@ def cutout_folder():
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> SimpleNamespace:
+    """Folders of a small CLIP and a small ViT of random weights, as scorers read them: `clip`, `dino`."""
+    from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+    from training import clip_tokenizer
+
+    folder = tmp_path_factory.mktemp("networks")
+    (folder / "clip").mkdir()
+    tokenizer = clip_tokenizer.build(folder / "clip", 32)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(3)
+    text = {
+        "vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(
+        text_config=layers | text, vision_config=layers | vision, projection_dim=24, initializer_factor=4.0
+    )
+    CLIPModel(config).save_pretrained(folder / "clip")
+    vit = ViTConfig(**layers, **vision, initializer_range=0.3)
+    ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "dino")
+    return SimpleNamespace(clip=folder / "clip", dino=folder / "dino")
