@@ -1,5 +1,8 @@
 """Stand-ins for CUDA and TensorRT in host memory: what engines/tensorrt.py asks of them, faults on demand.
 
+A stream does nothing before somebody waits for it, and memory that was freed or never written holds NaN: what
+is not ordered between two streams gives wrong results, every time.
+
 A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be refitted:
 
     {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}, "weights": {"w": 2}}
@@ -11,10 +14,13 @@ or, as `build` writes it in place of engines.tensorrt_build's, a graph that ONNX
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import enum
+import functools
 import json
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -25,11 +31,43 @@ import engines
 class Code(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
 
 
+SAID = {
+    Code.cudaErrorMemoryAllocation: b"out of memory",
+    Code.cudaErrorInsufficientDriver: b"CUDA driver version is insufficient for CUDA runtime version",
+    Code.cudaErrorNoDevice: b"no CUDA-capable device is detected",
+}
+
+
+class Queue:
+    """What was enqueued on a stream."""
+
+    def __init__(self) -> None:
+        self.calls: collections.deque[Callable[[], object]] = collections.deque()
+        self.done = 0
+
+    def reach(self, count: int) -> None:
+        """Run until so many were run since the beginning."""
+        while self.done < count:
+            self.done += 1
+            self.calls.popleft()()
+
+    @property
+    def end(self) -> int:
+        return self.done + len(self.calls)
+
+
 class Cuda(ModuleType):
-    """`cuda.bindings.runtime`; `room`: how many allocations still succeed, `has_gpu`: is there one."""
+    """`cuda.bindings.runtime`.
+
+    Attributes:
+        room: how many allocations still succeed.
+        no_gpu: the code of every question for a GPU, where there is none.
+        copies: (kind, bytes) of every copy: "up" to the device, "down" from it, "there" on it.
+    """
 
     cudaError_t = Code
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
@@ -39,46 +77,78 @@ class Cuda(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
-        self.room, self.has_gpu = 1000, True
+        self.room, self.no_gpu = 10_000, Code.cudaSuccess
         self.memory: dict[int, object] = {}
+        self.freed: list[object] = []
+        self.copies: list[tuple[str, int]] = []
         self.waits = self.launches = 0
+        self.queues: list[Queue] = []
         self.recording: list[object] | None = None
 
+    def enqueue(self, stream, function, *arguments) -> None:
+        self.queues[stream].calls.append(functools.partial(function, *arguments))
+
     def cudaGetErrorString(self, code):
-        return Code.cudaSuccess, b"no CUDA-capable device" if code == Code.cudaErrorNoDevice else b"no memory"
+        return Code.cudaSuccess, SAID[code]
 
     def cudaGetDeviceProperties(self, index):
-        if not self.has_gpu:
-            return Code.cudaErrorNoDevice, None
-        return Code.cudaSuccess, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
+        return self.no_gpu, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
 
     def cudaMemGetInfo(self):
         return Code.cudaSuccess, 5_000_000, 8_000_000
 
     def cudaStreamCreateWithFlags(self, flags):
-        return Code.cudaSuccess, 7
+        self.queues.append(Queue())
+        return Code.cudaSuccess, len(self.queues) - 1
 
     def cudaStreamDestroy(self, stream):
         return (Code.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream):
         self.waits += 1
+        self.queues[stream].reach(self.queues[stream].end)
+        return (Code.cudaSuccess,)
+
+    def cudaDeviceSynchronize(self):
+        for queue in self.queues:
+            queue.reach(queue.end)
+        return (Code.cudaSuccess,)
+
+    def cudaEventCreateWithFlags(self, flags):
+        return Code.cudaSuccess, SimpleNamespace(queue=None, count=0)
+
+    def cudaEventRecord(self, event, stream):
+        event.queue, event.count = self.queues[stream], self.queues[stream].end
+        return (Code.cudaSuccess,)
+
+    def cudaStreamWaitEvent(self, stream, event, flags):
+        self.enqueue(stream, event.queue.reach, event.count)
+        return (Code.cudaSuccess,)
+
+    def cudaEventDestroy(self, event):
         return (Code.cudaSuccess,)
 
     def cudaMallocAsync(self, size, stream):
         if self.room <= 0:
             return Code.cudaErrorMemoryAllocation, None
         self.room -= 1
-        buffer = ctypes.create_string_buffer(size)
+        buffer = ctypes.create_string_buffer(b"\xff" * size, size)
         self.memory[ctypes.addressof(buffer)] = buffer
         return Code.cudaSuccess, ctypes.addressof(buffer)
 
     def cudaFreeAsync(self, pointer, stream):
-        self.memory.pop(pointer, None)
+        self.enqueue(stream, self._free, pointer)
         return (Code.cudaSuccess,)
 
+    def _free(self, pointer) -> None:
+        buffer = self.memory.pop(pointer)
+        buffer[:] = b"\xff" * len(buffer)
+        self.freed.append(buffer)  # who still reads it finds NaN, and does not crash
+
     def cudaMemcpyAsync(self, to, source, count, kind, stream):
-        ctypes.memmove(to, source, count)
+        self.copies.append((kind, count))
+        read_now = ctypes.string_at(source, count) if kind == "up" else source
+        self.enqueue(stream, ctypes.memmove, to, read_now, count)
         return (Code.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream, mode):
@@ -101,7 +171,7 @@ class Cuda(ModuleType):
     def cudaGraphLaunch(self, executable, stream):
         self.launches += 1
         for call in executable:
-            call()
+            self.enqueue(stream, call)
         return (Code.cudaSuccess,)
 
 
@@ -120,7 +190,8 @@ class TensorRT(ModuleType):
 
     def __init__(self, cuda: Cuda) -> None:
         super().__init__("tensorrt")
-        self.cuda, self.fail, self.refit_stops = cuda, set(), None
+        self.cuda, self.fail = cuda, set()
+        self.refit_stops, self.refit_says = None, "refitting stopped"
         self.addresses: list[tuple[str, int]] = []
         self.Runtime = lambda logger: Runtime(self, logger)
         self.Refitter = lambda engine, logger: Refitter(self, engine, logger)
@@ -204,25 +275,34 @@ class Context:
         if "execute" in self.trt.fail:
             self.engine.logger.log("error", "an illegal memory access")
             return False
+        # With the addresses of now, as CUDA does.
+        compute = functools.partial(self._compute, Places(self.engine, dict(self.places), dict(self.shapes)))
         if self.trt.cuda.recording is None:
-            self._compute()
+            self.trt.cuda.enqueue(stream, compute)
         elif "record" in self.trt.fail:
             return False
         else:
-            self.trt.cuda.recording.append(self._compute)
+            self.trt.cuda.recording.append(compute)
         return True
 
-    def _compute(self):
-        x, gain, y = (self._at(name) for name in ("x", "gain", "y"))
+    def _compute(self, at):
+        x, gain, y = (at(name) for name in ("x", "gain", "y"))
         y[:] = x * gain + (self.engine.weights["w"] if self.engine.weights else 0)
         for name, weight in self.engine.weights.items():
             if name != "w":
                 y[:] += weight
 
-    def _at(self, name):
+
+class Places:
+    """Where the tensors of a run are, flat, by name."""
+
+    def __init__(self, engine, pointers, shapes) -> None:
+        self.engine, self.pointers, self.shapes = engine, pointers, shapes
+
+    def __call__(self, name):
         count = int(np.prod(self.shapes[name]))
-        floats = (ctypes.c_float * count).from_address(self.places[name])
-        return np.frombuffer(floats, np.float32)
+        kind = ctypes.c_int64 if self.engine.get_tensor_dtype(name) == "int64" else ctypes.c_float
+        return np.frombuffer((kind * count).from_address(self.pointers[name]), np.dtype(kind))
 
 
 class OnnxEngine(Engine):
@@ -263,18 +343,13 @@ class OnnxContext(Context):
                 self.shapes[output] = [rows, *self.engine.shapes[output][1:]]
         return True
 
-    def _compute(self):
+    def _compute(self, at):
         engine = self.engine
-        feeds = {name: self._at(name).reshape(self.shapes[name]) for name in engine.plan["inputs"]}
+        feeds = {name: at(name).reshape(at.shapes[name]) for name in engine.plan["inputs"]}
         feeds |= {name: engine.weights[name].reshape(shape) for name, shape in engine.constants.items()}
         results = engine.session.run(list(engine.plan["outputs"]), feeds)
         for name, result in zip(engine.plan["outputs"], results, strict=True):
-            self._at(name)[:] = result.ravel()
-
-    def _at(self, name):
-        count = int(np.prod(self.shapes[name]))
-        kind = ctypes.c_int64 if self.engine.get_tensor_dtype(name) == "int64" else ctypes.c_float
-        return np.frombuffer((kind * count).from_address(self.places[name]), np.dtype(kind))
+            at(name)[:] = result.ravel()
 
 
 def build(recipe, progress=None):
@@ -309,12 +384,14 @@ class Refitter:
     def refit_cuda_engine_async(self, stream):
         for k, (name, (pointer, count)) in enumerate(self.places.items()):
             if k == self.trt.refit_stops:
-                self.logger.log("error", "refitting stopped")
+                self.logger.log("error", self.trt.refit_says)
                 return False
-            self.engine.weights[name][:] = np.frombuffer(
-                (ctypes.c_float * count).from_address(pointer), np.float32
-            )
+            self.trt.cuda.enqueue(stream, self._write, name, pointer, count)
         return True
+
+    def _write(self, name, pointer, count) -> None:
+        floats = (ctypes.c_float * count).from_address(pointer)
+        self.engine.weights[name][:] = np.frombuffer(floats, np.float32)
 
 
 def install(monkeypatch) -> tuple[Cuda, TensorRT]:

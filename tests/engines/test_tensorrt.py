@@ -199,7 +199,7 @@ def test_a_run_that_fails_says_why(opened, nvidia):
 
 
 def test_without_a_gpu_the_error_is_one_of_the_device(opened, nvidia):
-    nvidia[0].has_gpu = False
+    nvidia[0].no_gpu = fake_nvidia.Code.cudaErrorNoDevice
     with pytest.raises(EngineError, match="no NVIDIA GPU can be used") as raised:
         opened(FIXED)
     assert raised.value.code == 7
@@ -218,8 +218,10 @@ def test_results_on_the_device_are_taken_by_dlpack_and_freed(opened, nvidia, mon
         del result
         assert pointer in nvidia[0].memory  # for as long as the reader has it
         del shared
+        nvidia[0].cudaDeviceSynchronize()
         assert pointer not in nvidia[0].memory
         unread = engine.run({"x": X, "gain": GAIN}, host=False)["y"]
         pointer, capsule = unread.pointer, unread.__dlpack__()
         del unread, capsule
+        nvidia[0].cudaDeviceSynchronize()
         assert pointer not in nvidia[0].memory
