@@ -30,7 +30,7 @@ import report
 from PIL import Image
 
 from hyperrt import Runtime
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from training import cutouts, scenes
 
 WHITE = "on a plain white background"

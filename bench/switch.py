@@ -42,7 +42,7 @@ from engines.base import Engine
 from hyperrt import Runtime
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 
 BARS = {"switch_ms": "< 2", "aba_max_diff": "0", "a_base_max_diff": "0", "row_alone_max_rel": "< 1e-5"}
 SUBJECTS = report.ROOT / "examples" / "subjects"

@@ -22,19 +22,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import TensorSpec
+from engines.dlpack import DeviceArray
 from hyperrt import files, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
+from hyperrt.subject import Subject, Vector
 from hyperrt.subject_file import IMAGE_TOKENS, PEFT_CONFIG, PEFT_FILE, REDO, difference, shown
 
 log = logging.getLogger("hyperrt")
 
-Vector = NDArray[np.float32]
+A = TypeVar("A", Vector, DeviceArray)
 Factors = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # path -> (A [d_in, r], B [r, d_out])
 
 SUBJECT_VERSION = "1"
@@ -145,7 +147,7 @@ class LoraLayout:
             packed[name] = vector
         return packed
 
-    def unpack(self, packed: Mapping[str, Vector]) -> dict[str, tuple[Vector, Vector]]:
+    def unpack(self, packed: Mapping[str, A]) -> dict[str, tuple[A, A]]:
         """Packed vectors (both or one) to {path: (A [d_in, r], B [r, d_out])}; views, no copies.
 
         Raises:
@@ -160,10 +162,11 @@ class LoraLayout:
                 factors[site.path] = (vector[part_a].reshape(shape_a), vector[part_b].reshape(shape_b))
         return {site.path: factors[site.path] for site in self.sites if site.path in factors}
 
-    def named(self, packed: Mapping[str, Vector]) -> dict[str, Vector]:
+    def named(self, packed: Mapping[str, A]) -> dict[str, A]:
         """`unpack`, as a graph names its constants: PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out]."""
         factors = self.unpack(packed).items()
-        return {f"{path}.lora_{'AB'[k]}": pair[k][np.newaxis] for path, pair in factors for k in (0, 1)}
+        parts = [(f"{path}.lora_{'AB'[k]}", pair[k]) for path, pair in factors for k in (0, 1)]
+        return {name: part.reshape((1, *part.shape)) for name, part in parts}
 
     def constants(self, name: str) -> tuple[TensorSpec, ...]:
         """The specs of these constants, for the packed vector "lora_q" or "lora_kv"."""
@@ -184,21 +187,6 @@ class LoraLayout:
         return cls(tuple(Site(**site) for site in data["sites"]), data["rank"])
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """One person, animal or thing as the runtime uses it; compared by identity.
-
-    metadata: base_model, hypernet, class_noun, photos, trigger, as `save_subject` takes them.
-    image_tokens: of the open category: what the image prompt made of the photos; None: the LoRA alone.
-    """
-
-    lora: Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
-    class_noun: str
-    photos: int
-    metadata: Mapping[str, str]
-    image_tokens: Vector | None = None  # [1 or photos, tokens, width]
-
-
 def save_subject(
     path: str | os.PathLike[str],
     packed: Mapping[str, Vector],
@@ -206,7 +194,7 @@ def save_subject(
     metadata: Mapping[str, str],
     format: str = "diffusers",
     force: bool = False,
-    image_tokens: Vector | None = None,
+    image_tokens: Vector | DeviceArray | None = None,
 ) -> None:
     """Write a subject file, whole or not at all.
 
@@ -240,7 +228,7 @@ def save_subject(
         log.warning("a kohya file holds no image tokens: the subject will be drawn by its LoRA alone")
     elif image_tokens is not None:
         check_tokens("the subject", image_tokens, image_tokens.shape[1:])
-        tensors[IMAGE_TOKENS] = image_tokens.mean(0, dtype=np.float32, keepdims=True)
+        tensors[IMAGE_TOKENS] = np.asarray(image_tokens).mean(0, dtype=np.float32, keepdims=True)
     origin = {**metadata, "version": SUBJECT_VERSION, "layout": layout.hash, "rank": str(layout.rank)}
     data = subject_file.encode(tensors, origin, _metadata_for_others(layout, format))
     if format == "peft" and not Path(path).suffix:
@@ -283,8 +271,10 @@ def load_subject(
     return Subject(layout.pack(factors), metadata["class_noun"], photos, metadata, tokens)
 
 
-def check_tokens(name: str, tokens: Vector | None, shape: tuple[int, ...] | None) -> None:
+def check_tokens(name: str, tokens: Vector | DeviceArray | None, shape: tuple[int, ...] | None) -> None:
     """Refuse image tokens [1 or photos, tokens, width] that a bundle does not take; None fits every bundle.
+
+    Of those on a device only the shape is looked at.
 
     Args:
         name: of the file or subject, for the message.
@@ -296,11 +286,11 @@ def check_tokens(name: str, tokens: Vector | None, shape: tuple[int, ...] | None
     """
     if tokens is None:
         return
-    if shape is None or tokens.ndim != 3 or not len(tokens) or tokens.shape[1:] != shape:
+    if shape is None or len(tokens.shape) != 3 or not tokens.shape[0] or tokens.shape[1:] != shape:
         takes = f"takes {list(shape)} of each photo" if shape else "takes none"
         why = f"they are {list(tokens.shape)}, the bundle {takes}"
         raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REDO)
-    if not _usable(tokens):
+    if isinstance(tokens, np.ndarray) and not _usable(tokens):
         raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REDO)
 
 

@@ -34,7 +34,6 @@ from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
-from hyperrt.lora import Subject
 from hyperrt.personalize import (
     Photos,
     check_finite,
@@ -45,6 +44,7 @@ from hyperrt.personalize import (
 )
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
+from hyperrt.subject import Subject
 
 log = logging.getLogger("hyperrt")
 
@@ -137,7 +137,7 @@ class Runtime:
         Raises:
             BadInput: no photo is left, or one is bad and `strict` is on.
             NotFound: the folder or a file does not exist.
-            NumericError: the predicted weights hold NaN.
+            NumericError: the predicted weights hold NaN; of a photo on a GPU that is found when it is drawn.
             ResourceError: there is not enough memory.
         """
         noun = class_noun or self.bundle.prompts.default_class
@@ -287,8 +287,7 @@ class Runtime:
             generators = [one for _ in range(pairs) for one in sampling.noise_generators(seed, count)]
             noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
             for step in sampling.denoise(self._stepper(job, count), job.table, noises, generators):
-                if isinstance(step.latents, np.ndarray):  # a device would have to be waited for
-                    check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
+                check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
             latents = np.asarray(step.latents)
             check_finite({"latents": latents}, "the picture")
