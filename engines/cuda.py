@@ -117,9 +117,7 @@ class Stream:
         _call(cudart.cudaEventDestroy, event)  # as soon as it was reached
 
     def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
-        _call(
-            cudart.cudaMemcpyAsync, to, source, nbytes, getattr(cudart.cudaMemcpyKind, kind), self.handle
-        )
+        _call(cudart.cudaMemcpyAsync, to, source, nbytes, getattr(cudart.cudaMemcpyKind, kind), self.handle)
 
 
 class _Memory:

@@ -21,8 +21,8 @@ NAME = b"dltensor"
 class DeviceArray(ABC):
     """An array in a device's memory, as an engine there returns it; `run`, `bind` and `refit` take it there.
 
-    Nothing writes to it again, nor may who reads it by DLPack: an engine keeps it, and does not copy it, to go
-    back to after a refit that fails.  `numpy.asarray` copies it to the host.
+    Nothing writes to it again, nor may whoever reads it by DLPack: an engine that was refitted with it keeps
+    it, to go back to.  `numpy.asarray` copies it to the host.
 
     Attributes:
         shape, dtype: as of a NumPy array; C-contiguous.
@@ -58,11 +58,11 @@ class DeviceArray(ABC):
 
 
 def concatenate(arrays: Sequence[NDArray[Any] | DeviceArray]) -> NDArray[Any] | DeviceArray:
-    """Arrays one after the other along the first axis: on a device if one of them is there; one stays as it is."""
+    """Arrays one after the other along the first axis, on a device if one is there; one alone is itself."""
     if len(arrays) == 1:
         return arrays[0]
     there = next((array for array in arrays if isinstance(array, DeviceArray)), None)
-    return np.concatenate(arrays) if there is None else there.concatenated(arrays)  # type: ignore[arg-type]
+    return np.concatenate(arrays) if there is None else there.concatenated(arrays)
 
 
 class _Tensor(ctypes.Structure):

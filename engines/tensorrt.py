@@ -219,6 +219,8 @@ class _Weights:
             raise EngineLoadError("the plan is of another graph", why, "compile it again: hyperrt compile")
         for spec in wanted:
             self._tell(trt, spec)
+        # A refit reads all places, also of weights that it does not replace.
+        stream.upload([(_zeros(spec), self._places[spec.name]) for spec in wanted])
         missing = self._refitter.get_missing_weights()
         if missing:
             why = f"TensorRT wants {missing[0]!r} with them, which was folded into them"
@@ -319,8 +321,7 @@ def _context(trt: Any, log: Log, engine: Any, recording: bool) -> Any:
 
 def _spec(trt: Any, engine: Any, name: str) -> TensorSpec:
     shape = tuple(
-        f"{name}_{axis}" if size < 0 else int(size)
-        for axis, size in enumerate(engine.get_tensor_shape(name))
+        f"{name}_{axis}" if size < 0 else int(size) for axis, size in enumerate(engine.get_tensor_shape(name))
     )
     return TensorSpec(name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name)
 

@@ -3,10 +3,12 @@
 texts -> hidden_states (, pooled)                                 once per prompt    text_encoder
 these (, time ids) -> context (, added)                           once per prompt    context
 context + K/V LoRA                                                once per subject   here, on the host
-these, K/V LoRA, image tokens (, time ids) -> context (, added)   once per subject   context, on a device and
-                                                                                     in the open category
+these, K/V LoRA, image tokens (, time ids) -> context (, added)   once per subject   context
 
-On a device K and V stay there.  rows = branches x pairs here, branch-major: row = branch * pairs + pair.  Which of these a model has is read
+The last line takes the place of the two before it on a device, where K and V then stay, and in the open
+category.
+
+rows = branches x pairs here, branch-major: row = branch * pairs + pair.  Which of these a model has is read
 from its manifest; a graph is fed what it asks for.
 """
 
@@ -63,10 +65,9 @@ class Conditioning:
             if self._bundle.image_prompt or self._graphs.engine("context").on_device:
                 # Image tokens go through the graph, and the LoRA with them; on a device nothing leaves it.
                 self._context = None  # room for the new one
-                context = self._run(job, features, job.gate, job.lora_rows(1))
+                self._context = job.told, self._run(job, features, job.gate, job.lora_rows(1))
             else:
-                context = self._with_lora(job, features)
-            self._context = job.told, context
+                self._context = job.told, self._with_lora(job, features)
         return self._context[1]
 
     def _with_lora(self, job: Job, features: Arrays) -> Arrays:
@@ -103,13 +104,13 @@ class Conditioning:
 
     def _run(
         self, job: Job, features: Arrays, gate: Floats, subjects: tuple[Subject | None, ...]
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         """The context graph's outputs, checked; on a device they stay there."""
         known = {**features, "gate": gate, **self._sizes(len(gate)), **self._image_prompt(job)}
         self._graphs.adapter("context", "lora_kv").put(*subjects)
         graph = self._bundle.graphs["context"]
         asked = {name: value for name, value in known.items() if graph.takes(name)}
-        context = self._graphs.engine("context").run(asked, host=False)
+        context: Mapping[str, Any] = self._graphs.engine("context").run(asked, host=False)
         self._done_with("context")
         check_finite(context, "what the prompt says")
         return context

@@ -75,7 +75,7 @@ class Job:
 
     @property
     def recipes(self) -> tuple[dict[str, Any], ...]:
-        """[pairs] what reproduces the pictures, as JSON values.  It takes the subjects' weights to the host."""
+        """[pairs] what reproduces the pictures, as JSON values; read when weights may come to the host."""
         pairs = zip(self.settings, self.subjects, strict=True)
         return tuple({**settings, **_hash_of(subject)} for settings, subject in pairs)
 

@@ -164,9 +164,11 @@ class LoraLayout:
 
     def named(self, packed: Mapping[str, A]) -> dict[str, A]:
         """`unpack`, as a graph names its constants: PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out]."""
-        factors = self.unpack(packed).items()
-        parts = [(f"{path}.lora_{'AB'[k]}", pair[k]) for path, pair in factors for k in (0, 1)]
-        return {name: part.reshape((1, *part.shape)) for name, part in parts}
+        named: dict[str, A] = {}
+        for path, (a, b) in self.unpack(packed).items():
+            named[f"{path}.lora_A"] = a.reshape((1, a.shape[0], a.shape[1]))
+            named[f"{path}.lora_B"] = b.reshape((1, b.shape[0], b.shape[1]))
+        return named
 
     def constants(self, name: str) -> tuple[TensorSpec, ...]:
         """The specs of these constants, for the packed vector "lora_q" or "lora_kv"."""

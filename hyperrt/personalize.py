@@ -4,7 +4,7 @@ pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora
 In the open category also features -> image_tokens [photos, tokens, width] -> mean.
 The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B.
 
-On a device features stay there, and so does the LoRA of a single photo; of several the mean is taken on the host.
+On a device features stay there, and so does the LoRA of a single photo; the mean of several is the host's.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def predict_tokens(features: Sequence[Features], image_prompt: Engine) -> Featur
 def _mean_over_photos(
     features: Sequence[Features], engine: Engine, names: Sequence[str]
 ) -> dict[str, Features]:
-    """Outputs [1, ...] of one photo at a time, their mean; those of a single photo are left where they are."""
+    """Outputs [1, ...] of one photo at a time, their mean; those of a single photo stay where they are."""
     if len(features) == 1:
         outputs = engine.run({"features": features[0]}, host=False)
         return {name: outputs[name] for name in names}

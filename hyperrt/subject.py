@@ -1,4 +1,4 @@
-"""A subject: the LoRA that a hypernetwork made of photos, on the host or still on the device that computed it."""
+"""A subject: the LoRA that was made of photos, on the host or still on the device that computed it."""
 
 from __future__ import annotations
 

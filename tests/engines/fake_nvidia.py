@@ -1,7 +1,4 @@
-"""Stand-ins for CUDA and TensorRT in host memory: what engines/tensorrt.py asks of them, faults on demand.
-
-A stream does nothing before somebody waits for it, and memory that was freed or never written holds NaN: what
-is not ordered between two streams gives wrong results, every time.
+"""A stand-in for TensorRT, beside that for CUDA: what engines/tensorrt.py asks of it, faults on demand.
 
 A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be refitted:
 
@@ -10,175 +7,39 @@ A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be
 or, as `build` writes it in place of engines.tensorrt_build's, a graph that ONNX Runtime computes:
 
     {"onnx": "denoiser.onnx", "sizes": {"rows": 3}}
+
+whose first output is that times `factor`, if the plan has one: it computes something else.
 """
 
 from __future__ import annotations
 
-import collections
 import ctypes
-import enum
 import functools
 import json
 import sys
-from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
 import engines
+from tests.engines.fake_cudart import Code, Cuda
 
-
-class Code(enum.IntEnum):
-    cudaSuccess = 0
-    cudaErrorMemoryAllocation = 2
-    cudaErrorInsufficientDriver = 35
-    cudaErrorNoDevice = 100
-
-
-SAID = {
-    Code.cudaErrorMemoryAllocation: b"out of memory",
-    Code.cudaErrorInsufficientDriver: b"CUDA driver version is insufficient for CUDA runtime version",
-    Code.cudaErrorNoDevice: b"no CUDA-capable device is detected",
-}
-
-
-class Queue:
-    """What was enqueued on a stream."""
-
-    def __init__(self) -> None:
-        self.calls: collections.deque[Callable[[], object]] = collections.deque()
-        self.done = 0
-
-    def reach(self, count: int) -> None:
-        """Run until so many were run since the beginning."""
-        while self.done < count:
-            self.done += 1
-            self.calls.popleft()()
-
-    @property
-    def end(self) -> int:
-        return self.done + len(self.calls)
-
-
-class Cuda(ModuleType):
-    """`cuda.bindings.runtime`.
-
-    Attributes:
-        room: how many allocations still succeed.
-        no_gpu: the code of every question for a GPU, where there is none.
-        copies: (kind, bytes) of every copy: "up" to the device, "down" from it, "there" on it.
-    """
-
-    cudaError_t = Code
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    cudaMemcpyKind = SimpleNamespace(
-        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="there"
-    )
-
-    def __init__(self) -> None:
-        super().__init__("cuda.bindings.runtime")
-        self.room, self.no_gpu = 10_000, Code.cudaSuccess
-        self.memory: dict[int, object] = {}
-        self.freed: list[object] = []
-        self.copies: list[tuple[str, int]] = []
-        self.waits = self.launches = 0
-        self.queues: list[Queue] = []
-        self.recording: list[object] | None = None
-
-    def enqueue(self, stream, function, *arguments) -> None:
-        self.queues[stream].calls.append(functools.partial(function, *arguments))
-
-    def cudaGetErrorString(self, code):
-        return Code.cudaSuccess, SAID[code]
-
-    def cudaGetDeviceProperties(self, index):
-        return self.no_gpu, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
-
-    def cudaMemGetInfo(self):
-        return Code.cudaSuccess, 5_000_000, 8_000_000
-
-    def cudaStreamCreateWithFlags(self, flags):
-        self.queues.append(Queue())
-        return Code.cudaSuccess, len(self.queues) - 1
-
-    def cudaStreamDestroy(self, stream):
-        return (Code.cudaSuccess,)
-
-    def cudaStreamSynchronize(self, stream):
-        self.waits += 1
-        self.queues[stream].reach(self.queues[stream].end)
-        return (Code.cudaSuccess,)
-
-    def cudaDeviceSynchronize(self):
-        for queue in self.queues:
-            queue.reach(queue.end)
-        return (Code.cudaSuccess,)
-
-    def cudaEventCreateWithFlags(self, flags):
-        return Code.cudaSuccess, SimpleNamespace(queue=None, count=0)
-
-    def cudaEventRecord(self, event, stream):
-        event.queue, event.count = self.queues[stream], self.queues[stream].end
-        return (Code.cudaSuccess,)
-
-    def cudaStreamWaitEvent(self, stream, event, flags):
-        self.enqueue(stream, event.queue.reach, event.count)
-        return (Code.cudaSuccess,)
-
-    def cudaEventDestroy(self, event):
-        return (Code.cudaSuccess,)
-
-    def cudaMallocAsync(self, size, stream):
-        if self.room <= 0:
-            return Code.cudaErrorMemoryAllocation, None
-        self.room -= 1
-        buffer = ctypes.create_string_buffer(b"\xff" * size, size)
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return Code.cudaSuccess, ctypes.addressof(buffer)
-
-    def cudaFreeAsync(self, pointer, stream):
-        self.enqueue(stream, self._free, pointer)
-        return (Code.cudaSuccess,)
-
-    def _free(self, pointer) -> None:
-        buffer = self.memory.pop(pointer)
-        buffer[:] = b"\xff" * len(buffer)
-        self.freed.append(buffer)  # who still reads it finds NaN, and does not crash
-
-    def cudaMemcpyAsync(self, to, source, count, kind, stream):
-        self.copies.append((kind, count))
-        read_now = ctypes.string_at(source, count) if kind == "up" else source
-        self.enqueue(stream, ctypes.memmove, to, read_now, count)
-        return (Code.cudaSuccess,)
-
-    def cudaStreamBeginCapture(self, stream, mode):
-        self.recording = []
-        return (Code.cudaSuccess,)
-
-    def cudaStreamEndCapture(self, stream):
-        graph, self.recording = self.recording, None
-        return Code.cudaSuccess, graph
-
-    def cudaGraphInstantiate(self, graph, flags):
-        return Code.cudaSuccess, list(graph)
-
-    def cudaGraphDestroy(self, graph):
-        return (Code.cudaSuccess,)
-
-    def cudaGraphExecDestroy(self, executable):
-        return (Code.cudaSuccess,)
-
-    def cudaGraphLaunch(self, executable, stream):
-        self.launches += 1
-        for call in executable:
-            self.enqueue(stream, call)
-        return (Code.cudaSuccess,)
+__all__ = ["Code", "Cuda", "TensorRT", "build", "install", "machine"]
+VERSION = "11.4.0.106"
 
 
 class TensorRT(ModuleType):
-    """`tensorrt`; `fail` names what returns None or False, and `refit_stops` after how many weights."""
+    """`tensorrt` or `tensorrt_rtx`.
 
-    __version__ = "11.4.0.106"
+    Attributes:
+        fail: names what returns None or False.
+        says: what the log then says, if it is not what is usual.
+        refit_stops: after how many weights; None: it does not.
+        loaded: how often something was handed to the deserialiser.
+    """
+
+    __version__ = VERSION
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="none")
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     TensorLocation = SimpleNamespace(DEVICE="device")
 
@@ -188,10 +49,10 @@ class TensorRT(ModuleType):
         def __init__(self) -> None:
             pass
 
-    def __init__(self, cuda: Cuda) -> None:
-        super().__init__("tensorrt")
-        self.cuda, self.fail = cuda, set()
-        self.refit_stops, self.refit_says = None, "refitting stopped"
+    def __init__(self, cuda: Cuda, name: str = "tensorrt") -> None:
+        super().__init__(name)
+        self.cuda, self.fail, self.says = cuda, set(), ""
+        self.refit_stops, self.loaded = None, 0
         self.addresses: list[tuple[str, int]] = []
         self.Runtime = lambda logger: Runtime(self, logger)
         self.Refitter = lambda engine, logger: Refitter(self, engine, logger)
@@ -208,6 +69,10 @@ class Runtime:
         self.trt, self.logger = trt, logger
 
     def deserialize_cuda_engine(self, plan):
+        self.trt.loaded += 1
+        if "deserialize" in self.trt.fail:
+            self.logger.log("error", self.trt.says or "it is damaged")
+            return None
         try:
             plan = json.loads(plan)
             return (OnnxEngine if "onnx" in plan else Engine)(self.trt, self.logger, plan)
@@ -241,14 +106,19 @@ class Engine:
     def get_tensor_dtype(self, name):
         return "float"
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return SimpleNamespace()
+
+    def create_execution_context(self, config=None):
         if "context" in self.trt.fail:
-            self.logger.log("error", "Cuda Runtime (out of memory)")
+            self.logger.log("error", self.trt.says or "Cuda Runtime (out of memory)")
             return None
-        return Context(self)
+        return self.context(self)
 
 
 class Context:
+    """What runs an engine."""
+
     def __init__(self, engine) -> None:
         self.engine, self.trt = engine, engine.trt
         self.shapes = dict(engine.shapes)
@@ -273,7 +143,7 @@ class Context:
 
     def execute_async_v3(self, stream):
         if "execute" in self.trt.fail:
-            self.engine.logger.log("error", "an illegal memory access")
+            self.engine.logger.log("error", self.trt.says or "an illegal memory access")
             return False
         # With the addresses of now, as CUDA does.
         compute = functools.partial(self._compute, Places(self.engine, dict(self.places), dict(self.shapes)))
@@ -305,6 +175,9 @@ class Places:
         return np.frombuffer((kind * count).from_address(self.pointers[name]), np.dtype(kind))
 
 
+Engine.context = Context
+
+
 class OnnxEngine(Engine):
     """A graph that ONNX Runtime computes where TensorRT would."""
 
@@ -321,6 +194,7 @@ class OnnxEngine(Engine):
             for side in (self.session.get_inputs(), self.session.get_outputs())
         ]
         super().__init__(trt, logger, {"inputs": sides[0], "outputs": sides[1]})
+        self.factor = plan.get("factor", 1)
         self.types = {node.name: node.type for node in self.session.get_inputs()}
         constants = self.session.get_overridable_initializers()
         self.constants = {node.name: node.shape for node in constants}
@@ -329,9 +203,6 @@ class OnnxEngine(Engine):
 
     def get_tensor_dtype(self, name):
         return "int64" if self.types.get(name) == "tensor(int64)" else "float"
-
-    def create_execution_context(self):
-        return OnnxContext(self)
 
 
 class OnnxContext(Context):
@@ -348,16 +219,20 @@ class OnnxContext(Context):
         feeds = {name: at(name).reshape(at.shapes[name]) for name in engine.plan["inputs"]}
         feeds |= {name: engine.weights[name].reshape(shape) for name, shape in engine.constants.items()}
         results = engine.session.run(list(engine.plan["outputs"]), feeds)
-        for name, result in zip(engine.plan["outputs"], results, strict=True):
-            at(name)[:] = result.ravel()
+        factors = [engine.factor] + [1] * len(results)
+        for name, result, factor in zip(engine.plan["outputs"], results, factors, strict=False):
+            at(name)[:] = factor * result.ravel()
 
 
-def build(recipe, progress=None):
+OnnxEngine.context = OnnxContext  # defined after it
+
+
+def build(recipe, progress=None, **more):
     """In place of the compiler."""
     from engines.tensorrt_build import Built
 
     with open(recipe.output, "w") as file:
-        json.dump({"onnx": recipe.onnx, "sizes": dict(recipe.sizes)}, file)
+        json.dump({"onnx": recipe.onnx, "sizes": dict(recipe.sizes), **more}, file)
     return Built(0.0, 0, 0, ())
 
 
@@ -384,7 +259,7 @@ class Refitter:
     def refit_cuda_engine_async(self, stream):
         for k, (name, (pointer, count)) in enumerate(self.places.items()):
             if k == self.trt.refit_stops:
-                self.logger.log("error", self.trt.refit_says)
+                self.logger.log("error", self.trt.says or "refitting stopped")
                 return False
             self.trt.cuda.enqueue(stream, self._write, name, pointer, count)
         return True
@@ -394,16 +269,26 @@ class Refitter:
         self.engine.weights[name][:] = np.frombuffer(floats, np.float32)
 
 
-def install(monkeypatch) -> tuple[Cuda, TensorRT]:
+def install(monkeypatch, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
     """Put both in the place of the vendor's packages, for engines/cuda.py and engines/tensorrt.py anew."""
     cuda = Cuda()
-    trt = TensorRT(cuda)
+    trt = TensorRT(cuda, vendor)
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.runtime = cuda
     package.bindings = bindings
     for name in ("cuda", "tensorrt"):
         monkeypatch.delitem(sys.modules, f"engines.{name}", raising=False)
         monkeypatch.delattr(engines, name, raising=False)
-    for name, module in {"cuda": package, "cuda.bindings": bindings, "tensorrt": trt}.items():
+    for name, module in {"cuda": package, "cuda.bindings": bindings, vendor: trt}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return cuda, trt
+
+
+def machine(monkeypatch, home, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
+    """A machine with a GPU of sm89, a compiler, and a cache of plans of its own in `home`."""
+    from hyperrt import compiling
+
+    monkeypatch.setenv("HYPERRT_HOME", str(home))
+    monkeypatch.setattr(compiling.tensorrt_build, "build", build)
+    monkeypatch.setattr(compiling, "version", lambda backend: VERSION)
+    return install(monkeypatch, vendor)

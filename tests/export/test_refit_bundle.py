@@ -1,9 +1,7 @@
 """A bundle whose LoRA enters by refit, from the real export: the runtime draws with it as with the other."""
 
-import importlib.util
 import shutil
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +12,8 @@ from export.assemble import Options
 from export.source import Inputs
 from hyperrt import Runtime, compiling
 from hyperrt.bundle import Bundle
+from tests.engines import fake_nvidia
 
-FAKES = importlib.util.spec_from_file_location(
-    "fake_nvidia", Path(__file__).parents[1] / "engines" / "fake_nvidia.py"
-)
-fake_nvidia = importlib.util.module_from_spec(FAKES)
-FAKES.loader.exec_module(fake_nvidia)
 PROMPT, PLAIN = "a [V] robot on a beach", "a robot on a beach"
 
 
@@ -106,10 +100,7 @@ def test_with_low_memory_the_subject_is_put_into_the_new_engine(refitted, runtim
 
 def test_on_tensorrt_subjects_come_and_go_by_refit(refitted, runtime, subjects, monkeypatch, tmp_path):
     """On stand-ins for CUDA and TensorRT, in which ONNX Runtime computes (tests/engines/fake_nvidia.py)."""
-    _, trt = fake_nvidia.install(monkeypatch)
-    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path))
-    monkeypatch.setattr(compiling.tensorrt_build, "build", fake_nvidia.build)
-    monkeypatch.setattr(compiling, "version", lambda backend: trt.__version__)
+    _, trt = fake_nvidia.machine(monkeypatch, tmp_path)
     bundle = Bundle.open(refitted)
     for branches in (3, 2):
         sizes = compiling.sizes_of(bundle, 1, branches)

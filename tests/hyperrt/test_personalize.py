@@ -20,7 +20,7 @@ class Recorded:
         self.function = function
         self.fed = []
 
-    def run(self, feeds):
+    def run(self, feeds, host=True):
         self.fed.append(feeds)
         return self.function(feeds)
 
@@ -129,6 +129,7 @@ def test_one_photo_gives_the_bits_that_were_predicted():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_weight_that_is_no_number_is_refused(value):
-    decoder = Recorded(lambda feeds: {"lora_q": np.array([[1, value]], np.float32)})
+    bad = np.array([[1, value]], np.float32)
+    decoder = Recorded(lambda feeds: {"lora_q": bad, "lora_kv": bad})
     with pytest.raises(NumericError, match="1 of 2 values of lora_q"):
         personalize.predict_lora([np.zeros((1, 1, 1), np.float32)], decoder)

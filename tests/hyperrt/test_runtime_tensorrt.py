@@ -6,9 +6,6 @@ subjects that come and go.
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -16,13 +13,9 @@ from engines.dlpack import DeviceArray
 from hyperrt import Runtime, compiling
 from hyperrt.bundle import Bundle
 from hyperrt.errors import Incompatible, NotFound
+from tests.engines import fake_nvidia
 
 pytest.importorskip("onnxruntime")
-FAKES = importlib.util.spec_from_file_location(
-    "fake_nvidia", Path(__file__).parents[1] / "engines" / "fake_nvidia.py"
-)
-fake_nvidia = importlib.util.module_from_spec(FAKES)
-FAKES.loader.exec_module(fake_nvidia)
 OPTIONS = {"seed": 3, "steps": 4}
 SUBJECT_PROMPT, PLAIN_PROMPT = "a [V] mug on a beach", "a mug on a beach"
 
@@ -30,10 +23,7 @@ SUBJECT_PROMPT, PLAIN_PROMPT = "a [V] mug on a beach", "a mug on a beach"
 @pytest.fixture
 def nvidia(monkeypatch, tmp_path):
     """A machine with a GPU of sm89, and a cache of its own."""
-    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(compiling.tensorrt_build, "build", fake_nvidia.build)
-    monkeypatch.setattr(compiling, "version", lambda backend: "11.4.0.106")
-    return fake_nvidia.install(monkeypatch)
+    return fake_nvidia.machine(monkeypatch, tmp_path / "home")
 
 
 def compiled(bundle, images=1, branches=3, **options):
