@@ -40,7 +40,7 @@ from small_drawing import Guidance, Studio
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt import Runtime
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from training import base as bases
 from training import checkpoint, device, scenes
 from training.dreambooth import DreamBoothConfig, Finetuned, finetune

@@ -27,7 +27,7 @@ import report
 from PIL import Image
 
 from hyperrt import Runtime
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from training import cutouts, drawn, judges, scenes
 from training.drawn import CANDIDATES, FIRST_INDEX, PHOTO_SIZE, SEED_STRIDE, VIEW_SIZE, WHITE, Case
 

@@ -26,7 +26,7 @@ from small_world import World
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt import files, lora
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from training import base as bases
 from training import checkpoint, scenes, train
 from training.config import TrainConfig, to_json

@@ -36,7 +36,7 @@ import engines
 from export import storage
 from hyperrt import Runtime, lora, sampling, solvers
 from hyperrt.bundle import Bundle
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from hyperrt.tokenizer import Tokenizer
 from training import base as tiny
 from training.features import encode_text

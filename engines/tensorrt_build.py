@@ -190,7 +190,7 @@ def _compiled(recipe: Recipe, say: _Voice) -> Built:
     if plan is None:
         name, do = Path(recipe.onnx).name, "try another target, or another precision of the bundle"
         what = f"{recipe.vendor} {trt.__version__} cannot compile {name} for {recipe.target}"
-        raise EngineLoadError(what, log.last(), do)
+        raise log.error(what, EngineLoadError, do)
     with open(recipe.output, "wb") as file:
         file.write(plan)
     if timing is not None and recipe.timing:

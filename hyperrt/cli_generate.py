@@ -14,9 +14,9 @@ from hyperrt.combine import concat_layout
 from hyperrt.config import GenerateConfig, PersonalizeConfig
 from hyperrt.errors import UsageError
 from hyperrt.job import noun_in
-from hyperrt.lora import Subject
 from hyperrt.runtime import Result, Runtime
 from hyperrt.sampling import Step
+from hyperrt.subject import Subject
 from hyperrt.subject_file import PEFT_CONFIG
 
 

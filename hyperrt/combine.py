@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.errors import UsageError
-from hyperrt.lora import LoraLayout, Vector
+from hyperrt.lora import LoraLayout
+from hyperrt.subject import Vector
 
 Packed = Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
 Matrix = NDArray[np.floating[Any]]

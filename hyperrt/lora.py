@@ -20,20 +20,21 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.base import TensorSpec
+from engines.dlpack import DeviceArray
 from hyperrt import lora_metadata, lora_names, lora_writer, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
 from hyperrt.safetensors_file import REDO, Stored
+from hyperrt.subject import Subject, Vector
 from hyperrt.subject_file import IMAGE_TOKENS, NOT_USABLE, Factors, LoraFile, difference, usable
 
 log = logging.getLogger("hyperrt")
 
-Vector = NDArray[np.float32]
+A = TypeVar("A", Vector, DeviceArray)
 PathFactors = Mapping[str, tuple[Vector, Vector]]  # path -> (A [d_in, r], B [r, d_out])
 
 SUBJECT_VERSION = "1"
@@ -142,7 +143,7 @@ class LoraLayout:
             packed[name] = vector
         return packed
 
-    def unpack(self, packed: Mapping[str, Vector]) -> dict[str, tuple[Vector, Vector]]:
+    def unpack(self, packed: Mapping[str, A]) -> dict[str, tuple[A, A]]:
         """Packed vectors (both or one) to {path: (A [d_in, r], B [r, d_out])}; views, no copies.
 
         Raises:
@@ -157,10 +158,13 @@ class LoraLayout:
                 factors[site.path] = (vector[part_a].reshape(shape_a), vector[part_b].reshape(shape_b))
         return {site.path: factors[site.path] for site in self.sites if site.path in factors}
 
-    def named(self, packed: Mapping[str, Vector]) -> dict[str, Vector]:
+    def named(self, packed: Mapping[str, A]) -> dict[str, A]:
         """`unpack`, as a graph names its constants: PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out]."""
-        factors = self.unpack(packed).items()
-        return {f"{path}.lora_{'AB'[k]}": pair[k][np.newaxis] for path, pair in factors for k in (0, 1)}
+        named: dict[str, A] = {}
+        for path, (a, b) in self.unpack(packed).items():
+            named[f"{path}.lora_A"] = a.reshape((1, a.shape[0], a.shape[1]))
+            named[f"{path}.lora_B"] = b.reshape((1, b.shape[0], b.shape[1]))
+        return named
 
     def constants(self, name: str) -> tuple[TensorSpec, ...]:
         """The specs of these constants, for the packed vector "lora_q" or "lora_kv"."""
@@ -181,21 +185,6 @@ class LoraLayout:
         return cls(tuple(Site(**site) for site in data["sites"]), data["rank"])
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """One person, animal or thing as the runtime uses it; compared by identity.
-
-    metadata: as `save_subject` takes it; of another program's file only what that says.
-    image_tokens: of the open category: what the image prompt made of the photos; None: the LoRA alone.
-    """
-
-    lora: Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
-    class_noun: str
-    photos: int
-    metadata: Mapping[str, str]
-    image_tokens: Vector | None = None  # [1 or photos, tokens, width]
-
-
 def save_subject(
     path: str | os.PathLike[str],
     packed: Mapping[str, Vector],
@@ -203,7 +192,7 @@ def save_subject(
     metadata: Mapping[str, str],
     format: str = "diffusers",
     force: bool = False,
-    image_tokens: Vector | None = None,
+    image_tokens: Vector | DeviceArray | None = None,
 ) -> None:
     """Write a subject file, whole or not at all.
 
@@ -234,7 +223,7 @@ def save_subject(
     tokens = None
     if image_tokens is not None:
         check_tokens("the subject", image_tokens, image_tokens.shape[1:])
-        tokens = Stored.of(image_tokens.mean(0, dtype=np.float32, keepdims=True))
+        tokens = Stored.of(np.asarray(image_tokens).mean(0, dtype=np.float32, keepdims=True))
     sites = {  # scale is folded in: alpha is the rank
         path: Factors(Stored.of(a.T), Stored.of(b.T), float(layout.rank))
         for path, (a, b) in layout.unpack(packed).items()
@@ -296,8 +285,10 @@ def load_file(
     return Subject(lora, origin["class_noun"], int(origin["photos"]), origin, tokens)
 
 
-def check_tokens(name: str, tokens: Vector | None, shape: tuple[int, ...] | None) -> None:
+def check_tokens(name: str, tokens: Vector | DeviceArray | None, shape: tuple[int, ...] | None) -> None:
     """Refuse image tokens [1 or photos, tokens, width] that a bundle does not take; None fits every bundle.
+
+    Of those on a device only the shape is looked at.
 
     Args:
         name: of the file or subject, for the message.
@@ -309,11 +300,11 @@ def check_tokens(name: str, tokens: Vector | None, shape: tuple[int, ...] | None
     """
     if tokens is None:
         return
-    if shape is None or tokens.ndim != 3 or not len(tokens) or tokens.shape[1:] != shape:
+    if shape is None or len(tokens.shape) != 3 or not tokens.shape[0] or tokens.shape[1:] != shape:
         takes = f"takes {list(shape)} of each photo" if shape else "takes none"
         why = f"they are {list(tokens.shape)}, the bundle {takes}"
         raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REDO)
-    if not usable(tokens):
+    if isinstance(tokens, np.ndarray) and not usable(tokens):
         raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REDO)
 
 

@@ -35,18 +35,10 @@ from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
-from hyperrt.lora import Subject
-from hyperrt.personalize import (
-    Photos,
-    check_finite,
-    combine_lora,
-    encode_photos,
-    origin,
-    predict_tokens,
-    read_photos,
-)
+from hyperrt.personalize import Photos, check_finite, encode_photos, lora_of, origin, predict_tokens, read_photos
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
+from hyperrt.subject import Subject
 
 log = logging.getLogger("hyperrt")
 
@@ -143,7 +135,7 @@ class Runtime:
             UsageError: combine is another word.
             BadInput: no photo is left, or one is bad and `strict` is on.
             NotFound: the folder or a file does not exist.
-            NumericError: the predicted weights hold NaN.
+            NumericError: the predicted weights hold NaN; of a photo on a GPU that is found when it is drawn.
             ResourceError: there is not enough memory.
         """
         check_way(combine)
@@ -159,7 +151,7 @@ class Runtime:
             with self._graphs.open("image_encoder") as encoder:
                 features = encode_photos(pixels, encoder)
             with self._graphs.open("weight_decoder") as decoder:
-                weights = combine_lora(features, decoder, self.bundle.layout, combine)
+                weights = lora_of(features, decoder, self.bundle.layout, combine)
             if self.bundle.image_prompt:
                 with self._graphs.open("image_prompt") as resampler:
                     tokens = predict_tokens(features, resampler)
@@ -291,8 +283,7 @@ class Runtime:
             generators = [one for _ in range(pairs) for one in sampling.noise_generators(seed, count)]
             noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
             for step in sampling.denoise(self._stepper(job, count), job.table, noises, generators):
-                if isinstance(step.latents, np.ndarray):  # a device would have to be waited for
-                    check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
+                check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
             latents = np.asarray(step.latents)
             check_finite({"latents": latents}, "the picture")

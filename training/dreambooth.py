@@ -29,9 +29,10 @@ from hyperrt import lora
 from hyperrt.bundle import Preprocess
 from hyperrt.errors import Incompatible, UsageError
 from hyperrt.images import preprocess
-from hyperrt.lora import LoraLayout, Subject
+from hyperrt.lora import LoraLayout
 from hyperrt.personalize import Photos, read_photos
 from hyperrt.prompts import split_prompt
+from hyperrt.subject import Subject
 from training import base as bases
 from training import checkpoint, device, scenes
 from training.base import Base

@@ -20,8 +20,8 @@ from hyperrt import Runtime, images, recipe
 from hyperrt.config import SamplingConfig
 from hyperrt.errors import BadImage, HyperRTError, NumericError
 from hyperrt.job import plan
-from hyperrt.lora import Subject
 from hyperrt.prompts import shortened
+from hyperrt.subject import Subject
 
 log = logging.getLogger("training")
 

@@ -344,7 +344,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, layout):
 
 
 def test_subjects_are_told_apart_by_identity(layout):
-    from hyperrt.lora import Subject
+    from hyperrt.subject import Subject
 
     one = Subject(random_lora(layout), "mug", 1, METADATA)
     assert one == one and one != dataclasses.replace(one)

@@ -23,7 +23,7 @@ class Recorded:
         self.function = function
         self.fed = []
 
-    def run(self, feeds):
+    def run(self, feeds, host=True):
         self.fed.append(feeds)
         return self.function(feeds)
 
@@ -138,7 +138,7 @@ def test_the_weights_of_several_photos_are_combined_as_asked_and_one_keeps_its_b
     each = [{name: rng.normal(size=(1, n)).astype("f4") for name, n in sizes.items()} for _ in range(photos)]
     decoder = Recorded(lambda feeds: each[int(feeds["features"])])
     features = [np.array(k, np.float32) for k in range(photos)]
-    weights = personalize.combine_lora(features, decoder, LAYOUT, way)
+    weights = personalize.lora_of(features, decoder, LAYOUT, way)
     rows = [{name: row[0] for name, row in one.items()} for one in each]
     expected = {
         "mean": lambda: personalize.predict_lora(features, decoder),
@@ -151,11 +151,12 @@ def test_the_weights_of_several_photos_are_combined_as_asked_and_one_keeps_its_b
 
 def test_another_way_to_combine_photos_is_refused_before_one_is_decoded():
     with pytest.raises(UsageError, match="combine is 'median'"):
-        personalize.combine_lora([np.zeros(())], None, LAYOUT, "median")
+        personalize.lora_of([np.zeros(())], None, LAYOUT, "median")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_weight_that_is_no_number_is_refused(value):
-    decoder = Recorded(lambda feeds: {"lora_q": np.array([[1, value]], np.float32)})
+    bad = np.array([[1, value]], np.float32)
+    decoder = Recorded(lambda feeds: {"lora_q": bad, "lora_kv": bad})
     with pytest.raises(NumericError, match="1 of 2 values of lora_q"):
         personalize.predict_lora([np.zeros((1, 1, 1), np.float32)], decoder)
