@@ -135,7 +135,8 @@ def add_to_context(
     """What the K/V LoRA adds to the keys and values of one row, in place: strength (hidden A) B per site.
 
     Args:
-        context: [L, W], K and V of every cross-attention side by side, as the `context` graph gives them.
+        context: [L (+ image tokens), W], K and V of all cross-attentions side by side, as the `context` graph
+            gives them.  Image tokens come last, and have no LoRA.
         hidden: [L, D], the text they were computed from.
         lora_kv: [Nkv].
     """
@@ -144,5 +145,5 @@ def add_to_context(
     below = hidden @ np.concatenate([a for a, _ in factors.values()], axis=1)  # [L, sites x rank]
     for k, (_, b) in enumerate(factors.values()):
         end = start + b.shape[1]
-        context[:, start:end] += below[:, k * rank : (k + 1) * rank] @ (strength * b)
+        context[: len(hidden), start:end] += below[:, k * rank : (k + 1) * rank] @ (strength * b)
         start = end

@@ -1,12 +1,12 @@
 """What the rows of a job are told: prompts, and the subjects' K and V, as the denoiser takes them.
 
 texts -> hidden_states (, pooled)                                 once per prompt    text_encoder
-these (, time ids) -> context (, added)                           once per prompt    context
+these (, image tokens, time ids) -> context (, added)             once per prompt    context
 context + K/V LoRA                                                once per subject   here, on the host
 these, K/V LoRA, image tokens (, time ids) -> context (, added)   once per subject   context
 
-The last line takes the place of the two before it on a device, where K and V then stay, and in the open
-category.
+The last line takes the place of the two before it on a device, where K and V then stay.  In the open category
+the second is once per subject that has image tokens.
 
 rows = branches x pairs here, branch-major: row = branch * pairs + pair.  Which of these a model has is read
 from its manifest; a graph is fed what it asks for.
@@ -51,7 +51,7 @@ class Conditioning:
         self._low_memory = low_memory
         self._tokenizer: Tokenizer | None = None
         self._features: tuple[tuple[str, ...], Arrays] | None = None  # of the last texts
-        self._plain: tuple[tuple[str, ...], Arrays] | None = None  # of the last texts, without LoRA
+        self._plain: tuple[tuple[Any, ...], Arrays] | None = None  # of the last texts, image tokens
         self._context: tuple[tuple[Any, ...], Tensors] | None = None  # of the last job: its key, outputs
 
     def of(self, job: Job) -> Tensors:
@@ -62,8 +62,7 @@ class Conditioning:
         """
         if self._context is None or self._context[0] != job.told:
             features = self._features_of(job.texts)
-            if self._bundle.image_prompt or self._graphs.engine("context").on_device:
-                # Image tokens go through the graph, and the LoRA with them; on a device nothing leaves it.
+            if self._graphs.engine("context").on_device:  # nothing leaves it
                 self._context = None  # room for the new one
                 self._context = job.told, self._run(job, features, job.gate, job.lora_rows(1))
             else:
@@ -75,23 +74,30 @@ class Conditioning:
 
         For a change of subject this is a fiftieth of the graph's work: (hidden A) B has rank r.
         """
-        if self._plain is None or self._plain[0] != job.texts:
-            plain = self._run(job, features, np.zeros_like(job.gate), (None,))
-            self._plain = job.texts, plain
+        told = job.texts, job.image_scales.tobytes(), self._with_tokens(job)
+        if self._plain is None or self._plain[0] != told:
+            self._plain = None  # room for the new one
+            self._plain = told, self._run(job, features, np.zeros_like(job.gate), (None,))
         plain = self._plain[1]
         if self._low_memory:
             self._plain = None
         context = self._of_same_rows(job)
         if context is None:
             context = plain["context"].copy()
-        for row in np.flatnonzero(job.gate):
+        for row in np.flatnonzero(np.logical_or(job.gate, job.image_scales)):
             context[row] = plain["context"][row]
+        for row in np.flatnonzero(job.gate):
             subject = job.subjects[row % len(job.subjects)]  # there is one where the gate is open
             lora_kv = np.asarray(packed(subject, "lora_kv", self._bundle.layout.size("lora_kv")))
             hidden = features["hidden_states"][row]
             add_to_context(self._bundle.layout, context[row], hidden, lora_kv, float(job.gate[row]))
             check_finite({"context": context[row]}, "what the prompt says")
         return {**plain, "context": context}
+
+    def _with_tokens(self, job: Job) -> tuple[Subject | None, ...]:
+        """[rows] whose image tokens a row has."""
+        subjects = enumerate(job.image_scales)
+        return tuple(job.subjects[row % len(job.subjects)] if scale else None for row, scale in subjects)
 
     def _of_same_rows(self, job: Job) -> Floats | None:
         """The last job's array, to be written to, where only its subjects were others: SDXL's has 150 MB."""

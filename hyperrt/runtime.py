@@ -35,7 +35,15 @@ from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
-from hyperrt.personalize import Photos, check_finite, encode_photos, lora_of, origin, predict_tokens, read_photos
+from hyperrt.personalize import (
+    Photos,
+    check_finite,
+    encode_photos,
+    lora_of,
+    origin,
+    predict_tokens,
+    read_photos,
+)
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
 from hyperrt.subject import Subject
