@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from hyperrt import Runtime, sampling
+from hyperrt import Runtime, combine, sampling
 from hyperrt.lora import save_subject
 
 peft = pytest.importorskip("peft")
@@ -124,3 +124,21 @@ def test_peft_loads_the_folder(tmp_path, unet, source, made):
     folder = save(tmp_path / "robot", source, made[0], "peft")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder))
     np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_photos_side_by_side_are_in_diffusers_the_mean_of_what_each_changes(tmp_path, unet, source, made):
+    from export import reference
+
+    layout, subject = source.layout, made[0]
+    photos = [subject.lora, {name: vector[::-1].copy() for name, vector in subject.lora.items()}]
+    each = [reference.personalised(unet, layout, lora) for lora in photos]
+    mean = copy.deepcopy(unet)
+    for site in layout.sites:
+        weights = [one.get_submodule(site.path).weight.data for one in each]
+        mean.get_submodule(site.path).weight.data = torch.stack(weights).mean(0)
+    file = tmp_path / "robot.safetensors"
+    wide = combine.concat_layout(layout, len(photos))
+    save_subject(file, combine.concatenated(photos, layout), wide, subject.metadata)
+    theirs = copy.deepcopy(unet)
+    load_in_diffusers(theirs, file, wide)
+    np.testing.assert_allclose(run(theirs), run(mean), rtol=1e-4, atol=1e-5)
