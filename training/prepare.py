@@ -137,7 +137,7 @@ def prepare(config: PrepareConfig) -> SceneCache:
         "version": VERSION, "layout": config.layout, "split": config.split, "size": _size(config),
         "limit": config.limit, "views": config.views, "noun": config.noun, "source": _listing(config.source),
     }  # fmt: skip
-    with _claimed(config.output):
+    with _claimed(config.output, config.source):
         if read_json(config.output / CAPTIONS).get("recipe") != recipe:
             _give_up_finished(config, recipe)
             for path in config.output.iterdir():
@@ -229,13 +229,16 @@ def _listing(source: Path) -> str:
 
 
 @contextlib.contextmanager
-def _claimed(output: Path) -> Iterator[None]:
+def _claimed(output: Path, source: Path) -> Iterator[None]:
     """The folder of a cache, made or found, for this run alone.
 
     Raises:
-        UsageError: it holds something else, or another run has it.
+        UsageError: it holds something else, or another run has it, or it lies in the data set.
         NotFound: the folder above it does not exist.
     """
+    if output.resolve().is_relative_to(source.resolve()):
+        why = f"{source} is read, and what is written there would be read, too"
+        raise UsageError(f"{output} lies in the data set", why, "choose another --output")
     if not output.parent.is_dir():
         why = f"{output.name} is to be written there"
         raise NotFound(f"the folder {output.parent} does not exist", why, f"mkdir -p {output.parent}")

@@ -231,6 +231,12 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
         prepare.prepare(config("folders", force=True))
 
 
+def test_a_cache_does_not_lie_in_its_data_set(config, tmp_path):
+    source = data_sets.folders(tmp_path / "folders")
+    with pytest.raises(UsageError, match="lies in the data set"):
+        prepare.prepare(config("folders", source, output=source / "cache"))
+
+
 @pytest.mark.parametrize("stage", ["image_features", "caption_table"])
 def test_what_was_finished_before_an_interruption_is_kept(stage, config, monkeypatch):
     def stop(*arguments):
@@ -272,7 +278,8 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(config):
 def test_two_runs_do_not_write_one_cache(config):
     wanted = config("folders")
     wanted.output.mkdir()
-    with prepare._claimed(wanted.output), pytest.raises(UsageError, match="another run works on it"):
+    claimed = prepare._claimed(wanted.output, wanted.source)
+    with claimed, pytest.raises(UsageError, match="another run works on it"):
         prepare.prepare(wanted)
 
 
