@@ -53,7 +53,7 @@ def short_run(world) -> dict:
         "iterations": 2,
         "head_dim": 8,
         "warmup": 2,
-        "holdout": 8,
+        "holdout": 2,
         "log_every": 2,
         "monitor_every": 3,
         "save_every": 3,

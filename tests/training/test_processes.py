@@ -49,11 +49,10 @@ def assert_same_curve(entries, found: Path, expected: Path, tolerance: float) ->
     np.testing.assert_allclose(one, other, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_have_the_curve_of_one_and_leave_a_state_that_one_can_resume(
-    exact, alone, together, tmp_path, entries, no_sheets, sharded
+def test_two_processes_that_share_the_moments_leave_a_state_that_one_can_resume(
+    exact, alone, together, tmp_path, entries, no_sheets
 ):
-    config = TrainConfig(**exact, output=str(tmp_path / "run"), shard_optimizer=sharded)
+    config = TrainConfig(**exact, output=str(tmp_path / "run"), shard_optimizer=True)
     assert joined(together(2, config)) == [0, 0]
     run = Path(config.output)
     assert_same_curve(entries, run, alone, 1e-4)
@@ -93,7 +92,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(exact, together, tmp
 
 
 @pytest.mark.slow
-def test_a_launcher_starts_it(exact, alone, tmp_path, entries):
+def test_two_processes_have_the_curve_of_one(exact, alone, tmp_path, entries):
     """As on several GPUs, by torchrun; `accelerate launch` starts several processes on GPUs only."""
     config = {**exact, "output": str(tmp_path / "run")}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in config.items()]

@@ -70,7 +70,7 @@ def test_a_fresh_decoders_lora_changes_no_picture(settings):
     ids=["hyperdreambooth", "resampler"],
 )
 def test_a_decoder_of_either_kind_learns(settings, no_sheets, entries, decoder):
-    changes = {"steps": 20, "lr": 0.02, "log_every": 5, "monitor_every": 20, **decoder}
+    changes = {"steps": 20, "lr": 0.02, "holdout": 8, "log_every": 20, "monitor_every": 20, **decoder}
     config = TrainConfig(**{**settings, **changes})
     before, after = [e["monitor"]["gain"] for e in entries(train.run(config)) if "monitor" in e]
     assert (before, after > 0.03) == (0, True)

@@ -62,7 +62,7 @@ def test_other_settings_can_be_allowed(settings, finished, no_sheets, entries, c
 
 
 @pytest.mark.parametrize(("allowed", "error"), [(False, UsageError), (True, Incompatible)])
-@pytest.mark.parametrize(("name", "value"), [("rank", 3), ("head_dim", 0), ("shared_heads", True)])
+@pytest.mark.parametrize(("name", "value"), [("rank", 3), ("shared_heads", True)])
 def test_another_decoder_is_refused_even_if_changes_are_allowed(
     settings, finished, name, value, allowed, error
 ):
