@@ -93,7 +93,7 @@ def _convert(config: ConvertConfig) -> float:
     if os.path.realpath(config.output) in (os.path.realpath(config.source), os.path.realpath(file.path)):
         why = "a file that is read cannot be the one that is written"
         raise UsageError(f"{config.output} is the file to convert", why, "choose another name")
-    subject_file.check_used(file, config.partial and not file.origin)
+    subject_file.check_used(file, config.partial)
     if config.format == "peft" and not os.path.splitext(config.output)[1]:
         files.check_folder(config.output, subject_file.PEFT_CONFIG, config.force)
     else:

@@ -187,7 +187,7 @@ def _fill_folder(folder: Path, data: bytes, config: Mapping[str, Any]) -> None:
 def _layers(format: str, sites: Sites, family: str) -> int | None:
     """Layers per block, if the names are to be those of the first publication: of SDXL, in kohya's format.
 
-    Its trainer and tools that follow it know no other there; of the earlier models they know no such names.
+    So writes kohya's trainer, which of the earlier models has diffusers' names.
     """
     return lora_names.layers_of(sites) if format == "kohya" and family == "sdxl" else None
 

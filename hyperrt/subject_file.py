@@ -166,7 +166,7 @@ def check_used(file: LoraFile, partial: bool = False) -> None:
     """Refuse a file that is more than a LoRA of the cross-attention's q, k and v.
 
     Args:
-        partial: other modules may be there, and are left out.
+        partial: other modules may be there, unless in a file of ours, and are left out.
 
     Raises:
         LoraError: a site has more than A, B and alpha, or there is no site.
@@ -181,10 +181,10 @@ def check_used(file: LoraFile, partial: bool = False) -> None:
         why = f"it has no cross-attention q, k or v of a Stable Diffusion UNet{first}"
         do = "use a LoRA of the bundle's model; hyperrt lora inspect FILE shows what one adapts"
         raise LoraError(f"{file.name} adapts nothing that HyperRT adapts", why, do)
-    if file.unused and not partial:
+    if file.unused and (file.origin or not partial):
         what = f"{file.name} adapts more than q, k and v of the cross-attention"
         found = ", ".join(f"{count} tensors of {kind}" for kind, count in unused_kinds(file).items())
-        do = "leave these out, which changes what it draws: --partial"
+        do = REDO if file.origin else "leave these out, which changes what it draws: --partial"
         raise LoraMismatch(what, f"not used would be {found}", do)
 
 

@@ -23,6 +23,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 KEYS = {
     "coldstart": {"generate_s", "peak_mb", "help_s", "forbidden_modules"},  # sizes need pip's index
     "parity": {"worst_rel"},
+    "interop": {"missing", "unexpected", "picture_rel_diff"},
     "fused_step": {"fused_over_two_calls", "lora_overhead"},
     "full_size": {"export_s", "export_peak_gb", "bundle_gb", "step_s_onnxruntime", "parity_fp32_worst_rel"},
     "hoist": {"time_ratio", "memory_ratio", "weight_bytes_saved"},
@@ -41,7 +42,7 @@ KEYS = {
 NEEDS = {"parity": ("torch", "diffusers", "peft", "onnx_ir"), "fused_step": ("onnx_ir",)}
 EXPORTS = ("torch", "diffusers", "onnxscript", "openvino")
 NEEDS |= {"full_size": EXPORTS, "hoist": EXPORTS, "compile": ("tensorrt_rtx",)}
-NEEDS |= {"gpu": ("torch", "diffusers", "onnxruntime")}
+NEEDS |= {"gpu": ("torch", "diffusers", "onnxruntime"), "interop": NEEDS["parity"]}
 
 
 def module(name: str):
@@ -150,6 +151,13 @@ def test_ratios_are_at_equal_precision_and_at_the_faster_one(monkeypatch):
 @pytest.mark.slow
 def test_the_bundle_computes_what_diffusers_and_peft_do(figures):
     assert figures("parity")["worst_rel"] < 1e-3
+
+
+@pytest.mark.slow
+def test_other_programs_load_a_subject_whole_and_draw_the_same_picture(figures):
+    found = figures("interop")
+    assert found["missing"] == found["unexpected"] == 0
+    assert found["picture_rel_diff"] < 1e-3
 
 
 @pytest.mark.slow

@@ -67,13 +67,17 @@ def draw(pipeline, source, output):
     return result.numpy() if output == "latent" else np.rint(result * 255).astype(int)
 
 
-@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
 def test_diffusers_draws_the_picture_of_the_runtime_from_the_same_file(
     tmp_path, pipeline, source, made, format
 ):
     subject, ours = made
     of_the_base = draw(pipeline, source, "latent")
-    pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", source, subject, format)))
+    if format == "peft":
+        folder = save(tmp_path / "robot", source, subject, format)
+        pipeline.unet = peft.PeftModel.from_pretrained(pipeline.unet, str(folder)).get_base_model()
+    else:
+        pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", source, subject, format)))
     latents = draw(pipeline, source, "latent")
     scale = np.abs(latents).max()
     assert np.abs(latents - of_the_base).max() / scale > 1e-2  # the subject does something

@@ -15,7 +15,7 @@ from hyperrt.lora import LoraLayout, Site, load_subject, save_subject
 from hyperrt.lora_names import FORMATS
 from hyperrt.safetensors_file import Stored
 from hyperrt.subject_file import Factors, open_lora
-from tests.hyperrt.lora_files import random_pairs, read, sites, write, write_kohya
+from tests.hyperrt.lora_files import change, random_pairs, read, sites, write, write_kohya
 
 BASE = "b" * 64
 METADATA = {"base_model": BASE, "hypernet": "a" * 64, "class_noun": "mug", "photos": "3", "trigger": "sks"}
@@ -72,6 +72,14 @@ def test_sdxl_has_the_names_of_the_first_publication_in_kohyas_format_alone(tmp_
     }
     for other in ("sdxl-diffusers", "sdxl-peft", "sd15-kohya"):
         assert not [name for name in read(tmp_path / f"{other}.s")[0] if "put_blocks" in name]
+
+
+def test_a_subject_of_sdxl_with_diffusers_blocks_in_kohyas_format_is_read_as_well(tmp_path):
+    path = tmp_path / "old.s"
+    save_subject(path, subject(), LAYOUT, METADATA | {"family": "sd15"}, "kohya")
+    change(path, metadata={"hyperrt.family": "sdxl"})
+    found = load_subject(path, LAYOUT, BASE).lora
+    assert all(np.array_equal(found[name], vector) for name, vector in subject().items())
 
 
 @pytest.mark.parametrize(

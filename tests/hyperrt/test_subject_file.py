@@ -158,6 +158,9 @@ def test_other_modules_are_refused_with_what_they_are_unless_asked_to_be_left_ou
         check_used(file)
     assert words in caught.value.why and "--partial" in caught.value.do
     check_used(file, partial=True)
+    change(path, metadata={"hyperrt.version": "1"})
+    with pytest.raises(LoraMismatch):
+        check_used(open_lora(path), partial=True)
 
 
 @pytest.mark.parametrize(
