@@ -21,6 +21,7 @@ import fidelity
 import judges
 import numpy as np
 import report
+from PIL import Image
 
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
@@ -43,11 +44,23 @@ def cases(seed: int, count: int) -> list[Case]:
     Raises:
         ValueError: there are not so many.
     """
-    per_noun = -(-count // len(scenes.NOUNS))
-    if not 1 <= count <= fidelity.CANDIDATES * len(scenes.NOUNS):
-        raise ValueError(f"there are 1 to {fidelity.CANDIDATES * len(scenes.NOUNS)} subjects, not {count}")
-    found = fidelity.drawn_cases(seed, per_noun)
-    return [found[per_noun * noun + k] for k in range(per_noun) for noun in range(len(scenes.NOUNS))][:count]
+    nouns = len(scenes.NOUNS)
+    if not 1 <= count <= fidelity.CANDIDATES * nouns:
+        raise ValueError(f"there are 1 to {fidelity.CANDIDATES * nouns} subjects, not {count}")
+    first = fidelity.FIRST_INDEX + fidelity.SEED_STRIDE * seed
+    drawings = [_candidates(noun, first) for noun in scenes.NOUNS[:count]]
+    found = []
+    for k in range(count):
+        place, noun = divmod(k, nouns)
+        candidates = drawings[noun]
+        found.append(Case(scenes.NOUNS[noun], first + k, candidates[place], place, candidates))
+    return found
+
+
+def _candidates(noun: str, first: int) -> list[Image.Image]:
+    """Those among which a subject of the noun must be found, as RGBA."""
+    who = [scenes.identity(noun, "test", first + k) for k in range(fidelity.CANDIDATES)]
+    return [scenes.draw_subject(one, fidelity.PHOTO_SIZE) for one in who]
 
 
 def photos_of(case: Case) -> tuple[list[Picture], list[str]]:

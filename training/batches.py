@@ -103,9 +103,7 @@ class Batches:
             latents=latents,
             text=self.captions.hidden[torch.from_numpy(text).to(self.captions.hidden.device)],
             noise=torch.randn(latents.shape, generator=generator),
-            timesteps=torch.from_numpy(
-                spread_timesteps(rng, len(rows), self.config.noise_shift, self.train_steps)
-            ),
+            timesteps=torch.from_numpy(self._timesteps(rng, len(rows))),
         )
 
     def _identities(self, step: int) -> np.ndarray:
@@ -132,6 +130,9 @@ class Batches:
         same = np.flatnonzero(self.nouns[: self.count] == self.nouns[row])
         others = same[same != row]
         return int(rng.choice(others)) if len(others) else int(row)
+
+    def _timesteps(self, rng: np.random.Generator, rows: int) -> np.ndarray:
+        return spread_timesteps(rng, rows, self.config.noise_shift, self.train_steps)
 
 
 def spread_timesteps(rng: np.random.Generator, rows: int, shift: float, train_steps: int) -> np.ndarray:

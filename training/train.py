@@ -18,7 +18,7 @@ import click
 import torch
 from torch import Tensor
 
-from hyperrt.errors import UsageError
+from hyperrt.errors import IntegrityError, UsageError
 from training import base as bases
 from training import checkpoint, device, features, monitors, preview
 from training.batches import Batch, Batches
@@ -41,7 +41,7 @@ class Trainer:
         self.config = config
         self.device = device.pick(config.device)
         device.seed_everything(config.seed)
-        self.base = bases.opened(config.base)
+        self.base = _load_base(config.base)
         for module in (self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder):
             module.to(self.device)
         self.cache = SceneCache.open(config.cache)
@@ -130,6 +130,14 @@ class Trainer:
         """Everything that resuming needs, and the EMA for export."""
         checkpoint.save_state(folder, self.decoder, self.descent, window, self.config, step, self.base_hash)
         checkpoint.save_hypernet(folder, self.ema, self.config, step, self.base_hash)
+
+
+def _load_base(folder: str) -> bases.Base:
+    try:
+        return bases.load(folder)
+    except ValueError as error:
+        do = "make it anew: python -m training.pretrain"
+        raise IntegrityError(f"{folder} is no base model", str(error), do) from error
 
 
 def _repeated(vector: Tensor, times: int) -> Tensor:
