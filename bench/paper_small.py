@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2, help="other subjects")
     args = parser.parse_args()
     if args.quick:
-        args.subjects, args.steps, args.train_steps, args.dreambooth_steps = 2, 2, 1, 1
+        args.subjects, args.steps, args.train_steps, args.dreambooth_steps = 1, 2, 1, 1
         args.lambdas = args.lambdas[:2]
     with (
         small_world.refusals(),

@@ -29,12 +29,12 @@ from hyperrt import files, lora
 from hyperrt.subject import Subject
 from training import base as bases
 from training import checkpoint, scenes, train
-from training.config import TrainConfig, to_json
+from training.config import to_json
 from training.dreambooth import DreamBoothConfig, finetune
 from training.features import encode_images
 from training.hypernet import Decoder
 
-WHERE = ("base", "cache", "out", "device", "threads")  # settings that change no result
+WHERE = ("base", "cache", "out", "device", "threads")  # settings that change no result, or hardly
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,11 @@ class Lab:
 
     def hypernetwork(self, lambda_: float) -> Decoder:
         """Trained with that λ, or read where it was before."""
-        config = TrainConfig(
-            base=str(self.world.base), cache=str(self.world.cache), out="", lambda_=lambda_, **self.training
-        )
+        config = self.world.training("", lambda_=lambda_, **self.training)
         settings = {name: value for name, value in to_json(config).items() if name not in WHERE}
         out = self.work / f"lambda-{lambda_:g}-{_digest(settings, checkpoint.hash_of(self.base.unet))}"
         if not _finished(out, config.steps):
-            train.run(TrainConfig(**{**to_json(config), "out": str(out)}), resume=True)
+            train.run(self.world.training(out, lambda_=lambda_, **self.training), resume=True)
         return checkpoint.load_hypernet(out)[0]
 
     def fine_tuned(self) -> Made:

@@ -9,7 +9,7 @@
     background        rate: the scene is the right one
 
 The first three go on where the rates are at 0 or 1.  Every subject is drawn on white and in other scenes; its
-value is the mean over these.  Cases, photos and judges are those of bench/fidelity.py.
+value is the mean over these.  Cases, photos and judges are those of training/drawn.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-import fidelity
-import judges
 import numpy as np
 import report
+from PIL import Image
 
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt.bundle import Bundle
-from training import scenes
+from training import drawn, judges, scenes
 
-Case = fidelity.Case
+Case = drawn.Case
 Picture = np.ndarray  # [H, W, 3] uint8
 Scores = Mapping[str, np.ndarray]  # name -> [cases]
 
@@ -43,24 +42,36 @@ def cases(seed: int, count: int) -> list[Case]:
     Raises:
         ValueError: there are not so many.
     """
-    per_noun = -(-count // len(scenes.NOUNS))
-    if not 1 <= count <= fidelity.CANDIDATES * len(scenes.NOUNS):
-        raise ValueError(f"there are 1 to {fidelity.CANDIDATES * len(scenes.NOUNS)} subjects, not {count}")
-    found = fidelity.drawn_cases(seed, per_noun)
-    return [found[per_noun * noun + k] for k in range(per_noun) for noun in range(len(scenes.NOUNS))][:count]
+    nouns = len(scenes.NOUNS)
+    if not 1 <= count <= drawn.CANDIDATES * nouns:
+        raise ValueError(f"there are 1 to {drawn.CANDIDATES * nouns} subjects, not {count}")
+    first = drawn.FIRST_INDEX + drawn.SEED_STRIDE * seed
+    drawings = [_candidates(noun, first) for noun in scenes.NOUNS[:count]]
+    found = []
+    for k in range(count):
+        place, noun = divmod(k, nouns)
+        candidates = drawings[noun]
+        found.append(Case(scenes.NOUNS[noun], first + k, candidates[place], place, candidates))
+    return found
+
+
+def _candidates(noun: str, first: int) -> list[Image.Image]:
+    """Those among which a subject of the noun must be found, as RGBA."""
+    who = [scenes.identity(noun, "test", first + k) for k in range(drawn.CANDIDATES)]
+    return [scenes.draw_subject(one, drawn.PHOTO_SIZE) for one in who]
 
 
 def photos_of(case: Case) -> tuple[list[Picture], list[str]]:
     """The photos of a case, and the scene of each."""
-    others = [scene for scene in scenes.BACKGROUNDS if scene != fidelity.WHITE]
+    others = [scene for scene in scenes.BACKGROUNDS if scene != drawn.WHITE]
     order = np.random.default_rng([case.index, 1]).permutation(len(others))
-    return case.photos, [others[k] for k in order[: fidelity.PHOTOS]]
+    return case.photos, [others[k] for k in order[: drawn.PHOTOS]]
 
 
 def scenes_of(case: int, others: int) -> list[str]:
     """Where a case is drawn: on white, and in so many others, each scene equally often over the cases."""
-    places = [scene for scene in scenes.BACKGROUNDS if scene != fidelity.WHITE]
-    return [fidelity.WHITE, *(places[(5 * case + 3 * j) % len(places)] for j in range(others))]
+    places = [scene for scene in scenes.BACKGROUNDS if scene != drawn.WHITE]
+    return [drawn.WHITE, *(places[(5 * case + 3 * j) % len(places)] for j in range(others))]
 
 
 class Scorer:
@@ -74,8 +85,8 @@ class Scorer:
         self.cases = cases
         self.places = [scenes_of(k, others) for k in range(len(cases))]
         self.encoder = judges.Encoder(bundle)
-        self.scenes = _scene_judge(cases)
-        self.known = {name: self._references(features) for name, features in self._features().items()}
+        self.scenes = drawn.judge_of_scenes(cases)
+        self.lineups = {SUBJECT: drawn.Lineup(self.encoder), COLOURS: drawn.Lineup(judges.histogram)}
 
     def __call__(self, pictures: Sequence[Sequence[Picture]]) -> Scores:
         """Scores of the pictures of every case, in the order of its `places`: name -> [cases]."""
@@ -94,26 +105,8 @@ class Scorer:
             ]
         )
 
-    def _features(self) -> dict[str, judges.Features]:
-        return {SUBJECT: self.encoder, COLOURS: judges.histogram}
-
-    def _references(self, features: judges.Features) -> dict[int, np.ndarray]:
-        """What the candidates of every case look like, [candidates, F]; the cases of a noun share theirs."""
-        found = {}
-        for case in self.cases:
-            if id(case.candidates) not in found:
-                views = [
-                    [
-                        fidelity.view(drawing, fidelity.WHITE, [k, 2, number])
-                        for number in range(fidelity.VIEWS)
-                    ]
-                    for k, drawing in enumerate(case.candidates)
-                ]
-                found[id(case.candidates)] = np.stack([judges.reference(one, features) for one in views])
-        return found
-
     def _of_case(self, case: Case, places: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float]:
-        known = {name: references[id(case.candidates)] for name, references in self.known.items()}
+        known = {name: lineup.references(case) for name, lineup in self.lineups.items()}
         likeness = [known[SUBJECT] @ self.encoder(picture) for picture in pictures]
         colours = known[COLOURS] @ judges.histogram(pictures[0])
         margins = [
@@ -129,12 +122,6 @@ class Scorer:
                 np.mean([self.scenes(p) == scene for p, scene in zip(pictures, places, strict=True)])
             ),
         }
-
-
-def _scene_judge(cases: Sequence[Case]) -> judges.Scenes:
-    names = [name for name in scenes.BACKGROUNDS for _ in range(fidelity.REAL_SCENES)]
-    pictures = [cases[k % len(cases)].view(name, 1_000 + k) for k, name in enumerate(names)]
-    return judges.Scenes(pictures, names)
 
 
 def margin(judge: judges.Scenes, picture: Picture, scene: str) -> float:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import report
@@ -23,9 +24,10 @@ sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 from hyperrt.errors import HyperRTError, NotFound
 from training import base as bases
 from training import clip_tokenizer, data
+from training.config import TrainConfig
 
 MAKE = "python -m training.pretrain --out RUN; then say --model RUN/base --data RUN/cache"
-IDENTITIES, VIEWS = 96, 4  # of a random cache
+IDENTITIES, FEW_IDENTITIES, VIEWS = 96, 16, 4  # of a random cache, and of that of a quick run
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class World:
 
     base: Path
     cache: Path
+
+    def training(self, out: Path | str, **settings: Any) -> TrainConfig:
+        """The settings of a training on it."""
+        return TrainConfig(model=str(self.base), data=str(self.cache), output=str(out), **settings)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -66,11 +72,11 @@ def opened(args: argparse.Namespace, random: bool) -> Iterator[World]:
         raise NotFound("--model or --data is missing", why, f"make them: {MAKE}")
     else:
         with tempfile.TemporaryDirectory() as folder:
-            yield make(Path(folder))
+            yield make(Path(folder), FEW_IDENTITIES if args.quick else IDENTITIES)
 
 
-def make(folder: Path, seed: int = 0) -> World:
-    """Writes a random base model of the tiny family's sizes and a small cache: five seconds."""
+def make(folder: Path, identities: int = IDENTITIES, seed: int = 0) -> World:
+    """Writes a random base model of the tiny family's sizes and a small cache: seconds."""
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer.build(folder / "base" / "tokenizer", bases.MAX_TOKENS)
     parts = bases.Base(
@@ -78,8 +84,8 @@ def make(folder: Path, seed: int = 0) -> World:
         tokenizer=tokenizer, image_encoder=bases.tiny_image_encoder(), scheduler=bases.tiny_scheduler(),
     )  # fmt: skip
     bases.save(parts, folder / "base")
-    data.build(folder / "cache", IDENTITIES, VIEWS, bases.IMAGE_SIZE, workers=1)
-    shape = (IDENTITIES, VIEWS, bases.LATENT_CHANNELS, bases.IMAGE_SIZE // 8, bases.IMAGE_SIZE // 8)
+    data.build(folder / "cache", identities, VIEWS, bases.IMAGE_SIZE, workers=1)
+    shape = (identities, VIEWS, bases.LATENT_CHANNELS, bases.IMAGE_SIZE // 8, bases.IMAGE_SIZE // 8)
     latents = np.random.default_rng(seed).standard_normal(shape, np.float32)
     np.save(folder / "cache" / data.LATENTS, latents.astype(np.float16))
     return World(folder / "base", folder / "cache")

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 from collections.abc import Callable
 from statistics import median
 
-import peer_environment
 import report
 import small_world
 import torch
@@ -53,7 +51,7 @@ class Plain:
         self.trainer, self.config, self.layout = trainer, trainer.config, trainer.layout
         self.decoder = copy.deepcopy(trainer.decoder)
         self.descent = Descent(self.decoder, trainer.schedule, undecayed=("position",))
-        unet = adapted(bases.opened(self.config.base).unet, self.layout).requires_grad_(False)
+        unet = adapted(bases.opened(self.config.model).unet, self.layout).requires_grad_(False)
         self.unet = unet.to(trainer.device)
         self.slots: dict[str, tuple[nn.Module, nn.Module]] = {}
         for site in self.layout.sites:
@@ -70,7 +68,7 @@ class Plain:
             loss = self._row_loss(batch, k, {name: vector[0] for name, vector in lora.items()})
             loss = (loss + self._regulariser(lora)) / subjects
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         return total
 
     def shared(self, batch: Batch) -> float:
@@ -81,10 +79,10 @@ class Plain:
         for k in range(subjects):
             loss = self._row_loss(batch, k, {name: leaf[k] for name, leaf in leaves.items()}) / subjects
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         penalty = self._regulariser(lora)
         torch.autograd.backward([penalty, *lora.values()], [None, *(leaves[name].grad for name in lora)])
-        return total + float(penalty)
+        return total + penalty.item()
 
     def step(self, step: int, gradients: Callable[[Batch], float]) -> float:
         """One update; returns the loss."""
@@ -127,36 +125,37 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=TrainConfig.batch)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--peak", type=int, metavar="BATCH", help="the peak memory of such a batch alone")
     args = parser.parse_args()
     if args.quick:
         args.batch, args.rounds, args.warm_up = 4, 1, 0
     with small_world.refusals(), small_world.opened(args, random=True) as world:
-        if args.peak:
-            print(json.dumps({"peak_mb": peak_mb(args, world)}))
-            return
-        times = in_turns(args, world)
-        figures = {f"{way}_per_s": args.batch / median(spent) for way, spent in times.items()}
-        figures["vs_plain"] = figures["ours_per_s"] / max(figures["alone_per_s"], figures["shared_per_s"])
-        few = max(1, args.batch // SMALLER)
-        peaks = [child_peak(args, world, rows) for rows in (few, args.batch)]
-        figures["mb_per_sample"] = (peaks[1] - peaks[0]) / (args.batch - few)
-        rows = [(way, median(spent), min(spent), len(spent)) for way, spent in times.items()]
-        report.table(rows, ("step", "s, median", "s, least", "rounds"))
-        report.finish(__file__, figures, BARS)
+        device.prepare(args.threads)
+        trainer, growth = trained(world, args)
+        times = in_turns(trainer, args)
+    figures = {f"{way}_per_s": args.batch / median(spent) for way, spent in times.items()}
+    figures["vs_plain"] = figures["ours_per_s"] / max(figures["alone_per_s"], figures["shared_per_s"])
+    figures["mb_per_sample"] = growth
+    rows = [(way, median(spent), min(spent), len(spent)) for way, spent in times.items()]
+    report.table(rows, ("step", "s, median", "s, least", "rounds"))
+    report.finish(__file__, figures, BARS)
 
 
-def trainer_of(args: argparse.Namespace, world: small_world.World, batch: int, out: str) -> Trainer:
-    """What `python -m training.train` would train with, at its defaults."""
-    device.prepare(args.threads)
-    config = TrainConfig(base=str(world.base), cache=str(world.cache), out=out, batch=batch, holdout=HOLDOUT)
-    return Trainer(config)
+def trained(world: small_world.World, args: argparse.Namespace) -> tuple[Trainer, float]:
+    """What `python -m training.train` trains with at its defaults, after a first step or two; and how much
+    this process's peak of memory, in 10^6 bytes, grew for each row more than in a smaller batch.
+    """
+    few, peaks = max(1, args.batch // SMALLER), []
+    for batch in (few, args.batch):
+        with tempfile.TemporaryDirectory() as out:
+            trainer = Trainer(world.training(out, batch=batch, holdout=min(HOLDOUT, args.batch)))
+        for step in range(2):  # Adam's state is there from the first update on
+            trainer.step(step)
+        peaks.append(report.peak_bytes() / 1e6)
+    return trainer, (peaks[1] - peaks[0]) / (args.batch - few)
 
 
-def in_turns(args: argparse.Namespace, world: small_world.World) -> dict[str, list[float]]:
+def in_turns(trainer: Trainer, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of the steps of each way, round by round."""
-    with tempfile.TemporaryDirectory() as out:
-        trainer = trainer_of(args, world, args.batch, out)
     plain = Plain(trainer)
     ways = {
         "ours": trainer.step,
@@ -170,23 +169,6 @@ def in_turns(args: argparse.Namespace, world: small_world.World) -> dict[str, li
             if step >= args.warm_up:
                 times[way].append(seconds)
     return times
-
-
-def peak_mb(args: argparse.Namespace, world: small_world.World) -> float:
-    """Peak of this process after two of our steps, in 10^6 bytes."""
-    with tempfile.TemporaryDirectory() as out:
-        trainer = trainer_of(args, world, args.peak, out)
-    for step in range(2):  # Adam's state is there from the first update on
-        trainer.step(step)
-    return report.peak_bytes() / 1e6
-
-
-def child_peak(args: argparse.Namespace, world: small_world.World, batch: int) -> float:
-    """The peak of a process of its own."""
-    command = [sys.executable, __file__, "--model", world.base, "--data", world.cache, "--peak", batch]
-    if args.threads:
-        command += ["--threads", args.threads]
-    return peer_environment.run([str(word) for word in command])["peak_mb"]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,16 @@ KEYS = {
     "delta_retention": {"beside", "merged"},
     "subjects": {"per_subject_s_1", "per_subject_s_8", "mb_per_extra_subject"},
     "gpu": {"tiny_step_over_floor", "switch_ms", "vs_compile_naive"},
+    "training_speed": {"vs_plain", "mb_per_sample"},
+    "against_dreambooth": {
+        *(
+            f"{key}_{method}"
+            for key in ("identity", "background", "seconds_per_subject")
+            for method in ("hypernet", "dreambooth")
+        ),
+        "times_faster",
+    },
+    "paper_small": {"orderings_held", "orderings"},
     "switch": {"switch_ms", "aba_max_diff", "a_base_max_diff", "row_alone_max_rel"},
     "fidelity": {
         f"{key}{way}"
@@ -43,6 +53,10 @@ NEEDS = {"parity": ("torch", "diffusers", "peft", "onnx_ir"), "fused_step": ("on
 EXPORTS = ("torch", "diffusers", "onnxscript", "openvino")
 NEEDS |= {"full_size": EXPORTS, "hoist": EXPORTS, "compile": ("tensorrt_rtx",)}
 NEEDS |= {"gpu": ("torch", "diffusers", "onnxruntime"), "interop": NEEDS["parity"]}
+NEEDS |= dict.fromkeys(
+    ("training_speed", "against_dreambooth", "paper_small"),
+    ("torch", "diffusers", "peft", "scipy", "matplotlib"),
+)
 
 
 def module(name: str):
