@@ -11,9 +11,10 @@ import torch
 from export import assemble, export_bundle, families, verify
 from export.errors import ParityError
 from export.source import Inputs
-from hyperrt import Runtime
+from hyperrt import Runtime, compiling
 from hyperrt import cli as command
 from hyperrt.bundle import Bundle
+from hyperrt.plans import PlanCache
 from tests.export import small_models
 
 needs_openvino = pytest.mark.skipif(
@@ -54,6 +55,24 @@ def test_the_runtime_draws_with_them(plain, drawn_photos):
         )
     assert np.array_equal(personal, again)
     assert np.abs(personal - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+def test_no_two_attentions_of_a_graph_read_one_query(plain):
+    """TensorRT-RTX 1.7.1 crashes over two, even with an Identity between: export/operators.py."""
+    for path in plain.glob("*.onnx"):
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        queries = [node.input[0] for node in nodes if node.op_type == "MultiHeadAttention"]
+        assert len(set(queries)) == len(queries), path.name
+
+
+def test_every_graph_compiles_for_a_gpu_that_is_not_here(plain, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    bundle = Bundle.open(plain)
+    sizes = compiling.sizes_of(bundle, images=1, branches=3)
+    cache = PlanCache(tmp_path / "plans")
+    made = list(compiling.compile_bundle(bundle, "tensorrt-rtx", ["sm89"], sizes, cache=cache))
+    assert len(made) == len(bundle.graphs)
+    assert {"lora_q", "lora_kv"} <= {name for plan in made for name in plan.built.inputs}
 
 
 def test_a_prompt_of_more_than_77_tokens_is_cut_and_what_is_dropped_is_said(plain, tmp_path, capfd):
