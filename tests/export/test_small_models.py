@@ -14,6 +14,7 @@ from export.source import Inputs
 from hyperrt import Runtime, compiling
 from hyperrt import cli as command
 from hyperrt.bundle import Bundle
+from hyperrt.plans import PlanCache
 from tests.engines import fake_nvidia
 from tests.export import small_models
 
@@ -74,6 +75,24 @@ def test_on_a_device_a_photo_becomes_a_subject_without_the_host(plain, drawn_pho
         elsewhere = here.generate(prompt, subject, steps=2)
     for one in (found, elsewhere):
         np.testing.assert_allclose(one.latents, expected.latents, rtol=1e-3, atol=1e-4)
+
+
+def test_no_two_attentions_of_a_graph_read_one_query(plain):
+    """TensorRT-RTX 1.7.1 crashes over two, even with an Identity between: export/operators.py."""
+    for path in plain.glob("*.onnx"):
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        queries = [node.input[0] for node in nodes if node.op_type == "MultiHeadAttention"]
+        assert len(set(queries)) == len(queries), path.name
+
+
+def test_every_graph_compiles_for_a_gpu_that_is_not_here(plain, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    bundle = Bundle.open(plain)
+    sizes = compiling.sizes_of(bundle, images=1, branches=3)
+    cache = PlanCache(tmp_path / "plans")
+    made = list(compiling.compile_bundle(bundle, "tensorrt-rtx", ["sm89"], sizes, cache=cache))
+    assert len(made) == len(bundle.graphs)
+    assert {"lora_q", "lora_kv"} <= {name for plan in made for name in plan.built.inputs}
 
 
 def test_a_prompt_of_more_than_77_tokens_is_cut_and_what_is_dropped_is_said(plain, tmp_path, capfd):
