@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from cuda.bindings import runtime as cudart
 
-from engines import dlpack
+from engines import dlpack, nvidia
 from engines.base import Array, EngineError, EngineMemoryError
 from engines.dlpack import DeviceArray
 
@@ -43,7 +43,11 @@ def device(index: int = 0) -> Device:
         EngineError: there is none, or no driver.
     """
     with explained("no NVIDIA GPU can be used"):
-        properties = _call(cudart.cudaGetDeviceProperties, index)
+        try:
+            properties = _call(cudart.cudaGetDeviceProperties, index)
+        except EngineError:
+            nvidia.driver()  # if that is what is missing, it says so
+            raise
     name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
     return Device(name, f"sm{properties.major}{properties.minor}")
 

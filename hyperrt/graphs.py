@@ -80,7 +80,9 @@ class Graphs:
         try:
             engine = engines.open(path, self.backend, self._threads, fixed, **options | self._options)
         except engines.EngineLoadError as error:
-            raise (compiling.unusable(self.bundle, plan, error) if plan else error) from error
+            if plan is None:
+                raise
+            raise compiling.unusable(self.bundle, plan, error) from error
         try:
             self._check_weights(name, engine)
             if plan is not None and plan.sha256 not in self._compared:

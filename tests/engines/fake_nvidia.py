@@ -17,6 +17,7 @@ import ctypes
 import functools
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,7 @@ class TensorRT(ModuleType):
 
     def __init__(self, cuda: Cuda, name: str = "tensorrt") -> None:
         super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
         self.cuda, self.fail, self.says = cuda, set(), ""
         self.refit_stops, self.loaded = None, 0
         self.addresses: list[tuple[str, int]] = []

@@ -11,12 +11,13 @@ import pytest
 import engines
 from engines import EngineError, EngineLoadError, EngineMemoryError, EngineUnusable, TensorSpec, dlpack
 from engines.fake import FakeEngine
-from tests.engines import fake_nvidia
+from tests.engines import fake_cuda, fake_nvidia
 
 FIXED = {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}}
 WEIGHTS = (TensorSpec("w", (1, 2), "float32"), TensorSpec("v", (2,), "float32"))
 REFITTABLE = {**FIXED, "weights": {"w": 2, "v": 2}}
 OPEN = {"inputs": {"x": [-1], "gain": [1]}, "outputs": {"y": [-1]}}
+MEMORY_SAID = ("Cuda Runtime (out of memory)", "OutOfMemory (Requested 9 bytes could not be allocated)")
 X, GAIN = np.array([1, 2], np.float32), np.array([10], np.float32)
 
 
@@ -160,7 +161,7 @@ def test_a_refit_reads_weights_on_the_device_and_goes_back_to_them(opened, nvidi
         assert cuda.copies == [("there", 8)] * 2
         np.testing.assert_array_equal(engine.run(feeds)["y"], 30 * X)
         really, calls = engine._weights._refitter.refit_cuda_engine_async, []
-        trt.refit_stops = 1
+        trt.refit_stops, trt.says = 1, MEMORY_SAID[0]
 
         def stops_once(stream):
             done = really(stream)
@@ -169,7 +170,7 @@ def test_a_refit_reads_weights_on_the_device_and_goes_back_to_them(opened, nvidi
             return done
 
         engine._weights._refitter.refit_cuda_engine_async = stops_once
-        with pytest.raises(EngineError, match="refitting stopped"):
+        with pytest.raises(EngineMemoryError, match="refitting the graph failed"):
             engine.refit({"w": subjects[1].reshape((1, 2)), "v": subjects[1]})
         assert calls == [False, True]
         np.testing.assert_array_equal(engine.run(feeds)["y"], 30 * X)
@@ -238,9 +239,6 @@ def test_a_full_gpu_is_an_error_of_memory_with_both_sides(opened, nvidia):
     nvidia[1].fail.add("context")
     with pytest.raises(EngineMemoryError, match=r"out of memory(?s:.*)takes 9 MB, 5 MB are free"):
         opened(FIXED)
-
-
-MEMORY_SAID = ("Cuda Runtime (out of memory)", "OutOfMemory (Requested 9 bytes could not be allocated)")
 
 
 @pytest.mark.parametrize("says", MEMORY_SAID)
@@ -313,9 +311,20 @@ def test_a_run_that_fails_says_why(opened, nvidia):
         engine.run({"x": X, "gain": GAIN})
 
 
-def test_without_a_gpu_the_error_is_one_of_the_device(opened, nvidia):
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        (None, "there is no NVIDIA driver"), ({}, "no NVIDIA GPU is visible"),
+        ({"gpus": [fake_cuda.H100]}, "no NVIDIA GPU can be used\n.*no CUDA-capable device.*\n.*doctor"),
+    ],
+)  # fmt: skip
+def test_without_a_gpu_the_error_is_one_of_the_device(opened, nvidia, monkeypatch, tmp_path, driver, said):
     nvidia[0].no_gpu = fake_nvidia.Code.cudaErrorNoDevice
-    with pytest.raises(EngineError, match="no NVIDIA GPU can be used") as raised:
+    if driver is None:
+        fake_cuda.uninstall(monkeypatch)
+    else:
+        fake_cuda.install(monkeypatch, tmp_path, *driver.get("gpus", []))
+    with pytest.raises(EngineError, match=said) as raised:
         opened(FIXED)
     assert raised.value.code == 7
 

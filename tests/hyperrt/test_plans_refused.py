@@ -17,7 +17,9 @@ from engines import EngineMemoryError
 from hyperrt import Runtime, cli, compiling, home
 from hyperrt.bundle import Bundle
 from hyperrt.plans import PlanCache
-from tests.engines import fake_nvidia
+from tests.engines import fake_cuda, fake_nvidia
+from tests.engines.fake_cuda import H100, NEW, OLD
+from tests.engines.fake_nvidia import Code
 from tests.hyperrt.command_line import is_three_lines
 from tests.hyperrt.some_plans import COMPILE, flip
 
@@ -277,18 +279,29 @@ def test_wherever_memory_runs_out_the_old_subject_is_drawn_to_the_bit(nvidia, dr
 # No GPU
 
 
-CODES = [fake_nvidia.Code.cudaErrorNoDevice, fake_nvidia.Code.cudaErrorInsufficientDriver]
+MACHINES = {  # GPUs or no driver, CUDA of the driver, what is said
+    "no driver": (None, NEW, ("there is no NVIDIA driver", "install NVIDIA's driver")),
+    "no GPU visible": ((), NEW, ("no NVIDIA GPU is visible", "nvidia-smi")),
+    "an old driver": ((H100,), OLD, ("driver version is insufficient", "hyperrt doctor")),
+}
 
 
-@pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
-@pytest.mark.parametrize("command", ["generate", "compile"])
-def test_without_a_gpu_or_with_an_old_driver_it_ends_with_7_and_names_doctor(nvidia, capsys, command, code):
+@pytest.mark.parametrize(("gpus", "version", "said"), MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("command", ["generate", "compile", "doctor"])
+def test_without_a_driver_that_shows_a_gpu_it_ends_with_7_and_says_so(
+    nvidia, capsys, monkeypatch, tmp_path, command, gpus, version, said
+):
     cuda, trt = nvidia
-    cuda.no_gpu = code
-    arguments = {"generate": ["-p", "a mug", "-o", "mug.png"], "compile": ["tiny"]}[command]
+    cuda.no_gpu = Code.cudaErrorInsufficientDriver if gpus else Code.cudaErrorNoDevice
+    if gpus is None:
+        fake_cuda.uninstall(monkeypatch)
+    else:
+        fake_cuda.install(monkeypatch, tmp_path, *gpus, cuda=version)
+    arguments = {"generate": ["-p", "a mug", "-o", "mug.png"], "compile": ["tiny"], "doctor": []}[command]
     assert cli.run([command, *arguments, "--backend", "tensorrt"]) == 7
-    error = last_lines(capsys.readouterr().err)
-    assert is_three_lines(error) and code.name in error and "hyperrt doctor" in error and trt.loaded == 0
+    out, error = capsys.readouterr()
+    assert is_three_lines(last_lines(error)) and trt.loaded == 0
+    assert all(words in out + error for words in said)
 
 
 def test_without_the_library_of_cuda_it_ends_with_7(nvidia, capsys, monkeypatch):
