@@ -40,7 +40,7 @@ HALVES = (0.5, 0.5, 0.5)
 HASH_DIGITS = 12
 PICTURES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
 PIXELS_AT_ONCE = 1 << 22  # that the VAE encodes at once: 16 pictures of 512 pixels
-STATISTICS_NUMBERS = 1 << 28  # a gigabyte
+STATISTICS_NUMBERS = 1 << 26  # 256 MB, and NumPy takes some copies
 
 
 def preprocess_of(config: Any) -> Preprocess:
