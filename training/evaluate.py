@@ -2,6 +2,7 @@
 
     python -m training.evaluate BUNDLE --protocol dreambench --subjects DIR --output OUT --clip DIR --dino DIR
     python -m training.evaluate --pictures DIR ...     scores what is there, and draws nothing
+    python -m training.evaluate --calibrate ...        scores the real photos alone
 
 OUT gets pictures/SUBJECT/*.png, photos/SUBJECT/*.png (small, for the page), report.json and index.html. The
 pictures come from the runtime, the scores from training/scorers.py; the protocols are those of
@@ -56,6 +57,7 @@ class EvaluateConfig:
     bundle: str | None = None  # name or folder
     subjects: Path | None = None
     pictures: Path | None = None  # score these, draw nothing
+    calibrate: bool = False  # score real photos alone
     drawing: Drawing = field(default_factory=Drawing)
     scorers: tuple[str, ...] = ()  # none: the protocol's
     clip: str | None = None  # folder, or OWNER/NAME@REVISION on the hub
@@ -66,7 +68,7 @@ class EvaluateConfig:
     limit: int | None = None  # subjects; None: the protocol's
     backend: str = "auto"
     threads: int | None = None
-    device: str | None = None  # of the scorers; None: the GPU if there is one
+    cpu: bool = False  # scorers compute on the processor, although there is a GPU
     offline: bool = False
     resume: bool = False
 
@@ -79,10 +81,12 @@ class EvaluateConfig:
                 if name not in known:
                     why = f"there are {', '.join(known)}"
                     raise UsageError(f"there is no {kind} {name!r}", why, "name one of them")
-        if (self.bundle is None) == (self.pictures is None):
-            what = "a bundle and --pictures" if self.bundle else "neither a bundle nor --pictures"
-            why = "pictures are drawn with a bundle, or are there already"
-            raise UsageError(f"{what} was given", why, "give one of them")
+        sources = {"a bundle": self.bundle, "--pictures": self.pictures, "--calibrate": self.calibrate}
+        given = [name for name, value in sources.items() if value]
+        if len(given) != 1:
+            why = "pictures are drawn with a bundle, or are there already, or are not looked at"
+            what = f"{' and '.join(given)} were given" if given else "no source of pictures was given"
+            raise UsageError(what, why, f"give one of {', '.join(sources)}")
 
 
 def run(config: EvaluateConfig) -> Path:
@@ -94,7 +98,7 @@ def run(config: EvaluateConfig) -> Path:
         HyperRTError, engines.EngineError: as the runtime and the scorers.
         SystemExit: 128 + the number of a signal that arrived.
     """
-    state = PartialState(cpu=config.device == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=config.cpu, timeout=PATIENCE)
     protocol = PROTOCOLS[config.protocol]
     everybody = protocols.subjects(protocol, config.subjects)
     listing = everybody.chosen(config.only, config.limit or protocol.limit)
@@ -153,20 +157,34 @@ def evaluate_one(
         row["left_out"] += [list(one) for one in made.failed]
     if stopped:
         return row
+    for scorer in scorers.values():
+        row["real"] |= scorer.real(entry, photos.images)
+    if not config.calibrate:
+        _score(entry, photos, folder, config, scorers, row)
+    for name, reason in row["left_out"]:
+        log.warning("%s: left out %s: %s", entry.name, name, reason)
+    return row
+
+
+def _score(
+    entry: Entry,
+    photos: images.Photos,
+    folder: Path,
+    config: EvaluateConfig,
+    scorers: Mapping[str, Scorer],
+    row: Row,
+) -> None:
+    """Fills in what a row says of pictures."""
     prompts = entry.pack.prompts(entry.noun)
     found, bad = pictures.find(folder, prompts, config.drawing.images)
     row["left_out"] += [list(one) for one in bad]
-    for name, reason in row["left_out"]:
-        log.warning("%s: left out %s: %s", entry.name, name, reason)
     row["missing"] = len(prompts) * config.drawing.images - len(found)
-    for scorer in scorers.values():
-        row["real"] |= scorer.real(entry, photos.images)
     if not found:
-        return {**row, "reason": "there are no pictures of it"}
+        row["reason"] = "there are no pictures of it"
+        return
     row["pictures"] = _scored(entry, photos.images, found, scorers)
     of_pictures = scores.means([one["scores"] for one in row["pictures"]])
     row["scores"] = of_pictures | scores.average(of_pictures, PROTOCOLS[config.protocol].average)
-    return row
 
 
 def _draw(
@@ -269,7 +287,8 @@ def _scorer(name: str, config: EvaluateConfig, everybody: Sequence[Entry], state
 
 
 def _refuse_nothing(config: EvaluateConfig, rows: Sequence[Row]) -> None:
-    if not any(row["pictures"] for row in rows):
+    wanted = "real" if config.calibrate else "pictures"
+    if not any(row[wanted] for row in rows):
         why = "; ".join(f"{row['name']}: {row['reason']}" for row in rows[:3])
         where = config.pictures or config.subjects
         raise BadInput(f"nothing in {where} can be scored", why, "see training/pictures.py for the names")
@@ -291,6 +310,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--output", type=PATH, required=True, help="Folder of the report and the pictures.")
 @click.option("--subjects", type=PATH, help="Folder of the subjects' real photos.")
 @click.option("--pictures", "found", type=PATH, help="Score the pictures there, draw nothing.")
+@click.option("--calibrate", is_flag=True, help="Score the real photos alone.")
 @click.option("--images-per-prompt", type=click.IntRange(1, 1000), help="[default: 4]")
 @click.option("--fast", is_flag=True, help="One image for each prompt.")
 @click.option("--seed", type=click.IntRange(0), default=42, help="Image k of a prompt has seed + k.")
@@ -308,7 +328,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--limit", type=click.IntRange(1), help="Most subjects [default: the protocol's]")
 @click.option("--backend", default="auto", help="That draws.")
 @click.option("--threads", type=click.IntRange(1), help="Of one engine call.")
-@click.option("--device", help="Of the scorers [default: the GPU if there is one]")
+@click.option("--cpu", is_flag=True, help="Scorers compute on the processor, although there is a GPU.")
 @click.option("--offline", is_flag=True, help="Fetch nothing.")
 @click.option("--resume", is_flag=True, help="Go on with the evaluation in --output.")
 def main(

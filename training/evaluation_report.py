@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,6 +21,8 @@ from training.scorers import Scorer
 
 if TYPE_CHECKING:
     from training.evaluate import EvaluateConfig, Row
+
+log = logging.getLogger("training")
 
 REPORT, PAGE, PLOT = "report.json", "index.html", "figures.png"
 SCHEMA = 1
@@ -41,6 +44,12 @@ def write(
 ) -> None:
     """Writes the report and the page; the plot where matplotlib is installed."""
     report = assemble(config, runtime, listing, rows, scorers, absent)
+    for key, found in report["calibration"].items():
+        if found["agrees"] is False:
+            log.warning(
+                "%s of real photos is %.3f, and published is %.3f: other weights, or other photos",
+                key, found["leave_self_out"], found["published"],
+            )  # fmt: skip
     content = json.dumps(report, indent=1, allow_nan=False).encode()
     files.publish(config.output / REPORT, lambda file: file.write(content), force=True)
     plot = PLOT if report_plots.write(config.output / PLOT, report) else None

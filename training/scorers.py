@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from hyperrt.errors import IntegrityError, NotFound
 from training import scores
@@ -243,6 +244,7 @@ def _pretrained(kind: Any, source: str, offline: bool, **options: Any) -> Any:
         Absent: the hub has it not, or not as safetensors, or cannot be reached.
         NotFound, IntegrityError: a folder that was named is not there, or lacks weights.
     """
+    disable_progress_bar()
     model, loading = _from(
         kind, source, offline, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
     )

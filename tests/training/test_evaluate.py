@@ -66,7 +66,7 @@ def report_of(out: Path) -> dict:
 @pytest.fixture(scope="module")
 def options(subjects, networks) -> list[object]:
     return [
-        "--protocol", "dreambench", "--subjects", subjects, "--steps", 1, "--device", "cpu",
+        "--protocol", "dreambench", "--subjects", subjects, "--steps", 1, "--cpu",
         "--clip", networks.clip, "--dino", networks.dino, "--threads", 1,
     ]  # fmt: skip
 
@@ -140,6 +140,14 @@ def test_real_photos_are_the_calibration_beside_the_published_figures(out, subje
         assert found[key]["with_self"] == pytest.approx(everything, abs=1e-6)
         assert found[key]["difference"] == pytest.approx(np.mean(pairs) - found[key]["published"], abs=1e-6)
         assert found[key]["agrees"] is None and "not all 30" in found[key]["note"]
+
+
+def test_real_photos_can_be_scored_without_pictures(out, options, tmp_path):
+    code, output = ended(*options, "--calibrate", "--output", tmp_path)
+    assert code == 0, output
+    report = report_of(tmp_path)
+    assert report["calibration"] == report_of(out)["calibration"]
+    assert (report["figures"], report["pictures"], report["missing_pictures"]) == ({}, 0, 0)
 
 
 @pytest.mark.parametrize(("measured", "agrees"), [(0.7741, True), (0.70, False)])
@@ -244,8 +252,8 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
         (["tiny", "--protocol", "imagenet"], 2, "no protocol 'imagenet'"),
         (["tiny", "--scorers", "clip,taste"], 2, "no scorer 'taste'"),
         (["tiny", "--scorers", "identity"], 2, "drawn subjects alone"),
-        ([], 2, "neither a bundle nor --pictures"),
-        (["tiny", "--pictures", "."], 2, "a bundle and --pictures"),
+        ([], 2, "no source of pictures"),
+        (["tiny", "--pictures", "."], 2, "a bundle and --pictures were given"),
         (["tiny", "--fast", "--images-per-prompt", "2"], 2, "do not go together"),
         (["tiny", "--kappa", "3"], 2, "kappa is 3"),
         (["tiny", "--solver", "magic"], 2, "solver is 'magic'"),
@@ -290,30 +298,44 @@ def test_a_signal_leaves_the_pictures_for_the_next_run(options, tmp_path, monkey
     assert (can["kept"], can["drawn"]) == (1, NUMBER - 1)
 
 
+def test_a_subject_that_comes_from_two_processes_counts_once(out, options, tmp_path, monkeypatch):
+    """Of fewer subjects than processes, accelerate gives the last one to all that would have none."""
+    monkeypatch.setattr(evaluate, "gather_object", lambda rows: rows + rows)
+    found = ["--pictures", out / "pictures", "--images-per-prompt", 2, "--only", "can"]
+    code, output = ended(*options, *found, "--output", tmp_path)
+    assert code == 0, output
+    report = report_of(tmp_path)
+    assert [row["name"] for row in report["subjects"]] == ["can"]
+    assert report["figures"]["dino"]["subjects"] == 1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("only", [["can", "dog"], ["can"]])  # of one subject, a process has nothing to do
-def test_two_processes_find_the_same_as_one(out, options, tmp_path, only):
-    found = [*options, "--pictures", out / "pictures", "--images-per-prompt", 2]
-    found += [part for name in only for part in ("--only", name)]
+def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "training.evaluate", *map(str, found), "--output"]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    shared |= {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "training.evaluate", *options, "--pictures", out / "pictures"]
+    command += ["--images-per-prompt", 2, "--output", tmp_path / "two"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    shared |= {"PYTHONPATH": ROOT, "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    shared |= {"OMP_NUM_THREADS": 1}  # as in this process: sums in another order have other last bits
     processes = [
         subprocess.Popen(
-            [*command, str(tmp_path / "two")],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            list(map(str, command)),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {name: str(value) for name, value in shared.items()}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, str(tmp_path / "one")], env=environment, check=True, timeout=300)
-    assert report_of(tmp_path / "two") == report_of(tmp_path / "one")
+    logs = [process.communicate(timeout=900)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    evaluated = [{name for name in ("can", "dog", "vase") if f"{name}: " in log} for log in logs]
+    assert evaluated == [{"can", "dog"}, {"vase"}]  # each its part
+    one, two = report_of(out), report_of(tmp_path / "two")
+    for key in ("figures", "real", "calibration", "prompts"):
+        assert two[key] == one[key]
+    scored = [[row["pictures"] for row in report["subjects"]] for report in (one, two)]
+    assert scored[0] == scored[1]
