@@ -112,7 +112,7 @@ def lora_of(
     return (combining.product_mean if combine == "product" else combining.concatenated)(each, layout)
 
 
-def predict_tokens(features: Sequence[Features], image_prompt: Engine) -> Features:
+def tokens_of(features: Sequence[Features], image_prompt: Engine) -> Features:
     """The mean image tokens [1, tokens, width] of the photos whose features [1, T, F] are given.
 
     Raises:

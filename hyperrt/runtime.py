@@ -35,15 +35,7 @@ from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
-from hyperrt.personalize import (
-    Photos,
-    check_finite,
-    encode_photos,
-    lora_of,
-    origin,
-    predict_tokens,
-    read_photos,
-)
+from hyperrt.personalize import Photos, check_finite, encode_photos, lora_of, origin, read_photos, tokens_of
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
 from hyperrt.subject import Subject
@@ -162,7 +154,7 @@ class Runtime:
                 weights = lora_of(features, decoder, self.bundle.layout, combine)
             if self.bundle.image_prompt:
                 with self._graphs.open("image_prompt") as resampler:
-                    tokens = predict_tokens(features, resampler)
+                    tokens = tokens_of(features, resampler)
         return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos), combine), tokens)
 
     def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
