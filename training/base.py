@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 64
 MAX_TOKENS = 24
 TEXT_WIDTH = 128
-LATENT_CHANNELS = 12
+LATENT_CHANNELS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ def tiny_vae() -> AutoencoderTiny:
     normalises each picture's colours away at first, and was 4 dB behind after ten times the training."""
     return AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
-        encoder_block_out_channels=(32,) * 4, num_encoder_blocks=(0, 1, 2, 3),
-        decoder_block_out_channels=(32,) * 4, num_decoder_blocks=(4, 3, 1, 0),
+        encoder_block_out_channels=(48,) * 4, num_encoder_blocks=(0, 1, 2, 3),
+        decoder_block_out_channels=(48,) * 4, num_decoder_blocks=(4, 3, 1, 0),
     )  # fmt: skip
 
 

@@ -72,12 +72,16 @@ def encode_images(base: Encoders, pictures: np.ndarray) -> Tensor:
     return encode_pixels(base.image_encoder, torch.from_numpy(pixels).to(device))
 
 
-@torch.no_grad()
 def encode_latents(base: Encoders, pictures: np.ndarray, mirrored: bool = False) -> Tensor:
     """uint8 [n, S, S, 3] => latents [n, C, h, w] as the UNet takes them: the mean of the VAE's, scaled."""
-    device = next(base.vae.parameters()).device
-    pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    encoded = base.vae.encode(pixels.flip(-1) if mirrored else pixels)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return latents_of_pixels(base, pixels.flip(-1) if mirrored else pixels)
+
+
+@torch.no_grad()
+def latents_of_pixels(base: Encoders, pixels: Tensor) -> Tensor:
+    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of training.sample.decode."""
+    encoded = base.vae.encode(pixels.to(next(base.vae.parameters()).device))
     mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     config = base.vae.config
     return (mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor

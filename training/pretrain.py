@@ -34,7 +34,7 @@ from training.sample import sample, sheet
 log = logging.getLogger("training")
 
 VAE = Schedule(
-    steps=14000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000
+    steps=26000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000
 )
 DECODER = Schedule(
     steps=6000, lr=1e-3, warmup=100, ema=0.999, weight_decay=0.0, log_every=100, report_every=1000
