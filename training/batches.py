@@ -51,10 +51,9 @@ class Batches:
         train_steps: int,
         part: slice | None = None,
     ) -> None:
-        shapes = {name: np.shape(getattr(cache, name))[:2] for name in ("images", "latents", "backgrounds")}
-        shapes["features"] = features.shape[:2]
-        if wrong := {name: shape for name, shape in shapes.items() if shape != shapes["backgrounds"]}:
-            raise ValueError(f"of (identities, views) it has {wrong}, elsewhere {shapes['backgrounds']}")
+        found = {"latents": cache.latents.shape[:2], "features": features.shape[:2]}
+        if wrong := {name: shape for name, shape in found.items() if shape != cache.shape}:
+            raise ValueError(f"of (identities, views) it has {wrong}, elsewhere {cache.shape}")
         self.latents, self.mirrored = cache.latents, cache.mirrored
         self.counts = cache.counts
         self.nouns = cache.nouns
