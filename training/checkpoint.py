@@ -65,9 +65,7 @@ def base_hash(unet: nn.Module) -> str:
     return hash_of(unet, half=unet.config.cross_attention_dim >= WIDE_TEXT)
 
 
-def save_hypernet(
-    folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str
-) -> Path:
+def save_hypernet(folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str) -> Path:
     """Writes hypernet.json and hypernet.safetensors; returns the path of the latter.
 
     A run that is killed between the two leaves weights of the save before: the step is with the weights.
@@ -165,9 +163,7 @@ def load_state(
     descent.ema.load_state_dict(_under("ema/", tensors))
     keys = {name.partition("/")[0] for name in tensors if name.startswith("adam.")}
     columns = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
-    descent.restore(
-        {name: {key: values[name] for key, values in columns.items()} for name in descent.named}
-    )
+    descent.restore({name: {key: values[name] for key, values in columns.items()} for name in descent.named})
     return done, tensors["window"], changed
 
 

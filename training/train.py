@@ -62,9 +62,7 @@ class Trainer:
             features.check_latents(self.base, self.cache)
             self.features = features.image_features(self.base, self.cache)
             self.captions = features.caption_table(self.base, self.cache, config.token)
-            self.batches = Batches(
-                self.cache, self.features, self.captions, config, self.noising.steps, part
-            )
+            self.batches = Batches(self.cache, self.features, self.captions, config, self.noising.steps, part)
         self.origin = checkpoint.Origin(checkpoint.base_hash(self.base.unet), self.batches.fingerprint)
         self.unet = self._prepared_unet()
         self.layout = layout_of(self.base.unet, config.rank)
@@ -331,9 +329,7 @@ def _options(command: click.Command) -> click.Command:
 @click.option(
     "--dry-run", "dry", is_flag=True, help="Two steps: print memory and shapes, write nothing to --output."
 )
-def main(
-    preset: str, file: Path | None, resume: bool, allow_changes: bool, dry: bool, **flags: Any
-) -> None:
+def main(preset: str, file: Path | None, resume: bool, allow_changes: bool, dry: bool, **flags: Any) -> None:
     """Train the hypernetwork on a frozen base model."""
     with reported():
         try:

@@ -123,9 +123,7 @@ def launch() -> Callable[..., multiprocessing.Process]:
     child = str(Path(__file__).with_name("child.py"))
 
     def start(config, **options) -> multiprocessing.Process:
-        process = context.Process(
-            target=runpy.run_path, args=(child, {"config": config, "options": options})
-        )
+        process = context.Process(target=runpy.run_path, args=(child, {"config": config, "options": options}))
         process.start()
         return process
 

@@ -84,9 +84,7 @@ def test_a_run_without_held_out_subjects_has_no_monitors(settings, no_sheets, en
 
 def test_gradient_checkpointing_computes_twice_and_loses_no_gradient(settings, monkeypatch):
     calls, project = [], lora_layers.project
-    monkeypatch.setattr(
-        lora_layers, "project", lambda *arguments: calls.append(1) or project(*arguments)
-    )
+    monkeypatch.setattr(lora_layers, "project", lambda *arguments: calls.append(1) or project(*arguments))
     gradients, counts = [], []
     for saving in (False, True):
         trainer = train.Trainer(TrainConfig(**settings, gradient_checkpointing=saving))
