@@ -51,7 +51,7 @@ def test_a_training_step_of_a_small_sd15_can_be_made(tmp_path, settings):
     )
     assert cache.images.shape == (4, 1, 32, 32, 3)
     assert cache.latents.shape == (4, 1, 4, 16, 16)
-    folders = {"base": str(tmp_path / "base"), "cache": str(cache.path)}
+    folders = {"model": str(tmp_path / "base"), "data": str(cache.path)}
     trainer = train.Trainer(TrainConfig(**{**settings, **folders, "holdout": 1, "photos": 1, "batch": 2}))
     assert trainer.features.shape == (4, 1, 5, 16)
     assert torch.isfinite(trainer.step(0)).all()
