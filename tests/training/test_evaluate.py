@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import subprocess
@@ -308,6 +309,15 @@ def test_a_subject_that_comes_from_two_processes_counts_once(out, options, tmp_p
     assert report["figures"]["dino"]["subjects"] == 1
 
 
+def are_close(one, other):
+    """Equal, but for the last bits of numbers, which depend on where a tensor lies in memory."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(are_close(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(are_close, one, other))
+    return math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) else one == other
+
+
 @pytest.mark.slow
 def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     with socket.socket() as free:
@@ -335,6 +345,5 @@ def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     assert evaluated == [{"can", "dog"}, {"vase"}]  # each its part
     one, two = report_of(out), report_of(tmp_path / "two")
     for key in ("figures", "real", "calibration", "prompts"):
-        assert two[key] == one[key]
-    scored = [[row["pictures"] for row in report["subjects"]] for report in (one, two)]
-    assert scored[0] == scored[1]
+        assert are_close(two[key], one[key]), key
+    assert are_close(*([row["pictures"] for row in report["subjects"]] for report in (one, two)))

@@ -62,7 +62,7 @@ def test_a_training_step_can_be_made_of_every_layout(layout, config, settings):
     identities, views = SHAPES[layout]
     assert cache.images.shape == (identities, views, 64, 64, 3)
     assert cache.latents.shape == (identities, views, 8, 8, 8)
-    options = {"cache": str(cache.path), "holdout": 1, "photos": min(2, views), "batch": 2}
+    options = {"data": str(cache.path), "holdout": 1, "photos": min(2, views), "batch": 2}
     trainer = train.Trainer(TrainConfig(**{**settings, **options}))
     assert trainer.features.shape == (identities, views, 17, 32)
     before = [parameter.clone() for parameter in trainer.decoder.parameters()]
@@ -94,7 +94,7 @@ def test_a_subject_with_fewer_photos_has_them_again_and_its_target_is_another_on
         assert (array[1, 1] == array[1, 0]).all()
         assert (array[2, 2] == array[2, 0]).all()
         assert (array[2, 1] != array[2, 0]).any()
-    options = {"cache": str(cache.path), "holdout": 0, "photos": 1, "batch": 4, "cross_view": 1.0}
+    options = {"data": str(cache.path), "holdout": 0, "photos": 1, "batch": 4, "cross_view": 1.0}
     trainer = train.Trainer(TrainConfig(**{**settings, **options}))
     for step in range(6):
         batch = trainer.batches.at(step)
@@ -106,7 +106,7 @@ def test_a_subject_with_fewer_photos_has_them_again_and_its_target_is_another_on
 
 def test_half_of_the_targets_are_mirrored_where_the_cache_has_them(config, settings):
     cache = prepare.prepare(config("celeba", flip=True))
-    options = {"cache": str(cache.path), "holdout": 0, "photos": 1, "batch": 4}
+    options = {"data": str(cache.path), "holdout": 0, "photos": 1, "batch": 4}
     trainer = train.Trainer(TrainConfig(**{**settings, **options}))
     mirrored = []
     for step in range(10):
