@@ -205,6 +205,8 @@ def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) 
         )
     device.prepare(config.threads)
     trainer = Trainer(config)
+    if not trainer.accelerator.is_main_process:
+        log.setLevel(logging.ERROR)  # the main process speaks for all
     start, window = 0, torch.zeros(0, len(LOSSES))
     if resume and (out / checkpoint.STATE).exists():
         start, window, changed = checkpoint.load_state(
@@ -247,6 +249,8 @@ class Journal:
     def __init__(self, trainer: Trainer, out: Path, start: int) -> None:
         config = trainer.config
         self.trainer, self.config, self.out = trainer, config, out
+        own = trainer.batches.rows
+        self.rows = own.stop - own.start  # of a step, that are this process's
         (out / "samples").mkdir(parents=True, exist_ok=True)
         self.log = RunLog(out, start, config.steps)
         self.watch = None
@@ -255,7 +259,7 @@ class Journal:
                 trainer.cache, trainer.features, trainer.captions, config, trainer.noising.steps
             )
             self.watch = monitors.Monitor(
-                probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, config.batch
+                probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, self.rows
             )
         if start == 0:
             parameters = sum(p.numel() for p in trainer.decoder.parameters())
@@ -281,14 +285,13 @@ class Journal:
 
     def _losses(self, done: int, window: Tensor) -> None:
         means = dict(zip(LOSSES, window.double().mean(0).tolist(), strict=True))
-        rows = self.trainer.batches.rows
         self.log.write(
             done,
             **means,
             lr=self.trainer.schedule.rate(done - 1),
             rows_per_s=len(window) * self.config.batch / (time.perf_counter() - self.clock),
             peak_mb=self.memory.peak / 1e6,
-            mb_per_sample=self.memory.growth / 1e6 / (rows.stop - rows.start),
+            mb_per_sample=self.memory.growth / 1e6 / self.rows,
         )
 
     def _held_out(self, done: int) -> None:
@@ -344,6 +347,7 @@ def main(preset: str, file: Path | None, resume: bool, allow_changes: bool, dry:
         found = dry_run.measure(trainer, LOSSES)
         if trainer.accelerator.is_main_process:
             click.echo(json.dumps(found, indent=1))
+        trainer.accelerator.end_training()
 
 
 _options(main)
