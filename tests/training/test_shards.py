@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import tarfile
 
 import pytest
@@ -124,6 +125,25 @@ def test_a_damaged_shard_is_named_and_every_cut_is_seen_or_harmless(shard):
     path.write_bytes(b"no shard at all" * 100)
     with pytest.raises(IntegrityError, match="is damaged"):
         subjects(path)
+
+
+def test_changed_bytes_are_read_or_refused_but_nothing_else_escapes(tmp_path):
+    path = data_sets.webdataset(tmp_path / "set") / "0.tar"
+    whole = path.read_bytes()
+    seed = random.randrange(2**32)
+    print(f"random.Random({seed})")
+    chance = random.Random(seed)
+    outcomes = set()
+    for _ in range(300):
+        changed = bytearray(whole)
+        for _ in range(chance.randint(1, 6)):
+            changed[chance.randrange(len(whole) // 512) * 512 + chance.randrange(160)] = chance.randrange(256)
+        path.write_bytes(changed)
+        try:
+            outcomes |= {type(found) for found in subjects(path, "cat")}
+        except (IntegrityError, BadInput) as error:
+            outcomes.add(type(error))
+    assert {Subject, IntegrityError} <= outcomes
 
 
 def test_the_photos_decide_how_many_views_there_are(shard):
