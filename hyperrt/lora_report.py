@@ -15,6 +15,7 @@ from hyperrt.safetensors_file import REDO
 from hyperrt.subject_file import IMAGE_TOKENS, Factors, LoraFile, counted
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
+FEW = 3  # of what may be thousands
 OTHERS = ("modelspec.", "ss_network", "ss_base_model", "ss_sd_model", "ss_output_name")  # worth showing
 
 
@@ -42,7 +43,7 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         **({} if tokens is None else {"image_tokens": list(tokens.shape)}),
         "finite": not faults,
         "faults": [*faults, *file.notes],
-        "no_pairs": list(file.odd),
+        "no_pairs": list(file.odd[:FEW]),
         "other_modules": subject_file.unused_kinds(file),
         "base_model": {
             "family": lora_metadata.family_of(file.metadata, lora_writer.text_width(sites)) or "unknown",
@@ -135,7 +136,7 @@ def _sites(file: LoraFile) -> tuple[dict[str, Factors], list[str]]:
             found[site] = file.factors(site)
         except LoraError as error:
             faults.append(f"{error.what}: {error.why}")
-    return found, faults[:3]
+    return found, faults[:FEW]
 
 
 def _by_projection(sites: Mapping[str, Any]) -> dict[str, list[Any]]:
