@@ -57,7 +57,7 @@ def test_diffusers_reads_its_weights_and_computes_the_same(parts, prompt, featur
     found = ours(latents, 500, text, cross_attention_kwargs=options).sample
     error = (found - expected).abs().max() / expected.abs().max()
     without = parts.unet(latents, 500, text).sample
-    assert error < 1e-5
+    assert error < 1e-4
     assert (without - expected).abs().max() / expected.abs().max() > 1e-3
 
 
