@@ -44,6 +44,7 @@ def test_diffusers_reads_its_weights_and_computes_the_same(parts, prompt, featur
         half, key = name.split(".", 1)
         halves[half][key] = tensor
     theirs = copy.deepcopy(parts.unet)
+    theirs.set_default_attn_processor()  # another test may have made them ours
     theirs._load_ip_adapter_weights([halves], low_cpu_mem_usage=False)
     for processor in theirs.attn_processors.values():
         if hasattr(processor, "scale"):
@@ -57,7 +58,7 @@ def test_diffusers_reads_its_weights_and_computes_the_same(parts, prompt, featur
     found = ours(latents, 500, text, cross_attention_kwargs=options).sample
     error = (found - expected).abs().max() / expected.abs().max()
     without = parts.unet(latents, 500, text).sample
-    assert error < 1e-4
+    assert error < 1e-5
     assert (without - expected).abs().max() / expected.abs().max() > 1e-3
 
 
