@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from hyperrt.errors import Incompatible
-from training import train
+from training import base as bases
+from training import checkpoint, train
 from training.config import TrainConfig
 from training.image_prompt import ImagePrompt
 from training.lora_layers import Rows, unpack
@@ -38,6 +39,8 @@ def test_a_run_with_an_image_prompt_is_logged_and_goes_on(open_settings, entries
     run = train.run(TrainConfig(**open_settings))
     logged = entries(run)
     begin = logged[1]["monitor"]
+    known = checkpoint.load_hypernet(run)[1]["base_model"]
+    assert known == checkpoint.hash_of(bases.load(open_settings["model"]).unet, half=True)  # as export has it
     assert begin["gap"] == 0
     assert begin["own"] != begin["base"]  # a fresh LoRA does nothing, the image prompt does
     train.run(TrainConfig(**{**open_settings, "steps": 4}), resume=True)
