@@ -118,7 +118,7 @@ class Batches:
         text: np.ndarray,
     ) -> Batch:
         part, own = self.part, self.rows
-        latents = self._latents(rng, rows, shown)[own]
+        latents = self._latents(rng, rows, shown)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = torch.randn((len(rows), *self.latents.shape[2:]), generator=generator)
         timesteps = spread_timesteps(rng, len(rows), self.config.noise_shift, self.train_steps)
@@ -129,8 +129,8 @@ class Batches:
             photos=views.shape[1],
             features=torch.from_numpy(features.astype(np.float32)),
             latents=torch.from_numpy(latents),
-            text=self.captions.text(text[own]),
-            generic=self.captions.text(generic[own]),
+            text=self.captions.vectors(text[own]),
+            generic=self.captions.vectors(generic[own]),
             noise=noise[own],
             timesteps=torch.from_numpy(timesteps)[own],
         )
@@ -146,11 +146,12 @@ class Batches:
         return np.random.default_rng([self.config.seed, 1, epoch]).permutation(self.count)
 
     def _latents(self, rng: np.random.Generator, rows: np.ndarray, shown: np.ndarray) -> np.ndarray:
-        """[rows, C, h, w]; half of them mirrored where the cache has that."""
-        latents = self.latents[rows, shown].astype(np.float32)
+        """This process's [rows, C, h, w]; half of them mirrored where the cache has that."""
+        who, views = rows[self.rows], shown[self.rows]
+        latents = self.latents[who, views].astype(np.float32)
         if self.mirrored is not None:
-            turned = rng.random(len(rows)) < 0.5
-            latents[turned] = self.mirrored[rows[turned], shown[turned]]
+            turned = (rng.random(len(rows)) < 0.5)[self.rows]
+            latents[turned] = self.mirrored[who[turned], views[turned]]
         return latents
 
     def _target_views(

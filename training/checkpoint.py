@@ -62,7 +62,9 @@ def hash_of(module: nn.Module, half: bool = False) -> str:
 
 def base_hash(unet: nn.Module) -> str:
     """`hash_of` a base model as the bundles of its family hold it: of half precision for the large ones."""
-    return hash_of(unet, half=unet.config.cross_attention_dim >= WIDE_TEXT)
+    config = unet.config
+    of_sdxl = config.addition_embed_type is not None
+    return hash_of(unet, half=of_sdxl or config.cross_attention_dim >= WIDE_TEXT)
 
 
 def save_hypernet(folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str) -> Path:

@@ -105,6 +105,8 @@ class TrainConfig:
     text_dropout: float = 0.1  # share of rows with the empty prompt
     cross_view: float = 0.7  # share of rows whose target is not one of the photos
     token: str = "sks"  # stands for [V]
+    image_prompt: str | None = None  # safetensors of an IP-Adapter-Plus, for the personalised rows
+    image_scale: float = 0.55  # of the image prompt; the paper's
     seed: int = 0
     holdout: int = 128  # last identities of the cache, never trained on, for the monitors
     log_every: int = 10
@@ -137,7 +139,7 @@ class TrainConfig:
         for name in ("text_dropout", "cross_view", "final_lr", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
-        for name in ("lambda_", "gamma", "min_snr", "warmup", "weight_decay", "holdout"):
+        for name in ("lambda_", "gamma", "min_snr", "warmup", "weight_decay", "holdout", "image_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.noise_shift <= 0 or self.lr <= 0 or self.clip <= 0:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperrt import files, images
@@ -134,9 +135,23 @@ class CaptionTable:
         """Hidden states of some rows, fp32 [rows, L, D]."""
         return torch.from_numpy(self.hidden[rows].astype(np.float32))
 
+    def vectors(self, rows: np.ndarray) -> Tensor:
+        """What the UNet reads of some rows: `text`, and `pooled_text` as one more token behind it, filled up
+        with zeros; so that it goes where the text goes, and `split_vectors` parts them again."""
+        pooled = self.pooled_text(rows)
+        if pooled is None:
+            return self.text(rows)
+        text = self.text(rows)
+        return torch.cat([text, F.pad(pooled, (0, text.shape[-1] - pooled.shape[-1]))[:, None]], dim=1)
+
     def pooled_text(self, rows: np.ndarray) -> Tensor | None:
         """An SDXL's pooled text of some rows, fp32 [rows, P]."""
         return None if self.pooled is None else torch.from_numpy(self.pooled[rows].astype(np.float32))
+
+
+def split_vectors(vectors: Tensor, pooled: int) -> tuple[Tensor, Tensor | None]:
+    """`CaptionTable.vectors` to text [rows, L, D] and pooled text [rows, P]; P is 0 where there is none."""
+    return (vectors[:, :-1], vectors[:, -1, :pooled]) if pooled else (vectors, None)
 
 
 def caption_table(base: Encoders, cache: SceneCache, token: str) -> CaptionTable:

@@ -97,7 +97,7 @@ def probe(
         second=torch.from_numpy(features[who, min(1, views - 1)].astype(np.float32)),
         another=torch.from_numpy(same_noun(cache.nouns[who])),
         latents=latents,
-        text=captions.text(captions.subject[rows, shown]),
+        text=captions.vectors(captions.subject[rows, shown]),
         noise=torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
         timesteps=torch.from_numpy(spread.astype(np.int64)),
     )
@@ -114,9 +114,23 @@ def same_noun(nouns: np.ndarray) -> np.ndarray:
 
 
 class Monitor:
-    """Measures a decoder on a probe; the base's loss does not change during a run and is computed once."""
+    """Measures a decoder on a probe; the base's loss does not change during a run and is computed once.
 
-    def __init__(self, probe: Probe, unet: nn.Module, predict: Predict, noising: Noising, chunk: int) -> None:
+    Args:
+        image: features to the image prompt that `predict` takes beside a LoRA, or nothing. It is the
+            subject's own beside another's LoRA, too: the gap is the LoRA's.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        unet: nn.Module,
+        predict: Predict,
+        noising: Noising,
+        chunk: int,
+        image: Callable[[Tensor], Packed] = lambda features: {},
+    ) -> None:
+        self.image = image
         self.probe = probe
         self.unet = unet
         self.predict = predict
@@ -144,8 +158,10 @@ class Monitor:
         """All the figures of the module's docstring, and the gap by thirds of the timesteps."""
         probe = self.probe
         lora = decoder(probe.features)
-        own = self.losses(lora)
-        shuffled = self.losses({name: vector[probe.another] for name, vector in lora.items()})
+        image = self.image(probe.features)
+        own = self.losses({**lora, **image})
+        others = {name: vector[probe.another] for name, vector in lora.items()}
+        shuffled = self.losses({**others, **image})
         figures = {"own": own.mean(), "shuffled": shuffled.mean(), "base": self.base.mean()}
         figures["gap"] = figures["shuffled"] - figures["own"]
         figures["gap_error"] = (shuffled - own).std() / len(own) ** 0.5

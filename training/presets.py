@@ -36,8 +36,8 @@ PRESETS: dict[str, Settings] = {
     "afhq_table_6": {**CLOSED, **TABLE_6},
     # "Embedding dimension of 4" (section B.1) may be a slip; scores as afhq.
     "paper_literal": {**CLOSED, "dim": 4, "lambda_": 0.5, "reduction": "matrix_fro_mean"},
-    # SDXL with IP-Adapter-Plus, ViT-H/14: 1,239,040 numbers of LoRA. DreamBench, guidance 5:
-    # DINO 0.739, CLIP-I 0.846, CLIP-T 0.293, their mean 0.626
+    # SDXL with IP-Adapter-Plus (--image-prompt), ViT-H/14: 1,239,040 numbers of LoRA. DreamBench, guidance
+    # 5: DINO 0.739, CLIP-I 0.846, CLIP-T 0.293, their mean 0.626
     "open": {
         **PAPER, "rank": 2, "kind": "resampler", "lr": 1e-6, "lambda_": 100.0, "reduction": "mean",
     },

@@ -20,25 +20,25 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
-from hyperrt.errors import UsageError
+from hyperrt.errors import Incompatible, UsageError
 from training import base as bases
-from training import checkpoint, device, dry_run, features, monitors, preview, processes
+from training import checkpoint, device, dry_run, features, image_prompt, processes
 from training.batches import Batch, Batches
-from training.config import TrainConfig, resolve, to_json
+from training.config import TrainConfig, resolve
 from training.data import SceneCache
 from training.hypernet import Packed, decoder_of
-from training.loop import LOG, Descent, RunLog, Schedule, reported, stopping
+from training.journal import LOSSES, Journal
+from training.loop import LOG, Descent, Schedule, reported, stopping
 from training.lora_layers import Rows, install, layout_of, unpack
 from training.losses import Noising, Regulariser, row_loss
 from training.presets import PRESETS
 
 log = logging.getLogger("training")
 
-LOSSES = ("loss", "ft", "reg", "prior", "grad_norm")
-SAID_COST = 0.01  # of the regulariser, a tenth of a usual loss: what lambda means is said by it
+IMAGE = "image_tokens"  # [rows, I, D], beside the packed vectors of a LoRA
 
 
 class Trainer:
@@ -52,8 +52,9 @@ class Trainer:
         self.autocast = partial(device.autocast, self.device, config.precision)
         device.seed_everything(config.seed)
         self.base = bases.opened(config.model)
-        for module in (self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder):
-            module.to(self.device)
+        for module in vars(self.base).values():
+            if isinstance(module, nn.Module):
+                module.to(self.device)
         self.noising = Noising(self.base.scheduler, self.device)
         part = processes.share(config.batch // config.targets, self.accelerator)
         # What one process of a machine computes and keeps, the others find.
@@ -64,6 +65,7 @@ class Trainer:
             self.captions = features.caption_table(self.base, self.cache, config.token)
             self.batches = Batches(self.cache, self.features, self.captions, config, self.noising.steps, part)
         self.origin = checkpoint.Origin(checkpoint.base_hash(self.base.unet), self.batches.fingerprint)
+        self.image_prompt = self._loaded_image_prompt()
         self.unet = self._prepared_unet()
         self.layout = layout_of(self.base.unet, config.rank)
         decoder = decoder_of(self.layout, self.features.shape[-1], config.decoder)
@@ -85,35 +87,74 @@ class Trainer:
         self.decode = self.descent.model
         self.ema = self.descent.ema
 
-    def _prepared_unet(self) -> torch.nn.Module:
-        """The frozen UNet as the steps call it; the encoders, which are done, leave a GPU."""
+    def _prepared_unet(self) -> nn.Module:
+        """The frozen UNet as the steps call it; the encoders that are done leave a GPU."""
         unet = self.base.unet
         install(unet)
         unet.to(memory_format=torch.channels_last)
         if (dtype := device.frozen_dtype(self.device, self.config.precision)) != unet.dtype:
             unet.to(dtype)
         self.base.image_encoder.to("cpu")
+        if self.base.text_encoder_2 is not None:  # of an SDXL no sheets are drawn
+            for encoder in (self.base.text_encoder, self.base.text_encoder_2, self.base.vae):
+                encoder.to("cpu")
         if self.config.gradient_checkpointing:
             # Not re-entrant: LoRA comes to a block as part of an argument, which that kind would detach.
             unet.enable_gradient_checkpointing(partial(checkpoint_block, use_reentrant=False))
         return torch.compile(unet) if self.config.compile else unet
 
+    def _loaded_image_prompt(self) -> image_prompt.ImagePrompt | None:
+        path, width = self.config.image_prompt, self.features.shape[-1]
+        if path is None:
+            return None
+        found = image_prompt.load(path, self.base.unet)
+        if (takes := found.image_proj.proj_in.in_features) != width:
+            why = f"it reads features of {takes} numbers, the image encoder of --model makes {width}"
+            raise Incompatible(f"{path} does not fit the base model", why, image_prompt.PUBLISHED)
+        return found.to(self.device, device.frozen_dtype(self.device, self.config.precision))
+
+    @torch.no_grad()
+    def image(self, features: Tensor, photos: int = 1) -> Packed:
+        """Features [S N, T, F] to what `predict` takes beside a LoRA: the mean of N photos' image tokens."""
+        if self.image_prompt is None:
+            return {}
+        with self.autocast():
+            tokens = self.image_prompt.tokens(features.to(self.device)).float()
+        return {IMAGE: tokens.unflatten(0, (-1, photos)).mean(1)}
+
     def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor, lora: Packed | None) -> Tensor:
-        """The UNet on rows, each with its own LoRA [rows, N]; None: the base model."""
+        """The UNet on rows, each with its own LoRA [rows, N] and image tokens; None: the base model.
+
+        text: `CaptionTable.vectors`.
+        """
         latents = latents.to(self.device, memory_format=torch.channels_last)
-        options = None
-        if lora is not None:
-            gate = torch.ones(len(latents), 1, 1, device=self.device)
-            options = {"rows": Rows(unpack(self.layout, lora), gate)}
+        pooled = self.captions.pooled
+        text, pooled = features.split_vectors(text, 0 if pooled is None else pooled.shape[1])
+        added = {}
+        if pooled is not None:  # sizes of picture and crop, as the runtime says them
+            side = self.cache.images.shape[2]
+            sizes = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+            added = {"text_embeds": pooled, "time_ids": sizes.expand(len(latents), -1).to(pooled)}
         with self.autocast():
             output = self.unet(
                 latents,
                 timesteps.to(self.device),
                 encoder_hidden_states=text,
-                cross_attention_kwargs=options,
+                cross_attention_kwargs=None if lora is None else {"rows": self._rows(dict(lora))},
+                added_cond_kwargs=added,
                 return_dict=False,
             )
         return output[0].float()
+
+    def _rows(self, lora: Packed) -> Rows:
+        tokens = lora.pop(IMAGE, None)
+        gate = torch.ones(len(next(iter(lora.values()))), 1, 1, device=self.device)
+        if tokens is None:
+            return Rows(unpack(self.layout, lora), gate)
+        scale = torch.full((len(tokens),), self.config.image_scale, device=self.device)
+        with torch.no_grad():
+            image = self.image_prompt.key_values(tokens, scale)
+        return Rows(unpack(self.layout, lora), gate, image=image)
 
     def losses(self, batch: Batch, prior: Batch | None) -> dict[str, Tensor]:
         """The terms of eq. 5 for one batch."""
@@ -123,6 +164,8 @@ class Trainer:
             name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()
         }
         reg = self.regulariser(lora, self.decoder.deltas(lora))
+        image = self.image(batch.features, batch.photos)
+        image = {name: tokens.repeat_interleave(self.config.targets, 0) for name, tokens in image.items()}
         if self.config.targets > 1:
             lora = {name: _repeated(vector, self.config.targets) for name, vector in lora.items()}
         parts = [batch] if prior is None else [batch, prior]
@@ -134,13 +177,15 @@ class Trainer:
         )
         if prior is not None:
             lora = {name: vector.repeat(2, 1) for name, vector in lora.items()}
+            # Zeros are no image prompt: the prior's pictures are of others.
+            image = {name: torch.cat([tokens, torch.zeros_like(tokens)]) for name, tokens in image.items()}
         noised = self.noising.noised(latents, noise, timesteps)
         target = self.noising.target(latents, noise, timesteps)
         if prior is not None and self.config.prior == "matching":
             with torch.no_grad():
                 of_prior = [x.chunk(2)[1] for x in (noised, timesteps, text)]
                 target = torch.cat([target.chunk(2)[0], self.predict(*of_prior, None)])
-        rows = row_loss(self.predict(noised, timesteps, text, lora), target)
+        rows = row_loss(self.predict(noised, timesteps, text, {**lora, **image}), target)
         rows = rows * self.noising.weights(timesteps, self.config.min_snr)
         means = rows.view(len(parts), -1).mean(1)
         terms = {
@@ -241,66 +286,6 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
             return
         if journal is not None and not len(window):
             journal.clock = time.perf_counter()
-
-
-class Journal:
-    """What the main process alone writes while a run goes on: the log, held-out figures, sample sheets."""
-
-    def __init__(self, trainer: Trainer, out: Path, start: int) -> None:
-        config = trainer.config
-        self.trainer, self.config, self.out = trainer, config, out
-        own = trainer.batches.rows
-        self.rows = own.stop - own.start  # of a step, that are this process's
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(out, start, config.steps)
-        self.watch = None
-        if config.holdout:
-            probe = monitors.probe(
-                trainer.cache, trainer.features, trainer.captions, config, trainer.noising.steps
-            )
-            self.watch = monitors.Monitor(
-                probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, self.rows
-            )
-        if start == 0:
-            parameters = sum(p.numel() for p in trainer.decoder.parameters())
-            count = trainer.accelerator.num_processes
-            self.log.write(0, config=to_json(config), parameters=parameters, processes=count)
-            self._held_out(0)
-            if config.lambda_:
-                rms = trainer.regulariser.rms_at(SAID_COST / config.lambda_)
-                log.info("lambda R(h) is %g where the LoRA has an rms of %.2g", SAID_COST, rms)
-        self.memory = device.Memory(trainer.device)
-        self.clock = time.perf_counter()
-
-    def after(self, done: int, window: Tensor) -> None:
-        """When `done` steps are done and `window` holds the losses of those that are not logged."""
-        config = self.config
-        end = done == config.steps
-        if end or done % config.log_every == 0:
-            self._losses(done, window)
-        if end or done % config.monitor_every == 0:
-            self._held_out(done)
-        if end or done % config.sample_every == 0:
-            preview.write(self.out / "samples" / f"step-{done:06d}.png", self.trainer)
-
-    def _losses(self, done: int, window: Tensor) -> None:
-        means = dict(zip(LOSSES, window.double().mean(0).tolist(), strict=True))
-        self.log.write(
-            done,
-            **means,
-            lr=self.trainer.schedule.rate(done - 1),
-            rows_per_s=len(window) * self.config.batch / (time.perf_counter() - self.clock),
-            peak_mb=self.memory.peak / 1e6,
-            mb_per_sample=self.memory.growth / 1e6 / self.rows,
-        )
-
-    def _held_out(self, done: int) -> None:
-        if self.watch is not None:
-            figures = self.watch.measure(self.trainer.ema)
-            self.log.write(done, monitor=figures)
-            log.info("held out: gap %.4g, gain %.4g", figures["gap"], figures["gain"])
-            if done:
-                self.watch.warn(done, self.config.warmup, figures)
 
 
 OPTION_NAMES = {"lambda_": "--lambda"}  # a Python keyword cannot be a field

@@ -12,7 +12,7 @@ import signal
 import torch
 
 from hyperrt import files
-from training import train
+from training import preview, train
 
 
 def die_in_publishing(count: int, when: str) -> None:
@@ -34,7 +34,7 @@ def die_in_publishing(count: int, when: str) -> None:
 config, options = globals()["config"], globals()["options"]
 os.environ.update(options.get("environment", {}))
 torch.set_num_threads(1)
-train.preview.write = lambda path, trainer: None  # the longest part of a short run
+preview.write = lambda path, trainer: None  # the longest part of a short run
 if "die" in options:
     die_in_publishing(*options["die"])
 train.run(config, resume=options.get("resume", False))

@@ -67,6 +67,25 @@ def settings(short_run, tmp_path) -> dict:
     return {**short_run, "output": str(tmp_path / "run")}
 
 
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory) -> SimpleNamespace:
+    """A small SDXL and a cache that was prepared for it: `model`, its folder; `base`, `cache`, `table`."""
+    from tests.export import small_models
+    from tests.training import data_sets
+    from training import base, features, prepare
+
+    folder = tmp_path_factory.mktemp("sdxl")
+    model = folder / "base"
+    small_models.save(model, small_models.SDXL)
+    source = data_sets.webdataset(folder / "set")
+    config = prepare.PrepareConfig(
+        layout="webdataset", source=source, model=model, output=folder / "cache", device="cpu"
+    )
+    cache, parts = prepare.prepare(config), base.load(model)
+    table = features.caption_table(parts, cache, "sks")
+    return SimpleNamespace(model=model, cache=cache, base=parts, table=table)
+
+
 CLOCK = ("rows_per_s", "peak_mb", "mb_per_sample", "processes", "config")  # and what names the run
 
 
@@ -89,19 +108,19 @@ def curve() -> Callable[[Path | str], list[dict]]:
 @pytest.fixture
 def no_sheets(monkeypatch):
     """Sample sheets are tested once; they are the longest part of a short run."""
-    from training import train
+    from training import preview
 
-    monkeypatch.setattr(train.preview, "write", lambda path, trainer: None)
+    monkeypatch.setattr(preview, "write", lambda path, trainer: None)
 
 
 @pytest.fixture(scope="session")
 def straight(short_run, tmp_path_factory) -> Path:
     """A run of `short_run` that nothing interrupted."""
-    from training import train
+    from training import preview, train
     from training.config import TrainConfig
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.preview, "write", lambda path, trainer: None)
+        patch.setattr(preview, "write", lambda path, trainer: None)
         output = tmp_path_factory.mktemp("straight") / "run"
         return train.run(TrainConfig(**short_run, output=str(output)))
 

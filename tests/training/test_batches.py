@@ -42,6 +42,8 @@ def test_the_parts_of_a_step_are_the_step(make, read, settings):
     config = TrainConfig(**{**settings, "batch": 8, "targets": 2, "photos": 2})
     whole = make(batch=8, targets=2, photos=2)
     parts = [batches.Batches(*read, config, 1000, part) for part in (slice(0, 2), slice(2, 4))]
+    for source in (whole, *parts):
+        source.mirrored = -source.latents
     for draw in ("at", "prior_at"):
         expected = vars(getattr(whole, draw)(3))
         found = [vars(getattr(part, draw)(3)) for part in parts]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -19,20 +17,6 @@ from training.config import TrainConfig
 from training.data import SceneCache
 
 PADDED = 77
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory):
-    """A small SDXL and a cache that was prepared for it."""
-    folder = tmp_path_factory.mktemp("sdxl")
-    small_models.save(folder / "base", small_models.SDXL)
-    source = data_sets.webdataset(folder / "set")
-    config = prepare.PrepareConfig(
-        layout="webdataset", source=source, model=folder / "base", output=folder / "cache", device="cpu"
-    )
-    cache = prepare.prepare(config)
-    base = bases.load(folder / "base")
-    return SimpleNamespace(cache=cache, base=base, table=features.caption_table(base, cache, "sks"))
 
 
 @pytest.fixture

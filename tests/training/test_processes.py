@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hyperrt.errors import UsageError
-from training import checkpoint, processes, train
+from training import checkpoint, preview, processes, train
 from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def exact(short_run) -> dict:
 def alone(exact, tmp_path_factory) -> Path:
     """The run of one process with all rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.preview, "write", lambda path, trainer: None)
+        patch.setattr(preview, "write", lambda path, trainer: None)
         return train.run(TrainConfig(**exact, output=str(tmp_path_factory.mktemp("alone") / "run")))
 
 

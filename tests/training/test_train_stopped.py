@@ -17,6 +17,7 @@ from hyperrt import files
 from hyperrt.errors import NumericError
 from training import checkpoint, train
 from training.config import TrainConfig
+from training.loop import RunLog
 
 KILLS = 20
 
@@ -174,13 +175,13 @@ def test_a_full_disk_ends_in_three_lines_and_keeps_the_last_checkpoint(
 
 
 def test_a_log_on_a_full_disk_ends_in_three_lines(settings, no_sheets, monkeypatch):
-    begin = train.RunLog.__init__
+    begin = RunLog.__init__
 
     def on_a_full_disk(self, *arguments):
         begin(self, *arguments)
         self.path = Path("/dev/full")
 
-    monkeypatch.setattr(train.RunLog, "__init__", on_a_full_disk)
+    monkeypatch.setattr(RunLog, "__init__", on_a_full_disk)
     result = command(settings)
     assert result.exit_code == 6
     assert "/dev/full could not be written\n  why: No space left" in result.stderr

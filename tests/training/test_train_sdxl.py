@@ -1,0 +1,98 @@
+"""The open category: a small SDXL, whose UNet reads pooled text and sizes, and an image prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hyperrt.errors import Incompatible
+from training import base as bases
+from training import checkpoint, train
+from training.config import TrainConfig
+from training.image_prompt import ImagePrompt
+from training.lora_layers import Rows, unpack
+
+TOKENS = 3
+
+
+def prompt_file(path, unet, width: int):
+    torch.manual_seed(0)
+    prompt = ImagePrompt(unet, width, TOKENS, dim=16, heads=1)
+    save_file({name: tensor.contiguous() for name, tensor in prompt.state_dict().items()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def open_settings(settings, sdxl, tmp_path):
+    """Settings of a run on it."""
+    width = sdxl.base.image_encoder.config.hidden_size
+    return {
+        **settings, "model": str(sdxl.model), "data": str(sdxl.cache.path),
+        "kind": "resampler", "head_dim": 0, "photos": 2, "batch": 2, "holdout": 1, "steps": 3,
+        "precision": "fp32",
+        "image_prompt": prompt_file(tmp_path / "prompt.safetensors", sdxl.base.unet, width),
+    }  # fmt: skip
+
+
+def test_a_run_with_an_image_prompt_is_logged_and_goes_on(open_settings, entries):
+    run = train.run(TrainConfig(**open_settings))
+    logged = entries(run)
+    begin = logged[1]["monitor"]
+    known = checkpoint.load_hypernet(run)[1]["base_model"]
+    assert known == checkpoint.hash_of(bases.load(open_settings["model"]).unet, half=True)  # as export has it
+    assert begin["gap"] == 0
+    assert begin["own"] != begin["base"]  # a fresh LoRA does nothing, the image prompt does
+    train.run(TrainConfig(**{**open_settings, "steps": 4}), resume=True)
+    assert [entry["step"] for entry in entries(run) if "loss" in entry] == [2, 3, 4]
+
+
+def test_the_unet_reads_what_diffusers_pipeline_gives_it(open_settings, sdxl):
+    trainer = train.Trainer(TrainConfig(**open_settings))
+    rows = sdxl.table.subject[:2, 0]
+    latents = torch.from_numpy(trainer.cache.latents[:2, 0].astype("float32"))
+    timesteps = torch.tensor([10, 500])
+    side = trainer.cache.images.shape[2]
+    sizes = torch.tensor([[side, side, 0, 0, side, side]] * 2)
+    added = {"text_embeds": sdxl.table.pooled_text(rows), "time_ids": sizes}
+    with torch.no_grad():
+        found = trainer.predict(latents, timesteps, trainer.captions.vectors(rows), None)
+        expected = sdxl.base.unet(latents, timesteps, sdxl.table.text(rows), added_cond_kwargs=added).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_image_prompt_is_the_mean_of_the_photos_tokens_at_the_papers_scale(open_settings):
+    trainer = train.Trainer(TrainConfig(**open_settings))
+    batch = trainer.batches.at(1)
+    photos = torch.from_numpy(trainer.features[:2, :2].astype("float32"))
+    image = trainer.image(photos.flatten(0, 1), photos=2)
+    tokens = trainer.image_prompt.tokens(photos.flatten(0, 1)).unflatten(0, (2, 2)).mean(1)
+    torch.testing.assert_close(image[train.IMAGE], tokens)
+    lora = trainer.decoder(photos[:, 0])
+    rows = trainer._rows({**lora, **image})
+    expected = trainer.image_prompt.key_values(tokens, torch.full((2,), 0.55))
+    assert rows.image.keys() == expected.keys()
+    assert all(torch.equal(a, b) for k in expected for a, b in zip(rows.image[k], expected[k], strict=True))
+    assert isinstance(rows, Rows) and rows.factors.keys() == unpack(trainer.layout, lora).keys()
+    inputs = (batch.latents, batch.timesteps, batch.text)
+    with torch.no_grad():
+        with_prompt, without = (trainer.predict(*inputs, one) for one in ({**lora, **image}, lora))
+    assert (with_prompt - without).abs().max() > 1e-3
+
+
+def test_the_pictures_of_the_prior_have_no_image_prompt(open_settings, monkeypatch):
+    trainer = train.Trainer(TrainConfig(**open_settings, gamma=0.5))
+    seen = []
+    predict = trainer.predict
+    monkeypatch.setattr(trainer, "predict", lambda *given: seen.append(given[-1]) or predict(*given))
+    assert torch.isfinite(trainer.step(0)).all()
+    own, prior = seen[0][train.IMAGE].chunk(2)
+    assert own.abs().max() > 0
+    assert not prior.any()
+
+
+def test_an_image_prompt_for_another_image_encoder_is_refused(open_settings, sdxl, tmp_path):
+    width = sdxl.base.image_encoder.config.hidden_size
+    other = prompt_file(tmp_path / "other.safetensors", sdxl.base.unet, width + 8)
+    with pytest.raises(Incompatible, match=f"features of {width + 8} numbers, .* makes {width}"):
+        train.Trainer(TrainConfig(**{**open_settings, "image_prompt": other}))
