@@ -202,16 +202,17 @@ def prepare(
 
     As torchvision's Resize, CenterCrop, ToTensor and Normalize do it on PIL images.
     """
-    pixels = np.empty((len(pictures), crop, crop, 3), np.float32)
-    for row, picture in zip(pixels, pictures, strict=True):
+    pixels = torch.empty((len(pictures), 3, crop, crop))  # aligned, so that last bits are always the same
+    average, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    for row, picture in zip(pixels.numpy(), pictures, strict=True):
         height, width = picture.shape[:2]
         short = min(height, width)
         size = (int(resize * width / short), int(resize * height / short))
         small = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
         left, top = (round((side - crop) / 2.0) for side in size)
-        row[:] = np.asarray(small.crop((left, top, left + crop, top + crop)), np.float32) / 255
-    normal = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(normal.transpose(0, 3, 1, 2)))
+        middle = np.asarray(small.crop((left, top, left + crop, top + crop)), np.float32) / 255
+        row[:] = ((middle - average) / spread).transpose(2, 0, 1)
+    return pixels
 
 
 def _in_batches(
@@ -252,6 +253,9 @@ def _pretrained(kind: Any, source: str, offline: bool, **options: Any) -> Any:
         # transformers would go on with random numbers in their place.
         why = f"{len(lacking)} of its weights are missing, the first is {lacking[0]}"
         raise IntegrityError(f"{source} is no {kind.__name__}", why, "name a folder of the right model")
+    for tensor in (*model.parameters(), *model.buffers()):
+        # What a file is mapped to is aligned otherwise, which alters last bits.
+        tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False)
 
 

@@ -227,8 +227,7 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
         "--fast",
         "--steps",
         1,
-        "--device",
-        "cpu",
+        "--cpu",
         "--judges",
         tmp_path / "judges",
     ]
