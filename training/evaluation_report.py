@@ -44,12 +44,8 @@ def write(
 ) -> None:
     """Writes the report and the page; the plot where matplotlib is installed."""
     report = assemble(config, runtime, listing, rows, scorers, absent)
-    for key, found in report["calibration"].items():
-        if found["agrees"] is False:
-            log.warning(
-                "%s of real photos is %.3f, and published is %.3f: other weights, or other photos",
-                key, found["leave_self_out"], found["published"],
-            )  # fmt: skip
+    for doubt in report["not_comparable_because"]:
+        log.warning("not comparable with published figures: %s", doubt)
     content = json.dumps(report, indent=1, allow_nan=False).encode()
     files.publish(config.output / REPORT, lambda file: file.write(content), force=True)
     plot = PLOT if report_plots.write(config.output / PLOT, report) else None
@@ -69,7 +65,8 @@ def assemble(
     """The report as JSON values."""
     protocol = PROTOCOLS[config.protocol]
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
-    doubts = _doubts(config, listing, rows)
+    calibration = _calibration(config, listing, rows, paper["real"])
+    doubts = _doubts(config, listing, rows) + _doubts_of_scorers(scorers, calibration)
     counted = [row for row in rows if row["pictures"]]
     return {
         "schema": SCHEMA,
@@ -85,7 +82,7 @@ def assemble(
         "absent": dict(absent),
         "figures": scores.figures([row["scores"] for row in counted]),
         "real": scores.figures([row["real"] for row in rows]),
-        "calibration": _calibration(config, listing, rows, paper["real"]),
+        "calibration": calibration,
         "pictures": sum(len(row["pictures"]) for row in rows),
         "missing_pictures": sum(row["missing"] for row in rows),
         "missing_subjects": protocols.missing(protocol, listing.entries),
@@ -144,6 +141,20 @@ def _doubts(config: EvaluateConfig, listing: Listing, rows: Sequence[Row]) -> li
         doubts.append(f"{config.drawing.images} pictures of each subject and prompt, not 4 or 1")
     if config.pictures is None and config.drawing.steps != 30:
         doubts.append(f"{config.drawing.steps or 'the default number of'} steps, not 30")
+    return doubts
+
+
+def _doubts_of_scorers(scorers: Mapping[str, Scorer], calibration: Mapping[str, Any]) -> list[str]:
+    doubts = [
+        f"{name} is no network of the size that the papers have"
+        for name, scorer in scorers.items()
+        if not scorer.about.get("as_published", True)
+    ]
+    doubts += [
+        f"{key} of real photos is {found['leave_self_out']:.3f}, and published is {found['published']:.3f}"
+        for key, found in calibration.items()
+        if found["agrees"] is False
+    ]
     return doubts
 
 

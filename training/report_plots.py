@@ -24,11 +24,11 @@ def write(path: Path, report: Mapping[str, Any]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    parts = (_scores, _methods) if report["paper"]["tables"] else (_scores,)
+    figure = Figure(figsize=(5.5 * len(parts), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _scores(left, report)
-    _methods(right, report)
+    for part, axes in zip(parts, figure.subplots(1, len(parts), squeeze=False)[0], strict=True):
+        part(axes, report)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     files.publish(path, lambda file: file.write(content.getvalue()), force=True)

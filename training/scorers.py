@@ -41,6 +41,7 @@ BATCH = 32
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINO_RESIZE = 256 / 224  # of the crop
+PUBLISHED = {"CLIP": (768, 32, 224), "DINO": (384, 16, 224)}  # ViT-B/32, ViT-S/16: width, patch, pixels
 FACE_SIZE, FACE_WEIGHTS = 160, "20180402-114759-vggface2.pt"
 
 
@@ -74,8 +75,9 @@ class Clip:
 
         self.model = _pretrained(CLIPModel, source, offline).to(device)
         self.tokenizer = _from(CLIPTokenizer, source, offline)
-        self.size = self.model.config.vision_config.image_size
-        self.about = _about("CLIP", source, self.model, self.size, self.size)
+        vision = self.model.config.vision_config
+        self.size = vision.image_size
+        self.about = _about("CLIP", source, self.model, vision, self.size)
 
     def score(
         self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
@@ -120,7 +122,7 @@ class Dino:
         self.model = _pretrained(ViTModel, source, offline, add_pooling_layer=False).to(device)
         self.size = self.model.config.image_size
         self.resize = round(DINO_RESIZE * self.size)
-        self.about = _about("DINO", source, self.model, self.resize, self.size)
+        self.about = _about("DINO", source, self.model, self.model.config, self.resize)
 
     def score(
         self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
@@ -253,6 +255,9 @@ def _pretrained(kind: Any, source: str, offline: bool, **options: Any) -> Any:
         # transformers would go on with random numbers in their place.
         why = f"{len(lacking)} of its weights are missing, the first is {lacking[0]}"
         raise IntegrityError(f"{source} is no {kind.__name__}", why, "name a folder of the right model")
+    for tensor in (*model.parameters(), *model.buffers()):
+        # What a file is mapped to is aligned otherwise, which alters last bits.
+        tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False)
 
 
@@ -274,10 +279,16 @@ def _from(kind: Any, source: str, offline: bool, **options: Any) -> Any:
         raise Absent(f"{source} could not be had from the hub: {_first_line(error)}") from error
 
 
-def _about(model: str, source: str, network: torch.nn.Module, resize: int, crop: int) -> dict[str, Any]:
-    name = Path(source).name if Path(source).is_dir() else source  # no paths of this machine in a report
-    preparation = f"shorter side to {resize} px, bicubic; the middle {crop} px"
-    return {"model": model, "source": name, "sha256": hash_of(network)[:16], "pictures": preparation}
+def _about(model: str, source: str, network: torch.nn.Module, vision: Any, resize: int) -> dict[str, Any]:
+    sizes = (vision.hidden_size, vision.patch_size, vision.image_size)
+    return {
+        "model": model,
+        "source": Path(source).name if Path(source).is_dir() else source,  # no paths of this machine
+        "sha256": hash_of(network)[:16],
+        "pictures": f"shorter side to {resize} px, bicubic; the middle {vision.image_size} px",
+        "width_patch_size": list(sizes),
+        "as_published": sizes == PUBLISHED[model],
+    }
 
 
 def _torch_home() -> Path:

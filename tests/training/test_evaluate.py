@@ -116,6 +116,7 @@ def test_the_report_says_what_was_done_and_what_was_not(out):
     assert [name.partition(":")[0] for name in settings["settings_known"]] == ["official", "fast"]
     assert not report["comparable"]
     assert any("2 subjects of the 30" in doubt for doubt in report["not_comparable_because"])
+    assert any("clip is no network of the size" in doubt for doubt in report["not_comparable_because"])
     assert any("1 steps, not 30" in doubt for doubt in report["not_comparable_because"])
     assert len(report["missing_subjects"]) == 27
     assert [name for name, _ in report["left_out"]] == ["thing"]
@@ -164,6 +165,8 @@ def test_on_all_thirty_subjects_the_scorer_agrees_or_does_not(measured, agrees):
     config = evaluate.EvaluateConfig(protocol="dreambench", output=Path("."), bundle="tiny")
     found = evaluation_report._calibration(config, listing, rows, {"dino": 0.774, "clip_i": 0.885})
     assert found["dino"]["agrees"] is agrees and "clip_i" not in found
+    doubts = evaluation_report._doubts_of_scorers({}, found)
+    assert doubts == ([] if agrees else ["dino of real photos is 0.700, and published is 0.774"])
 
 
 def test_the_page_shows_every_picture_and_photo_by_a_link_that_leads_to_it(out):

@@ -122,7 +122,10 @@ def test_the_plot_is_a_picture_and_needs_figures(tmp_path):
     pytest.importorskip("matplotlib")
     assert report_plots.write(tmp_path / "figures.png", REPORT)
     with Image.open(tmp_path / "figures.png") as picture:
-        assert picture.width > 500
+        wide = picture.width
+    assert report_plots.write(tmp_path / "half.png", REPORT | {"paper": {"tables": []}})
+    with Image.open(tmp_path / "half.png") as picture:
+        assert 2 * picture.width == pytest.approx(wide, abs=2)
     assert not report_plots.write(tmp_path / "none.png", REPORT | {"figures": {}})
     assert not (tmp_path / "none.png").exists()
 
