@@ -9,8 +9,9 @@
     lora_sites_FAMILY_TARGET  sites whose LoRA is an input of a plan, so that a subject needs no refit
     sites_FAMILY              sites of the family's layout
 
-SD1.5 and SDXL have random weights, and bf16 in the graph; tiny is the bundle in the wheel, fp32. Bundles and
-plans go to `--work` (default: a temporary folder); a bundle that is there, as of bench/full_size.py, is used.
+SD1.5 and SDXL have random weights, and bf16 in the graph; tiny is the bundle in the wheel, fp32. Bundles go
+to `--work` (default: a temporary folder); a bundle that is there, as of bench/full_size.py, is used. Plans
+are not kept: SDXL's take some 10 GB for each target.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--family", default="tiny,sd15,sdxl")
     parser.add_argument("--target", default=TARGETS)
-    parser.add_argument("--work", type=Path, help="folder that keeps bundles and plans")
+    parser.add_argument("--work", type=Path, help="folder that keeps bundles")
     parser.add_argument("--quick", action="store_true", help="tiny for one target: is the script in order?")
     args = parser.parse_args()
     families, targets = args.family.split(","), args.target.split(",")
@@ -96,13 +97,13 @@ def about(bundle: Bundle, plans: list[dict[str, Any]], key: str) -> dict[str, fl
 
 
 def hyperrt(*arguments: str, work: Path, check: bool = True) -> list[dict[str, Any]]:
-    """Run the command line; the JSON events that it prints."""
+    """Run the command line, with a home that is gone afterwards; the JSON events that it prints."""
     print("hyperrt", *arguments, file=sys.stderr, flush=True)
-    environment = os.environ | {"HYPERRT_HOME": str(work / "home")}
-    done = subprocess.run(
-        (sys.executable, "-m", "hyperrt", *arguments), cwd=report.ROOT, env=environment,
-        stdout=subprocess.PIPE, text=True, check=check,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=work) as home:
+        done = subprocess.run(
+            (sys.executable, "-m", "hyperrt", *arguments), cwd=report.ROOT,
+            env=os.environ | {"HYPERRT_HOME": home}, stdout=subprocess.PIPE, text=True, check=check,
+        )  # fmt: skip
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 

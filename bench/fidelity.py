@@ -14,63 +14,29 @@ picture is made by the runtime with the bundle's defaults, in three ways: with t
     identity_hist_cutouts   with --cutouts: the same on other people's drawings (split test), reported only
 
 A candidate is known by four views of its own on white, other than the photos and other than the views behind
-`_real`. --seed draws other subjects; the judges (bench/judges.py) stay as they are.
+`_real`. --seed draws other subjects; the judges (training/judges.py) stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-import judges
 import numpy as np
 import report
 from PIL import Image
 
 from hyperrt import Runtime
-from hyperrt.lora import Subject
-from training import cutouts, scenes
+from hyperrt.subject import Subject
+from training import cutouts, drawn, judges, scenes
+from training.drawn import CANDIDATES, FIRST_INDEX, PHOTO_SIZE, SEED_STRIDE, VIEW_SIZE, WHITE, Case
 
-WHITE = "on a plain white background"
-PER_NOUN, CANDIDATES = 5, 20
-PHOTO_SIZE, VIEW_SIZE = 256, 64  # pixels
-PHOTOS, VIEWS = 4, 4
 SCENES_EACH = 2
-REAL_SCENES = 25  # pictures of each scene that the judge knows; as many others for `background_real`
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0
-FIRST_INDEX, SEED_STRIDE = 1_000_000, 1_000  # far from the indices that training looks at
 CUTOUTS = 40
 WAYS = {"": "its own LoRA", "_none": "no LoRA", "_wrong": "another's LoRA"}
 BARS = {"identity_hist": ">= 0.5", "identity_encoder": ">= 0.5", "background": ">= 0.8"}
 BARS |= {"identity_hist_none": "about 0.05", "identity_hist_wrong": "about 0.05"}
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A subject that is judged, as RGBA at both sizes, and the candidates among which it must be found."""
-
-    noun: str
-    index: int  # of the case
-    drawing: Image.Image  # RGBA
-    place: int  # among the candidates
-    candidates: Sequence[Image.Image]  # RGBA
-
-    def view(self, scene: str, number: int, size: int = VIEW_SIZE) -> np.ndarray:
-        """A real picture of the subject; the same number gives the same one for ever."""
-        return view(self.drawing, scene, [self.index, number], size)
-
-    @cached_property
-    def photos(self) -> list[np.ndarray]:
-        """What the hypernetwork sees: never on white, so that a white picture is no copy."""
-        others = [scene for scene in scenes.BACKGROUNDS if scene != WHITE]
-        rng = np.random.default_rng([self.index, 1])
-        return [self.view(others[k], 100 + k, PHOTO_SIZE) for k in rng.permutation(len(others))[:PHOTOS]]
-
-
-def view(drawing: Image.Image, scene: str, seed: Sequence[int], size: int = VIEW_SIZE) -> np.ndarray:
-    return scenes.compose(drawing, scene, np.random.default_rng(list(seed)), size)
 
 
 def main() -> None:
@@ -79,7 +45,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write photos and pictures of all subjects here, as PNG")
     parser.add_argument("--cutouts", type=Path, help="folder of RGBA cut-outs with metadata.csv")
     args = parser.parse_args()
-    cases = drawn_cases(args.seed, per_noun=1 if args.quick else PER_NOUN)
+    cases = drawn.cases_of(args.seed, per_noun=1 if args.quick else drawn.PER_NOUN)
     with Runtime.open(args.bundle, "onnxruntime") as runtime:
         steps = 2 if args.quick else None
         encoder = judges.Encoder(runtime.bundle)
@@ -107,19 +73,6 @@ def main() -> None:
         write_sheet(args.sheet, cases, white, in_scenes)
     print(f"{len(cases)} subjects, seed {args.seed}\n")
     report.finish(__file__, figures, BARS)
-
-
-def drawn_cases(seed: int, per_noun: int) -> list[Case]:
-    """Unseen drawn subjects, the first of the candidates of each noun."""
-    cases = []
-    first = FIRST_INDEX + SEED_STRIDE * seed
-    for noun in scenes.NOUNS:
-        drawings = [
-            scenes.draw_subject(scenes.identity(noun, "test", first + k), PHOTO_SIZE)
-            for k in range(CANDIDATES)
-        ]
-        cases += [Case(noun, first + len(cases) + k, drawings[k], k, drawings) for k in range(per_noun)]
-    return cases
 
 
 def cutout_cases(folder: Path, seed: int) -> list[Case]:
@@ -190,35 +143,20 @@ def identity_figures(
     """How often the right candidate is the nearest, by each judge, in each way, and of real pictures."""
     figures = {}
     real = [case.view(WHITE, 0) for case in cases]
-    lists = {id(case.candidates): case.candidates for case in cases}  # the cases of a noun share theirs
-    views = {
-        key: [[view(c, WHITE, [k, 2, v]) for v in range(VIEWS)] for k, c in enumerate(candidates)]
-        for key, candidates in lists.items()
-    }
     for name, features in by.items():
-        references = {
-            key: np.stack([judges.reference(of_one, features) for of_one in of_all])
-            for key, of_all in views.items()
-        }
+        lineup = drawn.Lineup(features)
         for way, made in {**pictures, "_real": real}.items():
-            right = [
-                judges.nearest(picture, references[id(case.candidates)], features) == case.place
-                for case, picture in zip(cases, made, strict=True)
-            ]
+            right = [lineup.is_right(case, picture) for case, picture in zip(cases, made, strict=True)]
             figures[name + way] = float(np.mean(right))
     return figures
 
 
 def background_figures(cases: Sequence[Case], pictures: dict[str, list[np.ndarray]]) -> dict[str, float]:
     """How often the scene is the right one, in each way, and of real pictures."""
-    names = [name for name in scenes.BACKGROUNDS for _ in range(REAL_SCENES)]
-
-    def real(offset: int) -> list[np.ndarray]:
-        return [cases[k % len(cases)].view(name, offset + k) for k, name in enumerate(names)]
-
-    judge = judges.Scenes(real(1_000), names)
+    judge = drawn.judge_of_scenes(cases)
+    names, real = drawn.real_scenes(cases, 10_000)
     wanted = [scene for k in range(len(cases)) for scene in scenes_of(k)]
-    figures = {"background_real": share(judge, real(10_000), names)}
+    figures = {"background_real": share(judge, real, names)}
     return figures | {f"background{way}": share(judge, made, wanted) for way, made in pictures.items()}
 
 

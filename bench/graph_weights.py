@@ -105,8 +105,7 @@ def other(node: ir.Node) -> np.ndarray | None:
 
 def constant(value: ir.Value) -> np.ndarray | None:
     """What a value always is, or None if it is computed; weights are stored as fp16 and a Cast."""
-    maker = value.producer()
-    if maker is not None and maker.op_type == "Cast":
+    while (maker := value.producer()) is not None and maker.op_type in ("Cast", "Unsqueeze"):
         value = maker.inputs[0]
     return None if value.const_value is None else value.const_value.numpy().astype(np.float32)
 

@@ -110,7 +110,7 @@ def lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
     tuning = DreamBoothConfig(steps=args.dreambooth_steps, lr=args.lr, token=bundle.prompts.token)
     with Runtime.open(bundle.path, "onnxruntime", threads=args.threads) as runtime:
         cases = scoring.cases(args.seed, args.subjects)
-        scorer = scoring.Scorer(runtime.bundle, cases, args.scenes)
+        scorer = scoring.Scorer(scoring.encoder(bundle, args.quick), cases, args.scenes)
         studio = small_drawing.Studio(runtime, scorer, args.steps, 1000 * args.seed)
         yield Lab(world, base, studio, training, tuple(args.lambdas), tuning, work)
 

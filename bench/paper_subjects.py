@@ -27,7 +27,7 @@ from small_world import World
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt import files, lora
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from training import base as bases
 from training import checkpoint, train
 from training.config import to_json
@@ -35,7 +35,7 @@ from training.dreambooth import DreamBoothConfig, finetune
 from training.features import encode_images
 from training.hypernet import Decoder
 
-WHERE = ("base", "cache", "out", "device", "threads")  # settings that change no result, or hardly
+WHERE = ("model", "data", "output", "device", "threads")  # settings that change no result, or hardly
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ import engines
 from export import storage
 from hyperrt import Runtime, lora, sampling, solvers
 from hyperrt.bundle import Bundle
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from hyperrt.tokenizer import Tokenizer
 from training import base as tiny
 from training.features import encode_text
@@ -130,12 +130,7 @@ def sample(
 ) -> np.ndarray:
     """Final latents [1, C, h, w] of the reference; `text`: empty, subject, generic, each [1, L, D]."""
     empty, subject, generic = text
-    kind, more = SCHEDULERS[solver]
-    scheduler = kind(
-        num_train_timesteps=bundle.betas.steps, beta_schedule=bundle.betas.schedule,
-        beta_start=bundle.betas.start, beta_end=bundle.betas.end, prediction_type=bundle.prediction_type,
-        timestep_spacing="leading", steps_offset=1, **more,
-    )  # fmt: skip
+    scheduler = scheduler_of(bundle, solver)
     scheduler.set_timesteps(steps)
     shape = (bundle.latent.channels, bundle.latent.size, bundle.latent.size)
     latents = torch.from_numpy(sampling.initial_noise(SEED, shape, 1)) * scheduler.init_noise_sigma
@@ -152,6 +147,16 @@ def sample(
             guided = (1 - 2 * s) * base_empty + kappa * s * personal + (2 - kappa) * s * base_generic
             latents = scheduler.step(guided, t, latents).prev_sample
     return latents.numpy()
+
+
+def scheduler_of(bundle: Bundle, solver: str) -> diffusers.SchedulerMixin:
+    """diffusers' scheduler of the bundle's noise schedule."""
+    kind, more = SCHEDULERS[solver]
+    return kind(
+        num_train_timesteps=bundle.betas.steps, beta_schedule=bundle.betas.schedule,
+        beta_start=bundle.betas.start, beta_end=bundle.betas.end, prediction_type=bundle.prediction_type,
+        timestep_spacing="leading", steps_offset=1, **more,
+    )  # fmt: skip
 
 
 def fresh_noise(shape: tuple[int, ...]) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ from torch import nn
 PROJECTIONS = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 RANKS = {"sd15": 3, "sdxl": 2}  # design.md, "LoRA contract"
 DELTA = 0.01  # rms of a LoRA's product over that of the weight it is added to
+TRACED = 32  # side of the latents that a network is traced with
 
 
 def main() -> None:
@@ -149,10 +150,10 @@ def sites(module: nn.Module) -> dict[str, nn.Linear]:
     return {path: child for path, child in module.named_modules() if path.endswith(PROJECTIONS)}
 
 
-def unet_inputs(family: str, rows: int) -> dict[str, torch.Tensor]:
-    """Inputs of a call of the UNet, named as optimum-intel names them, of the family's own picture size."""
+def unet_inputs(family: str, rows: int, size: int | None = None) -> dict[str, torch.Tensor]:
+    """Inputs of a call of the UNet, named as optimum-intel names them; size of latents: the family's own."""
     config = unet_config(family)
-    size, width = config["sample_size"], config["cross_attention_dim"]
+    size, width = size or config["sample_size"], config["cross_attention_dim"]
     inputs = {
         "sample": torch.randn(rows, 4, size, size),
         "timestep": torch.tensor([501]),
@@ -207,7 +208,8 @@ def write_openvino_genai(folder: Path, family: str) -> None:
     from transformers import CLIPTextModel
 
     source, root = folder / "diffusers", folder / "openvino_genai"
-    save_ir(folder, "unet", PlainUNet(unet(folder)), unet_inputs(family, 2), ["out_sample"])
+    inputs = unet_inputs(family, 2, TRACED)  # tracing computes, and the size stays open
+    save_ir(folder, "unet", PlainUNet(unet(folder)), inputs, ["out_sample"])
     if family != "sd15":
         # What the UNet alone asks of its neighbour: how many pixels a latent is.
         (root / "vae_decoder").mkdir(exist_ok=True)

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from hyperrt import Runtime
 from hyperrt.bundle import Bundle
-from hyperrt.lora import VECTORS, Subject
+from hyperrt.lora import VECTORS
+from hyperrt.subject import Subject
 
 
 def main() -> None:

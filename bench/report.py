@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
+from engines.memory import peak_bytes as peak_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -34,15 +36,6 @@ def options(description: str | None) -> argparse.ArgumentParser:
         "--quick", action="store_true", help="the least of everything: is the script in order?"
     )
     return parser
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far.
-
-    Not `getrusage`: what that says begins with the memory of whoever started the process.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def milliseconds(work: Callable[[], object]) -> float:

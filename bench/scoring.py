@@ -1,6 +1,6 @@
 """Scores of pictures of drawn subjects, one value per subject: the one place here that knows the judges.
 
-    subject           cosine between a picture and the subject, by the features of the bundle's image encoder
+    subject           cosine between a picture and the subject, by an encoder of identities
     colours           the same by the colours of what is not white, of the picture on white alone
     prompt            margin of the scene that the prompt names, -1 to 1: how much nearer the picture's border
                       is to real pictures of it than to those of the next best scene
@@ -9,7 +9,9 @@
     background        rate: the scene is the right one
 
 The first three go on where the rates are at 0 or 1.  Every subject is drawn on white and in other scenes; its
-value is the mean over these.  Cases, photos and judges are those of bench/fidelity.py.
+value is the mean over these.  Cases, photos and judges are those of training/drawn.py; the encoder is that of
+training/identity_encoder.py, which is trained when it is first asked for (two minutes) and a stranger to all
+that is judged.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-import fidelity
-import judges
 import numpy as np
 import report
 from PIL import Image
@@ -26,9 +26,9 @@ from PIL import Image
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt.bundle import Bundle
-from training import scenes
+from training import drawn, identity_encoder, judges, scenes
 
-Case = fidelity.Case
+Case = drawn.Case
 Picture = np.ndarray  # [H, W, 3] uint8
 Scores = Mapping[str, np.ndarray]  # name -> [cases]
 
@@ -45,9 +45,9 @@ def cases(seed: int, count: int) -> list[Case]:
         ValueError: there are not so many.
     """
     nouns = len(scenes.NOUNS)
-    if not 1 <= count <= fidelity.CANDIDATES * nouns:
-        raise ValueError(f"there are 1 to {fidelity.CANDIDATES * nouns} subjects, not {count}")
-    first = fidelity.FIRST_INDEX + fidelity.SEED_STRIDE * seed
+    if not 1 <= count <= drawn.CANDIDATES * nouns:
+        raise ValueError(f"there are 1 to {drawn.CANDIDATES * nouns} subjects, not {count}")
+    first = drawn.FIRST_INDEX + drawn.SEED_STRIDE * seed
     drawings = [_candidates(noun, first) for noun in scenes.NOUNS[:count]]
     found = []
     for k in range(count):
@@ -59,36 +59,42 @@ def cases(seed: int, count: int) -> list[Case]:
 
 def _candidates(noun: str, first: int) -> list[Image.Image]:
     """Those among which a subject of the noun must be found, as RGBA."""
-    who = [scenes.identity(noun, "test", first + k) for k in range(fidelity.CANDIDATES)]
-    return [scenes.draw_subject(one, fidelity.PHOTO_SIZE) for one in who]
+    who = [scenes.identity(noun, "test", first + k) for k in range(drawn.CANDIDATES)]
+    return [scenes.draw_subject(one, drawn.PHOTO_SIZE) for one in who]
 
 
 def photos_of(case: Case) -> tuple[list[Picture], list[str]]:
     """The photos of a case, and the scene of each."""
-    others = [scene for scene in scenes.BACKGROUNDS if scene != fidelity.WHITE]
+    others = [scene for scene in scenes.BACKGROUNDS if scene != drawn.WHITE]
     order = np.random.default_rng([case.index, 1]).permutation(len(others))
-    return case.photos, [others[k] for k in order[: fidelity.PHOTOS]]
+    return case.photos, [others[k] for k in order[: drawn.PHOTOS]]
 
 
 def scenes_of(case: int, others: int) -> list[str]:
     """Where a case is drawn: on white, and in so many others, each scene equally often over the cases."""
-    places = [scene for scene in scenes.BACKGROUNDS if scene != fidelity.WHITE]
-    return [fidelity.WHITE, *(places[(5 * case + 3 * j) % len(places)] for j in range(others))]
+    places = [scene for scene in scenes.BACKGROUNDS if scene != drawn.WHITE]
+    return [drawn.WHITE, *(places[(5 * case + 3 * j) % len(places)] for j in range(others))]
+
+
+def encoder(bundle: Bundle, quick: bool) -> judges.Features:
+    """Who is it? By the encoder of identities; in a quick run by the bundle's, which need not be trained."""
+    return judges.Encoder(bundle) if quick else identity_encoder.trained()[0].features
 
 
 class Scorer:
     """Scores the pictures of some cases.
 
     Args:
+        features: of the encoder that says who it is.
         others: scenes besides white that each case is drawn in.
     """
 
-    def __init__(self, bundle: Bundle, cases: Sequence[Case], others: int = 1) -> None:
+    def __init__(self, features: judges.Features, cases: Sequence[Case], others: int = 1) -> None:
         self.cases = cases
         self.places = [scenes_of(k, others) for k in range(len(cases))]
-        self.encoder = judges.Encoder(bundle)
-        self.scenes = _scene_judge(cases)
-        self.known = {name: self._references(features) for name, features in self._features().items()}
+        self.encoder = features
+        self.scenes = drawn.judge_of_scenes(cases)
+        self.lineups = {SUBJECT: drawn.Lineup(self.encoder), COLOURS: drawn.Lineup(judges.histogram)}
 
     def __call__(self, pictures: Sequence[Sequence[Picture]]) -> Scores:
         """Scores of the pictures of every case, in the order of its `places`: name -> [cases]."""
@@ -107,26 +113,8 @@ class Scorer:
             ]
         )
 
-    def _features(self) -> dict[str, judges.Features]:
-        return {SUBJECT: self.encoder, COLOURS: judges.histogram}
-
-    def _references(self, features: judges.Features) -> dict[int, np.ndarray]:
-        """What the candidates of every case look like, [candidates, F]; the cases of a noun share theirs."""
-        found = {}
-        for case in self.cases:
-            if id(case.candidates) not in found:
-                views = [
-                    [
-                        fidelity.view(drawing, fidelity.WHITE, [k, 2, number])
-                        for number in range(fidelity.VIEWS)
-                    ]
-                    for k, drawing in enumerate(case.candidates)
-                ]
-                found[id(case.candidates)] = np.stack([judges.reference(one, features) for one in views])
-        return found
-
     def _of_case(self, case: Case, places: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float]:
-        known = {name: references[id(case.candidates)] for name, references in self.known.items()}
+        known = {name: lineup.references(case) for name, lineup in self.lineups.items()}
         likeness = [known[SUBJECT] @ self.encoder(picture) for picture in pictures]
         colours = known[COLOURS] @ judges.histogram(pictures[0])
         margins = [
@@ -142,12 +130,6 @@ class Scorer:
                 np.mean([self.scenes(p) == scene for p, scene in zip(pictures, places, strict=True)])
             ),
         }
-
-
-def _scene_judge(cases: Sequence[Case]) -> judges.Scenes:
-    names = [name for name in scenes.BACKGROUNDS for _ in range(fidelity.REAL_SCENES)]
-    pictures = [cases[k % len(cases)].view(name, 1_000 + k) for k, name in enumerate(names)]
-    return judges.Scenes(pictures, names)
 
 
 def margin(judge: judges.Scenes, picture: Picture, scene: str) -> float:

@@ -26,7 +26,7 @@ from hyperrt.config import SamplingConfig
 from hyperrt.errors import Incompatible
 from hyperrt.guidance import Branch
 from hyperrt.job import plan
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 
 TRAIN = "python -m training.train --base BASE --cache CACHE --out RUN; then say --hypernet RUN"
 NOISE_STRIDE = 10  # between the seeds of two cases

@@ -36,7 +36,7 @@ from training.config import TrainConfig
 from training.dreambooth import ADAPTER, adapted
 from training.loop import Descent
 from training.lora_layers import unpack
-from training.losses import regulariser, row_loss
+from training.losses import row_loss
 from training.train import Trainer
 
 BARS = {"vs_plain": ">= 5"}
@@ -49,9 +49,10 @@ class Plain:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.config, self.layout = trainer, trainer.config, trainer.layout
+        self.regulariser = trainer.regulariser
         self.decoder = copy.deepcopy(trainer.decoder)
         self.descent = Descent(self.decoder, trainer.schedule, undecayed=("position",))
-        unet = adapted(bases.opened(self.config.base).unet, self.layout).requires_grad_(False)
+        unet = adapted(bases.opened(self.config.model).unet, self.layout).requires_grad_(False)
         self.unet = unet.to(trainer.device)
         self.slots: dict[str, tuple[nn.Module, nn.Module]] = {}
         for site in self.layout.sites:
@@ -116,8 +117,7 @@ class Plain:
         return (losses * noising.weights(timesteps, self.config.min_snr)).mean()
 
     def _regulariser(self, lora: dict[str, Tensor]) -> Tensor:
-        factors = 2 * len(self.layout.sites)
-        return self.config.lambda_ * regulariser(self.decoder.deltas(lora), self.config.reduction, factors)
+        return self.config.lambda_ * self.regulariser(lora, self.decoder.deltas(lora))
 
 
 def main() -> None:

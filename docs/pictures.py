@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hyperrt import Runtime
-from hyperrt.lora import Subject
+from hyperrt.subject import Subject
 from training.scenes import NOUNS
 
 Picture = NDArray[np.uint8]

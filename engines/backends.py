@@ -16,6 +16,7 @@ class Backend:
         vendor: the module that its vendor's package installs; "": none needed.
         install: the line that installs it.
         nvidia: whether it takes an NVIDIA GPU to run.
+        loads_fp32: while a graph is loaded its weights are in memory once more, in fp32.
         options: of `open`, fixed: they make several backends of one module.
     """
 
@@ -23,6 +24,7 @@ class Backend:
     vendor: str = ""
     install: str = ""
     nvidia: bool = False
+    loads_fp32: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -37,7 +39,7 @@ BACKENDS = {
         "onnxruntime", "onnxruntime", "pip install 'hyperrt[cuda]' 'tensorrt<11'", nvidia=True,
         options={"provider": "TensorrtExecutionProvider"},
     ),
-    "openvino": Backend("openvino", "openvino", "pip install 'hyperrt[openvino]'"),
+    "openvino": Backend("openvino", "openvino", "pip install 'hyperrt[openvino]'", loads_fp32=True),
     "tensorrt": Backend(
         "tensorrt", "tensorrt", "pip install 'hyperrt[tensorrt]'", nvidia=True,
         options={"vendor": "tensorrt"},

@@ -105,7 +105,7 @@ class Engine(ABC):
                 "a bound input is not fed",
                 f"leave it out, or unbind {bound}",
             )
-        arrays = checked(self.inputs, feeds, "input")
+        arrays = self._taken(self.inputs, feeds, "input")
         missing = [spec.name for spec in self.inputs if spec.name not in arrays and spec.name not in resident]
         if missing:
             raise EngineInputError(
@@ -122,7 +122,7 @@ class Engine(ABC):
             EngineInputError, EngineMemoryError, EngineError, EngineClosed: as in `run`.
         """
         self._open_resident()
-        uploaded = self._upload(checked(self.inputs, tensors, "input"))
+        uploaded = self._upload(self._taken(self.inputs, tensors, "input"))
         with self._lock:
             self._resident = self._open_resident() | uploaded
 
@@ -160,13 +160,14 @@ class Engine(ABC):
                 "it has no constants that its backend can replace",
                 "export the bundle with the LoRA as inputs",
             )
-        arrays = checked(self.weights, weights, "weight")
+        arrays = self._taken(self.weights, weights, "weight")
         with self._lock:
             if self._constants is None:
                 self._refit(arrays)
                 return
             # Copies: a later refit that fails must not find what the caller made of them since.
-            new = {**self._constants, **{name: np.array(array) for name, array in arrays.items()}}
+            kept = {n: a if isinstance(a, DeviceArray) else np.array(a) for n, a in arrays.items()}
+            new = {**self._constants, **kept}
             names = new if self._unusable else arrays
             try:
                 self._refit({name: new[name] for name in names})
@@ -220,6 +221,11 @@ class Engine(ABC):
     @abstractmethod
     def _release(self) -> None:
         """Give up what the backend holds; called once."""
+
+    def _taken(self, specs: Iterable[TensorSpec], tensors: Tensors, role: str) -> dict[str, Any]:
+        """`tensors`, checked, and on the host where the engine runs there."""
+        arrays = checked(specs, tensors, role)
+        return arrays if self.on_device else {name: np.asarray(array) for name, array in arrays.items()}
 
     def _open_resident(self) -> dict[str, Any]:
         if self._closed:

@@ -6,7 +6,7 @@ Everything of an engine is enqueued on its own stream, so nothing has to wait bu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from cuda.bindings import runtime as cudart
 
-from engines import dlpack
+from engines import dlpack, nvidia
 from engines.base import Array, EngineError, EngineMemoryError
 from engines.dlpack import DeviceArray
 
 NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
+NO_TIMING = 2  # cudaEventDisableTiming
 FAILED, FULL = "CUDA failed", "the GPU has no memory left"
 
 
@@ -42,7 +43,11 @@ def device(index: int = 0) -> Device:
         EngineError: there is none, or no driver.
     """
     with explained("no NVIDIA GPU can be used"):
-        properties = _call(cudart.cudaGetDeviceProperties, index)
+        try:
+            properties = _call(cudart.cudaGetDeviceProperties, index)
+        except EngineError:
+            nvidia.driver()  # if that is what is missing, it says so
+            raise
     name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
     return Device(name, f"sm{properties.major}{properties.minor}")
 
@@ -66,15 +71,22 @@ class Stream:
         """
         return Buffer(self, shape, np.dtype(dtype))
 
-    def upload(self, array: Array | DeviceArray, into: Buffer) -> None:
-        """Enqueue a copy from the host, or from another place on the device, into a buffer of the same size.
+    def upload(self, pairs: Iterable[tuple[Array | DeviceArray, Buffer]]) -> None:
+        """Enqueue copies, from the host or from anywhere on the device, each into a buffer of the same size.
 
         A host array can be changed when this returns: CUDA has read it, as it is not page-locked.
         """
-        if isinstance(array, DeviceArray):
-            self._copy(into.pointer, array.pointer, into.nbytes, "cudaMemcpyDeviceToDevice")
-        else:
-            self._copy(into.pointer, array.ctypes.data, into.nbytes, "cudaMemcpyHostToDevice")
+        pairs = list(pairs)
+        others = {array.stream for array, _ in pairs if isinstance(array, Buffer)} - {self}
+        for other in others:
+            self._follow(other)  # which may still be computing them
+        for array, into in pairs:
+            if isinstance(array, DeviceArray):
+                self._copy(into.pointer, array.pointer, into.nbytes, "cudaMemcpyDeviceToDevice")
+            else:
+                self._copy(into.pointer, array.ctypes.data, into.nbytes, "cudaMemcpyHostToDevice")
+        for other in others:
+            other._follow(self)  # where they may be freed at once
 
     def download(self, buffer: DeviceArray) -> Array:
         """A copy on the host; waits."""
@@ -101,24 +113,61 @@ class Stream:
         _call(cudart.cudaGraphDestroy, graph)
         return Recorded(self, executable)
 
+    def _follow(self, other: Stream) -> None:
+        """Let what is enqueued here from now on wait for what is enqueued there; the host does not wait."""
+        event = _call(cudart.cudaEventCreateWithFlags, NO_TIMING)
+        _call(cudart.cudaEventRecord, event, other.handle)
+        _call(cudart.cudaStreamWaitEvent, self.handle, event, 0)
+        _call(cudart.cudaEventDestroy, event)  # as soon as it was reached
+
     def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
-        _call(
-            cudart.cudaMemcpyAsync, to, source, nbytes, getattr(cudart.cudaMemcpyKind, kind), self.handle
-        )
+        _call(cudart.cudaMemcpyAsync, to, source, nbytes, getattr(cudart.cudaMemcpyKind, kind), self.handle)
+
+
+class _Memory:
+    """Memory on the device; freed, in the stream's order, when nothing refers to it."""
+
+    def __init__(self, stream: Stream, nbytes: int) -> None:
+        self.stream = stream  # which must not go before it
+        self.pointer = int(_call(cudart.cudaMallocAsync, max(1, nbytes), stream.handle))
+        weakref.finalize(self, cudart.cudaFreeAsync, self.pointer, stream.handle)
 
 
 class Buffer(DeviceArray):
-    """An array on the device; its memory is freed, in the stream's order, when nothing refers to it.
+    """An array on the device, in memory of its own or in a part of another's.
 
     `numpy.asarray` makes a copy on the host; other programs take it by DLPack.
     """
 
-    def __init__(self, stream: Stream, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        memory: _Memory | None = None,
+        start: int = 0,
+    ) -> None:
         self.shape, self.dtype = shape, dtype
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self.stream = stream
-        self.pointer = int(_call(cudart.cudaMallocAsync, max(1, self.nbytes), stream.handle))
-        weakref.finalize(self, cudart.cudaFreeAsync, self.pointer, stream.handle)
+        self._memory = memory or _Memory(stream, self.nbytes)
+        self._start = start  # bytes
+        self.pointer = self._memory.pointer + start
+
+    def __getitem__(self, part: slice) -> Buffer:
+        first, last, _ = part.indices(self.shape[0])
+        start = self._start + first * (self.nbytes // self.shape[0])
+        return Buffer(self.stream, (last - first, *self.shape[1:]), self.dtype, self._memory, start)
+
+    def reshape(self, shape: tuple[int, ...]) -> Buffer:
+        return Buffer(self.stream, shape, self.dtype, self._memory, self._start)
+
+    def concatenated(self, arrays: Sequence[Array | DeviceArray]) -> Buffer:
+        ends = np.cumsum([array.shape[0] for array in arrays]).tolist()
+        new = self.stream.allocate((ends[-1], *self.shape[1:]), self.dtype)
+        places = [new[end - array.shape[0] : end] for array, end in zip(arrays, ends, strict=True)]
+        self.stream.upload(zip(arrays, places, strict=True))
+        return new
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         if copy is False:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ NAME = b"dltensor"
 
 
 class DeviceArray(ABC):
-    """An array in a device's memory, as an engine there returns it; `run` and `bind` take it where it is.
+    """An array in a device's memory, as an engine there returns it; `run`, `bind` and `refit` take it there.
 
-    `numpy.asarray` copies it to the host; other programs take it by DLPack.
+    Nothing writes to it again, nor may whoever reads it by DLPack: an engine that was refitted with it keeps
+    it, to go back to.  `numpy.asarray` copies it to the host.
 
     Attributes:
         shape, dtype: as of a NumPy array; C-contiguous.
@@ -34,6 +36,33 @@ class DeviceArray(ABC):
     @abstractmethod
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """A copy on the host; waits for what computes it."""
+
+    @abstractmethod
+    def __getitem__(self, part: slice) -> DeviceArray:
+        """Some entries of the first axis, one after the other; a view, as in NumPy."""
+
+    @abstractmethod
+    def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
+        """The same numbers in another shape; a view, as in NumPy."""
+
+    @abstractmethod
+    def concatenated(self, arrays: Sequence[NDArray[Any] | DeviceArray]) -> DeviceArray:
+        """A new array on this one's device: `concatenate`."""
+
+    def repeat(self, count: int, axis: int = 0) -> DeviceArray:
+        """A new array with each entry of the first axis `count` times, as NumPy's."""
+        return self.concatenated([self[k : k + 1] for k in range(self.shape[0]) for _ in range(count)])
+
+    def __reduce__(self) -> Any:  # what is pickled is a NumPy array
+        return np.asarray, (np.asarray(self),)
+
+
+def concatenate(arrays: Sequence[NDArray[Any] | DeviceArray]) -> NDArray[Any] | DeviceArray:
+    """Arrays one after the other along the first axis, on a device if one is there; one alone is itself."""
+    if len(arrays) == 1:
+        return arrays[0]
+    there = next((array for array in arrays if isinstance(array, DeviceArray)), None)
+    return np.concatenate(arrays) if there is None else there.concatenated(arrays)
 
 
 class _Tensor(ctypes.Structure):

@@ -30,6 +30,8 @@ from engines.base import (
 from engines.dlpack import DeviceArray
 
 RTX = "tensorrt_rtx"
+# In what TensorRT says
+OUT_OF_MEMORY = ("out of memory", "outofmemory", "could not be allocated", "memory allocation failed")
 WARM_UP = 2  # runs before a CUDA graph is recorded: the first ones allocate, and compile kernels
 
 
@@ -54,6 +56,13 @@ class Log:
         """What was said since it was asked last: the first error, which is the cause of the others."""
         said, self.logger.errors = self.logger.errors, []
         return " ".join(said[0].split()) if said else "TensorRT does not say why"
+
+    def error(self, what: str, kind: type[EngineError] = EngineError, do: str = "") -> EngineError:
+        """The error of a function that has failed: of that kind, or of memory where that is the cause."""
+        why = self.last()
+        if any(sign in why.lower() for sign in OUT_OF_MEMORY):
+            return EngineMemoryError(what, why, "use --low-memory, or end other programs on the GPU")
+        return kind(what, why, do)
 
 
 class TensorRTEngine(Engine):
@@ -113,8 +122,7 @@ class TensorRTEngine(Engine):
         with self._device, cuda.explained("running the graph failed"):
             if self._closed:  # by another thread, after the check
                 raise closed()
-            for name, array in arrays.items():
-                self._put(name, array)
+            self._put(arrays)
             outputs = {
                 spec.name: self._place(spec.name, tuple(self._context.get_tensor_shape(spec.name)))
                 for spec in self.outputs
@@ -132,8 +140,7 @@ class TensorRTEngine(Engine):
                 for name in arrays.keys() & before.keys():
                     self._take(name, before[name])
                 raise
-            for name, array in arrays.items():
-                self._put(name, array)
+            self._put(arrays)
         return {name: self._places[name] for name in arrays}
 
     def _refit(self, arrays: dict[str, Any]) -> None:
@@ -143,8 +150,8 @@ class TensorRTEngine(Engine):
             self._recorded = None  # nothing says that a recording holds for other weights; another takes ms
             self._weights.write(arrays)
 
-    def _put(self, name: str, array: Array | DeviceArray) -> None:
-        self._stream.upload(array, self._place(name, array.shape))
+    def _put(self, arrays: Mapping[str, Array | DeviceArray]) -> None:
+        self._stream.upload([(array, self._place(name, array.shape)) for name, array in arrays.items()])
 
     def _place(self, name: str, shape: tuple[int, ...]) -> cuda.Buffer:
         """Where a tensor lies; another place only where a plan of open sizes is run with other ones."""
@@ -178,7 +185,7 @@ class TensorRTEngine(Engine):
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._stream.handle):
-            raise EngineError("running the graph failed", self._log.last())
+            raise self._log.error("running the graph failed")
 
     def _release(self) -> None:
         with self._device:
@@ -212,6 +219,8 @@ class _Weights:
             raise EngineLoadError("the plan is of another graph", why, "compile it again: hyperrt compile")
         for spec in wanted:
             self._tell(trt, spec)
+        # A refit reads all places, also of weights that it does not replace.
+        stream.upload([(_zeros(spec), self._places[spec.name]) for spec in wanted])
         missing = self._refitter.get_missing_weights()
         if missing:
             why = f"TensorRT wants {missing[0]!r} with them, which was folded into them"
@@ -233,10 +242,9 @@ class _Weights:
 
     def write(self, arrays: Mapping[str, Any]) -> None:
         """Replace weights; on an error a part of them may have been replaced."""
-        for name, array in arrays.items():
-            self._stream.upload(array, self._places[name])
+        self._stream.upload([(array, self._places[name]) for name, array in arrays.items()])
         if not self._refitter.refit_cuda_engine_async(self._stream.handle):
-            raise EngineError("refitting the graph failed", self._log.last())
+            raise self._log.error("refitting the graph failed")
 
 
 def target(vendor: str) -> str:
@@ -283,9 +291,8 @@ def open(
     runtime = trt.Runtime(log.logger)  # code of the host inside a plan stays forbidden: the default
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
-        do = "compile it again: hyperrt compile"
         what = f"{vendor} {trt.__version__} does not load the plan of {path.name}"
-        raise EngineLoadError(what, log.last(), do)
+        raise log.error(what, EngineLoadError, "compile it again: hyperrt compile")
     try:
         return TensorRTEngine(trt, log, engine, weights, recording)
     except EngineError:
@@ -314,8 +321,7 @@ def _context(trt: Any, log: Log, engine: Any, recording: bool) -> Any:
 
 def _spec(trt: Any, engine: Any, name: str) -> TensorSpec:
     shape = tuple(
-        f"{name}_{axis}" if size < 0 else int(size)
-        for axis, size in enumerate(engine.get_tensor_shape(name))
+        f"{name}_{axis}" if size < 0 else int(size) for axis, size in enumerate(engine.get_tensor_shape(name))
     )
     return TensorSpec(name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name)
 

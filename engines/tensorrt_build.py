@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines import memory
 from engines.base import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
 from engines.onnx_dims import Dims, tensor_dims
 
@@ -189,21 +190,13 @@ def _compiled(recipe: Recipe, say: _Voice) -> Built:
     if plan is None:
         name, do = Path(recipe.onnx).name, "try another target, or another precision of the bundle"
         what = f"{recipe.vendor} {trt.__version__} cannot compile {name} for {recipe.target}"
-        raise EngineLoadError(what, log.last(), do)
+        raise log.error(what, EngineLoadError, do)
     with open(recipe.output, "wb") as file:
         file.write(plan)
     if timing is not None and recipe.timing:
         Path(recipe.timing).write_bytes(timing.serialize())
     inputs = tuple(network.get_input(k).name for k in range(network.num_inputs))
-    return Built(time.perf_counter() - began, _peak_bytes(), plan.nbytes, inputs)
-
-
-def _peak_bytes() -> int:
-    """Largest memory of this process; what `getrusage` says begins with that of whoever started it."""
-    status = Path("/proc/self/status")
-    if not status.exists():  # not Linux
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM:"))
+    return Built(time.perf_counter() - began, memory.peak_bytes(), plan.nbytes, inputs)
 
 
 def _set_target(trt: Any, config: Any, recipe: Recipe) -> None:

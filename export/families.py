@@ -193,7 +193,7 @@ def _about_hypernet(path: Path) -> dict[str, Any]:
     try:
         decoder, about = checkpoint.load_hypernet(path)
         return {
-            "base": str(about["training"]["base"]),
+            "base": str(about["training"]["model"]),
             "base_model": str(about["base_model"]),
             "token": str(about["token"]),
             "layout": decoder.layout,

@@ -213,7 +213,7 @@ def _graph(
 def _use_operators(part: str, module: nn.Module) -> None:
     """Make the part's attention the operator that becomes one node, and its upsampling cheap."""
     if part == "unet":
-        lora_layers.install(module, operators.attend)
+        lora_layers.install(module, operators.attend, operators.attend_again)
         modules.feed_added(module)
         row_unet.install(module)
     elif part == "vae":

@@ -81,10 +81,7 @@ class TextEncoder(GraphModule):
 
 
 class TwoTextEncoders(GraphModule):
-    """SDXL's: ids of both [prompts, L] to hidden_states [prompts, L, D1 + D2] and pooled [prompts, P].
-
-    Hidden states are those before the last block of each, without the last norm; pooled is the second's.
-    """
+    """SDXL's: ids of both [prompts, L] to hidden_states [prompts, L, D1 + D2] and pooled [prompts, P]."""
 
     def __init__(self, encoder: nn.Module, encoder_2: nn.Module) -> None:
         super().__init__()
@@ -92,10 +89,8 @@ class TwoTextEncoders(GraphModule):
         self.encoder_2 = encoder_2
 
     def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        first = self.encoder(input_ids, output_hidden_states=True).hidden_states[-2]
-        second = self.encoder_2(input_ids_2, output_hidden_states=True)
-        hidden_states = torch.cat([first, second.hidden_states[-2]], dim=-1)
-        return hidden_states.float(), second.text_embeds.float()
+        hidden_states, pooled = features.encode_ids(self.encoder, self.encoder_2, input_ids, input_ids_2)
+        return hidden_states.float(), pooled.float()
 
 
 class Context(GraphModule):

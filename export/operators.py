@@ -2,6 +2,7 @@
 
 attend            one com.microsoft.MultiHeadAttention node: ONNX Runtime, OpenVINO and TensorRT-RTX take it;
                   on ONNX Runtime's CPU no other attention gets by without storing the scores of all heads
+attend_again      the same for a query that another attention has read
 depth_to_space    one node
 rows_from_images  tiling whose repeats the graph works out: the exporter cannot prove rows = branches x images
 combine           the guidance sum, for the same reason
@@ -11,6 +12,7 @@ Shapes: rows = branches x images, branch-major; C, h, w of the latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +27,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Softmax attention on [rows, tokens, heads x dim]; while exporting a single ONNX node."""
     if not torch.onnx.is_in_onnx_export():
         return lora_layers.attend(query, key, value, heads)
+    return _attention_node(query, key, value, {"num_heads": heads})
+
+
+def attend_again(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """`attend` for a query that another attention reads, too: as an ONNX node it has a query of its own.
+
+    TensorRT-RTX 1.7.1 crashes while it compiles two attentions of one query, whatever operators they are
+    (ONNX's own as well) and whatever stands between (Identity, Reshape, a product with 1). Half the query at
+    twice the scale is another tensor and, since both are powers of two, the same numbers.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return lora_layers.attend(query, key, value, heads)
+    scale = 2 / math.sqrt(query.shape[-1] // heads)
+    return _attention_node(query * 0.5, key, value, {"num_heads": heads, "scale": scale})
+
+
+def _attention_node(query: Tensor, key: Tensor, value: Tensor, attributes: dict[str, int | float]) -> Tensor:
     return torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         (query, key, value),
-        {"num_heads": heads},
+        attributes,
         dtype=query.dtype,
         shape=query.shape,
         version=1,

@@ -18,9 +18,6 @@ from hyperrt.lora import LoraLayout
 from hyperrt.solvers import BETA_SCHEDULES, PREDICTION_TYPES
 from training import features, image_prompt, lora_layers
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALVES = (0.5, 0.5, 0.5)
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -141,10 +138,7 @@ def timestep_spacing(source: Source) -> Literal["leading", "trailing"]:
 
 def preprocess(source: Source) -> Preprocess:
     """Photo preprocessing for the manifest: that of training/features.py."""
-    config = source.config("image_encoder")
-    clip = config.model_type == features.CLIP_VISION
-    mean, std = (CLIP_MEAN, CLIP_STD) if clip else (HALVES, HALVES)
-    return Preprocess(config.image_size, mean, std, "bicubic", "center")
+    return features.preprocess_of(source.config("image_encoder"))
 
 
 def image_prompt_section(source: Source) -> ImagePrompt | None:

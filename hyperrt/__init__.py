@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hyperrt.bundle import Bundle
     from hyperrt.errors import HyperRTError
-    from hyperrt.lora import Subject, load_subject, save_subject
+    from hyperrt.lora import load_subject, save_subject
     from hyperrt.runtime import Result, Runtime
     from hyperrt.sampling import Step
+    from hyperrt.subject import Subject
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,7 @@ _HOME = {
     "Result": "runtime",
     "Runtime": "runtime",
     "Step": "sampling",
-    "Subject": "lora",
+    "Subject": "subject",
     "load_subject": "lora",
     "save_subject": "lora",
 }

@@ -6,18 +6,24 @@ model is the zero vector: with the row gate at 0 it adds exactly 0, so going bac
 
 `refit`: the factors are constants of the graph, each of its own name, which the backend replaces.  They hold
 for all rows, so one call knows one subject; the row gate says on which rows.
+
+On a device either way reads the factors where the weight decoder wrote them (`LoraOnDevice`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine, EngineUnusable
+from engines.dlpack import DeviceArray, concatenate
 from hyperrt.errors import BundleMismatch, LoraMismatch, UsageError
-from hyperrt.lora import LoraLayout, Subject
+from hyperrt.lora import LoraLayout
+from hyperrt.subject import LoraOnDevice, Subject, Vector
 
 
 class Adapter:
@@ -63,16 +69,15 @@ class Adapter:
             subjects = (the_one(subjects),)
         if subjects == self.held:  # subjects compare by identity
             return
-        size = self._layout.size(self._name)
-        vectors = [packed(subject, self._name, size) for subject in subjects]
+        size, there = self._layout.size(self._name), self._engine.on_device
+        vectors = [packed(subject, self._name, size, there) for subject in subjects]
         if self._mode == "inputs":
-            rows = vectors[0][np.newaxis] if len(vectors) == 1 else np.stack(vectors)  # one: no second copy
-            self._engine.bind({self._name: rows})
+            self._engine.bind({self._name: concatenate([vector.reshape((1, size)) for vector in vectors])})
         else:
             self._refit(vectors[0])
         self.held = subjects
 
-    def _refit(self, vector: NDArray[np.float32]) -> None:
+    def _refit(self, vector: Any) -> None:
         try:
             self._engine.refit(self._layout.named({self._name: vector}))
         except EngineUnusable:
@@ -96,19 +101,25 @@ def the_one(subjects: Iterable[Subject | None]) -> Subject | None:
     return different[0] if different else None
 
 
-def packed(subject: Subject | None, name: str, size: int) -> NDArray[np.float32]:
+def packed(subject: Subject | None, name: str, size: int, there: bool = False) -> Vector | DeviceArray:
     """The packed vector [size] of a subject; zeros for the base model.
+
+    Args:
+        there: leave it on the device, where it is on one.
 
     Raises:
         LoraMismatch: the subject has another number of weights.
     """
     if subject is None:
         return np.zeros(size, np.float32)
-    vector = np.asarray(subject.lora[name], dtype=np.float32)
+    if there and isinstance(subject.lora, LoraOnDevice):
+        vector: Vector | DeviceArray = subject.lora.there[name]
+    else:
+        vector = np.asarray(subject.lora[name], dtype=np.float32)
     if vector.shape != (size,):
         raise LoraMismatch(
             "the subject does not fit the bundle",
-            f"its {name} holds {vector.size} weights, the bundle's {size}",
+            f"its {name} holds {math.prod(vector.shape)} weights, the bundle's {size}",
             "make it again with this bundle: hyperrt personalize",
         )
     return vector
@@ -118,13 +129,14 @@ def add_to_context(
     layout: LoraLayout,
     context: NDArray[np.float32],
     hidden: NDArray[np.float32],
-    lora_kv: NDArray[np.float32],
+    lora_kv: Vector,
     strength: float,
 ) -> None:
     """What the K/V LoRA adds to the keys and values of one row, in place: strength (hidden A) B per site.
 
     Args:
-        context: [L, W], K and V of every cross-attention side by side, as the `context` graph gives them.
+        context: [L (+ image tokens), W], K and V of all cross-attentions side by side, as the `context` graph
+            gives them.  Image tokens come last, and have no LoRA.
         hidden: [L, D], the text they were computed from.
         lora_kv: [Nkv].
     """
@@ -133,5 +145,5 @@ def add_to_context(
     below = hidden @ np.concatenate([a for a, _ in factors.values()], axis=1)  # [L, sites x rank]
     for k, (_, b) in enumerate(factors.values()):
         end = start + b.shape[1]
-        context[:, start:end] += below[:, k * rank : (k + 1) * rank] @ (strength * b)
+        context[: len(hidden), start:end] += below[:, k * rank : (k + 1) * rank] @ (strength * b)
         start = end

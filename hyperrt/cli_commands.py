@@ -19,10 +19,13 @@ from click.core import ParameterSource
 from hyperrt import __version__
 from hyperrt.cli_compile import compile_
 from hyperrt.cli_config import default_map, user_config
+from hyperrt.cli_lora import lora
 from hyperrt.cli_output import Output, with_json
 from hyperrt.cli_plans import plans
 from hyperrt.config import (
     ADAPTED,
+    COMBINED,
+    COMBINED_TO_SAVE,
     PRECISIONS,
     QUANTIZED,
     SOLVER_NAMES,
@@ -90,6 +93,9 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 @click.option(
     "--subject", "-s", metavar="FILE", help="Subject file of `hyperrt personalize`, instead of photos."
 )
+@click.option(
+    "--partial", is_flag=True, help="Of a LoRA file that adapts other layers, too, use what can be used."
+)
 @click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to draw with.")
 @click.option(
     "--class-noun",
@@ -122,6 +128,13 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 )
 @click.option(
     "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
+)
+@click.option(
+    "--combine",
+    default="mean",
+    show_default=True,
+    type=click.Choice(COMBINED),
+    help="Of several photos take the mean of the LoRA's factors, or of their products.",
 )
 @click.option(
     "--output", "-o", metavar="FILE.png|DIR|-", help="Where to; - is stdout.  [default: the current folder]"
@@ -172,6 +185,14 @@ def generate(context: click.Context, /, **options: Any) -> None:
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
 @click.option(
     "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
+)
+@click.option(
+    "--combine",
+    default="mean",
+    show_default=True,
+    type=click.Choice(COMBINED_TO_SAVE),
+    help="Of several photos take the mean of the LoRA's factors, of their products, or (for other programs, "
+    "with a rank per photo) that mean exactly.",
 )
 @click.option("--force", "-f", is_flag=True, help="Replace a file that exists.")
 @with_json
@@ -295,6 +316,7 @@ def doctor(output: Output, bundle: str, backend: str) -> None:
 
 hyperrt.add_command(compile_)
 hyperrt.add_command(plans)
+hyperrt.add_command(lora)
 
 
 def _config(context: click.Context, kind: type[Config], options: dict[str, Any]) -> Config:

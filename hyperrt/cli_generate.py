@@ -10,12 +10,13 @@ from typing import Any
 from hyperrt import config as configs
 from hyperrt import files, lora, recipe
 from hyperrt.cli_output import Output
+from hyperrt.combine import concat_layout
 from hyperrt.config import GenerateConfig, PersonalizeConfig
 from hyperrt.errors import UsageError
 from hyperrt.job import noun_in
-from hyperrt.lora import Subject
 from hyperrt.runtime import Result, Runtime
 from hyperrt.sampling import Step
+from hyperrt.subject import Subject
 from hyperrt.subject_file import PEFT_CONFIG
 
 
@@ -82,11 +83,15 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
     else:
         files.check_file(path, config.force)
     with Runtime.open(config.bundle, config.backend, config.threads) as runtime:
-        subject = runtime.personalize(_photos(config.images), config.class_noun, config.strict_images)
+        photos, layout = _photos(config.images), runtime.bundle.layout
+        subject = runtime.personalize(photos, config.class_noun, config.strict_images, config.combine)
+        if config.combine == "concat":
+            layout = concat_layout(layout, subject.photos)
+            output.note(f"rank {layout.rank}: for other programs, not to draw with here", rank=layout.rank)
         lora.save_subject(
             path,
             subject.lora,
-            runtime.bundle.layout,
+            layout,
             subject.metadata,
             config.format,
             config.force,
@@ -101,12 +106,12 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
 
 def _subject(runtime: Runtime, config: GenerateConfig, output: Output) -> Subject | None:
     if config.subject:
-        subject = runtime.load_subject(config.subject)
+        subject = runtime.load_subject(config.subject, config.partial)
         return dataclasses.replace(subject, class_noun=config.class_noun) if config.class_noun else subject
     if not config.images:
         return None
     noun = config.class_noun or noun_in(config.prompt, runtime.bundle)
-    subject = runtime.personalize(_photos(config.images), noun, config.strict_images)
+    subject = runtime.personalize(_photos(config.images), noun, config.strict_images, config.combine)
     output.note(f"subject: {_count(subject)} of a {subject.class_noun}", photos=subject.photos)
     return subject
 

@@ -9,16 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from hyperrt import recipe, subject_file
+from hyperrt import lora_report, recipe
 from hyperrt.cli_output import escaped
 from hyperrt.errors import BadInput
 from hyperrt.lora import VECTORS
-from hyperrt.subject_file import PEFT_FILE
+from hyperrt.subject_file import FOLDER_FILES
 
 PNG = b"\x89PNG\r\n\x1a\n"
-LARGEST = 1 << 30  # bytes of a subject file
 LONGEST = 400  # characters of one name or value, as text
 
 
@@ -36,7 +33,7 @@ def describe(path: str) -> dict[str, Any]:
         if head.startswith(PNG):
             return {"kind": "picture", "recipe": recipe.read(target)}
         if target.suffix == ".safetensors" or head[8:9] == b"{":
-            return _subject(target)
+            return lora_report.facts(target)
         raise BadInput(
             f"{path} is nothing that HyperRT reads",
             "it is no PNG and no safetensors file",
@@ -46,8 +43,8 @@ def describe(path: str) -> dict[str, Any]:
         raise BadInput(
             f"{path} is not a plain file", "it is a pipe, socket or device", "name a file or a folder"
         )
-    if os.path.isfile(target / PEFT_FILE):
-        return _subject(target / PEFT_FILE)
+    if any(os.path.isfile(target / name) for name in FOLDER_FILES):
+        return lora_report.facts(target)
     return _bundle(path)
 
 
@@ -112,15 +109,3 @@ def _bundle(path: str) -> dict[str, Any]:
     }
 
 
-def _subject(path: Path) -> dict[str, Any]:
-    tensors, origin = subject_file.read(path, LARGEST)
-    tokens = tensors.get(subject_file.IMAGE_TOKENS)
-    return {
-        "kind": "subject",
-        "format": subject_file.format_of(tensors),
-        "tensors": len(tensors),
-        "weights": sum(tensor.size for tensor in tensors.values()) - (0 if tokens is None else tokens.size),
-        **({} if tokens is None else {"image_tokens": list(tokens.shape)}),
-        "finite": all(bool(np.isfinite(tensor).all()) for tensor in tensors.values()),
-        "origin": origin,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from hyperrt.errors import HyperRTError, IntegrityError, UsageError
 if TYPE_CHECKING:
     from hyperrt.plans import Plan
 
-HEAD = ("ID", "BACKEND", "VERSION", "TARGET", "GRAPH", "BUNDLE", "MB", "BUILT")
+HEAD = ("ID", "BACKEND", "VERSION", "TARGET", "GRAPH", "BUNDLE", "MB", "AGE", "LAST USE", "SIZES")
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
 @click.group(invoke_without_command=True)
@@ -39,7 +41,7 @@ def plans(context: click.Context, /) -> None:
 @with_json
 @click.pass_obj
 def list_(output: Output) -> None:
-    """List the plans.
+    """List the plans: what each is for, its size, its age, when it was last used, and what all take together.
 
     \b
     Examples:
@@ -56,8 +58,12 @@ def list_(output: Output) -> None:
         output.warning(f"{_count(len(damaged), 'more plan')} cannot be read: hyperrt plans verify")
     if not entries:
         output.note(f"there are no plans in {cache.folder}: hyperrt compile BUNDLE")
+    total = sum(plan.bytes for plan in found)
     facts = [_facts(plan) for plan in found]
-    output.result(_table(found), folder=str(cache.folder), plans=facts, damaged=list(map(str, damaged)))
+    output.result(
+        f"{_table(found)}\n{_count(len(found), 'plan')}, {total / 1e6:.1f} MB" if found else "",
+        folder=str(cache.folder), plans=facts, bytes=total, damaged=list(map(str, damaged)),
+    )  # fmt: skip
 
 
 @plans.command()
@@ -136,6 +142,7 @@ def prune(output: Output, older_than: int | None, dry_run: bool) -> None:
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
+    """What is known of a plan; times are Unix seconds."""
     key = plan.key
     return {
         "id": key.id,
@@ -150,6 +157,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "bytes": plan.bytes,
         "sha256": plan.sha256,
         "created": plan.created,
+        "age_s": max(0.0, time.time() - plan.created),
+        "last_use": plan.last_use,
         "weights": len(plan.weights),
         "path": str(plan.path),
     }
@@ -161,13 +170,13 @@ def _named(found: Plan | Path) -> dict[str, Any]:
 
 
 def _id(found: Plan | Path) -> str:
-    from hyperrt.plans import SHOWN
+    from hyperrt.plan_words import SHOWN
 
     return (found if isinstance(found, Path) else found.folder).name[:SHOWN]
 
 
 def _line(found: Plan | Path) -> str:
-    from hyperrt.plans import builder
+    from hyperrt.plan_words import builder
 
     if isinstance(found, Path):
         return str(found)
@@ -188,19 +197,26 @@ def _count(number: int, noun: str) -> str:
 
 
 def _table(found: Sequence[Plan]) -> str:
-    """One plan a line, in columns; empty where there is none."""
-    from datetime import datetime
+    """One plan a line, in columns."""
+    from hyperrt.plan_words import sizes
 
-    if not found:
-        return ""
     rows = [HEAD]
     for plan in found:
-        key = plan.key
-        built = datetime.fromtimestamp(plan.created).strftime("%Y-%m-%d")
-        size = f"{plan.bytes / 1e6:.1f}"
+        key, used = plan.key, plan.last_use
         rows.append(
-            (_id(plan), key.backend, key.version, key.target, plan.graph_name, plan.bundle, size, built)
-        )
+            (
+                _id(plan), key.backend, key.version, key.target, plan.graph_name, plan.bundle,
+                f"{plan.bytes / 1e6:.1f}", _since(plan.created), "never" if used is None else _since(used),
+                sizes(key),
+            )
+        )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(lines)
+
+
+def _since(when: float) -> str:
+    """How long ago: "3 d", "5 h", "0 min"."""
+    seconds = max(0.0, time.time() - when)
+    size, unit = next((pair for pair in UNITS if seconds >= pair[0]), UNITS[-1])
+    return f"{seconds // size:.0f} {unit}"

@@ -11,16 +11,18 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import engines
 from engines import tensorrt_build
 from engines.backends import BACKENDS
+from engines.base import Engine
 from engines.tensorrt_build import CURRENT, Built, Recipe
-from hyperrt import parity, tiling
+from hyperrt import plan_parity, tiling
 from hyperrt.bundle import PACKAGED, Bundle
-from hyperrt.errors import NumericError, UsageError
+from hyperrt.errors import HyperRTError, UsageError
+from hyperrt.plan_parity import Parity
+from hyperrt.plan_words import rebuild_command
 from hyperrt.plans import Plan, PlanCache, PlanKey, graph_hash
 
 log = logging.getLogger("hyperrt")
@@ -28,8 +30,6 @@ log = logging.getLogger("hyperrt")
 PLANNED = frozenset({"tensorrt", "tensorrt-rtx"})  # backends that run plans
 FIXED = ("denoiser", "vae_decoder")  # graphs whose plans have fixed sizes
 RANGES = {"photos": (1, 1, 16), "prompts": (1, 3, 48), "rows": (1, 3, 48), "subjects": (1, 1, 48)}
-# Largest relative error of a plan against another backend; TensorRT multiplies fp32 as TF32.
-TOLERANCE = {"fp32": 1e-2, "fp16": 3e-2, "bf16": 8e-2}
 Sizes = Mapping[str, int]
 Progress = Callable[[str, str, float], None]  # graph, target, share that is done
 
@@ -84,8 +84,43 @@ def find(bundle: Bundle, name: str, backend: str, sizes: Sizes, cache: PlanCache
     """
     target = engines.load(backend).target(BACKENDS[backend].vendor)
     key = key_of(bundle, name, backend, target, sizes)
-    said = bundle.path.name if bundle.path.parent == PACKAGED else str(bundle.path)
-    return (cache or PlanCache()).load(key, bundle=said, graph_name=name)
+    try:
+        return (cache or PlanCache()).load(key, bundle=_named(bundle), graph_name=name)
+    except HyperRTError as error:
+        if dict(key.sizes).get("h") not in (None, bundle.latent.size):  # a key does not say that it is a tile
+            raise type(error)(error.what, error.why, f"{error.do} --low-memory") from error
+        raise
+
+
+def compare_once(bundle: Bundle, name: str, plan: Plan, engine: Engine) -> None:
+    """Refuse a plan that computes something else than its graph; one that was compared is not again.
+
+    Args:
+        engine: of the plan, as it was opened.
+
+    Raises:
+        NumericError: with the command that builds the plan again.
+    """
+    if plan_parity.known(plan) is None:
+        log.info("comparing the plan of %s with its graph, once", name)
+        do = rebuild_command(plan.key, _named(bundle))
+        if found := plan_parity.check(bundle, name, engine, _usual(plan.key), do):
+            plan_parity.keep(plan, found)
+
+
+def unusable(bundle: Bundle, plan: Plan, error: engines.EngineLoadError) -> engines.EngineLoadError:
+    """The error of a plan that is whole and does not load, with the command that builds it again."""
+    return engines.EngineLoadError(error.what, error.why, rebuild_command(plan.key, _named(bundle)))
+
+
+def _usual(key: PlanKey) -> dict[str, int]:
+    """Sizes to compare a plan with: those that it has, and the usual ones of its ranges."""
+    return {size: usual for size, (_, usual, _) in RANGES.items()} | dict(key.sizes)
+
+
+def _named(bundle: Bundle) -> str:
+    """The bundle as a command takes it."""
+    return bundle.path.name if bundle.path.parent == PACKAGED else str(bundle.path)
 
 
 def sizes_of(
@@ -162,6 +197,7 @@ def _compile(
     graph, path = bundle.graphs[name], bundle.graph(name)
     weights = tuple(spec.name for spec in graph.weights)
     built: list[Built] = []
+    compared: list[Parity | None] = []
 
     def write(output: Path) -> None:
         recipe = Recipe(
@@ -170,26 +206,13 @@ def _compile(
         )  # fmt: skip
         tell = progress or (lambda *_: None)
         built.append(tensorrt_build.build(recipe, lambda share: tell(name, target, share)))
-        if own:
-            _check(bundle, name, backend, output, {**sizes, **dict(key.sizes)})
+        if not own:
+            return  # what is for another GPU is compared when it is opened there
+        with engines.open(path, backend, plan=output, weights=graph.weights) as engine:
+            do = f"use another version of {vendor}"
+            compared.append(plan_parity.check(bundle, name, engine, _usual(key), do))
 
     plan = cache.publish(key, write, bundle=bundle.path.name, graph_name=name, weights=weights)
+    if compared and compared[0]:
+        plan_parity.keep(plan, compared[0])
     return Compiled(plan, built[0])
-
-
-def _check(bundle: Bundle, name: str, backend: str, plan: Path, sizes: Sizes) -> None:
-    """Refuse a plan for this machine's GPU that computes something else than its graph."""
-    reference = "onnxruntime" if bundle.precision == "fp32" else "openvino"
-    if find_spec(BACKENDS[reference].vendor) is None:
-        log.warning("the plan of %s is not compared: %s is not installed", name, reference)
-        return
-    graph, path = bundle.graphs[name], bundle.graph(name)
-    feeds = parity.random_feeds(graph.inputs, {"photos": 1, "prompts": 3, **sizes}, seed=0)
-    with engines.open(path, reference) as engine:
-        expected = engine.run(feeds)
-    with engines.open(path, backend, plan=plan, weights=graph.weights) as engine:
-        error = parity.relative(engine.run(feeds), expected)
-    if not error <= TOLERANCE[bundle.precision]:
-        why = f"its relative error is {error:.2g}; allowed is {TOLERANCE[bundle.precision]:g}"
-        what = f"the plan of {name} computes something else than the graph"
-        raise NumericError(what, why, f"use another version of {BACKENDS[backend].vendor}")

@@ -1,9 +1,12 @@
 """What the rows of a job are told: prompts, and the subjects' K and V, as the denoiser takes them.
 
 texts -> hidden_states (, pooled)                                 once per prompt    text_encoder
-these (, time ids) -> context (, added)                           once per prompt    context
+these (, image tokens, time ids) -> context (, added)             once per prompt    context
 context + K/V LoRA                                                once per subject   here, on the host
-these, K/V LoRA, image tokens (, time ids) -> context (, added)   once per subject   context, open category
+these, K/V LoRA, image tokens (, time ids) -> context (, added)   once per subject   context
+
+The last line takes the place of the two before it on a device, where K and V then stay.  In the open category
+the second is once per subject that has image tokens.
 
 rows = branches x pairs here, branch-major: row = branch * pairs + pair.  Which of these a model has is read
 from its manifest; a graph is fed what it asks for.
@@ -18,18 +21,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.base import Tensors
+from engines.dlpack import DeviceArray, concatenate
 from hyperrt import prompts
 from hyperrt.adapt import add_to_context, packed
 from hyperrt.graphs import Graphs
 from hyperrt.job import Job
-from hyperrt.lora import Subject
 from hyperrt.personalize import check_finite
+from hyperrt.subject import Subject
 from hyperrt.tokenizer import Tokenizer
 
 log = logging.getLogger("hyperrt")
 
 Floats = NDArray[np.float32]
-Tensors = Mapping[str, Floats]
+Arrays = Mapping[str, Floats]
 
 
 class Conditioning:
@@ -45,47 +50,54 @@ class Conditioning:
         self._bundle = graphs.bundle
         self._low_memory = low_memory
         self._tokenizer: Tokenizer | None = None
-        self._features: tuple[tuple[str, ...], Tensors] | None = None  # of the last texts
-        self._plain: tuple[tuple[str, ...], Tensors] | None = None  # of the last texts, without LoRA
+        self._features: tuple[tuple[str, ...], Arrays] | None = None  # of the last texts
+        self._plain: tuple[tuple[Any, ...], Arrays] | None = None  # of the last texts, image tokens
         self._context: tuple[tuple[Any, ...], Tensors] | None = None  # of the last job: its key, outputs
 
     def of(self, job: Job) -> Tensors:
         """`context` [rows, L, W], and `added` [rows, E] where the model has it; kept for the next call.
 
         Raises:
-            NumericError: a value is NaN or infinite.
+            NumericError: a value on the host is NaN or infinite.
         """
         if self._context is None or self._context[0] != job.told:
             features = self._features_of(job.texts)
-            if self._bundle.image_prompt is None:
-                context = self._with_lora(job, features)
-            else:  # the image tokens go through the graph, and the LoRA with them
-                context = self._run(job, features, job.gate, job.lora_rows(1))
-            self._context = job.told, context
+            if self._graphs.engine("context").on_device:  # nothing leaves it
+                self._context = None  # room for the new one
+                self._context = job.told, self._run(job, features, job.gate, job.lora_rows(1))
+            else:
+                self._context = job.told, self._with_lora(job, features)
         return self._context[1]
 
-    def _with_lora(self, job: Job, features: Tensors) -> Tensors:
+    def _with_lora(self, job: Job, features: Arrays) -> Arrays:
         """The base model's K and V, kept for the next subject, and what the LoRA adds on the subjects' rows.
 
         For a change of subject this is a fiftieth of the graph's work: (hidden A) B has rank r.
         """
-        if self._plain is None or self._plain[0] != job.texts:
-            plain = self._run(job, features, np.zeros_like(job.gate), (None,))
-            self._plain = job.texts, plain
+        told = job.texts, job.image_scales.tobytes(), self._with_tokens(job)
+        if self._plain is None or self._plain[0] != told:
+            self._plain = None  # room for the new one
+            self._plain = told, self._run(job, features, np.zeros_like(job.gate), (None,))
         plain = self._plain[1]
         if self._low_memory:
             self._plain = None
         context = self._of_same_rows(job)
         if context is None:
             context = plain["context"].copy()
-        for row in np.flatnonzero(job.gate):
+        for row in np.flatnonzero(np.logical_or(job.gate, job.image_scales)):
             context[row] = plain["context"][row]
+        for row in np.flatnonzero(job.gate):
             subject = job.subjects[row % len(job.subjects)]  # there is one where the gate is open
-            lora_kv = packed(subject, "lora_kv", self._bundle.layout.size("lora_kv"))
+            lora_kv = np.asarray(packed(subject, "lora_kv", self._bundle.layout.size("lora_kv")))
             hidden = features["hidden_states"][row]
             add_to_context(self._bundle.layout, context[row], hidden, lora_kv, float(job.gate[row]))
             check_finite({"context": context[row]}, "what the prompt says")
         return {**plain, "context": context}
+
+    def _with_tokens(self, job: Job) -> tuple[Subject | None, ...]:
+        """[rows] whose image tokens a row has."""
+        subjects = enumerate(job.image_scales)
+        return tuple(job.subjects[row % len(job.subjects)] if scale else None for row, scale in subjects)
 
     def _of_same_rows(self, job: Job) -> Floats | None:
         """The last job's array, to be written to, where only its subjects were others: SDXL's has 150 MB."""
@@ -94,17 +106,17 @@ class Conditioning:
         (texts, _, *scales), last = self._context
         same = (texts, *scales) == (job.told[0], *job.told[2:])
         self._context = None  # until it is whole again
-        return last["context"] if same else None
+        return np.asarray(last["context"]) if same else None
 
     def _run(
-        self, job: Job, features: Tensors, gate: Floats, subjects: tuple[Subject | None, ...]
-    ) -> Tensors:
-        """The context graph's outputs, checked."""
+        self, job: Job, features: Arrays, gate: Floats, subjects: tuple[Subject | None, ...]
+    ) -> Mapping[str, Any]:
+        """The context graph's outputs, checked; on a device they stay there."""
         known = {**features, "gate": gate, **self._sizes(len(gate)), **self._image_prompt(job)}
         self._graphs.adapter("context", "lora_kv").put(*subjects)
         graph = self._bundle.graphs["context"]
         asked = {name: value for name, value in known.items() if graph.takes(name)}
-        context = self._graphs.engine("context").run(asked)
+        context: Mapping[str, Any] = self._graphs.engine("context").run(asked, host=False)
         self._done_with("context")
         check_finite(context, "what the prompt says")
         return context
@@ -113,7 +125,7 @@ class Conditioning:
         """Drop what is kept."""
         self._features = self._plain = self._context = None
 
-    def _features_of(self, texts: tuple[str, ...]) -> Tensors:
+    def _features_of(self, texts: tuple[str, ...]) -> Arrays:
         """The text encoder's outputs [rows, ...]; those of the last texts are kept for the next subject."""
         if self._features is None or self._features[0] != texts:
             unique = list(dict.fromkeys(texts))  # the empty prompt of every pair is one
@@ -145,17 +157,19 @@ class Conditioning:
         side = self._bundle.image_size
         return {"time_ids": np.tile(np.array([side, side, 0, 0, side, side], np.float32), (rows, 1))}
 
-    def _image_prompt(self, job: Job) -> dict[str, Floats]:
+    def _image_prompt(self, job: Job) -> dict[str, Floats | DeviceArray]:
         """Image tokens and their scale, per row; where the scale is 0 any tokens give the plain UNet."""
         shape = self._bundle.image_prompt
         if shape is None:
             return {}
-        tokens = np.zeros((len(job.gate), shape.tokens, shape.width), np.float32)
-        for row in np.flatnonzero(job.image_scales):
+        tokens: list[Floats | DeviceArray] = []
+        for row, scale in enumerate(job.image_scales):
             subject = job.subjects[row % len(job.subjects)]
-            if subject is not None and subject.image_tokens is not None:
-                tokens[row] = subject.image_tokens.mean(0)
-        return {"image_tokens": tokens, "image_scale": job.image_scales}
+            found = subject.image_tokens if subject is not None and scale else None
+            if found is None:
+                found = np.zeros((1, shape.tokens, shape.width), np.float32)
+            tokens.append(found if isinstance(found, DeviceArray) else found.mean(0, keepdims=True))
+        return {"image_tokens": concatenate(tokens), "image_scale": job.image_scales}
 
     def _done_with(self, graph: str) -> None:
         if self._low_memory:

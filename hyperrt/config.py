@@ -17,6 +17,8 @@ from typing import Any
 from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
+COMBINED = ("mean", "product")  # how several photos become a LoRA of the bundle's rank
+COMBINED_TO_SAVE = (*COMBINED, "concat")  # to one of any rank; see hyperrt/combine.py, which needs NumPy
 PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = ("none", "int8")
 VERIFIED = ("none", "graphs", "full")
@@ -25,6 +27,7 @@ MAX_SIZE = 2**14  # pixels
 MAX_IMAGE_SCALE = 10
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
+MAX_RANK = 1024
 MAX_SEED = 2**63 - 1
 STDOUT = "-"
 SOLVER_NAMES = (
@@ -79,18 +82,21 @@ class GenerateConfig(SamplingConfig):
     prompt: str
     images: tuple[str, ...] = ()  # photos: a folder, or files
     subject: str | None = None  # a subject file, instead of photos
+    partial: bool = False  # of a LoRA that adapts other modules, too: leave these out
     bundle: str = "tiny"  # name or folder
     class_noun: str | None = None  # None: the noun of the prompt, else the subject file's, else the bundle's
     backend: str = "auto"
     threads: int | None = None  # None: the backend decides
     low_memory: bool = False  # close graphs that are no longer needed; decode large pictures in tiles
     strict_images: bool = False  # one bad photo stops the command
+    combine: str = "mean"  # what becomes of several photos
     output: str | None = None  # FILE.png, folder, "-" for stdout; None: the current folder
     force: bool = False  # overwrite
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _in_range("threads", self.threads, 1, 1024)
+        _one_of("combine", self.combine, COMBINED)
         if self.images and self.subject:
             raise UsageError(
                 "--images and --subject were both given",
@@ -102,7 +108,14 @@ class GenerateConfig(SamplingConfig):
             raise UsageError(what, "a pipe takes one PNG", "use -o FOLDER")
         _named("images", *self.images)
         _named("subject", self.subject)
+        if self.partial and not self.subject:
+            why = "it leaves out part of a subject file, and none was named"
+            do = "leave it out, or add --subject FILE"
+            raise UsageError("--partial was given without --subject", why, do)
         check_needs_subject(bool(self.images or self.subject), self)
+        if self.combine != "mean" and not self.images:
+            why = "it says what becomes of several photos, and would change nothing"
+            raise UsageError(f"combine is {self.combine!r}, but there are no photos", why, "leave it out")
 
     def sampling(self, **changes: Any) -> SamplingConfig:
         """The sampling options alone, some of them changed."""
@@ -126,11 +139,13 @@ class PersonalizeConfig:
     backend: str = "auto"
     threads: int | None = None
     strict_images: bool = False
+    combine: str = "mean"
     force: bool = False
 
     def __post_init__(self) -> None:
         _in_range("threads", self.threads, 1, 1024)
         _one_of("format", self.format, SUBJECT_FORMATS)
+        _one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
             raise UsageError("no photos were named", "", "add --images FOLDER")
         _named("images", *self.images)
@@ -201,6 +216,29 @@ class CompileConfig:
     def targets(self) -> tuple[str, ...]:
         """Each once, in order."""
         return tuple(dict.fromkeys(name.strip() for name in self.target.split(",")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """One `hyperrt lora convert`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    source: str  # file or folder
+    output: str
+    format: str
+    bundle: str | None = None  # None: whatever model the file is for
+    rank: int | None = None  # None: as it is
+    partial: bool = False  # leave out what is no q, k or v of the cross-attention
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, SUBJECT_FORMATS)
+        _in_range("rank", self.rank, 1, MAX_RANK)
+        _named("source", self.source)
+        _named("output", self.output)
 
 
 def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:

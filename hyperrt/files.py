@@ -51,7 +51,7 @@ def publish(
     """
     target = check_file(path, force)
     sweep(target.parent)
-    with _explained(target):
+    with explained(target):
         aside, descriptor = _create(target.parent, as_folder=False)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -84,7 +84,7 @@ def publish_folder(
     """
     target = check_folder(path, marker, force)
     sweep(target.parent)
-    with _explained(target):
+    with explained(target):
         aside, descriptor = _create(target.parent, as_folder=True)
         try:
             write(aside)
@@ -108,7 +108,7 @@ def check_file(path: str | os.PathLike[str], force: bool = False) -> Path:
         NotFound: its folder does not exist.
     """
     target = Path(os.path.abspath(path))
-    with _explained(target):
+    with explained(target):
         _check_parent(target)
         if target.is_dir():
             raise UsageError(f"{target} is a folder", "a file is to be written", "add a file name to it")
@@ -130,7 +130,7 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
         NotFound: its parent does not exist.
     """
     target = Path(os.path.abspath(path))
-    with _explained(target):
+    with explained(target):
         _check_parent(target)
         try:
             found = target.lstat()
@@ -161,7 +161,7 @@ def remove(path: str | os.PathLike[str]) -> None:
         ResourceError: the disk is broken, or part of it could not be removed.
     """
     target = Path(os.path.abspath(path))
-    with _explained(target):
+    with explained(target):
         if not stat.S_ISDIR(target.lstat().st_mode):
             target.unlink()
             return
@@ -369,7 +369,7 @@ def _not_writable(target: Path) -> UsageError:
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def explained(target: Path) -> Iterator[None]:
     """The system's errors about `target` become ours; others, about a file that `write` reads, pass."""
     try:
         yield

@@ -18,11 +18,12 @@ from hyperrt.bundle import Bundle
 from hyperrt.compiling import PLANNED
 from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
 from hyperrt.manifest import shown
+from hyperrt.plans import Plan
 
 # Backends that are faster when they know the sizes.
 COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
 CACHING = frozenset({"openvino"})  # backends that take `cache`
-REFITTING = PLANNED | {"fake", "onnxruntime"}  # backends whose engines have `weights`
+REFITTING = PLANNED | {"fake", "onnxruntime", "onnxruntime-cuda"}  # backends whose engines have `weights`
 
 Sizes = Mapping[str, int]
 
@@ -50,6 +51,7 @@ class Graphs:
         self._options = dict(options or {})
         self._engines: dict[str, Engine] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._compared: set[str] = set()  # plans, by their sha256
         self._closed = False
 
     @property
@@ -63,8 +65,10 @@ class Graphs:
         Raises:
             BundleMismatch: the constants that a refit replaces are not those that the manifest names.
             NotFound, Incompatible, IntegrityError: there is no plan for this machine, or none to be trusted.
+            NumericError: a plan that is opened for the first time computes something else than its graph.
             engines.EngineError: it cannot be opened.
         """
+        plan: Plan | None = None
         options: dict[str, Any] = {"cache": compile_cache()} if self.backend in CACHING else {}
         if self.backend == "openvino" and name == "vae_decoder":
             options["precision"] = "f32"  # it would choose bf16, whose rounding is bands in the picture
@@ -73,10 +77,18 @@ class Graphs:
             options = {"plan": plan.path, "weights": self.bundle.graphs[name].weights}
         fixed = sizes if self.backend in COMPILING else None
         path = self.bundle.graph(name)
-        engine = engines.open(path, self.backend, self._threads, fixed, **options | self._options)
+        try:
+            engine = engines.open(path, self.backend, self._threads, fixed, **options | self._options)
+        except engines.EngineLoadError as error:
+            if plan is None:
+                raise
+            raise compiling.unusable(self.bundle, plan, error) from error
         try:
             self._check_weights(name, engine)
-        except BundleMismatch:
+            if plan is not None and plan.sha256 not in self._compared:
+                compiling.compare_once(self.bundle, name, plan, engine)
+                self._compared.add(plan.sha256)
+        except BaseException:  # an interruption, too: to compare may take long
             engine.close()
             raise
         return engine
@@ -101,7 +113,7 @@ class Graphs:
     def adapter(self, name: str, vector: str) -> Adapter:
         """What puts a LoRA into the open graph, which takes the packed `vector` or the factors in it."""
         if name not in self._adapters:
-            mode = "refit" if self.bundle.graphs[name].weights else "inputs"
+            mode = self.bundle.graphs[name].adapt
             self._adapters[name] = Adapter(self.engine(name), vector, self.bundle.layout, mode)
         return self._adapters[name]
 
@@ -149,7 +161,7 @@ def _backend(bundle: Bundle, asked: str) -> str:
         return "onnxruntime"
     raise BundleMismatch(
         f"the backend {found!r} cannot take the LoRA of the bundle {bundle.name}",
-        f"its LoRA enters by refit, and {found} makes constants of it; {listed(REFITTING)} do not",
+        f"its LoRA enters by refit, and {found} makes constants of it; {listed(REFITTING - {'fake'})} do not",
         "export the bundle with --adapt inputs, or use another backend",
     )
 

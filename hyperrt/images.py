@@ -17,18 +17,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.errors import BadImage, BadInput, BundleMismatch, NotFound
+from hyperrt.srgb import Picture, upright_srgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
-    from PIL.Image import Transpose
-
-Picture = NDArray[np.uint8]  # [H, W, 3]
 
 MAX_PHOTOS = 16  # of one folder; more add nothing to the mean, and each takes time
 MAX_ENTRIES = 100_000  # of one folder; more is no folder of photos
@@ -55,7 +53,6 @@ SIGNATURES = (  # offset, bytes, what the file is
 )  # fmt: skip
 HEAD_BYTES = 16
 CROPS = {"pad": max, "center": min}  # side of the square, of height and width
-ORIENTATION = 0x0112  # EXIF tag
 
 
 class Preprocess(Protocol):
@@ -83,22 +80,33 @@ class Photos:
     ignored: list[tuple[str, str]] = field(default_factory=list)  # what is no photo: name, kind
 
 
-def load_image(source: str | os.PathLike[str] | Picture | PilImage) -> Picture:
+def load_image(
+    source: str | os.PathLike[str] | bytes | Picture | PilImage,
+    *,
+    keep_side: int = KEEP_SIDE,
+    follow: bool = True,
+) -> Picture:
     """One photo => [H, W, 3] uint8.
 
     Args:
-        source: a file, an array [H, W], [H, W, 3] or [H, W, 4] of uint8, or a PIL image (left as it is).
+        source: a file, the contents of one, an array [H, W], [H, W, 3] or [H, W, 4] of uint8, or a PIL image
+            (left as it is).
+        keep_side: of a file, pixels that are kept on the longer side.
+        follow: read a file that is reached by a link.
 
     Raises:
         BadImage: it cannot be read, or is too small, too large or too narrow.
         NotFound: there is no such file.
     """
+    if isinstance(source, bytes):
+        _check_bytes(len(source), "image")
+        return _decode(io.BytesIO(source), "image", keep_side)
     if isinstance(source, (str, os.PathLike)):
-        return _load_file(Path(source), printable(os.fspath(source)), follow=True)
+        return _load_file(Path(source), printable(os.fspath(source)), follow, keep_side)
     with _damage_as_bad_image("image", b""):
         image = _image_in_memory(source)
         _check_size(image.size, "image")
-        return _picture(image.copy())
+        return upright_srgb(image.copy(), KEEP_SIDE)
 
 
 def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
@@ -119,10 +127,10 @@ def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
     folder = Path(path)
     photos = Photos()
     seen: dict[bytes, str] = {}  # hash of a picture -> its name
-    entries = _entries(folder)
-    for position, entry in enumerate(entries):
+    found = entries(folder)
+    for position, entry in enumerate(found):
         if len(photos.images) == MAX_PHOTOS:
-            _count_rest(photos, entries[position:])
+            _count_rest(photos, found[position:])
             break
         name = printable(entry.name)
         try:
@@ -156,27 +164,32 @@ def preprocess(images: Sequence[Picture], spec: Preprocess) -> NDArray[np.float3
     Raises:
         BundleMismatch: the spec names a way that this version does not know.
     """
-    from PIL import Image
-
     if spec.resample != "bicubic" or spec.crop not in CROPS:
         why = f"resample {spec.resample!r}, crop {spec.crop!r}; known are 'bicubic' and 'pad', 'center'"
         raise BundleMismatch("the bundle prepares photos in an unknown way", why, "update hyperrt")
     pixels = np.empty((len(images), 3, spec.size, spec.size), np.float32)
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
     for row, picture in zip(pixels, images, strict=True):
-        height, width = picture.shape[:2]
-        side = CROPS[spec.crop](height, width)
-        square = Image.new("RGB", (side, side), "white")
-        square.paste(Image.fromarray(picture), ((side - width) // 2, (side - height) // 2))  # may stick out
-        small = square.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+        small = square(picture, spec.size, spec.crop)
         row[:] = ((np.asarray(small, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
     return pixels
+
+
+def square(picture: Picture, size: int, crop: str = "center") -> Picture:
+    """[H, W, 3] => [size, size, 3]; `crop` as in `preprocess`."""
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    side = CROPS[crop](height, width)
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(Image.fromarray(picture), ((side - width) // 2, (side - height) // 2))  # may stick out
+    return np.array(canvas.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
 
 
 def natural_key(name: str) -> tuple[Any, ...]:
     """Sort key by which 2.png comes before 10.png."""
     parts = re.split(r"([0-9]+)", name.casefold())
-    return (*(int(part) if index % 2 else part for index, part in enumerate(parts)), name)
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
 def printable(name: str) -> str:
@@ -184,21 +197,26 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    entries = []
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, in natural order, without hidden files.
+
+    Raises:
+        NotFound, BadInput: there is no such folder; it cannot be read, or holds more than `MAX_ENTRIES`.
+    """
+    listed = []
     try:
         with os.scandir(folder) as found:
             for entry in found:
                 if not entry.name.startswith("."):
-                    entries.append(entry)
-                if len(entries) > MAX_ENTRIES:
+                    listed.append(entry)
+                if len(listed) > MAX_ENTRIES:
                     why = f"it holds more than {MAX_ENTRIES:,} files"
                     raise BadInput(f"{folder} is no folder of photos", why, "name one with photos")
     except FileNotFoundError as error:
         raise NotFound(f"the folder {folder} does not exist", "", "name a folder of photos") from error
     except OSError as error:
         raise BadInput(f"the folder {folder} cannot be read", error.strerror or str(error)) from error
-    return sorted(entries, key=lambda entry: natural_key(entry.name))
+    return sorted(listed, key=lambda entry: natural_key(entry.name))
 
 
 def _is_photo(entry: os.DirEntry[str]) -> bool:
@@ -231,18 +249,22 @@ def _no_photos(folder: Path, photos: Photos) -> BadInput:
     return BadInput(what, first + more, "add others, as PNG or JPEG")
 
 
-def _load_file(path: Path, name: str, follow: bool) -> Picture:
+def _load_file(path: Path, name: str, follow: bool, keep_side: int = KEEP_SIDE) -> Picture:
+    with _open_regular(path, name, follow) as file:
+        return _decode(file, name, keep_side)
+
+
+def _decode(file: BinaryIO, name: str, keep_side: int) -> Picture:
     # Readers imported here: for one that is missing, Pillow would import all its forty.
     from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
-    with _open_regular(path, name, follow) as file:
-        head = file.read(HEAD_BYTES)
-        file.seek(0)
-        with _damage_as_bad_image(name, head), Image.open(file, formats=FORMATS) as image:
-            _check_size(image.size, name)
-            image.draft(None, (KEEP_SIDE, KEEP_SIDE))  # a large JPEG: decode it at a half, fourth ...
-            image.load()
-            return _picture(image)
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    with _damage_as_bad_image(name, head), Image.open(file, formats=FORMATS) as image:
+        _check_size(image.size, name)
+        image.draft(None, (keep_side, keep_side))  # a large JPEG: decode it at a half, fourth ...
+        image.load()
+        return upright_srgb(image, keep_side)
 
 
 @contextlib.contextmanager
@@ -270,10 +292,14 @@ def _open_regular(path: Path, name: str, follow: bool) -> Iterator[io.BufferedRe
 def _check_regular(info: os.stat_result, name: str) -> None:
     if not stat.S_ISREG(info.st_mode):
         raise BadImage(name, f"it is {_kind(info.st_mode)}, not a file", "name a plain file")
-    if info.st_size == 0:
+    _check_bytes(info.st_size, name)
+
+
+def _check_bytes(count: int, name: str) -> None:
+    if count == 0:
         raise BadImage(name, "it is empty (0 bytes)", AGAIN)
-    if info.st_size > MAX_FILE_BYTES:
-        why = f"it has {info.st_size >> 20} MiB; the limit is {MAX_FILE_BYTES >> 20} MiB"
+    if count > MAX_FILE_BYTES:
+        why = f"it has {count >> 20} MiB; the limit is {MAX_FILE_BYTES >> 20} MiB"
         raise BadImage(name, why, CONVERT)
 
 
@@ -339,62 +365,3 @@ def _image_in_memory(source: object) -> PilImage:
         have = f"it is an array {list(source.shape)} of {source.dtype}"
         raise BadImage("image", f"{have}; wanted is [height, width, 3] of uint8")
     return Image.fromarray(np.ascontiguousarray(source))
-
-
-def _picture(image: PilImage) -> Picture:
-    """A loaded image => what `load_image` promises."""
-    from PIL import Image
-
-    # TIFF is turned while it loads, which also clears its tag: so the tag is read here, and not before.
-    turn = _turn(image)
-    colour, alpha = _colour_and_alpha(image)
-    colour = _to_srgb(colour, image.info.get("icc_profile"))
-    if alpha is not None:
-        colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
-    colour.thumbnail((KEEP_SIDE, KEEP_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return np.array(colour if turn is None else colour.transpose(turn), np.uint8)
-
-
-def _colour_and_alpha(image: PilImage) -> tuple[PilImage, PilImage | None]:
-    """Colour in a mode that colour profiles are made for, RGB, L or CMYK; transparency as L."""
-    from PIL import Image
-
-    if image.mode in ("I", "F"):
-        raise ValueError("its samples are of 32 bits, in an unknown range")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts everything above 255 to white
-        samples = np.asarray(image)
-        clear = image.info.get("transparency")
-        alpha = None if clear is None else Image.fromarray(np.uint8(255) * (samples != clear))
-        return Image.fromarray((samples >> 8).astype(np.uint8)), alpha
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return rgba.convert("RGB"), rgba.getchannel("A")
-    return (image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")), None
-
-
-def _to_srgb(image: PilImage, profile: bytes | None) -> PilImage:
-    """RGB; a profile that cannot be read or does not fit is left out of account."""
-    if profile:
-        with contextlib.suppress(Exception):
-            from PIL import ImageCms
-
-            source = ImageCms.getOpenProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(source):  # the way there and back costs exactness
-                target = ImageCms.createProfile("sRGB")
-                converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-                if converted is not None:
-                    return converted
-    return image.convert("RGB")
-
-
-def _turn(image: PilImage) -> Transpose | None:
-    """The transposition that makes it upright; None where there is none, or the EXIF block is damaged."""
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-    }  # fmt: skip
-    with contextlib.suppress(Exception):
-        return turns[image.getexif()[ORIENTATION]]
-    return None

@@ -21,7 +21,8 @@ from hyperrt.adapt import packed, the_one
 from hyperrt.bundle import Bundle
 from hyperrt.config import SamplingConfig, check_needs_subject
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
-from hyperrt.lora import VECTORS, Subject, check_tokens
+from hyperrt.lora import VECTORS, check_tokens
+from hyperrt.subject import Subject
 
 log = logging.getLogger("hyperrt")
 
@@ -42,7 +43,7 @@ class Job:
         seed: of the first picture of every pair.
         n: pictures of each pair.
         batch_size: pictures of each pair per engine call.
-        recipes: [pairs] what reproduces the pictures, as JSON values.
+        settings: [pairs] what reproduces the pictures, as JSON values, less the subjects' hashes.
     """
 
     branches: tuple[guidance.Branch, ...]
@@ -54,7 +55,7 @@ class Job:
     seed: int
     n: int
     batch_size: int
-    recipes: tuple[Mapping[str, Any], ...]
+    settings: tuple[Mapping[str, Any], ...]
 
     @property
     def gate(self) -> NDArray[np.float32]:
@@ -71,6 +72,12 @@ class Job:
     def weights(self) -> NDArray[np.float32]:
         """[branches] weight of each branch in the guidance."""
         return np.array([branch.weight for branch in self.branches], np.float32)
+
+    @property
+    def recipes(self) -> tuple[dict[str, Any], ...]:
+        """[pairs] what reproduces the pictures, as JSON values; read when weights may come to the host."""
+        pairs = zip(self.settings, self.subjects, strict=True)
+        return tuple({**settings, **_hash_of(subject)} for settings, subject in pairs)
 
     @property
     def told(self) -> tuple[Any, ...]:
@@ -135,7 +142,7 @@ def plan(
         seed=options.seed,
         n=options.n,
         batch_size=options.batch_size,
-        recipes=tuple(
+        settings=tuple(
             _recipe(bundle, backend, settings, *one) for one in zip(asked, subjects, texts, strict=True)
         ),
     )
@@ -227,21 +234,28 @@ def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[s
     """What a recipe says of the subject: no paths and no photos (see hyperrt/recipe.py)."""
     if subject is None:
         return {}
-    digest = hashlib.sha256(b"".join(subject.lora[name].tobytes() for name in VECTORS))
-    if subject.image_tokens is not None:
-        digest.update(subject.image_tokens.tobytes())
     return {
         "subject_prompt": texts["subject"],
         "class_noun": subject.class_noun,
         "photos": subject.photos,
-        "subject_sha256": digest.hexdigest(),
+        "combine": subject.metadata.get("combine", "mean"),
         "hypernet": subject.metadata.get("hypernet", ""),
     }
 
 
+def _hash_of(subject: Subject | None) -> dict[str, str]:
+    """What tells a recipe's subject from others."""
+    if subject is None:
+        return {}
+    digest = hashlib.sha256(b"".join(subject.lora[name].tobytes() for name in VECTORS))
+    if subject.image_tokens is not None:
+        digest.update(np.asarray(subject.image_tokens).tobytes())
+    return {"subject_sha256": digest.hexdigest()}
+
+
 def _check_subject(subject: Subject, bundle: Bundle) -> None:
     for name in VECTORS:
-        packed(subject, name, bundle.layout.size(name))
+        packed(subject, name, bundle.layout.size(name), there=True)
     check_tokens("the subject", subject.image_tokens, bundle.token_shape)
     found, wanted = subject.metadata.get("base_model"), bundle.hashes.base_model
     if found not in (None, wanted):
@@ -259,7 +273,8 @@ def _texts(
     if not known and rules.placeholder.lower() in prompt.lower():
         log.warning("the prompt has %s but there is no subject: the base model draws it", rules.placeholder)
     noun = subject.class_noun if subject else rules.default_class
-    split = prompts.split_prompt(prompt, noun, rules.token, rules.placeholder, has_subject=known)
+    token = (subject.metadata.get("trigger") if subject else None) or rules.token
+    split = prompts.split_prompt(prompt, noun, token, rules.placeholder, has_subject=known)
     of_base = split.generic if generic is None else _plain(generic, "generic prompt", rules.placeholder)
     return {
         "uncond": _plain(options.negative_prompt, "negative prompt", rules.placeholder) or split.empty,

@@ -17,33 +17,31 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.base import TensorSpec
-from hyperrt import files, subject_file
+from engines.dlpack import DeviceArray
+from hyperrt import lora_metadata, lora_names, lora_writer, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
-from hyperrt.subject_file import IMAGE_TOKENS, PEFT_CONFIG, PEFT_FILE, REDO, difference, shown
+from hyperrt.safetensors_file import REDO, Stored
+from hyperrt.subject import Subject, Vector
+from hyperrt.subject_file import IMAGE_TOKENS, NOT_USABLE, Factors, LoraFile, difference, usable
 
 log = logging.getLogger("hyperrt")
 
-Vector = NDArray[np.float32]
-Factors = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # path -> (A [d_in, r], B [r, d_out])
+A = TypeVar("A", Vector, DeviceArray)
+PathFactors = Mapping[str, tuple[Vector, Vector]]  # path -> (A [d_in, r], B [r, d_out])
 
 SUBJECT_VERSION = "1"
 # What a subject file says of its origin; `save_subject` adds version, layout and rank.
-METADATA = ("base_model", "hypernet", "class_noun", "photos", "trigger")
-MAX_WEIGHT = 1e4  # trained factors stay below 10; a file beyond this is damaged or hostile
-NOT_USABLE = f"it holds NaN, infinity or values beyond {MAX_WEIGHT:g}"
+METADATA = lora_metadata.REQUIRED
 MAX_WEIGHTS = 2**28  # numbers in a layout; SDXL at rank 64 has 40 million
-MAX_NOUN = 64  # characters
+MAX_NOUN = lora_metadata.MAX_NOUN  # characters
 
 # Which projections each packed vector holds.
 VECTORS: Mapping[str, tuple[str, ...]] = {"lora_q": ("to_q",), "lora_kv": ("to_k", "to_v")}
@@ -126,7 +124,7 @@ class LoraLayout:
             start = end
         return found
 
-    def pack(self, factors: Factors) -> dict[str, Vector]:
+    def pack(self, factors: PathFactors) -> dict[str, Vector]:
         """Factors of every site to {"lora_q": [Nq], "lora_kv": [Nkv]}, float32.
 
         Raises:
@@ -145,7 +143,7 @@ class LoraLayout:
             packed[name] = vector
         return packed
 
-    def unpack(self, packed: Mapping[str, Vector]) -> dict[str, tuple[Vector, Vector]]:
+    def unpack(self, packed: Mapping[str, A]) -> dict[str, tuple[A, A]]:
         """Packed vectors (both or one) to {path: (A [d_in, r], B [r, d_out])}; views, no copies.
 
         Raises:
@@ -160,10 +158,13 @@ class LoraLayout:
                 factors[site.path] = (vector[part_a].reshape(shape_a), vector[part_b].reshape(shape_b))
         return {site.path: factors[site.path] for site in self.sites if site.path in factors}
 
-    def named(self, packed: Mapping[str, Vector]) -> dict[str, Vector]:
+    def named(self, packed: Mapping[str, A]) -> dict[str, A]:
         """`unpack`, as a graph names its constants: PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out]."""
-        factors = self.unpack(packed).items()
-        return {f"{path}.lora_{'AB'[k]}": pair[k][np.newaxis] for path, pair in factors for k in (0, 1)}
+        named: dict[str, A] = {}
+        for path, (a, b) in self.unpack(packed).items():
+            named[f"{path}.lora_A"] = a.reshape((1, a.shape[0], a.shape[1]))
+            named[f"{path}.lora_B"] = b.reshape((1, b.shape[0], b.shape[1]))
+        return named
 
     def constants(self, name: str) -> tuple[TensorSpec, ...]:
         """The specs of these constants, for the packed vector "lora_q" or "lora_kv"."""
@@ -184,21 +185,6 @@ class LoraLayout:
         return cls(tuple(Site(**site) for site in data["sites"]), data["rank"])
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """One person, animal or thing as the runtime uses it; compared by identity.
-
-    metadata: base_model, hypernet, class_noun, photos, trigger, as `save_subject` takes them.
-    image_tokens: of the open category: what the image prompt made of the photos; None: the LoRA alone.
-    """
-
-    lora: Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
-    class_noun: str
-    photos: int
-    metadata: Mapping[str, str]
-    image_tokens: Vector | None = None  # [1 or photos, tokens, width]
-
-
 def save_subject(
     path: str | os.PathLike[str],
     packed: Mapping[str, Vector],
@@ -206,14 +192,14 @@ def save_subject(
     metadata: Mapping[str, str],
     format: str = "diffusers",
     force: bool = False,
-    image_tokens: Vector | None = None,
+    image_tokens: Vector | DeviceArray | None = None,
 ) -> None:
     """Write a subject file, whole or not at all.
 
     Args:
         path: a file; with format "peft" and no suffix a folder, which also gets `adapter_config.json`.
         packed: "lora_q" [Nq] and "lora_kv" [Nkv].
-        metadata: the names in METADATA.
+        metadata: the names in METADATA, and those in lora_metadata.OPTIONAL that are known.
         format: whose tensor names to use: "diffusers", "peft" or "kohya".
         force: replace a file that exists.
         image_tokens: [photos, tokens, width], of which the mean is saved, but not as kohya; None: none.
@@ -224,30 +210,26 @@ def save_subject(
         NumericError: a weight is NaN, infinite, or beyond MAX_WEIGHT.
         NotFound, ResourceError: it cannot be written there (`files.publish`).
     """
-    if format not in subject_file.FORMATS:
-        known = ", ".join(subject_file.FORMATS)
+    if format not in lora_names.FORMATS:
+        known = ", ".join(lora_names.FORMATS)
         raise UsageError(f"there is no subject format {format!r}", f"it must be one of {known}")
-    if fault := _origin_fault(metadata):
+    if fault := lora_metadata.fault(metadata):
         raise UsageError("the subject's metadata cannot be saved", fault)
     if wrong := difference(set(packed), set(VECTORS)):
         raise LoraMismatch("the packed LoRA is not complete", wrong)
     for name, vector in packed.items():
-        if not _usable(vector):
+        if not usable(vector):
             raise NumericError(f"{name} cannot be saved", NOT_USABLE)
-    tensors = _to_file(layout, packed, format)
-    if image_tokens is not None and format == "kohya":
-        # With one tensor of another name diffusers takes the file for its own format, and applies nothing.
-        log.warning("a kohya file holds no image tokens: the subject will be drawn by its LoRA alone")
-    elif image_tokens is not None:
+    tokens = None
+    if image_tokens is not None:
         check_tokens("the subject", image_tokens, image_tokens.shape[1:])
-        tensors[IMAGE_TOKENS] = image_tokens.mean(0, dtype=np.float32, keepdims=True)
+        tokens = Stored.of(np.asarray(image_tokens).mean(0, dtype=np.float32, keepdims=True))
+    sites = {  # scale is folded in: alpha is the rank
+        path: Factors(Stored.of(a.T), Stored.of(b.T), float(layout.rank))
+        for path, (a, b) in layout.unpack(packed).items()
+    }
     origin = {**metadata, "version": SUBJECT_VERSION, "layout": layout.hash, "rank": str(layout.rank)}
-    data = subject_file.encode(tensors, origin, _metadata_for_others(layout, format))
-    if format == "peft" and not Path(path).suffix:
-        write = functools.partial(_write_peft, data=data, layout=layout)
-        files.publish_folder(path, write, marker=PEFT_CONFIG, force=force)
-    else:
-        files.publish(path, lambda file: file.write(data), force=force)
+    lora_writer.write_ours(path, format, sites, origin, tokens, force)
 
 
 def load_subject(
@@ -255,36 +237,58 @@ def load_subject(
     layout: LoraLayout,
     base_model_hash: str,
     token_shape: tuple[int, ...] | None = None,
+    *,
+    partial: bool = False,
 ) -> Subject:
-    """Read a subject file of any of the three formats (or a PEFT folder), trusting nothing in it.
+    """Read a LoRA file of any of the three formats (or a folder with one), trusting nothing in it.
+
+    A file of ours must fit the bundle in everything.  One of another program may have other ranks, up to the
+    bundle's, a scale, and fewer sites: what is not there is zero.
 
     Args:
         layout, base_model_hash: of the bundle.
         token_shape: the bundle's (tokens, width) of image tokens, if it takes any; the file may have none.
+        partial: of another program's file, leave out what adapts other modules than the bundle's sites.
 
     Raises:
         NotFound: there is no such file.
-        LoraMismatch: it was made for another base model or LoRA layout, or its image tokens do not fit.
-        LoraError: it is no safetensors file, truncated, too big, or a tensor is missing, unknown, of another
-            type or shape, or holds NaN or infinity.  Nothing is ever loaded in part.
+        LoraMismatch: it was made for another base model or LoRA layout, its rank is too large, it adapts
+            other modules, or its image tokens do not fit.
+        LoraError: it is no safetensors file, truncated, or a tensor is missing, unknown, of another type or
+            shape, or holds NaN or infinity.  Nothing else is ever loaded in part.
     """
-    source = Path(path)
-    if os.path.isdir(source):
-        source = source / PEFT_FILE
-    weights = sum(layout.size(name) for name in VECTORS)
-    names = 3 * len(layout.sites)
-    numbers = weights + math.prod(token_shape or (0,))
-    tensors, metadata = subject_file.read(source, limit=4 * numbers + 1024 * names + 2**20)
-    _check_origin(source.name, metadata, layout, base_model_hash)
-    tokens = tensors.pop(IMAGE_TOKENS, None)
-    check_tokens(source.name, tokens, token_shape)
-    factors = _from_file(source.name, tensors, layout)
-    photos = int(metadata["photos"])
-    return Subject(layout.pack(factors), metadata["class_noun"], photos, metadata, tokens)
+    file = subject_file.open_lora(path, [site.path for site in layout.sites])
+    return load_file(file, layout, base_model_hash, token_shape, partial=partial)
 
 
-def check_tokens(name: str, tokens: Vector | None, shape: tuple[int, ...] | None) -> None:
+def load_file(
+    file: LoraFile,
+    layout: LoraLayout,
+    base_model_hash: str,
+    token_shape: tuple[int, ...] | None = None,
+    *,
+    partial: bool = False,
+) -> Subject:
+    """`load_subject` of a file that was opened with the paths of the layout; the same errors."""
+    if file.origin:
+        _check_origin(file.name, file.origin, layout, base_model_hash)
+        _check_whole(file, layout)
+        origin = file.origin
+    else:
+        _check_foreign(file, layout, partial)
+        trigger = lora_metadata.trigger_of(file.metadata)
+        origin = {"class_noun": "", "photos": "0", **({"trigger": trigger} if trigger else {})}
+    stored = file.tokens()
+    tokens = None if stored is None else stored.array()
+    check_tokens(file.name, tokens, token_shape)
+    lora = layout.pack({site.path: _factors(file, site, layout.rank) for site in layout.sites})
+    return Subject(lora, origin["class_noun"], int(origin["photos"]), origin, tokens)
+
+
+def check_tokens(name: str, tokens: Vector | DeviceArray | None, shape: tuple[int, ...] | None) -> None:
     """Refuse image tokens [1 or photos, tokens, width] that a bundle does not take; None fits every bundle.
+
+    Of those on a device only the shape is looked at.
 
     Args:
         name: of the file or subject, for the message.
@@ -296,78 +300,22 @@ def check_tokens(name: str, tokens: Vector | None, shape: tuple[int, ...] | None
     """
     if tokens is None:
         return
-    if shape is None or tokens.ndim != 3 or not len(tokens) or tokens.shape[1:] != shape:
+    if shape is None or len(tokens.shape) != 3 or not tokens.shape[0] or tokens.shape[1:] != shape:
         takes = f"takes {list(shape)} of each photo" if shape else "takes none"
         why = f"they are {list(tokens.shape)}, the bundle {takes}"
         raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REDO)
-    if not _usable(tokens):
+    if isinstance(tokens, np.ndarray) and not usable(tokens):
         raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REDO)
 
 
-def _to_file(layout: LoraLayout, packed: Mapping[str, Vector], format: str) -> dict[str, Vector]:
-    tensors = {}
-    for path, (a, b) in layout.unpack(packed).items():
-        key_a, key_b = subject_file.keys(format, path)
-        tensors[key_a] = np.ascontiguousarray(a.T, np.float32)
-        tensors[key_b] = np.ascontiguousarray(b.T, np.float32)
-        if format == "kohya":  # kohya scales by alpha / rank; ours is folded in, so they are equal
-            tensors[subject_file.alpha_key(path)] = np.array(layout.rank, np.float32)
-    return tensors
-
-
-def _from_file(
-    name: str, tensors: Mapping[str, Vector], layout: LoraLayout
-) -> dict[str, tuple[Vector, Vector]]:
-    format = subject_file.format_of(tensors)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for site in layout.sites:
-        key_a, key_b = subject_file.keys(format, site.path)
-        shapes |= {key_a: (layout.rank, site.d_in), key_b: (site.d_out, layout.rank)}
-        if format == "kohya":
-            shapes[subject_file.alpha_key(site.path)] = ()
-    if wrong := difference(set(tensors), set(shapes)):
-        raise LoraError(f"{name} does not hold the tensors of a subject", wrong, REDO)
-    for key, shape in shapes.items():
-        if tensors[key].shape != shape:
-            raise LoraError(f"{name}: {key} is {tensors[key].shape}", f"the layout says {shape}", REDO)
-        if not _usable(tensors[key]):
-            raise LoraError(f"{name}: {key} cannot be used", NOT_USABLE, REDO)
-        if shape == () and float(tensors[key]) != layout.rank:
-            why = f"it must be the rank, {layout.rank}"
-            raise LoraError(f"{name}: {key} is {float(tensors[key]):g}", why, REDO)
-    pairs = {site.path: subject_file.keys(format, site.path) for site in layout.sites}
-    return {path: (tensors[key_a].T, tensors[key_b].T) for path, (key_a, key_b) in pairs.items()}
-
-
-def _usable(array: Vector) -> bool:
-    return bool(np.all(np.abs(array) <= MAX_WEIGHT))  # False for NaN too
-
-
-def _metadata_for_others(layout: LoraLayout, format: str) -> dict[str, str]:
-    if format == "kohya":
-        rank = str(layout.rank)
-        return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    if format == "diffusers":  # without it diffusers would guess the same from the shapes
-        config = _peft_config(layout)
-        said = {f"unet.{key}": config[key] for key in ("r", "lora_alpha", "target_modules")}
-        return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
-    return {}
-
-
-def _peft_config(layout: LoraLayout) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "r": layout.rank,
-        "lora_alpha": layout.rank,
-        "target_modules": [site.path for site in layout.sites],
-        "bias": "none",
-        "inference_mode": True,
-    }
-
-
-def _write_peft(folder: Path, data: bytes, layout: LoraLayout) -> None:
-    (folder / PEFT_FILE).write_bytes(data)
-    (folder / PEFT_CONFIG).write_text(json.dumps(_peft_config(layout), indent=2) + "\n")
+def _factors(file: LoraFile, site: Site, rank: int) -> tuple[Vector, Vector]:
+    """A [d_in, rank] and B [rank, d_out] with the scale folded in; zeros where the file has less."""
+    a, b = np.zeros((site.d_in, rank), np.float32), np.zeros((rank, site.d_out), np.float32)
+    if site.path in file.pairs:
+        found = file.factors(site.path)
+        found_a, found_b = found.numbers()
+        a[:, : found.rank], b[: found.rank] = found_a.T, found_b.T
+    return a, b
 
 
 def _check_origin(name: str, metadata: Mapping[str, str], layout: LoraLayout, base_model_hash: str) -> None:
@@ -375,7 +323,7 @@ def _check_origin(name: str, metadata: Mapping[str, str], layout: LoraLayout, ba
     if version not in ("", SUBJECT_VERSION):
         why = f"it is of format {version[:12]!r}; this version reads {SUBJECT_VERSION!r}"
         raise LoraMismatch(f"{name} is of another format", why, REDO)
-    if fault := _origin_fault(metadata):
+    if fault := lora_metadata.fault(metadata):
         raise LoraError(f"{name} does not say what it is", fault, REDO)
     for word, found, here in (
         ("base model", metadata["base_model"], base_model_hash),
@@ -386,13 +334,45 @@ def _check_origin(name: str, metadata: Mapping[str, str], layout: LoraLayout, ba
             raise LoraMismatch(f"{name} was made for another {word}", why, f"use its own bundle, or {REDO}")
 
 
-def _origin_fault(metadata: Mapping[str, str]) -> str:
-    """Why this metadata cannot be used, or ""."""
-    if missing := [name for name in METADATA if name not in metadata]:
-        return f"the metadata lacks {', '.join(missing)}"
-    noun, photos = metadata["class_noun"], metadata["photos"]
-    if not (0 < len(noun) <= MAX_NOUN and noun.isprintable()):
-        return f"the class noun is {shown(noun)!r}; it must be 1 to {MAX_NOUN} printable characters"
-    if not (photos.isascii() and photos.isdigit() and len(photos) < 7):
-        return f"the number of photos is {shown(photos)!r}"
-    return ""
+def _check_whole(file: LoraFile, layout: LoraLayout) -> None:
+    """A file of ours has every tensor of the layout and no other, unscaled."""
+    expected = lora_names.names_of(file.format, [site.path for site in layout.sites], file.layers)
+    if wrong := difference(set(file.entries) - {IMAGE_TOKENS}, set(expected)):
+        raise LoraError(f"{file.name} does not hold the tensors of a subject", wrong, REDO)
+    for site in layout.sites:
+        _check_shape(file, site, LoraError)
+        pair = file.pairs[site.path]
+        if (pair.rank, pair.alpha) != (layout.rank, layout.rank):
+            what = f"{file.name}: alpha is {pair.alpha:g}, and the rank {pair.rank}, at {site.path}"
+            raise LoraError(what, f"both must be the rank of the layout, {layout.rank}", REDO)
+
+
+def _check_foreign(file: LoraFile, layout: LoraLayout, partial: bool) -> None:
+    """Another program's file adapts sites of the bundle and, unless `partial`, nothing else."""
+    subject_file.check_used(file, partial)
+    here = {site.path for site in layout.sites}
+    if strange := [path for path in file.pairs if path not in here]:
+        why = f"{len(strange)} of its {len(file.pairs)} sites are not in the bundle, first: {strange[0]}"
+        do = "use a bundle of the model that it was made for"
+        raise LoraMismatch(f"{file.name} was made for another model", why, do)
+    for site in layout.sites:
+        if site.path in file.pairs:
+            _check_shape(file, site, LoraMismatch)
+    rank = max(pair.rank for pair in file.pairs.values())
+    if rank > layout.rank:
+        do = f"reduce it: hyperrt lora convert {file.name} OUT --rank {layout.rank}"
+        raise LoraMismatch(f"the rank of {file.name} is {rank}", f"the bundle's is {layout.rank}", do)
+    for note in file.notes:
+        log.warning("%s", note)
+    base = lora_metadata.base_of(file.metadata)
+    log.warning(
+        "%s was made by another program%s; whether it is for this base model is not known",
+        file.name, f" for {base}" if base else "",
+    )  # fmt: skip
+
+
+def _check_shape(file: LoraFile, site: Site, kind: type[LoraError]) -> None:
+    pair = file.pairs[site.path]
+    for key, shape in ((pair.a, (pair.rank, site.d_in)), (pair.b, (site.d_out, pair.rank))):
+        if (found := file.entries[key].shape) != shape:
+            raise kind(f"{file.name}: {key} is {found}", f"the bundle's layout says {shape}", REDO)

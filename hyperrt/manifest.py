@@ -93,6 +93,11 @@ class Graph:
         for _, sha256 in self.files():
             _hex64(sha256=sha256)
 
+    @property
+    def adapt(self) -> str:
+        """How its LoRA enters it: by "refit" of constants, or as "inputs"."""
+        return "refit" if self.weights else "inputs"
+
     def takes(self, name: str) -> bool:
         """Whether it has an input of that name."""
         return any(spec.name == name for spec in self.inputs)

@@ -1,13 +1,15 @@
 """How much memory drawing takes, and how much this process can still have.
 
 The estimate is made of what the manifest says of each graph: bytes of its weights, and bytes at the peak for
-each row.  Graphs run one after the other, so the peak is the weights that are open then, and the rows of one.
+each row.  Graphs are loaded and run one after the other, so the peak is the weights that are open then, and
+the rows of one, or what a backend needs beside them while it loads one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from itertools import accumulate
 from pathlib import Path
 
 from hyperrt import tiling
@@ -22,34 +24,50 @@ PERSONALIZING = (
     "weight_decoder",
     "image_prompt",
 )  # each is closed before the next is opened
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # of a number, by precision
 
 
-def to_draw(bundle: Bundle, rows: int, low_memory: bool = False, is_open: Collection[str] = ()) -> int | None:
+def to_draw(
+    bundle: Bundle,
+    rows: int,
+    low_memory: bool = False,
+    is_open: Collection[str] = (),
+    loads_fp32: bool = False,
+) -> int | None:
     """Bytes at the peak of drawing, beside what is loaded already; None where the bundle does not say.
 
     Args:
         rows: of the denoiser: branches x pictures of one call.
         low_memory: graphs are closed when they are no longer needed, and large pictures decoded in tiles.
         is_open: names of the graphs that are loaded.
+        loads_fp32: as `engines.Backend` has it.
     """
     graphs = [bundle.graphs[name] for name in DRAWING]
     if not all(graph.weight_bytes and graph.row_bytes for graph in graphs):
         return None
-    of_run = dict(zip(DRAWING, (graph.row_bytes * rows for graph in graphs), strict=True))
-    of_run["vae_decoder"] = _of_decoding(bundle, low_memory)
     weights = {name: bundle.graphs[name].weight_bytes for name in DRAWING}
-    if not low_memory:
-        return sum(size for name, size in weights.items() if name not in is_open) + max(of_run.values())
-    loaded = sum(size for name, size in weights.items() if name in is_open)
-    return max(0, max(weights[name] + of_run[name] for name in DRAWING) - loaded)
+    beside = {name: bundle.graphs[name].row_bytes * rows for name in DRAWING}
+    beside["vae_decoder"] = _of_decoding(bundle, low_memory)
+    missing = [name for name in DRAWING if name not in is_open]
+    loading = {name: _in_fp32(bundle, name) if loads_fp32 else 0 for name in missing}
+    if low_memory:
+        loaded = sum(size for name, size in weights.items() if name in is_open)
+        alone = (weights[name] + max(beside[name], loading.get(name, 0)) for name in DRAWING)
+        return max(0, max(alone) - loaded)
+    opened = accumulate(weights[name] for name in missing)  # one after the other
+    peaks = [size + loading[name] for size, name in zip(opened, missing, strict=True)]
+    return max([*peaks, sum(weights[name] for name in missing) + max(beside.values())])
 
 
-def to_personalize(bundle: Bundle) -> int | None:
+def to_personalize(bundle: Bundle, loads_fp32: bool = False) -> int | None:
     """Bytes at the peak of making a subject; None where the bundle does not say."""
-    graphs = [bundle.graphs[name] for name in PERSONALIZING if name in bundle.graphs]
-    if not all(graph.weight_bytes and graph.row_bytes for graph in graphs):
+    graphs = {name: bundle.graphs[name] for name in PERSONALIZING if name in bundle.graphs}
+    if not all(graph.weight_bytes and graph.row_bytes for graph in graphs.values()):
         return None
-    return max(graph.weight_bytes + graph.row_bytes for graph in graphs)
+    return max(
+        graph.weight_bytes + max(graph.row_bytes, _in_fp32(bundle, name) if loads_fp32 else 0)
+        for name, graph in graphs.items()
+    )
 
 
 def check(needed: int | None, what: str, advice: str) -> None:
@@ -70,6 +88,11 @@ def check(needed: int | None, what: str, advice: str) -> None:
             "the model's weights and what one call of it computes would not fit at once",
             advice,
         )
+
+
+def _in_fp32(bundle: Bundle, name: str) -> int:
+    """Bytes of a graph's weights in fp32."""
+    return bundle.graphs[name].weight_bytes * 4 // BYTES[bundle.precision]
 
 
 def _of_decoding(bundle: Bundle, low_memory: bool) -> int:

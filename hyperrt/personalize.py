@@ -2,7 +2,10 @@
 
 pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> mean.
 In the open category also features -> image_tokens [photos, tokens, width] -> mean.
-The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B.
+The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B, unless
+something else is asked for: hyperrt/combine.py.
+
+On a device features stay there, and so does the LoRA of a single photo; the mean of several is the host's.
 """
 
 from __future__ import annotations
@@ -17,8 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
+from engines.dlpack import DeviceArray
+from hyperrt import combine as combining
 from hyperrt import images as photo_files
 from hyperrt.errors import BadImage, BadInput, NumericError
+from hyperrt.lora import LoraLayout
+from hyperrt.manifest import Manifest
+from hyperrt.subject import LoraOnDevice, Vector
 
 log = logging.getLogger("hyperrt")
 
@@ -26,7 +34,7 @@ MOST_SAID = 10  # photos that are left out with a line each; a folder may hold t
 
 Photo = Any  # path, [H, W, 3] uint8, or PIL image
 Photos = str | os.PathLike[str] | Sequence[Photo]
-Weights = NDArray[np.float32]
+Features = Vector | DeviceArray
 
 
 def read_photos(photos: Photos, strict: bool = False) -> list[NDArray[np.uint8]]:
@@ -64,15 +72,15 @@ def read_photos(photos: Photos, strict: bool = False) -> list[NDArray[np.uint8]]
     return usable
 
 
-def encode_photos(pixels: Weights, image_encoder: Engine) -> list[Weights]:
+def encode_photos(pixels: Vector, image_encoder: Engine) -> list[Features]:
     """Pixels [photos, 3, S, S] to features [1, T, F], one per photo.
 
     Photos go through one at a time, so that memory does not grow with their number.
     """
-    return [image_encoder.run({"pixels": photo[np.newaxis]})["features"] for photo in pixels]
+    return [image_encoder.run({"pixels": photo[np.newaxis]}, host=False)["features"] for photo in pixels]
 
 
-def predict_lora(features: Sequence[Weights], weight_decoder: Engine) -> dict[str, Weights]:
+def predict_lora(features: Sequence[Features], weight_decoder: Engine) -> Mapping[str, Vector]:
     """The mean LoRA of the photos whose features [1, T, F] are given: `lora_q` [Nq] and `lora_kv` [Nkv].
 
     Raises:
@@ -80,10 +88,31 @@ def predict_lora(features: Sequence[Weights], weight_decoder: Engine) -> dict[st
     """
     lora = _mean_over_photos(features, weight_decoder, ("lora_q", "lora_kv"))
     check_finite(lora, "the predicted LoRA")
-    return {name: rows[0] for name, rows in lora.items()}
+    there = {n: x.reshape(x.shape[1:]) for n, x in lora.items() if isinstance(x, DeviceArray)}
+    here = {n: x[0] for n, x in lora.items() if isinstance(x, np.ndarray)}
+    return LoraOnDevice(there) if there else here
 
 
-def predict_tokens(features: Sequence[Weights], image_prompt: Engine) -> Weights:
+def lora_of(
+    features: Sequence[Features], weight_decoder: Engine, layout: LoraLayout, combine: str
+) -> Mapping[str, Vector]:
+    """`predict_lora`, but of several photos what `combine` says, one of `combine.WAYS`.
+
+    Args:
+        layout: of the decoder's LoRA; that of the result is another for "concat".
+
+    Raises:
+        NumericError: a weight is NaN or infinite.
+        UsageError: there is no such way, or with "concat" the layout becomes too large.
+    """
+    combining.check_way(combine)
+    if combine == "mean" or len(features) == 1:
+        return predict_lora(features, weight_decoder)
+    each = [predict_lora([photo], weight_decoder) for photo in features]
+    return (combining.product_mean if combine == "product" else combining.concatenated)(each, layout)
+
+
+def tokens_of(features: Sequence[Features], image_prompt: Engine) -> Features:
     """The mean image tokens [1, tokens, width] of the photos whose features [1, T, F] are given.
 
     Raises:
@@ -95,24 +124,51 @@ def predict_tokens(features: Sequence[Weights], image_prompt: Engine) -> Weights
 
 
 def _mean_over_photos(
-    features: Sequence[Weights], engine: Engine, names: Sequence[str]
-) -> dict[str, Weights]:
-    """Outputs [1, ...] of one photo at a time, their mean."""
+    features: Sequence[Features], engine: Engine, names: Sequence[str]
+) -> dict[str, Features]:
+    """Outputs [1, ...] of one photo at a time, their mean; those of a single photo stay where they are."""
+    if len(features) == 1:
+        outputs = engine.run({"features": features[0]}, host=False)
+        return {name: outputs[name] for name in names}
     sums: dict[str, NDArray[np.float64]] = {}
     for photo in features:
-        for name, rows in engine.run({"features": photo}).items():
-            if name in names:
-                sums[name] = sums.get(name, 0.0) + rows.astype(np.float64)
+        outputs = engine.run({"features": photo})
+        for name in names:
+            sums[name] = sums.get(name, 0.0) + outputs[name].astype(np.float64)
     return {name: (total / len(features)).astype(np.float32) for name, total in sums.items()}
 
 
-def check_finite(tensors: Mapping[str, NDArray[Any]], what: str) -> None:
-    """Refuse NaN and infinity.
+def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, str]:
+    """What a subject's file says of where it comes from (`lora_metadata`).
+
+    Args:
+        noun: what the subject is.
+        photos: how many there were.
+        combine: what was made of several, one of `combine.WAYS`.
+    """
+    found = {
+        "base_model": bundle.hashes.base_model,
+        "hypernet": bundle.hashes.hypernet,
+        "class_noun": noun,
+        "photos": str(photos),
+        "combine": combine,
+        "trigger": bundle.prompts.token,
+        "family": bundle.family,
+        "image_size": str(bundle.image_size),
+        "prediction_type": bundle.prediction_type,
+    }
+    return found | ({"image_scale": f"{bundle.image_prompt.scale:g}"} if bundle.image_prompt else {})
+
+
+def check_finite(tensors: Mapping[str, NDArray[Any] | DeviceArray], what: str) -> None:
+    """Refuse NaN and infinity; what is on a device is not looked at, as it would have to be waited for.
 
     Raises:
         NumericError: naming the tensor and how many of its numbers are not finite.
     """
     for name, tensor in tensors.items():
+        if isinstance(tensor, DeviceArray):
+            continue
         bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
         if bad:
             raise NumericError(

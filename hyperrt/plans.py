@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +20,14 @@ from typing import TYPE_CHECKING
 from hyperrt import files, home, plan_file
 from hyperrt.errors import HyperRTError, Incompatible, IntegrityError, NotFound, UsageError
 from hyperrt.plan_file import PlanKey
+from hyperrt.plan_words import SHOWN, builder, compile_command, differing, maker
 
 if TYPE_CHECKING:
     from hyperrt.manifest import Graph
 
-__all__ = ["Plan", "PlanCache", "PlanKey", "builder", "compile_command", "graph_hash"]
+__all__ = ["Plan", "PlanCache", "PlanKey", "graph_hash"]
 
-BACKENDS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}  # name -> its vendor's spelling
-SHOWN = 12  # digits of an id in tables and messages
+USED = "used"  # file of an entry, of the time of its last use
 ATTEMPTS, PAUSE = 40, 0.005  # how often a reader looks again during a replacement, after how many seconds
 
 
@@ -61,6 +60,14 @@ class Plan:
         """The entry, named for the id."""
         return self.path.parent
 
+    @property
+    def last_use(self) -> float | None:
+        """When it was last loaded, in Unix seconds; None: never, or in a cache that is read-only."""
+        try:
+            return (self.folder / USED).lstat().st_mtime
+        except OSError:
+            return None
+
 
 Plans = list[Plan]  # inside PlanCache `list` is a method
 Found = list[Plan | Path]
@@ -70,18 +77,6 @@ Reasons = list[tuple[Plan | Path, str]]
 def graph_hash(graph: Graph) -> str:
     """sha256 (hex) over the sha256 of a graph's file and of its data file."""
     return hashlib.sha256("\n".join(sha256 for _, sha256 in graph.files()).encode()).hexdigest()
-
-
-def compile_command(key: PlanKey, bundle: str = "") -> str:
-    """The command that builds the plan of a key."""
-    target = key.target.split()[0]
-    words = ("hyperrt", "compile", bundle or "BUNDLE", "--backend", key.backend, "--target", target)
-    return shlex.join(words)
-
-
-def builder(key: PlanKey) -> str:
-    """Who built a plan, and for what: "TensorRT 10.16 for sm89"."""
-    return f"{_maker(key)} for {key.target}"
 
 
 class PlanCache:
@@ -170,6 +165,8 @@ class PlanCache:
             raise _rebuild(error, key, bundle or (known.bundle if known else "")) from error
         if plan is None:
             raise self._missing(key, bundle, graph_name)
+        with contextlib.suppress(OSError):
+            (plan.folder / USED).touch(mode=0o600)
         return plan
 
     def nearest(self, key: PlanKey, *, bundle: str = "", graph_name: str = "") -> Plan | None:
@@ -314,8 +311,8 @@ class PlanCache:
         near = self.nearest(key, bundle=bundle, graph_name=graph_name)
         if near is None:
             return NotFound(what, f"nothing was compiled for it, or it was removed from {self.folder}", do)
-        why = f"that of {near.graph_name} of {near.bundle} was built by {_told(near.key, key)}"
-        why += f"; this is {wanted}, {_told(key, near.key)}"
+        why = f"that of {near.graph_name} of {near.bundle} was built by {differing(near.key, key)}"
+        why += f"; this is {wanted}, {differing(key, near.key)}"
         do = compile_command(key, bundle or (near.bundle if near.key.graph == key.graph else ""))
         return Incompatible(what, why, do)
 
@@ -347,26 +344,10 @@ def _rebuild(error: IntegrityError, key: PlanKey, bundle: str) -> IntegrityError
     return IntegrityError(error.what, error.why, f"{error.do} && {compile_command(key, bundle)}")
 
 
-def _maker(key: PlanKey) -> str:
-    return f"{BACKENDS.get(key.backend, key.backend)} {key.version}"
-
-
-def _told(key: PlanKey, other: PlanKey) -> str:
-    """Who built a plan, for what, and how, as far as that is not the same for both."""
-    parts = [builder(key)]
-    if key.sizes != other.sizes:
-        parts.append(" ".join(f"{name}={value}" for name, value in key.sizes) or "any size")
-    if key.flags != other.flags:
-        parts.append(", ".join(key.flags) or "no flags")
-    if key.graph != other.graph:
-        parts.append(f"graph {key.graph[:SHOWN]}")
-    return ", ".join(parts)
-
-
 def _outdated(plan: Plan, newest: dict[str, PlanKey], older_than: float | None) -> str:
     best = newest.get(plan.key.backend, plan.key)
     if _numbers(plan.key.version) < _numbers(best.version):
-        return f"built by {_maker(plan.key)}; the newest here is of {_maker(best)}"
+        return f"built by {maker(plan.key)}; the newest here is of {maker(best)}"
     days = (time.time() - plan.created) / 86400
     return f"built {days:.0f} days ago" if older_than is not None and days > older_than else ""
 

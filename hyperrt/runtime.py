@@ -28,23 +28,17 @@ import engines
 from engines.base import Engine
 from hyperrt import lora, memory, sampling, tiling
 from hyperrt.bundle import Bundle
+from hyperrt.combine import check_way
 from hyperrt.conditioning import Conditioning
 from hyperrt.config import SamplingConfig
 from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
-from hyperrt.lora import Subject
-from hyperrt.personalize import (
-    Photos,
-    check_finite,
-    encode_photos,
-    predict_lora,
-    predict_tokens,
-    read_photos,
-)
+from hyperrt.personalize import Photos, check_finite, encode_photos, lora_of, origin, read_photos, tokens_of
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
+from hyperrt.subject import Subject
 
 log = logging.getLogger("hyperrt")
 
@@ -92,7 +86,6 @@ class Runtime:
         self.backend = self._graphs.backend
         self._low_memory = low_memory
         self._conditioning = Conditioning(self._graphs, low_memory)
-        # The denoiser, and whose constants it holds, for how many pictures of a pair.
         self._bound: tuple[Any, ...] | None = None  # engine, what it was told, for how many pictures
         self._lock = threading.RLock()
 
@@ -126,54 +119,57 @@ class Runtime:
         """
         return cls(Bundle.open(bundle), backend, threads, low_memory, backend_options)
 
-    def personalize(self, images: Photos, class_noun: str | None = None, strict: bool = False) -> Subject:
+    def personalize(
+        self, images: Photos, class_noun: str | None = None, strict: bool = False, combine: str = "mean"
+    ) -> Subject:
         """Photos of one subject to its LoRA.
 
         Args:
             images: a folder, a file, or a sequence of files, [H, W, 3] uint8 arrays and PIL images.
             class_noun: what the subject is ("mug"), for prompts that do not say; None: the bundle's default.
             strict: refuse if one photo cannot be used, instead of leaving it out with a warning.
+            combine: of several photos take the "mean" of the factors (the paper's), the "product" closest to
+                the mean of A B, or "concat": that mean itself, of a rank that can be saved, not drawn with.
 
         Raises:
+            UsageError: combine is another word.
             BadInput: no photo is left, or one is bad and `strict` is on.
             NotFound: the folder or a file does not exist.
-            NumericError: the predicted weights hold NaN.
+            NumericError: the predicted weights hold NaN; of a photo on a GPU that is found when it is drawn.
             ResourceError: there is not enough memory.
         """
+        check_way(combine)
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
         pixels = preprocess(photos, self.bundle.preprocess)
-        if not engines.BACKENDS[self.backend].nvidia:
-            memory.check(memory.to_personalize(self.bundle), "making a subject", "end other programs")
+        if not (backend := engines.BACKENDS[self.backend]).nvidia:
+            needed = memory.to_personalize(self.bundle, backend.loads_fp32)
+            memory.check(needed, "making a subject", "end other programs")
         tokens = None
         with self._lock:
             # One after the other, and closed at once: these are not needed again until the next subject.
             with self._graphs.open("image_encoder") as encoder:
                 features = encode_photos(pixels, encoder)
             with self._graphs.open("weight_decoder") as decoder:
-                weights = predict_lora(features, decoder)
+                weights = lora_of(features, decoder, self.bundle.layout, combine)
             if self.bundle.image_prompt:
                 with self._graphs.open("image_prompt") as resampler:
-                    tokens = predict_tokens(features, resampler)
-        origin = {
-            "base_model": self.bundle.hashes.base_model,
-            "hypernet": self.bundle.hashes.hypernet,
-            "class_noun": noun,
-            "photos": str(len(photos)),
-            "trigger": self.bundle.prompts.token,
-        }
-        return Subject(weights, noun, len(photos), origin, tokens)
+                    tokens = tokens_of(features, resampler)
+        return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos), combine), tokens)
 
-    def load_subject(self, path: str | Path) -> Subject:
-        """Read a subject file that fits this bundle.
+    def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
+        """Read a LoRA file that fits this bundle: a subject file, or one of another program.
+
+        Args:
+            partial: leave out what another program's file adapts beside q, k and v of the cross-attention.
 
         Raises:
-            NotFound: there is no such file.
-            LoraError: it is malformed.
-            LoraMismatch: it was made for another base model or layout.
+            NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
         """
-        bundle = self.bundle
-        return lora.load_subject(Path(path), bundle.layout, bundle.hashes.base_model, bundle.token_shape)
+        shape, base = self.bundle.token_shape, self.bundle.hashes.base_model
+        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial)
+        noun = subject.class_noun or self.bundle.prompts.default_class
+        return dataclasses.replace(subject, class_noun=noun)
 
     def check(self, prompt: str, has_subject: bool, **options: Any) -> None:
         """Refuse a prompt or an option that `steps` would refuse, before photos are read for it.
@@ -287,8 +283,7 @@ class Runtime:
             generators = [one for _ in range(pairs) for one in sampling.noise_generators(seed, count)]
             noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
             for step in sampling.denoise(self._stepper(job, count), job.table, noises, generators):
-                if isinstance(step.latents, np.ndarray):  # a device would have to be waited for
-                    check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
+                check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
             latents = np.asarray(step.latents)
             check_finite({"latents": latents}, "the picture")
@@ -305,14 +300,16 @@ class Runtime:
 
     def _check_memory(self, job: Job) -> None:
         """Refuse a job that will not fit, before anything is loaded; a GPU says itself when it is full."""
-        if engines.BACKENDS[self.backend].nvidia:
+        backend = engines.BACKENDS[self.backend]
+        if backend.nvidia:
             return
         rows = len(job.gate) * min(job.batch_size, job.n)
-        low = memory.to_draw(self.bundle, rows, low_memory=True)
+        low = memory.to_draw(self.bundle, rows, low_memory=True, loads_fp32=backend.loads_fp32)
         advice = FEWER
         if low and not self._low_memory:
             advice = f"use --low-memory (low_memory=True), which needs about {low / 1e9:.1f} GB, or {FEWER}"
-        needed = memory.to_draw(self.bundle, rows, self._low_memory, self._graphs.open_names)
+        is_open = self._graphs.open_names
+        needed = memory.to_draw(self.bundle, rows, self._low_memory, is_open, backend.loads_fp32)
         memory.check(needed, "drawing", advice)
 
     def _stepper(self, job: Job, images: int) -> Callable[[Feeds], Feeds]:

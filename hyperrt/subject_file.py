@@ -1,106 +1,209 @@
-"""The bytes of a subject file: how three programs name its tensors, and safetensors read without trust.
+"""A file of a LoRA, opened: what is in it, whichever of three programs wrote it.
 
-`lora.save_subject` and `lora.load_subject` are built on it; what the tensors mean is known there.
-Per site: A as [r, d_in] and B as [d_out, r] (transposed against `lora.py`), float32; for kohya also alpha [].
+`lora.load_subject` is built on it; which sites a bundle has is known there.
+Per site: A as [r, d_in] and B as [d_out, r] (transposed against `lora.py`), and alpha: what the LoRA adds to
+the projection's weight is alpha / r times B A.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt.errors import LoraError, NotFound
+from hyperrt import lora_names, safetensors_file, strict_json
+from hyperrt.errors import LoraError, LoraMismatch, NotFound
+from hyperrt.safetensors_file import REDO, Entry, Stored, shown
 
-Tensors = dict[str, NDArray[np.float32]]
+Array = NDArray[np.float32]
 
-# What the tensor names of each format begin with.
-FORMATS: Mapping[str, str] = {"diffusers": "unet.", "peft": "base_model.model.", "kohya": "lora_unet_"}
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what PEFT looks for in a folder
+FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # PEFT's name, and diffusers'
 # The open category's tensor, [1, tokens, width].  diffusers loads a file only if "lora" is in every name.
 IMAGE_TOKENS = "hyperrt.lora_image_tokens"
-REDO = "make the file again: hyperrt personalize"
-
-PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save, old and new
 ORIGIN = "hyperrt."  # prefix of our metadata
+LAYERS = "hyperrt.layers_per_block"  # beside kohya's names of the first publication
+CONFIG = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration
+MAX_CONFIG = 2**20  # bytes of PEFT's file of it
+MAX_WEIGHT = 1e4  # trained factors stay below 10; a file beyond this is damaged or hostile
+MAX_ALPHA = 1e6
+NOT_USABLE = f"it holds NaN, infinity or values beyond {MAX_WEIGHT:g}"
 
 
-def keys(format: str, path: str) -> tuple[str, str]:
-    """Names of A and B of the site `path`."""
-    if format == "kohya":
-        stem = _kohya_stem(path)
-        return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
-    stem = FORMATS[format] + path
-    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+class Factors(NamedTuple):
+    """The LoRA of one site, as a file has it."""
+
+    a: Stored  # [r, d_in]
+    b: Stored  # [d_out, r]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The r of both."""
+        return self.a.shape[0]
+
+    def numbers(self) -> tuple[Array, Array]:
+        """A [r, d_in] and B [d_out, r] with the scale, alpha / r, folded into B."""
+        a, b = self.a.array(), self.b.array()
+        if self.alpha != self.rank:
+            with np.errstate(over="ignore"):  # infinity is for the caller to refuse
+                b = (b * np.float64(self.alpha / self.rank)).astype(np.float32)
+        return a, b
 
 
-def alpha_key(path: str) -> str:
-    """Name of kohya's alpha of the site `path`; the scale that it applies is alpha / rank."""
-    return f"{_kohya_stem(path)}.alpha"
+class Pair(NamedTuple):
+    """The same before it is read: names of the tensors."""
+
+    a: str
+    b: str
+    alpha: float
+    rank: int
 
 
-def format_of(tensors: Mapping[str, object]) -> str:
-    """Whose names these are; "diffusers" if nobody's, so that the names are then reported as unknown."""
-    first = next(iter(tensors), "")
-    return next((format for format, prefix in FORMATS.items() if first.startswith(prefix)), "diffusers")
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """An opened file of a LoRA; made by `open_lora`.
 
-
-def encode(tensors: Tensors, origin: Mapping[str, str], others: Mapping[str, str]) -> bytes:
-    """A safetensors file.  Same contents, same bytes: the library's own writer shuffles the metadata.
-
-    Args:
-        origin: our metadata, stored as `hyperrt.<name>`.
-        others: metadata that other programs read.
+    Attributes:
+        format: whose tensor names it has: "diffusers", "peft" or "kohya".
+        layers: per block, where kohya's names are those of the first publication; else None.
+        metadata: all of the header's.
+        entries: every tensor, in the order of the file.
+        pairs: path of a site -> its tensors, in the order of the file.
+        odd: tensors at a site that A, B and alpha do not express: DoRA, LoHa, LoKr, biases, halves of a pair.
+        unused: tensors of other modules.
+        notes: what had to be assumed, for people.
     """
-    metadata = {"format": "pt", **others, **{ORIGIN + name: str(value) for name, value in origin.items()}}
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin on a multiple of 8
-    data = b"".join(tensor.astype("<f4").tobytes() for tensor in tensors.values())
-    return len(text).to_bytes(8, "little") + text + data
+
+    path: Path
+    format: str
+    layers: int | None
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    pairs: Mapping[str, Pair]
+    odd: tuple[str, ...]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the file, for messages."""
+        return self.path.name
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Our own metadata, without its prefix; empty if another program made the file."""
+        ours = {key: text for key, text in self.metadata.items() if key.startswith(ORIGIN)}
+        return {key[len(ORIGIN) :]: text for key, text in ours.items() if key != LAYERS}
+
+    def stored(self, name: str) -> Stored:
+        """The tensor `name`; errors as `safetensors_file.read_tensor`."""
+        return safetensors_file.read_tensor(self.path, name, self.entries[name])
+
+    def factors(self, path: str) -> Factors:
+        """The LoRA of the site `path`.
+
+        Raises:
+            LoraError: as `stored`, or a number is NaN, infinite or beyond MAX_WEIGHT.
+        """
+        pair = self.pairs[path]
+        found = Factors(self.stored(pair.a), self.stored(pair.b), pair.alpha)
+        for key, numbers in zip((pair.a, pair.b), found.numbers(), strict=True):
+            if not usable(numbers):
+                raise LoraError(f"{self.name}: {shown(key)} cannot be used", NOT_USABLE, REDO)
+        return found
+
+    def tokens(self) -> Stored | None:
+        """The image tokens of the open category, if there are any; errors as `stored`."""
+        return self.stored(IMAGE_TOKENS) if IMAGE_TOKENS in self.entries else None
 
 
-def read(path: Path, limit: int) -> tuple[Tensors, dict[str, str]]:
-    """The tensors, and our metadata without its prefix.
+def open_lora(path: str | os.PathLike[str], paths: Collection[str] = ()) -> LoraFile:
+    """Read and check the header of a file of any of the three formats, or of a folder that has one.
 
     Args:
-        limit: the file may not have more bytes.
+        paths: of a bundle's sites; kohya's names are understood by them.  Without, as in published models.
 
     Raises:
-        NotFound: there is no such file.
-        LoraError: it is no plain file, too big, a pickle, not whole, or a tensor is not float32.
+        NotFound: there is no such file, or the folder has none.
+        LoraError: it is no plain file, a pickle, no safetensors file, not whole, or a pair is none.
     """
-    import safetensors
+    source = _file_of(Path(path))
+    metadata, entries = safetensors_file.read_header(source)
+    said = metadata.get(LAYERS, "")
+    layers = int(said) if re.fullmatch("[1-9]", said) else lora_names.LAYERS
+    layers = lora_names.layers_of(paths) if paths else layers
+    known, among = lora_names.known_stems(paths, layers), set(paths)
+    parts = {name: lora_names.part_of(name, known, layers) for name in entries if name != IMAGE_TOKENS}
+    of_sites = {
+        name: part
+        for name, part in parts.items()
+        if part.path in among or lora_names.SITE.fullmatch(part.path)
+    }
+    format = next((part.format for part in [*of_sites.values(), *parts.values()]), "diffusers")
+    config, notes = _config(source, format, metadata)
+    pairs, odd = {}, []
+    for site, names in _by_site(of_sites).items():
+        complete = names.keys() >= {"A", "B"}
+        odd += [name for role, name in names.items() if not complete or role not in ("A", "B", "alpha")]
+        if complete:
+            rank = _rank(source, entries, names["A"], names["B"])
+            alpha = _alpha(source, entries, names.get("alpha"), config, site, rank)
+            pairs[site] = Pair(names["A"], names["B"], alpha, rank)
+    first = layers if lora_names.is_first_published(list(of_sites)) else None
+    unused = tuple(name for name in parts if name not in of_sites)
+    return LoraFile(source, format, first, metadata, entries, pairs, tuple(odd), unused, notes)
 
-    name = path.name
-    data = _read_bytes(path, limit)
-    # A safetensors file begins with the length of its header, which may look like that; then comes "{".
-    if data.startswith(PICKLES) and data[8:9] != b"{":
-        do = "convert it to safetensors where it came from"
-        raise LoraError(f"{name} is a pickle or an archive", "those can run code when they are read", do)
-    deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
-    try:
-        found = deserialize(data)
-    except Exception as error:  # SafetensorError, and whatever else hostile bytes provoke in the parser
-        raise LoraError(f"{name} is damaged, or no safetensors file", shown(str(error)), REDO) from error
-    tensors = {}
-    for key, tensor in found:
-        if tensor["dtype"] != "F32":
-            raise LoraError(f"{name}: {shown(key)} is {tensor['dtype']}", "a subject is stored as F32", REDO)
-        tensors[key] = np.frombuffer(tensor["data"], "<f4").reshape(tensor["shape"])
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # deserialize has checked it
-    metadata = header.get("__metadata__") or {}
-    origin = {key[len(ORIGIN) :]: value for key, value in metadata.items() if key.startswith(ORIGIN)}
-    return tensors, origin
+
+def check_used(file: LoraFile, partial: bool = False) -> None:
+    """Refuse a file that is more than a LoRA of the cross-attention's q, k and v.
+
+    Args:
+        partial: other modules may be there, unless in a file of ours, and are left out.
+
+    Raises:
+        LoraError: a site has more than A, B and alpha, or there is no site.
+        LoraMismatch: there are other modules, and `partial` is off.
+    """
+    if file.odd:
+        why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shown(file.odd[0])}"
+        do = "convert it to a plain LoRA where it came from; DoRA, LoHa and LoKr are none"
+        raise LoraError(f"{file.name} is not a LoRA of pairs A and B", why, do)
+    if not file.pairs:
+        first = f"; its first tensor is {shown(next(iter(file.entries)))}" if file.entries else ""
+        why = f"it has no cross-attention q, k or v of a Stable Diffusion UNet{first}"
+        do = "use a LoRA of the bundle's model; hyperrt lora inspect FILE shows what one adapts"
+        raise LoraError(f"{file.name} adapts nothing that HyperRT adapts", why, do)
+    if file.unused and (file.origin or not partial):
+        what = f"{file.name} adapts more than q, k and v of the cross-attention"
+        found = ", ".join(f"{count} tensors of {kind}" for kind, count in unused_kinds(file).items())
+        do = REDO if file.origin else "leave these out, which changes what it draws: --partial"
+        raise LoraMismatch(what, f"not used would be {found}", do)
+
+
+def unused_kinds(file: LoraFile) -> dict[str, int]:
+    """What the tensors of other modules belong to, and how many they are: {"self-attention": 128}."""
+    return counted(map(lora_names.kind_of, file.unused))
+
+
+def usable(array: Array) -> bool:
+    """Whether all numbers are finite, and within MAX_WEIGHT."""
+    return bool(np.all(np.abs(array) <= MAX_WEIGHT))  # False for NaN too
+
+
+def counted(items: Iterable[Any]) -> dict[Any, int]:
+    """How often each item occurs, the most frequent first."""
+    found: dict[Any, int] = {}
+    for item in items:
+        found[item] = found.get(item, 0) + 1
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
 def difference(found: set[str], expected: set[str]) -> str:
@@ -114,25 +217,102 @@ def difference(found: set[str], expected: set[str]) -> str:
     return "; ".join(parts)
 
 
-def shown(text: str) -> str:
-    """Text out of a file, short and with nothing that a terminal would obey."""
-    return text[:120] if text.isprintable() else repr(text)[:120]
+def _file_of(path: Path) -> Path:
+    """The file itself, or the one in a folder of PEFT or diffusers."""
+    if not os.path.isdir(path):
+        return path
+    for name in FOLDER_FILES:
+        if os.path.exists(path / name):
+            return path / name
+    why = f"it holds no {' and no '.join(FOLDER_FILES)}"
+    raise NotFound(f"there is no subject file in the folder {path}", why, "name the file itself")
 
 
-def _kohya_stem(path: str) -> str:
-    return FORMATS["kohya"] + path.replace(".", "_")
+def _by_site(parts: Mapping[str, lora_names.Part]) -> dict[str, dict[str, str]]:
+    """Path of a site -> role -> name; of two names for one role the second has itself as its role."""
+    found: dict[str, dict[str, str]] = {}
+    for name, part in parts.items():
+        names = found.setdefault(part.path, {})
+        names[name if part.role in names else part.role] = name
+    return found
 
 
-def _read_bytes(path: Path, limit: int) -> bytes:
-    if not os.path.exists(path):  # unlike Path.exists it says False of a name that is too long or holds NUL
-        raise NotFound(f"there is no subject file {str(path)[:200]!r}", "", "make one: hyperrt personalize")
-    if not path.is_file():  # a pipe would block, a device never end
-        raise LoraError(f"{path.name} is not a plain file", "", REDO)
+def _rank(source: Path, entries: Mapping[str, Entry], a: str, b: str) -> int:
+    for name in (a, b):
+        safetensors_file.check_type(source, name, entries[name])
+    shape_a, shape_b = entries[a].shape, entries[b].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
+        why = f"beside it {shown(b)} is {shape_b}; they must be (rank, inputs) and (outputs, rank)"
+        raise LoraError(f"{source.name}: {shown(a)} is {shape_a}", why, REDO)
+    return shape_a[0]
+
+
+def _alpha(
+    source: Path,
+    entries: Mapping[str, Entry],
+    name: str | None,
+    config: Mapping[str, Any],
+    site: str,
+    rank: int,
+) -> float:
+    """A site's alpha: a tensor, or in PEFT's configuration, or not said, which means the rank."""
+    if name is not None:
+        if math.prod(shape := entries[name].shape) != 1:
+            raise LoraError(f"{source.name}: {shown(name)} is {shape}", "it must be one number", REDO)
+        types = (*safetensors_file.NUMBERS, "BF16")
+        stored = safetensors_file.read_tensor(source, name, entries[name], types)
+        alpha = float(stored.array().ravel()[0])
+    else:
+        alpha = _configured(source, config, site, rank)
+    if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
+        why = f"it must be above 0 and at most {MAX_ALPHA:g}"
+        raise LoraError(f"{source.name}: alpha is {alpha:g} at {shown(site)}", why, REDO)
+    return alpha
+
+
+def _configured(source: Path, config: Mapping[str, Any], site: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = config.get("lora_alpha", rank)
+    for pattern in patterns if isinstance(patterns, dict) else ():
+        ending = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", ending):  # never run: it may take for ever
+            why = f"its key {shown(pattern)} is a pattern, not the name of a module"
+            raise LoraError(f"the alpha_pattern of {source.name} is not understood", why, REDO)
+        if f".{site}".endswith(f".{ending}"):
+            alpha = patterns[pattern]
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise LoraError(f"{source.name}: alpha is {shown(repr(alpha))}", "it must be a number above 0", REDO)
+    return float(alpha) * math.sqrt(rank) if config.get("use_rslora") is True else float(alpha)
+
+
+def _config(
+    source: Path, format: str, metadata: Mapping[str, str]
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """PEFT's configuration of the UNet, wherever a format keeps it, and what there is to say about it."""
+    if format == "diffusers" and CONFIG in metadata:
+        config = _object(source.name, metadata[CONFIG].encode(errors="replace"))
+        ours = {key[5:]: value for key, value in config.items() if key.startswith("unet.")}
+        return ours or config, ()
+    if format != "peft":
+        return {}, ()
+    beside = source.with_name(PEFT_CONFIG)
+    if source.name == PEFT_FILE and os.path.isfile(beside):
+        try:
+            with beside.open("rb") as file:
+                return _object(PEFT_CONFIG, file.read(MAX_CONFIG)), ()
+        except OSError as error:
+            raise LoraError(f"cannot read {beside}", f"{error.strerror}") from error
+    if any(key.startswith(ORIGIN) for key in metadata):
+        return {}, ()
+    return {}, (f"{source.name} has no {PEFT_CONFIG} beside it: alpha is taken to be the rank",)
+
+
+def _object(name: str, text: bytes) -> Mapping[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise LoraError(f"cannot read {path}", f"{error.strerror}") from error
-    if len(data) > limit:
-        raise LoraError(f"{path.name} is too big", f"a subject here has at most {limit} bytes", REDO)
-    return data
+        found = strict_json.loads(text)
+    except strict_json.StrictError as error:
+        raise LoraError(f"the configuration in {name} is damaged", shown(str(error)), REDO) from error
+    if not isinstance(found, dict):
+        raise LoraError(f"the configuration in {name} is damaged", "it is no JSON object", REDO)
+    return found

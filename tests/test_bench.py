@@ -23,6 +23,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 KEYS = {
     "coldstart": {"generate_s", "peak_mb", "help_s", "forbidden_modules"},  # sizes need pip's index
     "parity": {"worst_rel"},
+    "interop": {"missing", "unexpected", "picture_rel_diff"},
     "fused_step": {"fused_over_two_calls", "lora_overhead"},
     "full_size": {"export_s", "export_peak_gb", "bundle_gb", "step_s_onnxruntime", "parity_fp32_worst_rel"},
     "hoist": {"time_ratio", "memory_ratio", "weight_bytes_saved"},
@@ -51,11 +52,11 @@ KEYS = {
 NEEDS = {"parity": ("torch", "diffusers", "peft", "onnx_ir"), "fused_step": ("onnx_ir",)}
 EXPORTS = ("torch", "diffusers", "onnxscript", "openvino")
 NEEDS |= {"full_size": EXPORTS, "hoist": EXPORTS, "compile": ("tensorrt_rtx",)}
+NEEDS |= {"gpu": ("torch", "diffusers", "onnxruntime"), "interop": NEEDS["parity"]}
 NEEDS |= dict.fromkeys(
     ("training_speed", "against_dreambooth", "paper_small"),
     ("torch", "diffusers", "peft", "scipy", "matplotlib"),
 )
-NEEDS |= {"gpu": ("torch", "diffusers", "onnxruntime")}
 
 
 def module(name: str):
@@ -167,6 +168,13 @@ def test_the_bundle_computes_what_diffusers_and_peft_do(figures):
 
 
 @pytest.mark.slow
+def test_other_programs_load_a_subject_whole_and_draw_the_same_picture(figures):
+    found = figures("interop")
+    assert found["missing"] == found["unexpected"] == 0
+    assert found["picture_rel_diff"] < 1e-3
+
+
+@pytest.mark.slow
 def test_subjects_come_and_go_without_a_trace(figures):
     found = figures("switch")
     assert found["aba_max_diff"] == found["a_base_max_diff"] == 0
@@ -235,7 +243,8 @@ def coloured(*colours: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_the_colour_judge_sees_colours_and_not_white_or_place():
-    histogram = module("judges").histogram
+    from training.judges import histogram
+
     mine = histogram(coloured((200, 30, 40), (20, 90, 200)))
     assert np.linalg.norm(mine) == pytest.approx(1)
     assert mine @ histogram(coloured((20, 90, 200), (200, 30, 40))) == pytest.approx(1)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from hyperrt.bundle import packaged
+from training.drawn import WHITE
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -127,9 +128,9 @@ def test_real_pictures_score_high_and_others_low(load, tiny):
     cases = scoring.cases(seed=7, count=2)
     assert [case.noun for case in cases] == ["robot", "fish"]
     photos, places = scoring.photos_of(cases[0])
-    assert len(photos) == len(places) == 4 and load("fidelity").WHITE not in places
-    scorer = scoring.Scorer(tiny.bundle, cases)
-    assert all(places[0] == load("fidelity").WHITE and len(places) == 2 for places in scorer.places)
+    assert len(photos) == len(places) == 4 and WHITE not in places
+    scorer = scoring.Scorer(scoring.encoder(tiny.bundle, quick=True), cases)
+    assert all(places[0] == WHITE and len(places) == 2 for places in scorer.places)
     real = scorer.real()
     swapped = scorer([[c.view(scene, 900) for scene in scorer.places[k][::-1]] for k, c in enumerate(cases)])
     for name in ("identity", "identity_colours", "background"):
@@ -173,8 +174,8 @@ def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
     runs: dict[str, int] = {}
 
     def run(config, resume):
-        runs[Path(config.out).name] = config.steps
-        assert resume and config.cache.endswith("captioned_by_noun")
+        runs[Path(config.output).name] = config.steps
+        assert resume and config.data.endswith("captioned_by_noun")
 
     def load_hypernet(out):
         if out.name not in runs:
@@ -249,7 +250,7 @@ def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
 
 
 def test_a_margin_is_from_minus_one_to_one(load):
-    scoring, judges = load("scoring"), load("judges")
+    scoring, judges = load("scoring"), importlib.import_module("training.judges")
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200)))
     judge = judges.Scenes([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
     assert scoring.margin(judge, red, "red") == pytest.approx(1)

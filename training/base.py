@@ -2,11 +2,13 @@
 
     BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/ and model_index.json
 
-`image_encoder` is not part of Stable Diffusion: it is the frozen ViT that the hypernetwork reads.
+`image_encoder` is not part of Stable Diffusion: it is the frozen ViT that the hypernetwork reads. An SDXL has
+text_encoder_2/ and tokenizer_2/, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,26 +28,40 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from hyperrt.errors import IntegrityError
+from hyperrt.errors import HyperRTError, IntegrityError, NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 IMAGE_SIZE = 64
 MAX_TOKENS = 24
 TEXT_WIDTH = 128
-LATENT_CHANNELS = 12
+LATENT_CHANNELS = 16
 
 
-@dataclass(frozen=True)
-class Base:
-    """The frozen parts, fp32 and in eval mode."""
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """The frozen parts that make of pictures and prompts what is trained on; fp32 and in eval mode.
 
-    unet: UNet2DConditionModel
+    Attributes:
+        text_encoder_2, tokenizer_2: of an SDXL.
+        zero_empty: whether an empty prompt is all zeros and not encoded.
+    """
+
     vae: AutoencoderKL | AutoencoderTiny
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
-    image_encoder: ViTModel
+    image_encoder: ViTModel | CLIPVisionModelWithProjection
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zero_empty: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base(Encoders):
+    """All the frozen parts."""
+
+    unet: UNet2DConditionModel
     scheduler: DDIMScheduler
 
 
@@ -69,8 +85,8 @@ def tiny_vae() -> AutoencoderTiny:
     normalises each picture's colours away at first, and was 4 dB behind after ten times the training."""
     return AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
-        encoder_block_out_channels=(32,) * 4, num_encoder_blocks=(0, 1, 2, 3),
-        decoder_block_out_channels=(32,) * 4, num_decoder_blocks=(4, 3, 1, 0),
+        encoder_block_out_channels=(48,) * 4, num_encoder_blocks=(0, 1, 2, 3),
+        decoder_block_out_channels=(48,) * 4, num_decoder_blocks=(4, 3, 1, 0),
     )  # fmt: skip
 
 
@@ -111,10 +127,12 @@ PARTS: dict[str, tuple[type[Any], ...]] = {  # classes that each may have
     "text_encoder": (CLIPTextModel,),
     "text_encoder_2": (CLIPTextModelWithProjection,),
     "tokenizer": (CLIPTokenizer,),
+    "tokenizer_2": (CLIPTokenizer,),
     "image_encoder": (ViTModel, CLIPVisionModelWithProjection),
     "scheduler": (DDIMScheduler,),
 }
-OF_TINY = tuple(name for name in PARTS if name != "text_encoder_2")
+OF_SDXL = ("text_encoder_2", "tokenizer_2")
+OF_TINY = tuple(name for name in PARTS if name not in OF_SDXL)
 # transformers names weights of another shape only if it may ignore them; `read_part` does not.
 NAMED = {"ignore_mismatched_sizes": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -134,29 +152,89 @@ def load(folder: Path | str) -> Base:
         ValueError: a part cannot be read, is of another class, lacks weights, or does not fit the others.
     """
     folder = Path(folder)
-    missing = [name for name in OF_TINY if not (folder / name).is_dir()]
-    if missing:
-        raise FileNotFoundError(f"{folder} is not a base model: it has no {', '.join(missing)}")
-    disable_progress_bar()  # the parts of one model are not worth six bars
-    base = Base(**{name: read_part(folder / name, name) for name in OF_TINY})
-    tokens, embeddings = len(base.tokenizer), base.text_encoder.config.vocab_size
-    if tokens != embeddings:  # an empty tokenizer folder makes a tokenizer, too
-        raise ValueError(f"{folder / 'tokenizer'} knows {tokens} tokens, the text encoder {embeddings}")
-    return base
+    return _checked(folder, Base(**_read_parts(folder, parts_of(folder))))
 
 
-def opened(folder: Path | str) -> Base:
-    """`load` for a command: what is wrong with the folder's content is said with what to do about it.
+def load_encoders(folder: Path | str) -> Encoders:
+    """The same without the UNet, which is the largest part; errors as `load`."""
+    folder = Path(folder)
+    names = [name for name in parts_of(folder) if name not in ("unet", "scheduler")]
+    return _checked(folder, Encoders(**_read_parts(folder, names)))
+
+
+def parts_of(folder: Path) -> tuple[str, ...]:
+    """The names of its parts.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
+    """
+    names = (*OF_TINY, *OF_SDXL) if (folder / "text_encoder_2").is_dir() else OF_TINY
+    if missing := [name for name in names if not (folder / name).is_dir()]:
+        what = f"{folder} is not a base model: it has no {', '.join(missing)}"
+        if missing == ["image_encoder"]:  # a model of diffusers
+            what += "; put the folder of the ViT there that the hypernetwork is to read"
+        raise FileNotFoundError(what)
+    return names
+
+
+def picture_size(folder: Path) -> tuple[int, int]:
+    """Pixels that the UNet was trained for, and what the sides of a picture must be a multiple of.
+
+    Raises:
+        ValueError, OSError: a configuration cannot be read.
+    """
+    unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    try:
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the configuration of unet or vae in {folder} lacks {error}") from error
+
+
+def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    disable_progress_bar()  # the parts of one model are not worth six bars
+    parts = {name: read_part(folder / name, name) for name in names}
+    if "text_encoder_2" not in parts:
+        return parts
+    index = folder / "model_index.json"
+    about = json.loads(index.read_text()) if index.is_file() else {}
+    return parts | {"zero_empty": bool(about.get("force_zeros_for_empty_prompt", True))}  # diffusers' default
+
+
+def _checked(folder: Path, found: Any) -> Any:
+    """Of a tokenizer and its encoder: an empty tokenizer folder makes a tokenizer, too."""
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if getattr(found, tokenizer) is None:
+            continue
+        tokens, embeddings = len(getattr(found, tokenizer)), getattr(found, encoder).config.vocab_size
+        if not 3 <= tokens <= embeddings:
+            raise ValueError(f"{folder / tokenizer} knows {tokens} tokens, the text encoder {embeddings}")
+    return found
+
+
+def opened(folder: Path | str) -> Base:
+    """`load` for a command; errors as `readable`."""
+    with readable(folder, "make it anew: python -m training.pretrain"):
+        return load(folder)
+
+
+@contextlib.contextmanager
+def readable(folder: Path | str, remedy: str) -> Iterator[None]:
+    """What a command says of a folder that cannot be read.
+
+    Raises:
+        NotFound: the folder, or a part of it, is missing.
         IntegrityError: it cannot be used.
     """
     try:
-        return load(folder)
-    except ValueError as error:
-        do = "make it anew: python -m training.pretrain"
-        raise IntegrityError(f"{folder} is no base model", str(error), do) from error
+        yield
+    except HyperRTError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(f"{folder} is not what is needed", str(error), remedy) from error
+    except (ValueError, EOFError, OSError, IndexError) as error:
+        why = str(error) or type(error).__name__
+        raise IntegrityError(f"{folder} cannot be read", why, remedy) from error
 
 
 def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:

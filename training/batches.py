@@ -1,10 +1,13 @@
 """Batches that are a function of seed and step alone, so that a resumed run continues as if never stopped.
 
 S subjects, N photos of each that the decoder sees, R target rows of each that are denoised; rows = S R.
+What is random is drawn for all rows of the step, whoever computes them: a process that takes a part of the
+subjects gets what one process would have had there.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,12 +30,17 @@ class Batch:
     features: Tensor  # [S N, T, F]
     latents: Tensor  # [rows, C, h, w]
     text: Tensor  # [rows, L, D]
+    generic: Tensor  # [rows, L, D] of the same pictures, without the token
     noise: Tensor  # [rows, C, h, w]
     timesteps: Tensor  # [rows]
 
 
 class Batches:
-    """Draws batches from the identities of a cache before its held-out ones."""
+    """Draws batches from the identities of a cache before its held-out ones.
+
+    Args:
+        part: of a step's subjects those that this process takes; None: all.
+    """
 
     def __init__(
         self,
@@ -41,8 +49,13 @@ class Batches:
         captions: CaptionTable,
         config: TrainConfig,
         train_steps: int,
+        part: slice | None = None,
     ) -> None:
-        self.latents = cache.latents
+        found = {"latents": cache.latents.shape[:2], "features": features.shape[:2]}
+        if wrong := {name: shape for name, shape in found.items() if shape != cache.shape}:
+            raise ValueError(f"of (identities, views) it has {wrong}, elsewhere {cache.shape}")
+        self.latents, self.mirrored = cache.latents, cache.mirrored
+        self.counts = cache.counts
         self.nouns = cache.nouns
         self.features = features
         self.captions = captions
@@ -51,32 +64,43 @@ class Batches:
         self.views = cache.images.shape[1]
         self.count = len(cache.nouns) - config.holdout
         self.subjects = config.batch // config.targets
+        self.part = part or slice(0, self.subjects)
+        self.rows = slice(self.part.start * config.targets, self.part.stop * config.targets)
         if self.count < 1:
-            why = f"the cache has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
-            raise UsageError(
-                "no identity is left to train on", why, "lower --holdout, or draw a larger cache"
-            )
+            why = f"the data has {len(cache.nouns)} identities, and holdout takes {config.holdout}"
+            raise UsageError("no identity is left to train on", why, "lower --holdout, or take more data")
         if config.photos > self.views:
-            why = f"the cache has {self.views} views of a subject"
+            why = f"the data has {self.views} views of a subject"
             raise UsageError(f"photos is {config.photos}", why, f"set --photos to at most {self.views}")
         self._permutation = lru_cache(2)(self._shuffled)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that stand for the pictures and captions that are trained on."""
+        digest = hashlib.sha256(repr((self.latents.shape, self.features.shape)).encode())
+        for values in (self.latents, self.features, self.nouns, self.captions.subject):
+            some = values[:: max(1, len(values) // 64)]
+            digest.update(np.ascontiguousarray(some).tobytes())
+        return digest.hexdigest()[:12]
 
     def at(self, step: int) -> Batch:
         """The batch of a step, numbered from 0."""
         config = self.config
         rng = np.random.default_rng([config.seed, 2, step])
-        who = self._identities(step)
+        who = self.identities(step)
         photos = int(rng.integers(1, config.photos + 1))
-        views = np.argsort(rng.random((len(who), self.views)), axis=1)
+        # Views that an identity has again come last.
+        again = np.arange(self.views) >= self.counts[who, None]
+        views = np.argsort(rng.random((len(who), self.views)) + again, axis=1)
         rows = np.repeat(who, config.targets)
-        shown = self._target_views(rng, views, photos)
+        shown = self._target_views(rng, views, photos, self.counts[who])
         row = np.where(rng.random(len(rows)) < config.text_dropout, 0, self.captions.subject[rows, shown])
         return self._batch(rng, who, views[:, :photos], rows, shown, row)
 
     def prior_at(self, step: int) -> Batch:
         """For L_reg: other subjects of the same nouns, captioned without the token; rows as in `at(step)`."""
         rng = np.random.default_rng([self.config.seed, 3, step])
-        who = self._identities(step)
+        who = self.identities(step)
         rows = np.repeat(who, self.config.targets)
         others = np.array([self._other(rng, row) for row in rows])
         shown = rng.integers(0, self.views, len(rows))
@@ -93,21 +117,26 @@ class Batches:
         shown: np.ndarray,
         text: np.ndarray,
     ) -> Batch:
-        latents = torch.from_numpy(self.latents[rows, shown].astype(np.float32))
-        features = self.features[who[:, None], views].reshape(-1, *self.features.shape[2:])
+        part, own = self.part, self.rows
+        latents = self._latents(rng, rows, shown)[own]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = torch.randn((len(rows), *self.latents.shape[2:]), generator=generator)
+        timesteps = spread_timesteps(rng, len(rows), self.config.noise_shift, self.train_steps)
+        features = self.features[who[part, None], views[part]].reshape(-1, *self.features.shape[2:])
+        generic = self.captions.generic[rows, shown]
         return Batch(
-            identities=who,
+            identities=who[part],
             photos=views.shape[1],
             features=torch.from_numpy(features.astype(np.float32)),
-            latents=latents,
-            text=self.captions.hidden[torch.from_numpy(text).to(self.captions.hidden.device)],
-            noise=torch.randn(latents.shape, generator=generator),
-            timesteps=torch.from_numpy(self._timesteps(rng, len(rows))),
+            latents=torch.from_numpy(latents),
+            text=self.captions.text(text[own]),
+            generic=self.captions.text(generic[own]),
+            noise=noise[own],
+            timesteps=torch.from_numpy(timesteps)[own],
         )
 
-    def _identities(self, step: int) -> np.ndarray:
-        """Every identity once per epoch, in an order of the epoch's own."""
+    def identities(self, step: int) -> np.ndarray:
+        """The subjects of a step [S], all processes': every one once per epoch, in an order of its own."""
         epochs, places = np.divmod(np.arange(step * self.subjects, (step + 1) * self.subjects), self.count)
         return np.array(
             [self._permutation(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
@@ -116,13 +145,27 @@ class Batches:
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.config.seed, 1, epoch]).permutation(self.count)
 
-    def _target_views(self, rng: np.random.Generator, views: np.ndarray, photos: int) -> np.ndarray:
-        """The view to denoise, [rows]: with probability `cross_view` one that the decoder does not see."""
+    def _latents(self, rng: np.random.Generator, rows: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """[rows, C, h, w]; half of them mirrored where the cache has that."""
+        latents = self.latents[rows, shown].astype(np.float32)
+        if self.mirrored is not None:
+            turned = rng.random(len(rows)) < 0.5
+            latents[turned] = self.mirrored[rows[turned], shown[turned]]
+        return latents
+
+    def _target_views(
+        self, rng: np.random.Generator, views: np.ndarray, photos: int, counts: np.ndarray
+    ) -> np.ndarray:
+        """The view to denoise, [rows]: with probability `cross_view` one that the decoder does not see.
+
+        One of the photos where a subject has no others; with a single view it is the photo itself.
+        """
         shape = (len(views), self.config.targets)
         seen = rng.integers(0, photos, shape)
         if photos < self.views:
-            other = rng.integers(photos, self.views, shape)
-            seen = np.where(rng.random(shape) < self.config.cross_view, other, seen)
+            others = np.maximum(counts - photos, 0)[:, None]
+            other = photos + rng.integers(0, np.maximum(others, 1), shape)
+            seen = np.where((rng.random(shape) < self.config.cross_view) & (others > 0), other, seen)
         return np.take_along_axis(views, seen, axis=1).ravel()
 
     def _other(self, rng: np.random.Generator, row: int) -> int:
@@ -130,9 +173,6 @@ class Batches:
         same = np.flatnonzero(self.nouns[: self.count] == self.nouns[row])
         others = same[same != row]
         return int(rng.choice(others)) if len(others) else int(row)
-
-    def _timesteps(self, rng: np.random.Generator, rows: int) -> np.ndarray:
-        return spread_timesteps(rng, rows, self.config.noise_shift, self.train_steps)
 
 
 def spread_timesteps(rng: np.random.Generator, rows: int, shift: float, train_steps: int) -> np.ndarray:

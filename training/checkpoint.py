@@ -11,25 +11,39 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from hyperrt import files
-from hyperrt.errors import Incompatible, IntegrityError
+from hyperrt.errors import Incompatible, IntegrityError, UsageError
 from hyperrt.lora import LoraLayout
-from training.config import DecoderConfig, TrainConfig, to_json
+from training.config import FIXED, DecoderConfig, TrainConfig, differences, to_json
 from training.hypernet import Decoder, decoder_of
 from training.loop import Descent
 
 FORMAT = 1
 HYPERNET, STATE = "hypernet", "state.safetensors"
-# Settings that a resumed run may not change: the weights would not fit.
-FIXED = ("rank", "dim", "layers", "iterations", "head_dim")
+Moments = Mapping[str, Mapping[str, Tensor]]  # name of a parameter -> AdamW's state of it
+Changes = dict[str, tuple[Any, Any]]  # what differs -> (then, now)
+WIDE_TEXT = 768  # of Stable Diffusion 1.5; the tiny family's text is narrower
+RENAMED = {"base": "model", "cache": "data", "out": "output"}  # settings that once had other names
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes on from, told by content: a moved folder is the same, another model in it is not.
+
+    base_model: `base_hash` of the UNet. data: `Batches.fingerprint`; "" in runs of before it was kept.
+    """
+
+    base_model: str
+    data: str = ""
 
 
 def hash_of(module: nn.Module, half: bool = False) -> str:
@@ -46,10 +60,16 @@ def hash_of(module: nn.Module, half: bool = False) -> str:
     return digest.hexdigest()
 
 
-def save_hypernet(
-    folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str
-) -> Path:
-    """Writes hypernet.json and hypernet.safetensors; returns the path of the latter."""
+def base_hash(unet: nn.Module) -> str:
+    """`hash_of` a base model as the bundles of its family hold it: of half precision for the large ones."""
+    return hash_of(unet, half=unet.config.cross_attention_dim >= WIDE_TEXT)
+
+
+def save_hypernet(folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str) -> Path:
+    """Writes hypernet.json and hypernet.safetensors; returns the path of the latter.
+
+    A run that is killed between the two leaves weights of the save before: the step is with the weights.
+    """
     about = {
         "format": FORMAT,
         "step": step,
@@ -63,7 +83,8 @@ def save_hypernet(
     files.publish(
         folder / f"{HYPERNET}.json", lambda file: file.write(json.dumps(about, indent=1).encode()), force=True
     )
-    return _publish(folder / f"{HYPERNET}.safetensors", decoder.state_dict(), {"format": str(FORMAT)})
+    metadata = {"format": str(FORMAT), "step": str(step)}
+    return _publish(folder / f"{HYPERNET}.safetensors", decoder.state_dict(), metadata)
 
 
 def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
@@ -80,11 +101,14 @@ def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
     stem = path / HYPERNET if path.is_dir() else path.with_suffix("")
     try:
         about = json.loads(stem.with_suffix(".json").read_text())
-        tensors = load_file(stem.with_suffix(".safetensors"))
+        tensors, metadata = read(stem.with_suffix(".safetensors"))
+        step = metadata.get("step")
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{stem} is damaged: {error}") from error
     if about.get("format") != FORMAT:
         raise ValueError(f"{stem}.json has format {about.get('format')!r}; this version reads {FORMAT}")
+    about["step"] = about["step"] if step is None else int(step)
+    about["training"] = {RENAMED.get(name, name): value for name, value in about["training"].items()}
     layout, config = LoraLayout.from_json(about["layout"]), DecoderConfig(**about["decoder"])
     with torch.device("meta"):  # the tensors take the place of the parameters; those of SDXL are 2.6 GB
         decoder = decoder_of(layout, about["feature_dim"], config)
@@ -96,66 +120,72 @@ def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
 
 
 def save_state(
-    folder: Path,
-    decoder: Decoder,
-    descent: Descent,
-    window: Tensor,
-    config: TrainConfig,
-    step: int,
-    base_model: str,
-) -> Path:
+    folder: Path, decoder: Decoder, ema: Decoder, moments: Moments, window: Tensor, config: TrainConfig,
+    step: int, origin: Origin,
+) -> Path:  # fmt: skip
     """Writes state.safetensors; `step` steps are done, `window` holds their losses not logged yet."""
     tensors = {"window": window}
     tensors.update({f"decoder/{name}": tensor for name, tensor in decoder.state_dict().items()})
-    tensors.update({f"ema/{name}": tensor for name, tensor in descent.ema.state_dict().items()})
-    for name, parameter in decoder.named_parameters():
-        moments = descent.optimizer.state[parameter]
-        tensors.update({f"adam.{key}/{name}": value for key, value in moments.items()})
-    metadata = {"step": str(step), "base_model": base_model, "config": json.dumps(to_json(config))}
+    tensors.update({f"ema/{name}": tensor for name, tensor in ema.state_dict().items()})
+    for name, values in moments.items():
+        tensors.update({f"adam.{key}/{name}": value for key, value in values.items()})
+    metadata = {"step": str(step), "config": json.dumps(to_json(config)), **vars(origin)}
     return _publish(folder / STATE, tensors, metadata)
 
 
 def load_state(
-    folder: Path, decoder: Decoder, descent: Descent, config: TrainConfig, base_model: str
-) -> tuple[int, Tensor, dict[str, tuple[Any, Any]]]:
+    folder: Path, decoder: Decoder, descent: Descent, config: TrainConfig, origin: Origin,
+    allow_changes: bool = False,
+) -> tuple[int, Tensor, Changes]:  # fmt: skip
     """Puts everything back; returns the step, the window, and what differs as {name: (then, now)}.
 
     Raises:
-        Incompatible: a setting in `FIXED` differs, or the hash of the base model.
+        UsageError: settings that are not `config.FREE` differ, or the pictures, without `allow_changes`.
+        Incompatible: with it, a setting in `config.FIXED` differs; the hash of the base model does.
         IntegrityError: the file is damaged.
     """
     path = folder / STATE
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
+        tensors, metadata = read(path)
         done, before = int(metadata["step"]), json.loads(metadata["config"])
-        was = metadata["base_model"]
+        was = Origin(metadata["base_model"], metadata.get("data", ""))
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged", str(error), f"remove {folder} to train it anew") from error
-    now = to_json(config)
-    changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-    if fatal := [f"{name} was {then} and is {now}" for name, (then, now) in changed.items() if name in FIXED]:
-        raise Incompatible(
-            f"{path} is of another decoder", ", ".join(fatal), "set it back, or choose another --out"
-        )
-    if was != base_model:
-        why = f"it has the hash {was[:12]}, the one of --base has {base_model[:12]}"
-        do = "set --base back, or choose another --out"
+    if was.base_model != origin.base_model:
+        why = f"it has the hash {was.base_model[:12]}, the one of --model has {origin.base_model[:12]}"
+        do = "set --model back, or choose another --output"
         raise Incompatible(f"{path} is of another base model", why, do)
+    changed = differences(before, config)
+    if was.data and was.data != origin.data:
+        changed["what --data holds"] = was.data, origin.data
+    check_changes(path, changed, allow_changes)
     decoder.load_state_dict(_under("decoder/", tensors))
     descent.ema.load_state_dict(_under("ema/", tensors))
     keys = {name.partition("/")[0] for name in tensors if name.startswith("adam.")}
-    moments = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
-    for name, parameter in decoder.named_parameters():
-        descent.optimizer.state[parameter] = {
-            key: values[name].to(parameter.device) for key, values in moments.items()
-        }
+    columns = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
+    descent.restore({name: {key: values[name] for key, values in columns.items()} for name in descent.named})
     return done, tensors["window"], changed
+
+
+def check_changes(path: Path, changed: Changes, allowed: bool) -> None:
+    """Raises what `load_state` says of changes."""
+    said = ", ".join(f"{name} was {then} and is {now}" for name, (then, now) in changed.items())
+    fixed = FIXED & changed.keys()
+    do = f"set it back,{'' if fixed else ' add --allow-changes,'} or choose another --output"
+    if changed and not allowed:
+        raise UsageError(f"{path} is of a run with other settings", said, do)
+    if fixed:
+        raise Incompatible(f"{path} is of another decoder", said, do)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; raises SafetensorError where it is damaged."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _publish(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:

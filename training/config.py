@@ -1,7 +1,4 @@
-"""What a training of the hypernetwork is told: one frozen dataclass, from a preset, a JSON file and flags.
-
-Presets with a paper's name hold its numbers (arXiv 2511.03156, tables 6 to 8) as far as it prints them.
-"""
+"""What a training of the hypernetwork is told: one frozen dataclass, from a preset, a JSON file and flags."""
 
 from __future__ import annotations
 
@@ -11,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REDUCTIONS = ("mean", "sum", "per_factor")
+from training.presets import PRESETS
+
+REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # training.losses.Regulariser
+REGULARISED = ("factors", "product")
+PRIORS = ("preservation", "matching")
 KINDS = ("hyperdreambooth", "resampler")
 QUERIES = ("factor", "site")
+PRECISIONS = (None, "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +73,22 @@ class TrainConfig:
         ValueError: a number is out of range.
     """
 
-    base: str  # folder of the base model
-    cache: str  # folder of the scene cache, with latents
-    out: str  # folder of the run
+    model: str  # folder of the base model
+    data: str  # folder of the cache of pictures, with latents
+    output: str  # folder of the run
     steps: int = 3500
-    batch: int = 64  # rows per step, each with a LoRA of its own photos and its own noise
+    batch: int = 64  # rows per step, over all processes, each with its own photos, LoRA and noise
     targets: int = 1  # rows that share a subject's photos and LoRA; the decoder runs batch / targets times
     photos: int = 2  # most photos of a subject that are averaged; each step draws 1 to this many
     rank: int = 4
+    kind: str = "hyperdreambooth"  # this and the next seven: see DecoderConfig
     dim: int = 128
     layers: int = 2
     iterations: int = 4
     head_dim: int = 32
+    output_dim: int = 0
+    queries: str = "factor"
+    shared_heads: bool = False
     lr: float = 1e-3
     weight_decay: float = 1e-4
     warmup: int = 200  # steps
@@ -90,8 +96,10 @@ class TrainConfig:
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.999
     lambda_: float = 0.05  # weight of R(h), paper eq. 5
-    reduction: str = "mean"  # of R(h): mean, sum, per_factor
+    reduction: str = "mean"  # of R(h): mean, sum, matrix_fro_mean, matrix_mean_sum
+    regularised: str = "factors"  # what R(h) weighs: the factors A and B, or their "product"
     gamma: float = 0.0  # weight of L_reg, paper eq. 5; doubles the rows
+    prior: str = "preservation"  # what L_reg is, or "matching": training/losses.py
     min_snr: float = 0.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0: none
     noise_shift: float = 2.0  # above 1, more of the timesteps are noisy ones
     text_dropout: float = 0.1  # share of rows with the empty prompt
@@ -105,7 +113,11 @@ class TrainConfig:
     save_every: int = 250
     device: str | None = None  # None: a GPU if there is one
     threads: int | None = None  # None: torch decides
+    precision: str | None = None  # of products, fp32 or bf16; None: bf16 where the device computes in it
     compile: bool = False  # torch.compile for the UNet; pays on a GPU
+    gradient_checkpointing: bool = False  # the UNet computes its activations twice and keeps few of them
+    compress_gradients: bool = False  # between processes gradients travel as bf16, in half the bytes
+    shard_optimizer: bool = False  # each process keeps its part of Adam's moments (ZeRO stage 1)
 
     def __post_init__(self) -> None:
         counts = (
@@ -130,52 +142,81 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.noise_shift <= 0 or self.lr <= 0 or self.clip <= 0:
             raise ValueError("noise_shift, lr and clip must be above 0")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {self.reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+        for name, words in (("reduction", REDUCTIONS), ("regularised", REGULARISED), ("prior", PRIORS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(words)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; it must be fp32 or bf16")
         if self.batch % self.targets:
             raise ValueError(f"batch is {self.batch}; it must be a multiple of targets, {self.targets}")
         _ = self.decoder  # checks its own numbers
 
     @property
     def decoder(self) -> DecoderConfig:
-        return DecoderConfig(
-            dim=self.dim, layers=self.layers, iterations=self.iterations, head_dim=self.head_dim
-        )
-
-
-PAPER: dict[str, Any] = {
-    "steps": 4000, "photos": 1, "rank": 3, "dim": 512, "layers": 4, "head_dim": 0, "lr": 1e-5, "warmup": 500,
-    "lambda_": 0.5, "reduction": "per_factor", "noise_shift": 1.0,
-}  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {},  # the defaults
-    "smoke": {"steps": 20, "batch": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16},
-    "paper_celeba": {**PAPER, "steps": 30_000, "lambda_": 0.15},
-    "paper_afhq": PAPER,
-    "paper_literal": {**PAPER, "dim": 4},  # "embedding dimension of 4"
-}
+        shape = {field.name: getattr(self, field.name) for field in dataclasses.fields(DecoderConfig)}
+        return DecoderConfig(**shape)
 
 
 def resolve(flags: dict[str, Any], preset: str = "tiny", file: Path | None = None) -> TrainConfig:
-    """The preset, changed by the JSON file, changed by the flags that are not None.
+    """The preset (training/presets.py), changed by the JSON file, changed by the flags that are not None.
 
     Raises:
-        ValueError: an unknown preset or key, base, cache or out missing, or a number out of range.
+        ValueError: an unknown preset or key, model, data or output missing, or a number out of range.
     """
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])
     if file is not None:
-        values.update(json.loads(file.read_text()))
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} holds no JSON object")
+        values.update(found)
     values.update({name: value for name, value in flags.items() if value is not None})
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := set(values) - known:
         raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-    if missing := {"base", "cache", "out"} - set(values):
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in values and not _is_of(values[field.name], str(field.type)):
+            raise ValueError(f"{field.name} is {values[field.name]!r}; it must be of the kind {field.type}")
+    if missing := {"model", "data", "output"} - set(values):
         raise ValueError(f"missing: {', '.join('--' + name for name in sorted(missing))}")
     return TrainConfig(**values)
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value is of a field's type, as written: "int", "float", "bool", "str", or one "| None"."""
+    names = kind.split(" | ")
+    if value is None:
+        return "None" in names
+    if isinstance(value, bool):
+        return "bool" in names
+    return isinstance(value, {"int": int, "float": (int, float), "str": str}.get(names[0], ()))
 
 
 def to_json(config: TrainConfig | DecoderConfig) -> dict[str, Any]:
     """All fields by name."""
     return dataclasses.asdict(config)
+
+
+# What a resumed run may change unasked: how long it goes on, how often it reports, where it computes and how
+# much memory that takes. The base model and the pictures are told by what they hold, not by their folders.
+FREE = frozenset(
+    (
+        "model", "data", "output", "steps", "log_every", "monitor_every", "sample_every", "save_every",
+        "device", "threads", "precision", "compile",
+        "gradient_checkpointing", "compress_gradients", "shard_optimizer",
+    )
+)  # fmt: skip
+# What it may not change at all: the weights would not fit.
+FIXED = frozenset(("rank", *(field.name for field in dataclasses.fields(DecoderConfig))))
+
+
+def differences(before: dict[str, Any], now: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What a run was told otherwise, {name: (then, now)}, without what is `FREE`.
+
+    Args:
+        before: `to_json` of the run's configuration, maybe by a version that had fewer settings.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(now)}
+    pairs = {name: (before.get(name, defaults[name]), value) for name, value in to_json(now).items()}
+    return {name: pair for name, pair in pairs.items() if name not in FREE and pair[0] != pair[1]}

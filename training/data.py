@@ -1,23 +1,31 @@
-"""The cache of scenes that both trainings read: thousands of identities, a few views of each.
+"""The cache that both trainings read: pictures of thousands of identities, a few views of each.
 
-Drawn once by worker processes and kept as memory-mapped arrays, so that the training loop
-spends its time in the network. Identities vary along the first axis, views along the second:
+Kept as memory-mapped arrays, so that the training loop spends its time in the network. Identities vary along
+the first axis, views along the second. What training/pretrain.py draws and what training/prepare.py reads
+from a data set is one format:
 
-    cache.json   how the cache was made; written last, so a cache without it is not finished
-    images       (N, V, S, S, 3) uint8
-    latents      (N, V, C, h, w) float16, scaled as the UNet takes them (written by the pretraining)
-    nouns        (N,)   index into `SceneCache.names`: those of scenes.NOUNS, then those of cut-outs
-    backgrounds  (N, V) index into scenes.BACKGROUNDS
+    cache.json     how the cache was made; written last, so a cache without it is not finished
+    images         (N, V, S, S, 3) uint8
+    nouns          (N,)   index into `SceneCache.names`
+    captions.json  of each identity and view, of the subject and generic; or, of drawn scenes:
+    backgrounds    (N, V) index into scenes.BACKGROUNDS, which makes the captions
+    latents*       (N, V, C, h, w) float16, scaled as the UNet takes them
+    features-*, text-*, pooled-*   what the frozen encoders make of pictures and captions: features.py
+
+An identity with fewer than V different views has them again: view v of n is view v mod n in every array.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +33,20 @@ import numpy as np
 from PIL import Image
 
 from hyperrt import files
+from hyperrt.errors import IntegrityError, ResourceError
+from training import cutouts as cutouts_of
 from training import scenes
 from training.cutouts import Cutouts
+from training.subjects import PLACEHOLDER, Captions, Found, Options, Subject, View
 
 log = logging.getLogger("training")
 
-RECIPE, LATENTS = "cache.json", "latents.npy"
+RECIPE, LATENTS, CAPTIONS = "cache.json", "latents.npy", "captions.json"
+IMAGES, NOUNS = "images.npy", "nouns.npy"
+AHEAD = 4  # items that each worker is ahead of what is used
 CUTOUT_SHARE = 0.25
+CUTOUT_VIEWS = 4
+CUTOUT_SPLITS = {"train": "train", "eval": "test"}
 
 
 @dataclass(frozen=True)
@@ -60,44 +75,101 @@ class Subjects:
 
 @dataclass(frozen=True)
 class SceneCache:
-    """Views of subjects; see the module for shapes."""
+    """Views of subjects, and captions of them; see the module for shapes.
+
+    Attributes:
+        names: the nouns of the classes.
+        texts: for each identity the captions of its different views, [V] for the token.
+        recipe: what cache.json says.
+    """
 
     path: Path
     names: tuple[str, ...]
     images: np.ndarray
     nouns: np.ndarray
-    backgrounds: np.ndarray
+    texts: Sequence[Sequence[Captions]]
+    recipe: Mapping[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> SceneCache:
-        """Opens a cache that `build` made; raises FileNotFoundError when there is none."""
+        """Opens a finished cache.
+
+        Raises:
+            FileNotFoundError: there is none.
+            IntegrityError: its files do not fit together.
+        """
         path = Path(path)
         if not (path / RECIPE).is_file():
             raise FileNotFoundError(
-                f"{path} is not a finished scene cache; python -m training.pretrain makes one"
+                f"{path} is not a finished scene cache; python -m training.pretrain and python -m "
+                "training.prepare make one"
             )
-        return cls(
-            path=path,
-            names=tuple(_recipe(path).get("names", scenes.NOUNS)),
-            images=np.load(path / "images.npy", mmap_mode="r"),
-            nouns=np.load(path / "nouns.npy"),
-            backgrounds=np.load(path / "backgrounds.npy"),
-        )
+        return cls.read(path, read_json(path / RECIPE))
+
+    @classmethod
+    def read(cls, path: Path, recipe: Mapping[str, Any]) -> SceneCache:
+        """Opens what is there, finished or not; errors as `open`."""
+        names = tuple(recipe.get("names", scenes.NOUNS))
+        images = np.load(path / IMAGES, mmap_mode="r")
+        nouns = np.load(path / NOUNS)
+        if (path / CAPTIONS).is_file():
+            texts = [[tuple(pair) for pair in views] for views in read_json(path / CAPTIONS).get("texts", ())]
+        else:
+            texts = [
+                [_captions_of_scene(names[noun], scenes.BACKGROUNDS[k]) for k in places]
+                for noun, places in zip(nouns, np.load(path / "backgrounds.npy"), strict=True)
+            ]
+        if not len(images) == len(nouns) == len(texts) or not all(texts):
+            why = f"there are {len(images)} identities, {len(nouns)} nouns and {len(texts)} captions"
+            raise IntegrityError(f"the cache {path} is damaged", why, "remove it, and make it anew")
+        return cls(path, names, images, nouns, texts, recipe)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, V)."""
+        identities, views = self.images.shape[:2]
+        return identities, views
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(N,) how many different views an identity has, 1 to V."""
+        return np.array([len(views) for views in self.texts])
 
     @property
     def latents(self) -> np.ndarray:
-        """Raises FileNotFoundError before the pretraining has written them."""
-        if not (self.path / LATENTS).is_file():
+        """Raises FileNotFoundError before they have been written."""
+        path = self.path / self.recipe.get("latents", LATENTS)
+        if not path.is_file():
             raise FileNotFoundError(
                 f"{self.path} has no latents yet; python -m training.pretrain writes them"
             )
-        return np.load(self.path / LATENTS, mmap_mode="r")
+        return np.load(path, mmap_mode="r")
+
+    @property
+    def mirrored(self) -> np.ndarray | None:
+        """The latents of the mirrored pictures, in caches that were prepared with --flip."""
+        name = self.recipe.get("mirrored")
+        return None if name is None else np.load(self.path / name, mmap_mode="r")
 
     def captions(self, identities: np.ndarray, views: np.ndarray, token: str | None = None) -> list[str]:
         """The captions of some (identity, view) pairs, with the subject's token or without."""
-        names = [self.names[k] for k in self.nouns[identities]]
-        places = [scenes.BACKGROUNDS[k] for k in self.backgrounds[identities, views]]
-        return [scenes.caption(noun, place, token) for noun, place in zip(names, places, strict=True)]
+        pairs = [
+            self.texts[who][view % len(self.texts[who])] for who, view in zip(identities, views, strict=True)
+        ]
+        return [generic if token is None else text.replace(PLACEHOLDER, token) for text, generic in pairs]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a cache; empty where there is no such file, or another one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _captions_of_scene(noun: str, place: str) -> Captions:
+    return scenes.caption(noun, place, PLACEHOLDER), scenes.caption(noun, place)
 
 
 def build(
@@ -126,7 +198,7 @@ def build(
     subjects = Subjects(split, cutouts, share)
     if cutouts is not None:
         recipe.update(names=list(subjects.names), cutouts=cutouts.fingerprint, share=share)
-    if _recipe(path) != recipe:
+    if read_json(path / RECIPE) != recipe:
         path.mkdir(parents=True, exist_ok=True)
         for stale in (RECIPE, LATENTS):
             (path / stale).unlink(missing_ok=True)
@@ -135,21 +207,13 @@ def build(
     return SceneCache.open(path)
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    """What a finished cache says of itself; empty where there is none."""
-    try:
-        return dict(json.loads((path / RECIPE).read_text()))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def _draw_all(path: Path, identities: int, views: int, size: int, subjects: Subjects, workers: int) -> None:
     shape = (identities, views, size, size, 3)
     images = np.lib.format.open_memmap(path / "images.npy", "w+", np.uint8, shape)
     nouns = np.empty(identities, np.int16)
     backgrounds = np.empty((identities, views), np.int16)
     draw = partial(draw_views, views=views, size=size, subjects=subjects)
-    for index, (noun, pictures, places) in enumerate(_in_processes(draw, range(identities), workers)):
+    for index, (noun, pictures, places) in enumerate(in_processes(draw, range(identities), workers)):
         images[index], nouns[index], backgrounds[index] = pictures, noun, places
         if (index + 1) * 10 // identities > index * 10 // identities:
             log.info("cache: drew %d of %d subjects", index + 1, identities)
@@ -158,13 +222,27 @@ def _draw_all(path: Path, identities: int, views: int, size: int, subjects: Subj
     np.save(path / "backgrounds.npy", backgrounds)
 
 
-def _in_processes(function: Any, items: Iterable[int], workers: int) -> Iterator[Any]:
-    """`map` in worker processes; one worker is this process."""
+def in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`map` in worker processes, reading `items` only a little ahead; one worker is this process.
+
+    Raises:
+        ResourceError: a worker died.
+    """
     if workers == 1:
         yield from map(function, items)
         return
+    items, waiting = iter(items), deque[Any]()
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(function, items, chunksize=32)
+        try:
+            waiting.extend(pool.submit(function, item) for item in islice(items, AHEAD * workers))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+        except BrokenProcessPool as error:
+            why = "the system may have killed it for want of memory"
+            raise ResourceError("a worker process died", why, "take fewer: --workers") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def draw_views(index: int, views: int, size: int, subjects: Subjects) -> tuple[int, np.ndarray, np.ndarray]:
@@ -172,8 +250,43 @@ def draw_views(index: int, views: int, size: int, subjects: Subjects) -> tuple[i
 
     Returns its noun's number, the pictures (V, S, S, 3) uint8, the scenes' numbers (V,).
     """
-    rng = np.random.default_rng([scenes.SPLIT_SEEDS[subjects.split], 1, index])
+    rng, places = _scenes_of(index, views, subjects.split)
     noun, subject = subjects.at(index, size)
-    places = rng.permutation(len(scenes.BACKGROUNDS))[:views]
     pictures = [scenes.compose(subject, scenes.BACKGROUNDS[k], rng, size) for k in places]
-    return subjects.names.index(noun), np.stack(pictures), places.astype(np.int16)
+    return subjects.names.index(noun), np.stack(pictures), places
+
+
+def _scenes_of(index: int, views: int, split: str) -> tuple[np.random.Generator, np.ndarray]:
+    """The generator that composes an identity, and the numbers of its scenes (V,)."""
+    rng = np.random.default_rng([scenes.SPLIT_SEEDS[split], 1, index])
+    return rng, rng.permutation(len(scenes.BACKGROUNDS))[:views].astype(np.int16)
+
+
+def cutout_subjects(source: Path, options: Options) -> Found:
+    """Layout `cutouts`: cut-outs (training/cutouts.py) in drawn scenes; `limit` says how many identities.
+
+    Raises:
+        NotFound, BadInput: as `cutouts.load`.
+    """
+    found = cutouts_of.load(source, CUTOUT_SPLITS[options.split])
+    subjects = Subjects(found.split, found, share=1.0)
+    views = min(options.views or CUTOUT_VIEWS, len(scenes.BACKGROUNDS))
+
+    def one(index: int) -> Subject:
+        noun, drawn = found.noun(index), partial(_pictures, index, views, options.size, subjects)
+        places = [scenes.BACKGROUNDS[k] for k in _scenes_of(index, views, found.split)[1]]
+        texts = [_captions_of_scene(noun, place) for place in places]
+        name = f"identity {index}"
+        return Subject(
+            noun, tuple(View(name, drawn, text, partial(_picture, k)) for k, text in enumerate(texts))
+        )
+
+    return Found(map(one, range(options.limit or len(found.files))), views)
+
+
+def _pictures(index: int, views: int, size: int, subjects: Subjects) -> np.ndarray:
+    return draw_views(index, views, size, subjects)[1]
+
+
+def _picture(view: int, pictures: np.ndarray) -> np.ndarray:
+    return pictures[view]

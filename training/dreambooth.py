@@ -29,14 +29,15 @@ from hyperrt import lora
 from hyperrt.bundle import Preprocess
 from hyperrt.errors import Incompatible, UsageError
 from hyperrt.images import preprocess
-from hyperrt.lora import LoraLayout, Subject
+from hyperrt.lora import LoraLayout
 from hyperrt.personalize import Photos, read_photos
 from hyperrt.prompts import split_prompt
+from hyperrt.subject import Subject
 from training import base as bases
 from training import checkpoint, device, scenes
 from training.base import Base
 from training.batches import spread_timesteps
-from training.features import encode_text, pixels
+from training.features import encode_latents, encode_text, latents_of_pixels
 from training.loop import Descent, Schedule, reported
 from training.lora_layers import layout_of
 from training.losses import Noising, row_loss
@@ -151,15 +152,7 @@ def latents_of(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
     """Pictures [H, W, 3] uint8 of any sizes => latents as the UNet takes them, [n, C, h, w]."""
     size = VAE_FACTOR * base.unet.config.sample_size
     square = preprocess(pictures, Preprocess(size, HALVES, HALVES, "bicubic", "center"))
-    return _encoded(base, torch.from_numpy(square))
-
-
-def _encoded(base: Base, images: Tensor) -> Tensor:
-    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of training.sample.decode."""
-    config = base.vae.config
-    code = base.vae.encode(images.to(next(base.vae.parameters()).device))
-    latents = code.latents if hasattr(code, "latents") else code.latent_dist.mean  # AutoencoderTiny, ...KL
-    return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    return latents_of_pixels(base, torch.from_numpy(square))
 
 
 @torch.no_grad()
@@ -167,7 +160,7 @@ def _prior(base: Base, generic: Sequence[str], config: DreamBoothConfig) -> tupl
     """Latents and text of pictures of the class, as the base model draws them; their prompts in turn."""
     texts = [generic[k % len(generic)] for k in range(config.prior_pictures)]
     drawn = sample(base, texts, seed=config.seed)
-    return _encoded(base, pixels(drawn, drawn.shape[1])), encode_text(base, texts)
+    return encode_latents(base, drawn), encode_text(base, texts)
 
 
 class _Tuning:

@@ -20,11 +20,14 @@ from typing import Any
 
 import click
 import torch
+from accelerate import Accelerator
 from torch import Generator, Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from engines.errors import EngineError
 from hyperrt import files
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError
-from training import device
+from training import device, processes
 
 log = logging.getLogger("training")
 
@@ -60,24 +63,42 @@ class Descent:
     """AdamW at a schedule's rate with clipped gradients, and the EMA of the weights.
 
     Norms, biases and other vectors do not decay, nor do the parameters named in `undecayed`.
+
+    Args:
+        accelerator: of a training that may be one of several processes; `model` of the descent is the one to
+            call then, for the gradients' sake.
+        sharded: whether each process keeps a part of the moments only.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, undecayed: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        undecayed: Sequence[str] = (),
+        accelerator: Accelerator | None = None,
+        sharded: bool = False,
+    ) -> None:
         self.schedule = schedule
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        self.parameters = list(model.parameters())
+        self.named = dict(model.named_parameters())
+        self.parameters = list(self.named.values())
         self.averages = list(self.ema.parameters())
         matrices, others = [], []
-        for name, parameter in model.named_parameters():
+        for name, parameter in self.named.items():
             (matrices if parameter.ndim > 1 and name not in undecayed else others).append(parameter)
         groups = [
             {"params": matrices, "weight_decay": schedule.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.99), fused=True)
+        self.optimizer = processes.adamw(groups, schedule.lr, sharded)
+        self.model, self.accelerator = model, accelerator
+        if accelerator is not None:
+            self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
 
     def step(self, step: int, losses: Mapping[str, Tensor], batch: str = "") -> Tensor:
         """One update down losses["loss"]; returns all the losses and the gradient's norm, on the CPU.
+
+        With several processes the losses are their means.
 
         Args:
             batch: what the batch holds, for the message of an error.
@@ -88,7 +109,10 @@ class Descent:
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
-        figures = torch.stack([*(value.detach().float() for value in losses.values()), norm.detach()]).cpu()
+        figures = torch.stack([*(value.detach().float() for value in losses.values()), norm.detach()])
+        if self.accelerator is not None:
+            figures = self.accelerator.reduce(figures, "mean")
+        figures = figures.cpu()
         if not figures.isfinite().all():
             found = ", ".join(
                 f"{k} {v:g}" for k, v in zip((*losses, "gradient"), figures.tolist(), strict=True)
@@ -105,6 +129,31 @@ class Descent:
             torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         return figures
 
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's state of each parameter by name; whole in the main process. All processes must ask."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(inner, ZeroRedundancyOptimizer):
+            inner.consolidate_state_dict(to=0)
+            if not self.accelerator.is_main_process:
+                return {}
+        state = inner.state_dict()["state"]
+        return {name: state[index] for index, name in enumerate(self._order())}
+
+    def restore(self, moments: Mapping[str, dict[str, Tensor]]) -> None:
+        """Puts back what `moments` gave."""
+        numbers = iter(range(len(self.named)))
+        groups = [
+            {**group, "params": [next(numbers) for _ in group["params"]]}
+            for group in self.optimizer.param_groups
+        ]
+        state = {index: moments[name] for index, name in enumerate(self._order())}
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _order(self) -> list[str]:
+        """Names of the parameters as the optimizer numbers them."""
+        names = {parameter: name for name, parameter in self.named.items()}
+        return [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+
 
 class RunLog:
     """log.jsonl of a run's folder, one JSON object a line; on a terminal, its plain numbers.
@@ -120,15 +169,19 @@ class RunLog:
         files.publish(self.path, lambda file: file.write("".join(kept).encode()), force=True)
 
     def write(self, step: int, **values: Any) -> None:
-        with self.path.open("a") as file:
+        """Raises ResourceError: the disk is full or broken."""
+        with files.explained(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if numbers := [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)]:
             log.info("%s: step %d of %d, %s", self.path.parent.name, step, self.steps, ", ".join(numbers))
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[list[int]]:
+def stopping(launched: bool = False) -> Iterator[list[int]]:
     """The signals (SIGTERM, SIGINT) that arrived: the first asks the loop to stop, a second one ends it.
+
+    launched: by a launcher, which repeats a signal that the process may have had itself; then only SIGKILL
+    ends it.
 
     Raises SystemExit(128 + number) at the end, if one did.
     """
@@ -137,7 +190,8 @@ def stopping() -> Iterator[list[int]]:
 
     def stop(number: int, _: object) -> None:
         stopped.append(number)
-        signal.signal(number, before[number])
+        if not launched:
+            signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, stop)
@@ -158,7 +212,7 @@ def reported() -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
-    except (HyperRTError, FileNotFoundError) as error:
+    except (HyperRTError, EngineError, FileNotFoundError) as error:
         failure = click.ClickException(str(error))
         failure.exit_code = getattr(error, "code", 4)  # 4: not found
         raise failure from error

@@ -82,13 +82,15 @@ def project(linear: nn.Module, path: str, x: Tensor, rows: Rows | None) -> Tenso
 class RowAttention:
     """Processor for `attn1` and `attn2`: plain attention, with LoRA, K/V and image prompt as `rows` says.
 
-    name:   path of the attention module in the UNet, the key into `Rows`.
-    attend: the attention operator; export passes one that becomes a single ONNX node.
+    name:         path of the attention module in the UNet, the key into `Rows`.
+    attend:       the attention operator; export passes one that becomes a single ONNX node.
+    attend_image: the same for the image prompt, with a query that `attend` has read; by default `attend`.
     """
 
-    def __init__(self, name: str, attend: Attend = attend) -> None:
+    def __init__(self, name: str, attend: Attend = attend, attend_image: Attend | None = None) -> None:
         self.name = name
         self.attend = attend
+        self.attend_image = attend_image or attend
 
     def __call__(
         self,
@@ -111,7 +113,7 @@ class RowAttention:
             value = project(attn.to_v, f"{self.name}.to_v", text, rows)
         hidden_states = self.attend(query, key, value, attn.heads)
         if rows is not None and self.name in rows.image:
-            hidden_states = hidden_states + self.attend(query, *rows.image[self.name], attn.heads)
+            hidden_states = hidden_states + self.attend_image(query, *rows.image[self.name], attn.heads)
         return attn.to_out[0](hidden_states) / attn.rescale_output_factor  # to_out[1] is dropout
 
 
@@ -122,8 +124,10 @@ def attentions(unet: nn.Module, suffix: str = "") -> Iterator[tuple[str, Attenti
             yield path, module
 
 
-def install(unet: nn.Module, attend: Attend = attend) -> None:
+def install(unet: nn.Module, attend: Attend = attend, attend_image: Attend | None = None) -> None:
     """Make every attention of the UNet a `RowAttention`; without `rows` it computes what it did before.
+
+    attend, attend_image: as `RowAttention` has them.
 
     Raises ValueError for attention with options that a Stable Diffusion UNet does not use.
     """
@@ -131,7 +135,7 @@ def install(unet: nn.Module, attend: Attend = attend) -> None:
         used = [name for name in UNSUPPORTED if getattr(module, name, None)]
         if used or module.residual_connection:
             raise ValueError(f"{path}: attention with {used or 'a residual connection'} is not supported")
-        module.set_processor(RowAttention(path, attend))
+        module.set_processor(RowAttention(path, attend, attend_image))
 
 
 def layout_of(unet: nn.Module, rank: int) -> LoraLayout:

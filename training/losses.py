@@ -1,7 +1,10 @@
 """Paper eq. 5: L = L_FT + γ L_reg + λ R(h).
 
 L_FT   denoising loss of the personalised UNet on the subject's pictures
-L_reg  the same with the same LoRA on other subjects of the class, captioned without [V] (DreamBooth)
+L_reg  with the same LoRA and a caption without [V], c, the model should be what it was; one of
+         preservation   the loss on pictures of other subjects of the class (DreamBooth)
+         matching       |eps_θ(x_t, c) - eps_0(x_t, c)|² on the subject's own x_t, the base's prediction
+                        being a constant; it needs no pictures of the class, and one more prediction
 R(h)   L2 penalty on the predicted LoRA; what λ means depends on its reduction, so that is an explicit option
 
 Shapes: latents, noise, predictions [rows, C, h, w]; timesteps [rows] int64; packed LoRA [B, N].
@@ -9,13 +12,17 @@ Shapes: latents, noise, predictions [rows, C, h, w]; timesteps [rows] int64; pac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hyperrt.lora import VECTORS, LoraLayout
 from hyperrt.solvers import PREDICTION_TYPES
+from training.config import REDUCTIONS, REGULARISED
+from training.hypernet import Packed
+from training.lora_layers import unpack
 
 
 class Noising:
@@ -67,20 +74,69 @@ def row_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target).square().flatten(1).mean(1)
 
 
-def regulariser(deltas: Mapping[str, Tensor], reduction: str, factors: int) -> Tensor:
-    """R(h) of predicted LoRAs [B, N], averaged over B.
+class Regulariser:
+    """R(h) of predicted LoRAs: a weighted sum of the squared norms of their matrices X, the mean over them.
 
-    mean: mean of the squared entries; sum: their sum; per_factor: mean over factors of their squared norm.
+    What λ means depends on the weights. With M matrices, of n_m numbers each and N together:
+
+        sum               Σ_m |X_m|²               = N x²      where every number is x
+        mean              Σ_m |X_m|² / N           = x²
+        matrix_fro_mean   Σ_m |X_m|² / M           = x² N / M
+        matrix_mean_sum   Σ_m (|X_m|² / n_m)       = x² M
+
+    on "factors": the matrices are A - A0 and B of every site. The static A0 would cost most, and is the
+        subject of no photo. |A|² + |B|² is least, for a given A B, at twice its nuclear norm: low rank is
+        cheap.
+    on "product": the matrices are A B, the change of the weights itself, so it is all one how scale is shared
+        by A and B. |A B|² = tr(AᵀA BBᵀ) takes r x r matrices alone.
 
     Raises:
-        ValueError: an unknown reduction.
+        ValueError: an unknown word.
     """
-    photos = next(iter(deltas.values())).shape[0]
-    total = sum(vector.float().square().sum() for vector in deltas.values()) / photos
-    if reduction == "mean":
-        return total / sum(vector.shape[1] for vector in deltas.values())
-    if reduction == "per_factor":
-        return total / factors
-    if reduction != "sum":
-        raise ValueError(f"reduction {reduction!r} is not one of mean, sum, per_factor")
-    return torch.as_tensor(total)
+
+    def __init__(
+        self, layout: LoraLayout, reduction: str, on: str = "factors", device: torch.device | str = "cpu"
+    ) -> None:
+        if reduction not in REDUCTIONS or on not in REGULARISED:
+            known = f"reduction is one of {', '.join(REDUCTIONS)}, and it is on {' or '.join(REGULARISED)}"
+            raise ValueError(f"there is no {reduction!r} on {on!r}; {known}")
+        self.layout = layout
+        self.on = on
+        if on == "product":
+            self.sizes = torch.tensor([site.d_in * site.d_out for site in layout.sites])
+        else:  # in packed order: lora_q, then lora_kv
+            self.sizes = torch.tensor(
+                [part.stop - part.start for name in VECTORS for _, *ab in layout.slices(name) for part in ab]
+            )
+        self.weights = _weights(self.sizes, reduction)
+        per_number = self.weights if on == "product" else self.weights.repeat_interleave(self.sizes)
+        self.spread = per_number.float().to(device)
+
+    def __call__(self, lora: Packed, deltas: Packed) -> Tensor:
+        """R(h) of LoRAs [B, N], which are `deltas` without the static A0."""
+        if self.on == "product":
+            return (product_squares(self.layout, lora) @ self.spread).mean()
+        numbers = torch.cat([deltas[name] for name in VECTORS], 1)
+        return (numbers.float().square() @ self.spread).mean()
+
+    def rms_at(self, cost: float) -> float:
+        """The rms of the numbers, if it is the same in all matrices, at which R(h) is `cost`."""
+        return math.sqrt(cost / float(self.weights @ self.sizes.double()))
+
+
+def _weights(sizes: Tensor, reduction: str) -> Tensor:
+    """The weight [M] of each matrix."""
+    each = torch.ones(len(sizes), dtype=torch.float64)
+    return {
+        "sum": each,
+        "mean": each / sizes.sum(),
+        "matrix_fro_mean": each / len(sizes),
+        "matrix_mean_sum": each / sizes,
+    }[reduction]
+
+
+def product_squares(layout: LoraLayout, packed: Packed) -> Tensor:
+    """|A B|² of every LoRA and site [B, sites], as tr(AᵀA BBᵀ): the product is never made."""
+    factors = unpack(layout, packed)
+    pairs = [factors[site.path] for site in layout.sites]
+    return torch.stack([((A.mT @ A) * (B @ B.mT)).sum((1, 2)) for A, B in pairs], 1).clamp_min(0)

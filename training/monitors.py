@@ -5,18 +5,26 @@ same for every subject. It shows here long before it shows in pictures:
 
     own, shuffled, base   loss with the subject's LoRA, with that of another subject of its noun, with none
     gap = shuffled - own  must grow; 0 means that the LoRA is not the subject's
+    gap_error             one standard error of the gap, over the rows
     gain = base - own     must grow; gain without gap is a LoRA that only learned the data
     delta_rms, b_rms      of the predicted LoRA without the static A0, and of its B factors
+    ba_norm               |A B| of all sites together, mean over subjects
     change                |A B| / |W|, mean over the sites
     cos_subjects          between different subjects of a noun; near 1 is a collapse
     cos_photos            between two photos of a subject; high
     mean_share            of the LoRA's square, the share that its mean over subjects explains
     effective_rank        of the LoRAs of all subjects around their mean: how many directions they use
+
+`collapse` says when there is no gap. The shipped run (docs/log.md, "Collapse monitors") had a gap of 0.07 of
+the base's loss and a change of 0.15 after 100 steps, half of its warm-up, 0.21 and 0.53 at its end. There
+cos_subjects was 0.78, cos_photos 0.97 and mean_share 0.73: healthy LoRAs have much in common. So the loss
+decides, and these are told with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,13 +37,31 @@ from training.data import SceneCache
 from training.features import CaptionTable
 from training.hypernet import Packed, WeightDecoder
 from training.lora_layers import unpack
-from training.losses import Noising, row_loss
+from training.losses import Noising, product_squares, row_loss
+
+log = logging.getLogger("training")
 
 Predict = Callable[
     [Tensor, Tensor, Tensor, Packed | None], Tensor
 ]  # x_t, timesteps, text, LoRA -> prediction
 
 PASSES = 2  # noise draws for each held-out subject
+
+# A gap is one from two standard errors and this share of the base's loss on; the shipped run had 35 times as
+# much after 100 steps.
+LEAST_GAP = 0.002
+LEAST_CHANGE = 0.01  # without a gap, what is below is no LoRA; 1/15 of the shipped run's after 100 steps
+SOONEST = 100  # steps before anything is said
+COLLAPSED = {  # kind: what, do
+    "zero": (
+        "the predicted LoRAs are next to nothing",
+        "lower --lambda or raise --lr; log.jsonl has the shares of the loss (reg is R(h) without lambda)",
+    ),
+    "one": (
+        "a subject's own LoRA serves it no better than another's",
+        "if the gap grows, go on; else lower --lambda, and see if the image features tell subjects apart",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +97,7 @@ def probe(
         second=torch.from_numpy(features[who, min(1, views - 1)].astype(np.float32)),
         another=torch.from_numpy(same_noun(cache.nouns[who])),
         latents=latents,
-        text=captions.hidden[torch.from_numpy(captions.subject[rows, shown]).to(captions.hidden.device)],
+        text=captions.text(captions.subject[rows, shown]),
         noise=torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
         timesteps=torch.from_numpy(spread.astype(np.int64)),
     )
@@ -97,6 +123,7 @@ class Monitor:
         self.noising = noising
         self.chunk = chunk
         self.base = self.losses(None)
+        self.warned = False
 
     @torch.no_grad()
     def losses(self, lora: Packed | None) -> Tensor:
@@ -121,6 +148,7 @@ class Monitor:
         shuffled = self.losses({name: vector[probe.another] for name, vector in lora.items()})
         figures = {"own": own.mean(), "shuffled": shuffled.mean(), "base": self.base.mean()}
         figures["gap"] = figures["shuffled"] - figures["own"]
+        figures["gap_error"] = (shuffled - own).std() / len(own) ** 0.5
         figures["gain"] = figures["base"] - figures["own"]
         third = probe.timesteps * 3 // self.noising.steps
         for number, name in enumerate(("low", "middle", "high")):
@@ -128,6 +156,36 @@ class Monitor:
         figures.update(statistics(decoder, lora, decoder(probe.second), probe.another))
         figures["change"] = relative_change(decoder, self.unet, lora)
         return {name: float(value) for name, value in figures.items()}
+
+    def warn(self, step: int, warmup: int, figures: Mapping[str, float]) -> None:
+        """Log a warning if the LoRAs have collapsed, once, from twice the warm-up on."""
+        alone = len(self.probe.features) < 2  # no other subject's LoRA to compare with
+        if self.warned or alone or step < max(SOONEST, 2 * warmup):
+            return
+        if kind := collapse(figures):
+            self.warned = True
+            what, do = COLLAPSED[kind]
+            log.warning("step %d: %s\n  why: %s\n  do:  %s", step, what, _told(figures), do)
+
+
+def collapse(figures: Mapping[str, float]) -> str:
+    """How the LoRAs of a decoder have collapsed: "zero", "one" for all subjects, or "" if they have not.
+
+    Args:
+        figures: of `Monitor.measure`.
+    """
+    if figures["gap"] > max(2 * figures["gap_error"], LEAST_GAP * figures["base"]):
+        return ""
+    return "zero" if figures["change"] < LEAST_CHANGE else "one"
+
+
+def _told(figures: Mapping[str, float]) -> str:
+    return (
+        "held-out loss {own:.5g} with a subject's own, {shuffled:.5g} with another's, {base:.5g} with none; "
+        "gap {gap:.2g} ± {gap_error:.2g}; change of W {change:.2g}, rms {delta_rms:.2g}, |A B| {ba_norm:.2g}"
+        "; cosine of subjects {cos_subjects:.3f}, of photos {cos_photos:.3f}; share of the mean "
+        "{mean_share:.3f}, effective rank {effective_rank:.1f}"
+    ).format_map(figures)
 
 
 def statistics(decoder: WeightDecoder, own: Packed, second: Packed, another: Tensor) -> dict[str, Tensor]:
@@ -142,6 +200,7 @@ def statistics(decoder: WeightDecoder, own: Packed, second: Packed, another: Ten
     return {
         "delta_rms": vectors.square().mean().sqrt(),
         "b_rms": torch.cat(b_parts, 1).mean().sqrt(),
+        "ba_norm": product_squares(decoder.layout, own).sum(1).sqrt().mean(),
         "cos_subjects": F.cosine_similarity(vectors, vectors[another]).mean(),
         "cos_photos": F.cosine_similarity(vectors, seconds).mean(),
         "mean_share": mean.square().sum() / vectors.square().sum(1).mean().clamp_min(1e-20),
@@ -150,9 +209,6 @@ def statistics(decoder: WeightDecoder, own: Packed, second: Packed, another: Ten
 
 
 def relative_change(decoder: WeightDecoder, unet: nn.Module, lora: Packed) -> Tensor:
-    """Mean over sites and subjects of |A B| / |W|; |A B|² = tr(AᵀA BBᵀ), so the product is never made."""
-    ratios = []
-    for path, (A, B) in unpack(decoder.layout, lora).items():
-        square = ((A.mT @ A) * (B @ B.mT)).sum((1, 2)).clamp_min(0)
-        ratios.append(square.sqrt().mean() / unet.get_submodule(path).weight.norm())
-    return torch.stack(ratios).mean()
+    """Mean over sites and subjects of |A B| / |W|."""
+    weights = [unet.get_submodule(site.path).weight.norm() for site in decoder.layout.sites]
+    return (product_squares(decoder.layout, lora).sqrt() / torch.stack(weights)).mean()

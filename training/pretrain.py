@@ -34,7 +34,7 @@ from training.sample import sample, sheet
 log = logging.getLogger("training")
 
 VAE = Schedule(
-    steps=14000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000
+    steps=26000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000
 )
 DECODER = Schedule(
     steps=6000, lr=1e-3, warmup=100, ema=0.999, weight_decay=0.0, log_every=100, report_every=1000
@@ -61,7 +61,7 @@ def pictures(cache: data.SceneCache, identities: Tensor, views: Tensor) -> Tenso
 
 def draw(cache: data.SceneCache, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Random (identities, views) [count] of the training part."""
-    identities, views = cache.backgrounds.shape
+    identities, views = cache.shape
     return (
         torch.randint(identities - VALIDATION, (count,), generator=generator),
         torch.randint(views, (count,), generator=generator),
@@ -141,18 +141,26 @@ def _reconstruct(
 
 
 def train_image_encoder(
-    out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int
+    out: Path,
+    cache: data.SceneCache,
+    schedule: Schedule,
+    batch: int,
+    seed: int,
+    encoder: nn.Module | None = None,
 ) -> nn.Module:
-    """InfoNCE between two views of each subject; every other batch is of one noun: only identity differs."""
+    """InfoNCE between two views of each subject; every other batch is of one noun: only identity differs.
+
+    encoder: pixels to an output with `last_hidden_state`, whose first token counts; None: `tiny`'s.
+    """
     torch.manual_seed(seed)
-    encoder = bases.tiny_image_encoder().to(device.pick())
+    encoder = (bases.tiny_image_encoder() if encoder is None else encoder).to(device.pick())
     by_noun = [np.flatnonzero(cache.nouns[:-VALIDATION] == k) for k in range(len(cache.names))]
     by_noun = [identities for identities in by_noun if len(identities) > 1]
 
     def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
         noun = by_noun[step // 2 % len(by_noun)] if step % 2 else np.arange(len(cache.nouns) - VALIDATION)
         who = torch.from_numpy(noun)[torch.randperm(len(noun), generator=generator)[:batch]]
-        views = torch.rand(len(who), cache.backgrounds.shape[1], generator=generator).argsort(1)
+        views = torch.rand(len(who), cache.shape[1], generator=generator).argsort(1)
         logits = _similarity(encoder, cache, who, views[:, 0], views[:, 1]) / TEMPERATURE
         target = torch.arange(len(who), device=logits.device)
         value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -183,7 +191,7 @@ def _similarity(
 @torch.no_grad()
 def encode_latents(vae: nn.Module, cache: data.SceneCache) -> None:
     """Writes latents.npy beside the pictures, scaled to unit deviation; sets the VAE's scaling_factor."""
-    identities, views = cache.backgrounds.shape
+    identities, views = cache.shape
     side = bases.IMAGE_SIZE // 8
     aside = cache.path / f"{data.LATENTS}.part"
     latents = np.lib.format.open_memmap(
@@ -254,12 +262,12 @@ def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
 
 def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
     """Token ids [2, N, V, L]: without and with the subject's token."""
-    identities, views = np.indices(cache.backgrounds.shape)
+    identities, views = np.indices(cache.shape)
     ids = [
         bases.tokens(parts.tokenizer, cache.captions(identities.ravel(), views.ravel(), token))
         for token in (None, scenes.TOKEN)
     ]
-    return torch.stack(ids).unflatten(1, cache.backgrounds.shape)
+    return torch.stack(ids).unflatten(1, cache.shape)
 
 
 def _uint8(images: Tensor) -> np.ndarray:

@@ -102,7 +102,7 @@ def _predictor(
 ) -> Callable[[Tensor, float], Tensor]:
     """The guided prediction as a function of (latents [images, C, h, w], timestep)."""
     install(base.unet)
-    device = next(base.unet.parameters()).device
+    device, dtype = base.unet.device, base.unet.dtype  # bf16 of a GPU's frozen weights, else fp32
     text = torch.cat([hidden[branch.name] for branch in branches]).to(device)
     images = len(hidden["generic"])
     options = None
@@ -116,9 +116,10 @@ def _predictor(
 
     def predict(latents: Tensor, timestep: float) -> Tensor:
         rows = latents.to(device).repeat(len(branches), 1, 1, 1)
-        output = base.unet(
-            rows, timestep, encoder_hidden_states=text, cross_attention_kwargs=options
-        ).sample.float()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = base.unet(
+                rows, timestep, encoder_hidden_states=text, cross_attention_kwargs=options
+            ).sample.float()
         return guidance.combine([branch.weight for branch in branches], output.chunk(len(branches)))
 
     return predict

@@ -23,7 +23,7 @@ from training import backgrounds
 OVERSAMPLE = 4
 TOKEN = "sks"  # stands for [V] in training captions
 PATTERNS = ("plain", "stripes", "dots", "checks")
-SPLIT_SEEDS = {"train": 0, "test": 1, "example": 2}  # disjoint identities: the split is part of the seed
+SPLIT_SEEDS = {"train": 0, "test": 1, "example": 2, "judge": 3}  # part of an identity's seed, so disjoint
 
 Colour = tuple[int, int, int]
 WHITE, INK = (255, 255, 255), (35, 35, 45)

@@ -1,37 +1,44 @@
 """Trains the hypernetwork end to end through the frozen UNet, a different LoRA for every row (paper eq. 5).
 
-    python -m training.train --base BASE --cache CACHE --out OUT [--config FILE.json] [--lambda 1 ...]
+    python -m training.train --preset celeba --model DIR --data CACHE --output OUT [--lambda 1 ...]
+    accelerate launch -m training.train ...       several GPUs, several machines: the same run, sooner
 
 OUT gets log.jsonl, samples/*.png, and the checkpoints of training/checkpoint.py. A run that was killed goes
-on with --resume, with the loss curve that it would have had.
+on with --resume, with the loss curve that it would have had; what it may be told otherwise then is
+`training.config.FREE`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_block
 
-from hyperrt.errors import IntegrityError, UsageError
+from hyperrt.errors import UsageError
 from training import base as bases
-from training import checkpoint, device, features, monitors, preview
+from training import checkpoint, device, dry_run, features, monitors, preview, processes
 from training.batches import Batch, Batches
-from training.config import PRESETS, TrainConfig, resolve, to_json
+from training.config import TrainConfig, resolve, to_json
 from training.data import SceneCache
-from training.hypernet import Packed, WeightDecoder
+from training.hypernet import Packed, decoder_of
 from training.loop import LOG, Descent, RunLog, Schedule, reported, stopping
 from training.lora_layers import Rows, install, layout_of, unpack
-from training.losses import Noising, regulariser, row_loss
+from training.losses import Noising, Regulariser, row_loss
+from training.presets import PRESETS
 
 log = logging.getLogger("training")
 
 LOSSES = ("loss", "ft", "reg", "prior", "grad_norm")
+SAID_COST = 0.01  # of the regulariser, a tenth of a usual loss: what lambda means is said by it
 
 
 class Trainer:
@@ -39,24 +46,30 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.device = device.pick(config.device)
+        self.accelerator = processes.start(config.device == "cpu", config.compress_gradients)
+        alone = self.accelerator.num_processes == 1
+        self.device = device.pick(config.device) if alone else self.accelerator.device
+        self.autocast = partial(device.autocast, self.device, config.precision)
         device.seed_everything(config.seed)
-        self.base = _load_base(config.base)
+        self.base = bases.opened(config.model)
         for module in (self.base.unet, self.base.vae, self.base.text_encoder, self.base.image_encoder):
             module.to(self.device)
-        self.cache = SceneCache.open(config.cache)
-        self.features = features.image_features(self.base, self.cache)
-        self.captions = features.caption_table(self.base, self.cache, config.token)
         self.noising = Noising(self.base.scheduler, self.device)
-        self.batches = Batches(self.cache, self.features, self.captions, config, self.noising.steps)
-        self.base_hash = checkpoint.hash_of(self.base.unet)
-        install(self.base.unet)
-        self.base.unet.to(memory_format=torch.channels_last)
-        self.unet = torch.compile(self.base.unet) if config.compile else self.base.unet
+        part = processes.share(config.batch // config.targets, self.accelerator)
+        # What one process of a machine computes and keeps, the others find.
+        with self.accelerator.local_main_process_first(), bases.readable(config.data, "build it anew"):
+            self.cache = SceneCache.open(config.data)
+            features.check_latents(self.base, self.cache)
+            self.features = features.image_features(self.base, self.cache)
+            self.captions = features.caption_table(self.base, self.cache, config.token)
+            self.batches = Batches(self.cache, self.features, self.captions, config, self.noising.steps, part)
+        self.origin = checkpoint.Origin(checkpoint.base_hash(self.base.unet), self.batches.fingerprint)
+        self.unet = self._prepared_unet()
         self.layout = layout_of(self.base.unet, config.rank)
-        decoder = WeightDecoder(self.layout, self.features.shape[-1], config.decoder)
+        decoder = decoder_of(self.layout, self.features.shape[-1], config.decoder)
         decoder.set_feature_statistics(*features.feature_statistics(self.features))
         self.decoder = decoder.to(self.device)
+        self.regulariser = Regulariser(self.layout, config.reduction, config.regularised, self.device)
         self.schedule = Schedule(
             steps=config.steps,
             lr=config.lr,
@@ -66,8 +79,24 @@ class Trainer:
             weight_decay=config.weight_decay,
             clip=config.clip,
         )
-        self.descent = Descent(self.decoder, self.schedule, undecayed=("position",))
+        self.descent = Descent(
+            self.decoder, self.schedule, ("position",), self.accelerator, config.shard_optimizer
+        )
+        self.decode = self.descent.model
         self.ema = self.descent.ema
+
+    def _prepared_unet(self) -> torch.nn.Module:
+        """The frozen UNet as the steps call it; the encoders, which are done, leave a GPU."""
+        unet = self.base.unet
+        install(unet)
+        unet.to(memory_format=torch.channels_last)
+        if (dtype := device.frozen_dtype(self.device, self.config.precision)) != unet.dtype:
+            unet.to(dtype)
+        self.base.image_encoder.to("cpu")
+        if self.config.gradient_checkpointing:
+            # Not re-entrant: LoRA comes to a block as part of an argument, which that kind would detach.
+            unet.enable_gradient_checkpointing(partial(checkpoint_block, use_reentrant=False))
+        return torch.compile(unet) if self.config.compile else unet
 
     def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor, lora: Packed | None) -> Tensor:
         """The UNet on rows, each with its own LoRA [rows, N]; None: the base model."""
@@ -76,7 +105,7 @@ class Trainer:
         if lora is not None:
             gate = torch.ones(len(latents), 1, 1, device=self.device)
             options = {"rows": Rows(unpack(self.layout, lora), gate)}
-        with device.autocast(self.device):
+        with self.autocast():
             output = self.unet(
                 latents,
                 timesteps.to(self.device),
@@ -88,12 +117,12 @@ class Trainer:
 
     def losses(self, batch: Batch, prior: Batch | None) -> dict[str, Tensor]:
         """The terms of eq. 5 for one batch."""
-        with device.autocast(self.device):
-            lora = self.decoder(batch.features.to(self.device))
+        with self.autocast():
+            lora = self.decode(batch.features.to(self.device))
         lora = {
             name: vector.float().unflatten(0, (-1, batch.photos)).mean(1) for name, vector in lora.items()
         }
-        reg = regulariser(self.decoder.deltas(lora), self.config.reduction, 2 * len(self.layout.sites))
+        reg = self.regulariser(lora, self.decoder.deltas(lora))
         if self.config.targets > 1:
             lora = {name: _repeated(vector, self.config.targets) for name, vector in lora.items()}
         parts = [batch] if prior is None else [batch, prior]
@@ -105,8 +134,13 @@ class Trainer:
         )
         if prior is not None:
             lora = {name: vector.repeat(2, 1) for name, vector in lora.items()}
-        prediction = self.predict(self.noising.noised(latents, noise, timesteps), timesteps, text, lora)
-        rows = row_loss(prediction, self.noising.target(latents, noise, timesteps))
+        noised = self.noising.noised(latents, noise, timesteps)
+        target = self.noising.target(latents, noise, timesteps)
+        if prior is not None and self.config.prior == "matching":
+            with torch.no_grad():
+                of_prior = [x.chunk(2)[1] for x in (noised, timesteps, text)]
+                target = torch.cat([target.chunk(2)[0], self.predict(*of_prior, None)])
+        rows = row_loss(self.predict(noised, timesteps, text, lora), target)
         rows = rows * self.noising.weights(timesteps, self.config.min_snr)
         means = rows.view(len(parts), -1).mean(1)
         terms = {
@@ -123,21 +157,27 @@ class Trainer:
             NumericError: the loss is not a finite number.
         """
         batch = self.batches.at(step)
-        terms = self.losses(batch, self.batches.prior_at(step) if self.config.gamma else None)
-        return self.descent.step(step, terms, f"identities {batch.identities.tolist()}")
+        terms = self.losses(batch, self._prior(step, batch) if self.config.gamma else None)
+        return self.descent.step(step, terms, f"identities {self.batches.identities(step).tolist()}")
+
+    def _prior(self, step: int, batch: Batch) -> Batch:
+        """The rows of L_reg; for matching they are the batch's own, captioned without the token."""
+        if self.config.prior == "matching":
+            return dataclasses.replace(batch, text=batch.generic)
+        return self.batches.prior_at(step)
 
     def save(self, folder: Path, step: int, window: Tensor) -> None:
-        """Everything that resuming needs, and the EMA for export."""
-        checkpoint.save_state(folder, self.decoder, self.descent, window, self.config, step, self.base_hash)
-        checkpoint.save_hypernet(folder, self.ema, self.config, step, self.base_hash)
+        """The EMA for export, and everything that resuming needs; all processes come and wait for it.
 
-
-def _load_base(folder: str) -> bases.Base:
-    try:
-        return bases.load(folder)
-    except ValueError as error:
-        do = "make it anew: python -m training.pretrain"
-        raise IntegrityError(f"{folder} is no base model", str(error), do) from error
+        The state last: a run that is killed in between goes on from the one before, and writes both again.
+        """
+        moments = self.descent.moments()
+        if self.accelerator.is_main_process:
+            checkpoint.save_hypernet(folder, self.ema, self.config, step, self.origin.base_model)
+            checkpoint.save_state(
+                folder, self.decoder, self.ema, moments, window, self.config, step, self.origin
+            )
+        self.accelerator.wait_for_everyone()
 
 
 def _repeated(vector: Tensor, times: int) -> Tensor:
@@ -145,69 +185,122 @@ def _repeated(vector: Tensor, times: int) -> Tensor:
     return vector.unsqueeze(1).expand(-1, times, -1).reshape(-1, vector.shape[1])
 
 
-def run(config: TrainConfig, resume: bool = False) -> Path:
+def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) -> Path:
     """Trains to the end, or to SIGTERM or SIGINT, at which the state is saved; returns the run's folder.
 
     Raises:
-        UsageError: the folder holds a run and `resume` is off.
-        Incompatible, IntegrityError: the state in the folder is of another decoder, or damaged.
+        UsageError: the folder holds a run and `resume` is off, or the run was told otherwise in what it may
+            not change unasked (`config.FREE` it may) and `allow_changes` is off.
+        NotFound: a folder is missing.
+        Incompatible, IntegrityError: the state in the folder is of another decoder or base model; it, the
+            base model or the data is damaged.
         NumericError: the loss is not a finite number; the last checkpoint is kept.
+        ResourceError: the disk is full; the last checkpoint is kept.
         SystemExit: 128 + the number of the signal.
     """
-    out = Path(config.out)
+    out = Path(config.output)
     if not resume and (out / LOG).exists():
         raise UsageError(
-            f"{out} holds a run", "nothing is overwritten unasked", "add --resume, or another --out"
+            f"{out} holds a run", "nothing is overwritten unasked", "add --resume, or another --output"
         )
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     device.prepare(config.threads)
     trainer = Trainer(config)
+    if not trainer.accelerator.is_main_process:
+        log.setLevel(logging.ERROR)  # the main process speaks for all
     start, window = 0, torch.zeros(0, len(LOSSES))
     if resume and (out / checkpoint.STATE).exists():
         start, window, changed = checkpoint.load_state(
-            out, trainer.decoder, trainer.descent, config, trainer.base_hash
+            out, trainer.decoder, trainer.descent, config, trainer.origin, allow_changes
         )
         for name, (then, now) in changed.items():
             log.warning("%s was %s and is %s now", name, then, now)
-    with stopping() as stopped:
+    with stopping(launched=trainer.accelerator.num_processes > 1) as stopped:
         _loop(trainer, out, start, window, stopped)
+        trainer.accelerator.end_training()
     return out
 
 
 def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list[int]) -> None:
-    config = trainer.config
-    journal = RunLog(out, start, config.steps)
-    probe = monitors.probe(trainer.cache, trainer.features, trainer.captions, config, trainer.noising.steps)
-    watch = monitors.Monitor(
-        probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, config.batch
-    )
-    if start == 0:
-        parameters = sum(p.numel() for p in trainer.decoder.parameters())
-        journal.write(0, config=to_json(config), parameters=parameters)
-        journal.write(0, monitor=watch.measure(trainer.ema))
-    clock = time.perf_counter()
+    config, accelerator = trainer.config, trainer.accelerator
+    journal = Journal(trainer, out, start) if accelerator.is_main_process else None
     for step in range(start, config.steps):
         window = torch.cat([window, trainer.step(step)[None]])
         done = step + 1
         end = done == config.steps
+        if journal is not None:
+            journal.after(done, window)
         if end or done % config.log_every == 0:
-            means = dict(zip(LOSSES, window.double().mean(0).tolist(), strict=True))
-            speed = len(window) * config.batch / (time.perf_counter() - clock)
-            journal.write(done, **means, lr=trainer.schedule.rate(step), rows_per_s=speed)
             window = window[:0]
-        if end or done % config.monitor_every == 0:
-            figures = watch.measure(trainer.ema)
-            journal.write(done, monitor=figures)
-            log.info("held out: gap %.4g, gain %.4g", figures["gap"], figures["gain"])
-        if end or done % config.sample_every == 0:
-            preview.write(out / "samples" / f"step-{done:06d}.png", trainer)
-        leaving = bool(stopped)  # asked once: a signal that comes later is for the next step
+        # Asked once: a signal that comes later is for the next step. One process's is for all.
+        leaving = processes.largest(accelerator, stopped[0] if stopped else 0)
+        if leaving and not stopped:
+            stopped.append(leaving)
         if end or done % config.save_every == 0 or leaving:
             trainer.save(out, done, window)
         if leaving:
             return
-        if not len(window):
-            clock = time.perf_counter()
+        if journal is not None and not len(window):
+            journal.clock = time.perf_counter()
+
+
+class Journal:
+    """What the main process alone writes while a run goes on: the log, held-out figures, sample sheets."""
+
+    def __init__(self, trainer: Trainer, out: Path, start: int) -> None:
+        config = trainer.config
+        self.trainer, self.config, self.out = trainer, config, out
+        own = trainer.batches.rows
+        self.rows = own.stop - own.start  # of a step, that are this process's
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(out, start, config.steps)
+        self.watch = None
+        if config.holdout:
+            probe = monitors.probe(
+                trainer.cache, trainer.features, trainer.captions, config, trainer.noising.steps
+            )
+            self.watch = monitors.Monitor(
+                probe.to(trainer.device), trainer.base.unet, trainer.predict, trainer.noising, self.rows
+            )
+        if start == 0:
+            parameters = sum(p.numel() for p in trainer.decoder.parameters())
+            count = trainer.accelerator.num_processes
+            self.log.write(0, config=to_json(config), parameters=parameters, processes=count)
+            self._held_out(0)
+            if config.lambda_:
+                rms = trainer.regulariser.rms_at(SAID_COST / config.lambda_)
+                log.info("lambda R(h) is %g where the LoRA has an rms of %.2g", SAID_COST, rms)
+        self.memory = device.Memory(trainer.device)
+        self.clock = time.perf_counter()
+
+    def after(self, done: int, window: Tensor) -> None:
+        """When `done` steps are done and `window` holds the losses of those that are not logged."""
+        config = self.config
+        end = done == config.steps
+        if end or done % config.log_every == 0:
+            self._losses(done, window)
+        if end or done % config.monitor_every == 0:
+            self._held_out(done)
+        if end or done % config.sample_every == 0:
+            preview.write(self.out / "samples" / f"step-{done:06d}.png", self.trainer)
+
+    def _losses(self, done: int, window: Tensor) -> None:
+        means = dict(zip(LOSSES, window.double().mean(0).tolist(), strict=True))
+        self.log.write(
+            done,
+            **means,
+            lr=self.trainer.schedule.rate(done - 1),
+            rows_per_s=len(window) * self.config.batch / (time.perf_counter() - self.clock),
+            peak_mb=self.memory.peak / 1e6,
+            mb_per_sample=self.memory.growth / 1e6 / self.rows,
+        )
+
+    def _held_out(self, done: int) -> None:
+        if self.watch is not None:
+            figures = self.watch.measure(self.trainer.ema)
+            self.log.write(done, monitor=figures)
+            log.info("held out: gap %.4g, gain %.4g", figures["gap"], figures["gain"])
+            if done:
+                self.watch.warn(done, self.config.warmup, figures)
 
 
 OPTION_NAMES = {"lambda_": "--lambda"}  # a Python keyword cannot be a field
@@ -232,15 +325,29 @@ def _options(command: click.Command) -> click.Command:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSON file of settings.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
-def main(preset: str, file: Path | None, resume: bool, **flags: Any) -> None:
+@click.option("--resume", is_flag=True, help="Go on with the run in --output, if there is one.")
+@click.option(
+    "--allow-changes", is_flag=True, help="Resume with other settings than the run had; they are named."
+)
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Two steps: print memory and shapes, write nothing to --output."
+)
+def main(preset: str, file: Path | None, resume: bool, allow_changes: bool, dry: bool, **flags: Any) -> None:
     """Train the hypernetwork on a frozen base model."""
     with reported():
         try:
             settings = resolve(flags, preset, file)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        run(settings, resume)
+        if not dry:
+            run(settings, resume, allow_changes)
+            return
+        device.prepare(settings.threads)
+        trainer = Trainer(settings)
+        found = dry_run.measure(trainer, LOSSES)
+        if trainer.accelerator.is_main_process:
+            click.echo(json.dumps(found, indent=1))
+        trainer.accelerator.end_training()
 
 
 _options(main)

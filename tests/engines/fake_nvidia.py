@@ -1,4 +1,4 @@
-"""Stand-ins for CUDA and TensorRT in host memory: what engines/tensorrt.py asks of them, faults on demand.
+"""A stand-in for TensorRT, beside that for CUDA: what engines/tensorrt.py asks of it, faults on demand.
 
 A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be refitted:
 
@@ -7,108 +7,40 @@ A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be
 or, as `build` writes it in place of engines.tensorrt_build's, a graph that ONNX Runtime computes:
 
     {"onnx": "denoiser.onnx", "sizes": {"rows": 3}}
+
+whose first output is that times `factor`, if the plan has one: it computes something else.
 """
 
 from __future__ import annotations
 
 import ctypes
-import enum
+import functools
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
 import engines
+from tests.engines.fake_cudart import Code, Cuda
 
-
-class Code(enum.IntEnum):
-    cudaSuccess = 0
-    cudaErrorMemoryAllocation = 2
-    cudaErrorNoDevice = 100
-
-
-class Cuda(ModuleType):
-    """`cuda.bindings.runtime`; `room`: how many allocations still succeed, `has_gpu`: is there one."""
-
-    cudaError_t = Code
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    cudaMemcpyKind = SimpleNamespace(
-        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="there"
-    )
-
-    def __init__(self) -> None:
-        super().__init__("cuda.bindings.runtime")
-        self.room, self.has_gpu = 1000, True
-        self.memory: dict[int, object] = {}
-        self.waits = self.launches = 0
-        self.recording: list[object] | None = None
-
-    def cudaGetErrorString(self, code):
-        return Code.cudaSuccess, b"no CUDA-capable device" if code == Code.cudaErrorNoDevice else b"no memory"
-
-    def cudaGetDeviceProperties(self, index):
-        if not self.has_gpu:
-            return Code.cudaErrorNoDevice, None
-        return Code.cudaSuccess, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
-
-    def cudaMemGetInfo(self):
-        return Code.cudaSuccess, 5_000_000, 8_000_000
-
-    def cudaStreamCreateWithFlags(self, flags):
-        return Code.cudaSuccess, 7
-
-    def cudaStreamDestroy(self, stream):
-        return (Code.cudaSuccess,)
-
-    def cudaStreamSynchronize(self, stream):
-        self.waits += 1
-        return (Code.cudaSuccess,)
-
-    def cudaMallocAsync(self, size, stream):
-        if self.room <= 0:
-            return Code.cudaErrorMemoryAllocation, None
-        self.room -= 1
-        buffer = ctypes.create_string_buffer(size)
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return Code.cudaSuccess, ctypes.addressof(buffer)
-
-    def cudaFreeAsync(self, pointer, stream):
-        self.memory.pop(pointer, None)
-        return (Code.cudaSuccess,)
-
-    def cudaMemcpyAsync(self, to, source, count, kind, stream):
-        ctypes.memmove(to, source, count)
-        return (Code.cudaSuccess,)
-
-    def cudaStreamBeginCapture(self, stream, mode):
-        self.recording = []
-        return (Code.cudaSuccess,)
-
-    def cudaStreamEndCapture(self, stream):
-        graph, self.recording = self.recording, None
-        return Code.cudaSuccess, graph
-
-    def cudaGraphInstantiate(self, graph, flags):
-        return Code.cudaSuccess, list(graph)
-
-    def cudaGraphDestroy(self, graph):
-        return (Code.cudaSuccess,)
-
-    def cudaGraphExecDestroy(self, executable):
-        return (Code.cudaSuccess,)
-
-    def cudaGraphLaunch(self, executable, stream):
-        self.launches += 1
-        for call in executable:
-            call()
-        return (Code.cudaSuccess,)
+__all__ = ["Code", "Cuda", "TensorRT", "build", "install", "machine"]
+VERSION = "11.4.0.106"
 
 
 class TensorRT(ModuleType):
-    """`tensorrt`; `fail` names what returns None or False, and `refit_stops` after how many weights."""
+    """`tensorrt` or `tensorrt_rtx`.
 
-    __version__ = "11.4.0.106"
+    Attributes:
+        fail: names what returns None or False.
+        says: what the log then says, if it is not what is usual.
+        refit_stops: after how many weights; None: it does not.
+        loaded: how often something was handed to the deserialiser.
+    """
+
+    __version__ = VERSION
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="none")
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     TensorLocation = SimpleNamespace(DEVICE="device")
 
@@ -118,9 +50,11 @@ class TensorRT(ModuleType):
         def __init__(self) -> None:
             pass
 
-    def __init__(self, cuda: Cuda) -> None:
-        super().__init__("tensorrt")
-        self.cuda, self.fail, self.refit_stops = cuda, set(), None
+    def __init__(self, cuda: Cuda, name: str = "tensorrt") -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+        self.cuda, self.fail, self.says = cuda, set(), ""
+        self.refit_stops, self.loaded = None, 0
         self.addresses: list[tuple[str, int]] = []
         self.Runtime = lambda logger: Runtime(self, logger)
         self.Refitter = lambda engine, logger: Refitter(self, engine, logger)
@@ -137,6 +71,10 @@ class Runtime:
         self.trt, self.logger = trt, logger
 
     def deserialize_cuda_engine(self, plan):
+        self.trt.loaded += 1
+        if "deserialize" in self.trt.fail:
+            self.logger.log("error", self.trt.says or "it is damaged")
+            return None
         try:
             plan = json.loads(plan)
             return (OnnxEngine if "onnx" in plan else Engine)(self.trt, self.logger, plan)
@@ -170,14 +108,19 @@ class Engine:
     def get_tensor_dtype(self, name):
         return "float"
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return SimpleNamespace()
+
+    def create_execution_context(self, config=None):
         if "context" in self.trt.fail:
-            self.logger.log("error", "Cuda Runtime (out of memory)")
+            self.logger.log("error", self.trt.says or "Cuda Runtime (out of memory)")
             return None
-        return Context(self)
+        return self.context(self)
 
 
 class Context:
+    """What runs an engine."""
+
     def __init__(self, engine) -> None:
         self.engine, self.trt = engine, engine.trt
         self.shapes = dict(engine.shapes)
@@ -202,27 +145,39 @@ class Context:
 
     def execute_async_v3(self, stream):
         if "execute" in self.trt.fail:
-            self.engine.logger.log("error", "an illegal memory access")
+            self.engine.logger.log("error", self.trt.says or "an illegal memory access")
             return False
+        # With the addresses of now, as CUDA does.
+        compute = functools.partial(self._compute, Places(self.engine, dict(self.places), dict(self.shapes)))
         if self.trt.cuda.recording is None:
-            self._compute()
+            self.trt.cuda.enqueue(stream, compute)
         elif "record" in self.trt.fail:
             return False
         else:
-            self.trt.cuda.recording.append(self._compute)
+            self.trt.cuda.recording.append(compute)
         return True
 
-    def _compute(self):
-        x, gain, y = (self._at(name) for name in ("x", "gain", "y"))
+    def _compute(self, at):
+        x, gain, y = (at(name) for name in ("x", "gain", "y"))
         y[:] = x * gain + (self.engine.weights["w"] if self.engine.weights else 0)
         for name, weight in self.engine.weights.items():
             if name != "w":
                 y[:] += weight
 
-    def _at(self, name):
+
+class Places:
+    """Where the tensors of a run are, flat, by name."""
+
+    def __init__(self, engine, pointers, shapes) -> None:
+        self.engine, self.pointers, self.shapes = engine, pointers, shapes
+
+    def __call__(self, name):
         count = int(np.prod(self.shapes[name]))
-        floats = (ctypes.c_float * count).from_address(self.places[name])
-        return np.frombuffer(floats, np.float32)
+        kind = ctypes.c_int64 if self.engine.get_tensor_dtype(name) == "int64" else ctypes.c_float
+        return np.frombuffer((kind * count).from_address(self.pointers[name]), np.dtype(kind))
+
+
+Engine.context = Context
 
 
 class OnnxEngine(Engine):
@@ -241,6 +196,7 @@ class OnnxEngine(Engine):
             for side in (self.session.get_inputs(), self.session.get_outputs())
         ]
         super().__init__(trt, logger, {"inputs": sides[0], "outputs": sides[1]})
+        self.factor = plan.get("factor", 1)
         self.types = {node.name: node.type for node in self.session.get_inputs()}
         constants = self.session.get_overridable_initializers()
         self.constants = {node.name: node.shape for node in constants}
@@ -249,9 +205,6 @@ class OnnxEngine(Engine):
 
     def get_tensor_dtype(self, name):
         return "int64" if self.types.get(name) == "tensor(int64)" else "float"
-
-    def create_execution_context(self):
-        return OnnxContext(self)
 
 
 class OnnxContext(Context):
@@ -263,26 +216,25 @@ class OnnxContext(Context):
                 self.shapes[output] = [rows, *self.engine.shapes[output][1:]]
         return True
 
-    def _compute(self):
+    def _compute(self, at):
         engine = self.engine
-        feeds = {name: self._at(name).reshape(self.shapes[name]) for name in engine.plan["inputs"]}
+        feeds = {name: at(name).reshape(at.shapes[name]) for name in engine.plan["inputs"]}
         feeds |= {name: engine.weights[name].reshape(shape) for name, shape in engine.constants.items()}
         results = engine.session.run(list(engine.plan["outputs"]), feeds)
-        for name, result in zip(engine.plan["outputs"], results, strict=True):
-            self._at(name)[:] = result.ravel()
-
-    def _at(self, name):
-        count = int(np.prod(self.shapes[name]))
-        kind = ctypes.c_int64 if self.engine.get_tensor_dtype(name) == "int64" else ctypes.c_float
-        return np.frombuffer((kind * count).from_address(self.places[name]), np.dtype(kind))
+        factors = [engine.factor] + [1] * len(results)
+        for name, result, factor in zip(engine.plan["outputs"], results, factors, strict=False):
+            at(name)[:] = factor * result.ravel()
 
 
-def build(recipe, progress=None):
+OnnxEngine.context = OnnxContext  # defined after it
+
+
+def build(recipe, progress=None, **more):
     """In place of the compiler."""
     from engines.tensorrt_build import Built
 
     with open(recipe.output, "w") as file:
-        json.dump({"onnx": recipe.onnx, "sizes": dict(recipe.sizes)}, file)
+        json.dump({"onnx": recipe.onnx, "sizes": dict(recipe.sizes), **more}, file)
     return Built(0.0, 0, 0, ())
 
 
@@ -309,24 +261,36 @@ class Refitter:
     def refit_cuda_engine_async(self, stream):
         for k, (name, (pointer, count)) in enumerate(self.places.items()):
             if k == self.trt.refit_stops:
-                self.logger.log("error", "refitting stopped")
+                self.logger.log("error", self.trt.says or "refitting stopped")
                 return False
-            self.engine.weights[name][:] = np.frombuffer(
-                (ctypes.c_float * count).from_address(pointer), np.float32
-            )
+            self.trt.cuda.enqueue(stream, self._write, name, pointer, count)
         return True
 
+    def _write(self, name, pointer, count) -> None:
+        floats = (ctypes.c_float * count).from_address(pointer)
+        self.engine.weights[name][:] = np.frombuffer(floats, np.float32)
 
-def install(monkeypatch) -> tuple[Cuda, TensorRT]:
+
+def install(monkeypatch, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
     """Put both in the place of the vendor's packages, for engines/cuda.py and engines/tensorrt.py anew."""
     cuda = Cuda()
-    trt = TensorRT(cuda)
+    trt = TensorRT(cuda, vendor)
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.runtime = cuda
     package.bindings = bindings
     for name in ("cuda", "tensorrt"):
         monkeypatch.delitem(sys.modules, f"engines.{name}", raising=False)
         monkeypatch.delattr(engines, name, raising=False)
-    for name, module in {"cuda": package, "cuda.bindings": bindings, "tensorrt": trt}.items():
+    for name, module in {"cuda": package, "cuda.bindings": bindings, vendor: trt}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return cuda, trt
+
+
+def machine(monkeypatch, home, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
+    """A machine with a GPU of sm89, a compiler, and a cache of plans of its own in `home`."""
+    from hyperrt import compiling
+
+    monkeypatch.setenv("HYPERRT_HOME", str(home))
+    monkeypatch.setattr(compiling.tensorrt_build, "build", build)
+    monkeypatch.setattr(compiling, "version", lambda backend: VERSION)
+    return install(monkeypatch, vendor)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
+import pickle
 
 import numpy as np
 import pytest
 
 import engines
-from engines import EngineError, EngineLoadError, EngineMemoryError, EngineUnusable, TensorSpec
-
-FAKES = importlib.util.spec_from_file_location("fake_nvidia", Path(__file__).with_name("fake_nvidia.py"))
-fake_nvidia = importlib.util.module_from_spec(FAKES)
-FAKES.loader.exec_module(fake_nvidia)
+from engines import EngineError, EngineLoadError, EngineMemoryError, EngineUnusable, TensorSpec, dlpack
+from engines.fake import FakeEngine
+from tests.engines import fake_cuda, fake_nvidia
 
 FIXED = {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}}
 WEIGHTS = (TensorSpec("w", (1, 2), "float32"), TensorSpec("v", (2,), "float32"))
 REFITTABLE = {**FIXED, "weights": {"w": 2, "v": 2}}
 OPEN = {"inputs": {"x": [-1], "gain": [1]}, "outputs": {"y": [-1]}}
+MEMORY_SAID = ("Cuda Runtime (out of memory)", "OutOfMemory (Requested 9 bytes could not be allocated)")
 X, GAIN = np.array([1, 2], np.float32), np.array([10], np.float32)
 
 
@@ -60,6 +58,49 @@ def test_a_loop_on_the_device_never_waits(opened, nvidia):
         assert cuda.waits == before
         np.testing.assert_array_equal(steps[0], 10 * X)  # not what the steps after it wrote
         np.testing.assert_array_equal(np.asarray(x), 1e5 * X)
+
+
+@pytest.mark.parametrize("ahead", ["the first", "the second"])
+def test_what_one_engine_made_another_takes_without_the_host(opened, nvidia, ahead):
+    """Each has a stream of its own, and what the first made is freed as soon as the second was told of it."""
+    cuda, _ = nvidia
+    with opened(FIXED) as first, opened(OPEN) as second:
+        for k in range(1, 4):
+            made = first.run({"x": k * X, "gain": GAIN}, host=False)
+            cuda.copies.clear()
+            second.bind({"x": made.pop("y")})
+            if ahead == "the first":  # it would free what the second has not read
+                cuda.cudaStreamSynchronize(first._stream.handle)
+            result = second.run({"gain": GAIN}, host=False)["y"]
+            assert {kind for kind, size in cuda.copies if size == 8} == {"there"}
+            np.testing.assert_array_equal(result, 100 * k * X)
+
+
+def test_parts_of_a_result_are_views_and_can_be_put_together_again(opened, nvidia):
+    with opened(OPEN) as engine:
+        x = np.arange(6, dtype=np.float32)
+        row = engine.run({"x": x, "gain": GAIN}, host=False)["y"].reshape((3, 2))
+        part = row[1:]
+        del row
+        np.testing.assert_array_equal(part, [[20, 30], [40, 50]])
+        np.testing.assert_array_equal(part[1:2][0:1], [[40, 50]])
+        np.testing.assert_array_equal(part.repeat(2, 0), np.repeat([[20, 30], [40, 50]], 2, 0))
+        mixed = dlpack.concatenate([np.zeros((1, 2), np.float32), part, part[:1]])
+        np.testing.assert_array_equal(mixed, [[0, 0], [20, 30], [40, 50], [20, 30]])
+        assert dlpack.concatenate([part]) is part
+        here = pickle.loads(pickle.dumps(part))
+        assert isinstance(here, np.ndarray) and np.array_equal(here, part)
+    nvidia[0].cudaDeviceSynchronize()
+    np.testing.assert_array_equal(part, [[20, 30], [40, 50]])  # longer than the engine
+
+
+def test_an_array_on_the_device_is_fed_to_an_engine_on_the_host(opened, tmp_path):
+    with opened(FIXED) as engine:
+        there = engine.run({"x": X, "gain": GAIN}, host=False)["y"]
+    host = FakeEngine(lambda t: {"y": 2 * t["x"]}, engine.inputs[:1], engine.outputs)
+    np.testing.assert_array_equal(host.run({"x": there})["y"], 20 * X)
+    host.bind({"x": there})
+    np.testing.assert_array_equal(host.run({})["y"], 20 * X)
 
 
 def test_a_recorded_step_is_right_for_the_next_subject_too(opened, nvidia):
@@ -107,6 +148,39 @@ def test_subjects_come_and_go_by_refit(opened):
             engine.refit({"w": weight})
             found.append(engine.run(feeds)["y"])
         np.testing.assert_array_equal(found, [base + 3, base + 4, base + 3, base])
+
+
+def test_a_refit_reads_weights_on_the_device_and_goes_back_to_them(opened, nvidia):
+    cuda, trt = nvidia
+    feeds = {"x": X, "gain": GAIN}
+    with opened(FIXED) as decoder, opened(REFITTABLE, weights=WEIGHTS) as engine:
+        subjects = [decoder.run({"x": k * X, "gain": GAIN}, host=False)["y"] for k in (1, 2)]
+        cuda.copies.clear()
+        engine.refit({"w": subjects[0].reshape((1, 2)), "v": subjects[0]})
+        cuda.cudaDeviceSynchronize()
+        assert cuda.copies == [("there", 8)] * 2
+        np.testing.assert_array_equal(engine.run(feeds)["y"], 30 * X)
+        really, calls = engine._weights._refitter.refit_cuda_engine_async, []
+        trt.refit_stops, trt.says = 1, MEMORY_SAID[0]
+
+        def stops_once(stream):
+            done = really(stream)
+            trt.refit_stops = None
+            calls.append(done)
+            return done
+
+        engine._weights._refitter.refit_cuda_engine_async = stops_once
+        with pytest.raises(EngineMemoryError, match="refitting the graph failed"):
+            engine.refit({"w": subjects[1].reshape((1, 2)), "v": subjects[1]})
+        assert calls == [False, True]
+        np.testing.assert_array_equal(engine.run(feeds)["y"], 30 * X)
+
+
+def test_weights_that_a_refit_leaves_out_are_as_they_were(opened):
+    with opened(REFITTABLE, weights=WEIGHTS) as engine:
+        engine.refit({"v": np.ones(2, np.float32)})
+        engine.refit({"w": np.full((1, 2), 3, np.float32)})
+        np.testing.assert_array_equal(engine.run({"x": X, "gain": GAIN})["y"], 10 * X + 4)
 
 
 def test_a_step_is_recorded_again_after_a_refit(opened, nvidia):
@@ -167,6 +241,45 @@ def test_a_full_gpu_is_an_error_of_memory_with_both_sides(opened, nvidia):
         opened(FIXED)
 
 
+@pytest.mark.parametrize("says", MEMORY_SAID)
+@pytest.mark.parametrize("when", ["deserialize", "execute", "refit"])
+def test_memory_that_runs_out_inside_tensorrt_is_an_error_of_memory(opened, nvidia, when, says):
+    _, trt = nvidia
+    trt.says, feeds = says, {"x": X, "gain": GAIN}
+    if when == "deserialize":
+        trt.fail.add(when)
+        with pytest.raises(EngineMemoryError, match="does not load the plan"):
+            opened(FIXED)
+        return
+    with opened(REFITTABLE, weights=WEIGHTS) as engine:
+        if when == "execute":
+            trt.fail.add(when)
+            with pytest.raises(EngineMemoryError, match="running the graph failed"):
+                engine.run(feeds)
+            trt.fail.clear()
+        else:
+            trt.refit_stops = 0
+            with pytest.raises(EngineUnusable) as raised:  # nor can the old ones be written
+                engine.refit({"w": np.ones((1, 2), np.float32)})
+            assert isinstance(raised.value.__cause__, EngineMemoryError)
+            trt.refit_stops = None
+            engine.refit({"w": np.zeros((1, 2), np.float32)})
+        np.testing.assert_array_equal(engine.run(feeds)["y"], 10 * X)
+
+
+def test_memory_that_runs_out_in_a_step_leaves_the_engine_as_it_was(opened, nvidia):
+    cuda, _ = nvidia
+    with opened(FIXED) as engine:
+        engine.bind({"gain": GAIN})
+        expected = engine.run({"x": X})["y"]
+        for _ in range(3):
+            room, cuda.room = cuda.room, 0
+            with pytest.raises(EngineMemoryError, match="running the graph failed"):
+                engine.run({"x": X}, host=False)  # results have memory of their own
+            cuda.room = room
+            np.testing.assert_array_equal(engine.run({"x": X})["y"], expected)
+
+
 def test_binding_when_memory_is_out_keeps_what_was_bound(opened, nvidia):
     cuda, _ = nvidia
     with opened(OPEN) as engine:
@@ -198,15 +311,26 @@ def test_a_run_that_fails_says_why(opened, nvidia):
         engine.run({"x": X, "gain": GAIN})
 
 
-def test_without_a_gpu_the_error_is_one_of_the_device(opened, nvidia):
-    nvidia[0].has_gpu = False
-    with pytest.raises(EngineError, match="no NVIDIA GPU can be used") as raised:
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        (None, "there is no NVIDIA driver"), ({}, "no NVIDIA GPU is visible"),
+        ({"gpus": [fake_cuda.H100]}, "no NVIDIA GPU can be used\n.*no CUDA-capable device.*\n.*doctor"),
+    ],
+)  # fmt: skip
+def test_without_a_gpu_the_error_is_one_of_the_device(opened, nvidia, monkeypatch, tmp_path, driver, said):
+    nvidia[0].no_gpu = fake_nvidia.Code.cudaErrorNoDevice
+    if driver is None:
+        fake_cuda.uninstall(monkeypatch)
+    else:
+        fake_cuda.install(monkeypatch, tmp_path, *driver.get("gpus", []))
+    with pytest.raises(EngineError, match=said) as raised:
         opened(FIXED)
     assert raised.value.code == 7
 
 
 def test_results_on_the_device_are_taken_by_dlpack_and_freed(opened, nvidia, monkeypatch):
-    from engines import cuda, dlpack
+    from engines import cuda
 
     monkeypatch.setattr(cuda.Buffer, "__dlpack_device__", lambda self: (dlpack.CPU, 0))
     with opened(FIXED) as engine:
@@ -218,8 +342,10 @@ def test_results_on_the_device_are_taken_by_dlpack_and_freed(opened, nvidia, mon
         del result
         assert pointer in nvidia[0].memory  # for as long as the reader has it
         del shared
+        nvidia[0].cudaDeviceSynchronize()
         assert pointer not in nvidia[0].memory
         unread = engine.run({"x": X, "gain": GAIN}, host=False)["y"]
         pointer, capsule = unread.pointer, unread.__dlpack__()
         del unread, capsule
+        nvidia[0].cudaDeviceSynchronize()
         assert pointer not in nvidia[0].memory

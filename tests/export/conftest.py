@@ -30,7 +30,7 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     torch.manual_seed(1)
     parts = base.load(folder / "base")
     config = TrainConfig(
-        base=str(folder / "base"), cache="cache", out="hypernet",
+        model=str(folder / "base"), data="cache", output="hypernet",
         rank=2, dim=32, layers=1, iterations=2, head_dim=8,
     )  # fmt: skip
     layout = lora_layers.layout_of(parts.unet, config.rank)

@@ -116,7 +116,7 @@ def save(
 
 def save_hypernet(folder: Path, base: Path, unet: nn.Module) -> Path:
     """A hypernetwork of that base model, fresh."""
-    config = TrainConfig(base=str(base), cache="c", out="h", rank=2, dim=16, layers=1, head_dim=8)
+    config = TrainConfig(model=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8)
     decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
     folder.mkdir()
     checkpoint.save_hypernet(folder, decoder, config, 1, checkpoint.hash_of(unet, half=True))

@@ -1,9 +1,11 @@
 """A bundle whose LoRA enters by refit, from the real export: the runtime draws with it as with the other."""
 
-import importlib.util
+import importlib
+import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +16,11 @@ from export.assemble import Options
 from export.source import Inputs
 from hyperrt import Runtime, compiling
 from hyperrt.bundle import Bundle
+from hyperrt.errors import BundleMismatch, NumericError
+from hyperrt.plans import PlanCache
+from tests.engines import fake_nvidia, fake_ort_gpu
 
-FAKES = importlib.util.spec_from_file_location(
-    "fake_nvidia", Path(__file__).parents[1] / "engines" / "fake_nvidia.py"
-)
-fake_nvidia = importlib.util.module_from_spec(FAKES)
-FAKES.loader.exec_module(fake_nvidia)
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 PROMPT, PLAIN = "a [V] robot on a beach", "a robot on a beach"
 
 
@@ -104,26 +105,82 @@ def test_with_low_memory_the_subject_is_put_into_the_new_engine(refitted, runtim
         assert [draw(low, who).tobytes() for who in (*subjects, None)] == expected
 
 
-def test_on_tensorrt_subjects_come_and_go_by_refit(refitted, runtime, subjects, monkeypatch, tmp_path):
-    """On stand-ins for CUDA and TensorRT, in which ONNX Runtime computes (tests/engines/fake_nvidia.py)."""
-    _, trt = fake_nvidia.install(monkeypatch)
-    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path))
-    monkeypatch.setattr(compiling.tensorrt_build, "build", fake_nvidia.build)
-    monkeypatch.setattr(compiling, "version", lambda backend: trt.__version__)
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Stand-ins for CUDA and TensorRT."""
+    return fake_nvidia.machine(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def on_tensorrt(refitted, gpu):
+    """The bundle there, ONNX Runtime computing."""
     bundle = Bundle.open(refitted)
     for branches in (3, 2):
         sizes = compiling.sizes_of(bundle, 1, branches)
         plans = [one.plan for one in compiling.compile_bundle(bundle, "tensorrt", ["current"], sizes)]
     weights = {plan.graph_name: plan.weights for plan in plans}
     assert weights["denoiser"] == tuple(spec.name for spec in bundle.graphs["denoiser"].weights)
-    with Runtime.open(refitted, "tensorrt") as on_gpu:
-        a, b = subjects[:2]
-        found = [draw(on_gpu, subject) for subject in (a, b, a, None)]
-        trt.refit_stops = 5
-        with pytest.raises(EngineUnusable):
-            draw(on_gpu, b)
-        trt.refit_stops = None
-        assert np.array_equal(draw(on_gpu, a), found[0])
+    with Runtime.open(refitted, "tensorrt") as opened:
+        yield opened
+
+
+def test_on_tensorrt_subjects_come_and_go_by_refit(on_tensorrt, runtime, subjects, gpu):
+    a, b = subjects
+    _, trt = gpu
+    found = [draw(on_tensorrt, subject) for subject in (a, b, a, None)]
+    trt.refit_stops = 5
+    with pytest.raises(EngineUnusable):
+        draw(on_tensorrt, b)
+    trt.refit_stops = None
+    assert np.array_equal(draw(on_tensorrt, a), found[0])
     assert np.array_equal(found[0], found[2])
     for one, subject in zip(found, (a, b, a, None), strict=True):
         np.testing.assert_allclose(one, draw(runtime, subject), rtol=1e-4, atol=1e-5)
+
+
+def test_on_tensorrt_a_refit_reads_what_the_weight_decoder_wrote(on_tensorrt, runtime, drawn_photos, gpu):
+    cuda, _ = gpu
+    on_tensorrt.prepare(PROMPT, on_tensorrt.personalize(drawn_photos[:1]))
+    cuda.copies.clear()  # from here on the prompt is known
+    subject = on_tensorrt.personalize(drawn_photos[1:2])
+    on_tensorrt.prepare(PROMPT, subject)
+    assert "down" not in {kind for kind, _ in cuda.copies}
+    expected = draw(runtime, runtime.personalize(drawn_photos[1:2]))
+    np.testing.assert_allclose(draw(on_tensorrt, subject), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_that_does_not_take_what_it_is_refitted_with_is_not_published(refitted, gpu, monkeypatch):
+    """As it comes it is right: its LoRA is zeros."""
+    monkeypatch.setattr(fake_nvidia.Refitter, "_write", lambda *_: None)
+    bundle = Bundle.open(refitted)
+    sizes = compiling.sizes_of(bundle, 1, 3)
+    with pytest.raises(NumericError, match="the plan of denoiser computes something else"):
+        list(compiling.compile_bundle(bundle, "tensorrt", ["current"], sizes, ["denoiser"]))
+    assert PlanCache().list() == []
+
+
+@pytest.mark.parametrize("options", [{}, {"cuda_graph": True}], ids=["plain", "captured"])
+def test_on_cuda_subjects_come_and_go_by_refit(refitted, runtime, subjects, monkeypatch, options):
+    """ONNX Runtime's provider for CUDA is a stand-in: its own for the CPU."""
+    fake_ort_gpu.install(monkeypatch)
+    with Runtime.open(refitted, "onnxruntime-cuda", backend_options=options) as on_gpu:
+        for subject in (*subjects, subjects[0], None):
+            ours, theirs = draw(on_gpu, subject), draw(runtime, subject)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_of_subject_is_measured(refitted, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCH)
+    switch = importlib.import_module("switch")
+    switch.small(SimpleNamespace(bundle=refitted, quick=True, changes=None))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+    assert found["aba_max_diff"] == found["a_base_max_diff"] == 0
+    assert found["row_alone_max_rel"] < 1e-5 and found["switch_ms"] > 0
+
+
+def test_onnx_runtimes_tensorrt_has_no_constants_to_refit_and_is_refused(refitted):
+    with pytest.raises(BundleMismatch) as caught:
+        Runtime.open(refitted, "onnxruntime-tensorrt")
+    assert caught.value.code == 5 and str(caught.value).count("\n") == 2
+    assert "onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx do not" in caught.value.why
+    assert "--adapt inputs" in caught.value.do

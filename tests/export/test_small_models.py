@@ -11,9 +11,11 @@ import torch
 from export import assemble, export_bundle, families, verify
 from export.errors import ParityError
 from export.source import Inputs
-from hyperrt import Runtime
+from hyperrt import Runtime, compiling
 from hyperrt import cli as command
 from hyperrt.bundle import Bundle
+from hyperrt.plans import PlanCache
+from tests.engines import fake_nvidia
 from tests.export import small_models
 
 needs_openvino = pytest.mark.skipif(
@@ -54,6 +56,43 @@ def test_the_runtime_draws_with_them(plain, drawn_photos):
         )
     assert np.array_equal(personal, again)
     assert np.abs(personal - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+def test_on_a_device_a_photo_becomes_a_subject_without_the_host(plain, drawn_photos, monkeypatch, tmp_path):
+    """SDXL's image tokens, too.  CUDA and TensorRT are stand-ins, in which ONNX Runtime computes."""
+    cuda, _ = fake_nvidia.machine(monkeypatch, tmp_path)
+    bundle, prompt = Bundle.open(plain), "a [V] toy"
+    for _ in compiling.compile_bundle(bundle, "tensorrt", ["current"], compiling.sizes_of(bundle, 1, 3)):
+        pass
+    with Runtime.open(plain, "tensorrt") as there, Runtime.open(plain, "onnxruntime") as here:
+        there.prepare(prompt, there.personalize(drawn_photos[:1]))
+        cuda.copies.clear()  # from here on the prompt is known
+        subject = there.personalize(drawn_photos[1:2])
+        there.prepare(prompt, subject)
+        assert "down" not in {kind for kind, _ in cuda.copies}
+        found = there.generate(prompt, subject, steps=2)
+        expected = here.generate(prompt, here.personalize(drawn_photos[1:2]), steps=2)
+        elsewhere = here.generate(prompt, subject, steps=2)
+    for one in (found, elsewhere):
+        np.testing.assert_allclose(one.latents, expected.latents, rtol=1e-3, atol=1e-4)
+
+
+def test_no_two_attentions_of_a_graph_read_one_query(plain):
+    """TensorRT-RTX 1.7.1 crashes over two, even with an Identity between: export/operators.py."""
+    for path in plain.glob("*.onnx"):
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        queries = [node.input[0] for node in nodes if node.op_type == "MultiHeadAttention"]
+        assert len(set(queries)) == len(queries), path.name
+
+
+def test_every_graph_compiles_for_a_gpu_that_is_not_here(plain, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    bundle = Bundle.open(plain)
+    sizes = compiling.sizes_of(bundle, images=1, branches=3)
+    cache = PlanCache(tmp_path / "plans")
+    made = list(compiling.compile_bundle(bundle, "tensorrt-rtx", ["sm89"], sizes, cache=cache))
+    assert len(made) == len(bundle.graphs)
+    assert {"lora_q", "lora_kv"} <= {name for plan in made for name in plan.built.inputs}
 
 
 def test_a_prompt_of_more_than_77_tokens_is_cut_and_what_is_dropped_is_said(plain, tmp_path, capfd):

@@ -4,6 +4,7 @@ The kinds of model whose loop differs: v-prediction (as Stable Diffusion 2), and
 from the last timestep, and no unconditional branch). Each goes through the real export and the runtime.
 """
 
+import copy
 import dataclasses
 import shutil
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from export import assemble, export_bundle, families, onnx_graph, reference, ver
 from export.source import Inputs
 from hyperrt import Runtime, sampling
 from hyperrt.bundle import Bundle
+from hyperrt.lora import save_subject
 from hyperrt.runtime import pictures_from_pixels
 from tests.export import small_models
 from training.base import tokens
@@ -167,6 +169,56 @@ def test_few_steps_without_the_empty_prompt_are_two_rows_and_those_of_diffusers(
     monkeypatch.setattr(Engine, "bind", watched)
     assert compared(model, solver, steps, s=0.5) < 1e-4
     assert rows == [(2, [0.5, 0.5])]
+
+
+@pytest.fixture
+def pipeline(model):
+    """diffusers' own pipeline of the networks."""
+    source, modules = model.source, dict(model.modules)
+    names = ("vae", "text_encoder", "text_encoder_2") if source.is_sdxl else ("vae", "text_encoder")
+    config = small_models.SCHEDULER | {"timestep_spacing": "leading", "steps_offset": 1} | model.own
+    parts = {name: modules[name] for name in names} | {
+        "unet": reference.plain(modules["unet"]),
+        "tokenizer": source.tokenizer,
+        "scheduler": diffusers.EulerDiscreteScheduler(**config),
+    }
+    if source.is_sdxl:
+        padded = copy.deepcopy(source.tokenizer)
+        padded.pad_token = padded.convert_ids_to_tokens(source.pad_2)
+        found = diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=padded, add_watermarker=False)
+    else:
+        off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        found = diffusers.StableDiffusionPipeline(**parts, **off)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_at_kappa_2_a_pipeline_with_the_subject_s_file_draws_the_same(model, pipeline, tmp_path, format):
+    """There HM-CFG is eps_base(empty) + 2 s (eps_lora(subject) - eps_base(empty)).
+
+    SDXL's empty prompt is all zeros, on which a LoRA of the cross-attention has no effect: plain guidance of
+    scale 2 s.  Elsewhere it is that only at s = 1/2, where the empty prompt has no weight.
+    """
+    pytest.importorskip("peft")
+    s = 2.5 if model.source.is_sdxl else 0.5
+    options = {"kappa": 2, "guidance_scale": s, "steps": 4, "seed": SEED, "solver": "euler"}
+    if model.source.is_sdxl:
+        options["image_scale"] = 0.0
+    ours, without = (
+        model.runtime.generate("a [V] toy on a beach", model.subject, strength=strength, **options).latents
+        for strength in (1, 0)
+    )
+    path = tmp_path / "toy.safetensors"
+    save_subject(path, model.subject.lora, model.source.layout, model.subject.metadata, format)
+    pipeline.load_lora_weights(str(path), use_safetensors=True)
+    noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
+    latents = pipeline(
+        PROMPTS["subject"], guidance_scale=2 * s, num_inference_steps=4, latents=noise, output_type="latent"
+    ).images.numpy()
+    scale = np.abs(latents).max()
+    assert np.abs(latents - without).max() / scale > 1e-3  # the subject does something
+    assert np.abs(latents - ours).max() / scale < 1e-4
 
 
 def test_pictures_are_those_of_diffusers_decoder(model):

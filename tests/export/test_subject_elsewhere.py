@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from hyperrt import Runtime, sampling
+from hyperrt import Runtime, combine, sampling
 from hyperrt.lora import save_subject
 
 peft = pytest.importorskip("peft")
@@ -67,13 +67,17 @@ def draw(pipeline, source, output):
     return result.numpy() if output == "latent" else np.rint(result * 255).astype(int)
 
 
-@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
 def test_diffusers_draws_the_picture_of_the_runtime_from_the_same_file(
     tmp_path, pipeline, source, made, format
 ):
     subject, ours = made
     of_the_base = draw(pipeline, source, "latent")
-    pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", source, subject, format)))
+    if format == "peft":
+        folder = save(tmp_path / "robot", source, subject, format)
+        pipeline.unet = peft.PeftModel.from_pretrained(pipeline.unet, str(folder)).get_base_model()
+    else:
+        pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", source, subject, format)))
     latents = draw(pipeline, source, "latent")
     scale = np.abs(latents).max()
     assert np.abs(latents - of_the_base).max() / scale > 1e-2  # the subject does something
@@ -124,3 +128,21 @@ def test_peft_loads_the_folder(tmp_path, unet, source, made):
     folder = save(tmp_path / "robot", source, made[0], "peft")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder))
     np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_photos_side_by_side_are_in_diffusers_the_mean_of_what_each_changes(tmp_path, unet, source, made):
+    from export import reference
+
+    layout, subject = source.layout, made[0]
+    photos = [subject.lora, {name: vector[::-1].copy() for name, vector in subject.lora.items()}]
+    each = [reference.personalised(unet, layout, lora) for lora in photos]
+    mean = copy.deepcopy(unet)
+    for site in layout.sites:
+        weights = [one.get_submodule(site.path).weight.data for one in each]
+        mean.get_submodule(site.path).weight.data = torch.stack(weights).mean(0)
+    file = tmp_path / "robot.safetensors"
+    wide = combine.concat_layout(layout, len(photos))
+    save_subject(file, combine.concatenated(photos, layout), wide, subject.metadata)
+    theirs = copy.deepcopy(unet)
+    load_in_diffusers(theirs, file, wide)
+    np.testing.assert_allclose(run(theirs), run(mean), rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from hyperrt.errors import HyperRTError, IntegrityError
 from hyperrt.plans import Plan, PlanCache, PlanKey
 
 KEY = PlanKey("ab" * 32, "tensorrt", "10.16.0.71", "sm89", (("h", 64), ("rows", 3)))
-COMPILE = "hyperrt compile tiny --backend tensorrt --target sm89"
+COMPILE = "hyperrt compile tiny --backend tensorrt"
 OTHER = dataclasses.replace(KEY, graph="cd" * 32)
 
 
@@ -50,5 +50,5 @@ def refused(cache: PlanCache, words: str, wanted: PlanKey = KEY) -> IntegrityErr
     with pytest.raises(IntegrityError, match=words) as caught:
         cache.load(wanted)
     assert three_lines(caught.value) and caught.value.code == 8
-    assert "hyperrt compile" in caught.value.do and "--backend tensorrt --target sm89" in caught.value.do
+    assert "hyperrt compile" in caught.value.do and "--backend tensorrt" in caught.value.do
     return caught.value

@@ -14,8 +14,9 @@ from hyperrt import graphs
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import MANIFEST, Bundle
 from hyperrt.errors import BundleError, BundleMismatch, LoraMismatch, UsageError
-from hyperrt.lora import LoraLayout, Site, Subject
+from hyperrt.lora import LoraLayout, Site
 from hyperrt.runtime import Runtime
+from hyperrt.subject import Subject
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from hyperrt import cli, config, recipe
 from hyperrt.cli_commands import hyperrt as group
@@ -97,6 +98,8 @@ def test_a_bad_photo_is_said_and_left_out(run, photos, tmp_path):
         (["-p", "a robot", "--kappa", "0.5"], 2, "kappa is 0.5, but there is no subject"),
         (["-p", "a robot", "--image-scale", "1"], 2, "image scale is 1, but there is no subject"),
         (["-p", PROMPT, "--images", "x", "--image-scale", "1"], 2, "has no image prompt"),
+        (["-p", PROMPT, "--images", "x", "--combine", "concat"], 2, "mean"),
+        (["-p", PROMPT, "--subject", "x", "--combine", "product"], 2, "there are no photos"),
         (["-p", "a robot", "--kappa", "3"], 2, "kappa is 3.0"),
         (["-p", "a robot", "--kappa", "nan"], 2, "kappa is nan"),
         (["-p", "a robot", "--steps", "0"], 2, "from 1 to 1000"),
@@ -305,6 +308,24 @@ def test_personalize_takes_files_one_by_one(run, photos):
     code, out, _ = run("personalize", *files, "-o", "s.safetensors", "--class", "mug", "--json")
     assert code == 0
     assert (events(out)[-1]["photos"], events(out)[-1]["class_noun"]) == (3, "mug")
+
+
+@pytest.mark.parametrize("combine", config.COMBINED)
+def test_photos_combined_as_asked_draw_what_their_subject_file_draws(run, photos, combine):
+    run("generate", "-i", photos, "--combine", combine, "-p", PROMPT, "-o", "a.png")
+    run("personalize", "-i", photos, "--combine", combine, "-o", "s.safetensors")
+    run("generate", "-s", "s.safetensors", "-p", PROMPT, "-o", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert recipe.read("a.png")["combine"] == combine
+
+
+def test_photos_side_by_side_are_a_file_for_other_programs(run, photos):
+    code, out, err = run("personalize", "-i", photos, "--combine", "concat", "-o", "s.safetensors")
+    assert (code, out) == (0, "s.safetensors\n") and "rank 6: for other programs" in err
+    tensors = safetensors.numpy.load_file("s.safetensors")
+    assert {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key} == {6}
+    code, _, err = run("generate", "-s", "s.safetensors", "-p", PROMPT)
+    assert code == 5 and is_three_lines(err) and "LoRA layout" in err
 
 
 def test_export_without_pytorch_says_what_to_install(monkeypatch, capsys):

@@ -53,12 +53,32 @@ def is_error(found, code: int, *words: str) -> bool:
 
 def test_the_list_is_a_table_with_a_line_for_each_plan(run, plans):
     code, out, err = run("list")
-    head, *rows = out.splitlines()
+    head, *rows, total = out.splitlines()
     assert (code, err) == (0, "")
-    assert head.split() == ["ID", "BACKEND", "VERSION", "TARGET", "GRAPH", "BUNDLE", "MB", "BUILT"]
+    words = ["ID", "BACKEND", "VERSION", "TARGET", "GRAPH", "BUNDLE", "MB", "AGE", "LAST", "USE", "SIZES"]
+    assert head.split() == words
     assert [row.split()[0] for row in rows] == sorted(plan.key.id[:12] for plan in plans)
     cells = next(row.split() for row in rows if row.startswith(OTHER.id[:12]))
     assert cells[1:7] == ["tensorrt", "10.16.0.71", "sm89", "denoiser", "robots", "0.0"]
+    assert cells[7:] == ["0", "min", "never", "h=64", "rows=3"]
+    assert total == "3 plans, 0.0 MB"
+
+
+def test_the_list_tells_age_last_use_and_what_all_take(run, plans, cache, monkeypatch):
+    big = publish(cache, key(target="sm90 NVIDIA H200"), size=3_000_000)
+    cache.load(KEY)
+    now = plans[0].created + 3 * 86400 + 60
+    monkeypatch.setattr("time.time", lambda: now)
+    os.utime(plans[0].folder / "used", (now, now - 2 * 3600))
+    out = run("list")[1]
+    line = next(row for row in out.splitlines() if row.startswith(KEY.id[:12]))
+    assert "  3 d  2 h       h=64 rows=3" in line
+    assert out.splitlines()[-1] == "4 plans, 3.0 MB"
+    (result,) = events(run("list", "--json")[1])
+    assert result["bytes"] == big.bytes + sum(plan.bytes for plan in plans)
+    found = {one["id"]: one for one in result["plans"]}
+    assert found[KEY.id]["last_use"] == pytest.approx(now - 2 * 3600) and found[OTHER.id]["last_use"] is None
+    assert found[KEY.id]["age_s"] == pytest.approx(now - plans[0].created)
 
 
 def test_the_list_in_json_has_every_fact(run, plans, cache):
@@ -81,7 +101,7 @@ def test_an_empty_cache_is_no_error_and_prints_nothing_on_stdout(run):
 def test_the_list_warns_of_plans_that_cannot_be_read(run, plans):
     (plans[0].folder / "plan.json").write_text("")
     code, out, err = run("list")
-    assert code == 0 and len(out.splitlines()) == 3
+    assert code == 0 and len(out.splitlines()) == 4
     assert err == "warning: 1 more plan cannot be read: hyperrt plans verify\n"
     assert events(run("list", "--json")[1])[-1]["damaged"] == [str(plans[0].folder)]
 
@@ -245,4 +265,4 @@ def test_the_plans_are_listed_without_numpy(cache, plans):
     command = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "False" and len(out.splitlines()) == 5
+    assert out.splitlines()[-1] == "False" and len(out.splitlines()) == 6

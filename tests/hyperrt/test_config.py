@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperrt import config, solvers
+from hyperrt import combine, config, solvers
 from hyperrt.config import ExportConfig, GenerateConfig, PersonalizeConfig, SamplingConfig, output_paths
 from hyperrt.errors import NotFound, UsageError
 
@@ -44,6 +44,10 @@ def test_the_solvers_of_the_command_line_are_those_of_the_runtime():
     assert set(config.SOLVER_NAMES) == set(solvers.SOLVERS)
 
 
+def test_the_ways_to_combine_of_the_command_line_are_those_of_the_runtime():
+    assert combine.WAYS == config.COMBINED_TO_SAVE
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingConfig().steps = 3
@@ -59,6 +63,9 @@ def test_a_config_cannot_be_changed():
         {"threads": 0},
         {"kappa": 1.0},
         {"image_scale": 0.5},
+        {"images": ("a",), "combine": "concat"},
+        {"images": ("a",), "combine": ""},
+        {"subject": "b", "combine": "product"},
     ],
     ids=str,
 )
@@ -73,7 +80,9 @@ def test_the_sampling_options_are_taken_over_and_changed():
 
 
 @pytest.mark.parametrize(
-    "options", [{"format": "zip"}, {"images": ()}, {"images": ("",)}, {"output": ""}], ids=str
+    "options",
+    [{"format": "zip"}, {"images": ()}, {"images": ("",)}, {"output": ""}, {"combine": "median"}],
+    ids=str,
 )
 def test_personalize_refuses_what_it_cannot_do(options):
     with pytest.raises(UsageError):

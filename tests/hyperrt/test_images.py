@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from hyperrt import images
+from hyperrt import images, srgb
 from hyperrt.errors import BadImage, BundleMismatch
 from tests.hyperrt.pictures import (
     BLUE,
@@ -110,7 +110,7 @@ def test_a_photo_is_turned_upright(kind, orientation, tmp_path):
     image = half_and_half()
     stored = image.transpose(undo[orientation]) if orientation in undo else image
     exif = Image.Exif()
-    exif[images.ORIENTATION] = orientation
+    exif[srgb.ORIENTATION] = orientation
     picture = load_bytes(encoded(stored, kind, exif=exif), tmp_path)
     assert picture.shape == (60, 80, 3)
     assert shows(picture, within=10)
@@ -269,3 +269,25 @@ def test_no_photos_make_an_empty_batch():
 def test_an_unknown_way_of_preparing_photos_is_refused(key, value):
     with pytest.raises(BundleMismatch, match=value):
         images.preprocess([], SimpleNamespace(**{**vars(SPEC), key: value}))
+
+
+def test_the_contents_of_a_file_are_read_as_the_file_is(tmp_path):
+    content = encoded(half_and_half(), "JPEG")
+    assert np.array_equal(images.load_image(content), load_bytes(content, tmp_path))
+    for broken in (b"", content[:200], b"no picture"):
+        with pytest.raises(BadImage):
+            images.load_image(broken)
+
+
+def test_a_photo_keeps_as_many_pixels_as_are_asked_for():
+    content = encoded(noise((1500, 300)), "PNG")
+    assert images.load_image(content).shape == (205, 1024, 3)
+    assert images.load_image(content, keep_side=images.MAX_SIDE).shape == (300, 1500, 3)
+
+
+def test_a_link_is_followed_only_where_that_is_wanted(tmp_path):
+    (tmp_path / "photo.png").write_bytes(encoded(half_and_half()))
+    (tmp_path / "link.png").symlink_to("photo.png")
+    assert shows(images.load_image(tmp_path / "link.png"))
+    with pytest.raises(BadImage, match="a symbolic link"):
+        images.load_image(tmp_path / "link.png", follow=False)

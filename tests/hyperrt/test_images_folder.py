@@ -27,6 +27,11 @@ def test_a_folder_gives_its_photos_in_natural_order(tmp_path):
     assert photos.rejected == photos.ignored == []
 
 
+def test_names_that_begin_alike_have_an_order_with_and_without_a_number():
+    names = ["dog2", "dog", "1.png2", "1.png", "DOG", "dog10"]
+    assert sorted(names, key=images.natural_key) == ["1.png", "1.png2", "DOG", "dog", "dog2", "dog10"]
+
+
 def test_one_bad_photo_among_good_ones_is_left_out_with_its_reason(subject_folder):
     (subject_folder / "2b.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
     photos = images.load_folder(subject_folder)

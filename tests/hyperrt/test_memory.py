@@ -55,6 +55,20 @@ def test_what_is_loaded_already_is_not_counted_again(folder):
     assert memory.to_draw(bundle, 3, low_memory=True, is_open={"denoiser"}) == 3 * GB
 
 
+def test_a_backend_that_loads_in_fp32_needs_the_weights_twice_then(folder):
+    bundle = Bundle.open(folder)
+    assert memory.to_draw(bundle, 3, loads_fp32=True) == 11.5 * GB  # the first three graphs, the third twice
+    assert memory.to_draw(bundle, 3, is_open=memory.DRAWING, loads_fp32=True) == 4 * GB  # nothing to load
+    assert memory.to_draw(bundle, 3, low_memory=True, loads_fp32=True) == 10 * GB
+    assert memory.to_personalize(bundle, loads_fp32=True) == 6 * GB
+
+
+def test_weights_of_two_bytes_are_twice_as_large_in_fp32(folder):
+    path = folder / "bundle.json"
+    path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
+    assert memory.to_draw(Bundle.open(folder), 3, low_memory=True, loads_fp32=True) == 15 * GB
+
+
 def test_a_bundle_that_does_not_say_is_not_refused(pretend, monkeypatch):
     there_is(monkeypatch, 0)
     bundle = Bundle.open(pretend)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperrt import personalize
-from hyperrt.errors import BadImage, BadInput, NotFound, NumericError
+from hyperrt import combine, personalize
+from hyperrt.errors import BadImage, BadInput, NotFound, NumericError, UsageError
+from hyperrt.lora import LoraLayout, Site
 from tests.hyperrt.pictures import half_and_half
+
+LAYOUT = LoraLayout((Site("0.to_q", 3, 2), Site("0.to_k", 2, 2)), rank=2)
 
 
 class Recorded:
@@ -20,7 +23,7 @@ class Recorded:
         self.function = function
         self.fed = []
 
-    def run(self, feeds):
+    def run(self, feeds, host=True):
         self.fed.append(feeds)
         return self.function(feeds)
 
@@ -127,8 +130,33 @@ def test_one_photo_gives_the_bits_that_were_predicted():
     np.testing.assert_array_equal(weights["lora_q"], row[0])
 
 
+@pytest.mark.parametrize("photos", [1, 2, 3])
+@pytest.mark.parametrize("way", combine.WAYS)
+def test_the_weights_of_several_photos_are_combined_as_asked_and_one_keeps_its_bits(way, photos):
+    rng = np.random.default_rng(0)
+    sizes = {name: LAYOUT.size(name) for name in ("lora_q", "lora_kv")}
+    each = [{name: rng.normal(size=(1, n)).astype("f4") for name, n in sizes.items()} for _ in range(photos)]
+    decoder = Recorded(lambda feeds: each[int(feeds["features"])])
+    features = [np.array(k, np.float32) for k in range(photos)]
+    weights = personalize.lora_of(features, decoder, LAYOUT, way)
+    rows = [{name: row[0] for name, row in one.items()} for one in each]
+    expected = {
+        "mean": lambda: personalize.predict_lora(features, decoder),
+        "product": lambda: combine.product_mean(rows, LAYOUT),
+        "concat": lambda: combine.concatenated(rows, LAYOUT),
+    }[way]()
+    for name, vector in (rows[0] if photos == 1 else expected).items():
+        np.testing.assert_array_equal(weights[name], vector)
+
+
+def test_another_way_to_combine_photos_is_refused_before_one_is_decoded():
+    with pytest.raises(UsageError, match="combine is 'median'"):
+        personalize.lora_of([np.zeros(())], None, LAYOUT, "median")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_weight_that_is_no_number_is_refused(value):
-    decoder = Recorded(lambda feeds: {"lora_q": np.array([[1, value]], np.float32)})
+    bad = np.array([[1, value]], np.float32)
+    decoder = Recorded(lambda feeds: {"lora_q": bad, "lora_kv": bad})
     with pytest.raises(NumericError, match="1 of 2 values of lora_q"):
         personalize.predict_lora([np.zeros((1, 1, 1), np.float32)], decoder)

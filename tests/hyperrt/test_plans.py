@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 
 import pytest
 
 from hyperrt import files
 from hyperrt.errors import Incompatible, IntegrityError, NotFound, UsageError
 from hyperrt.manifest import Graph
-from hyperrt.plans import PlanCache, compile_command, graph_hash
+from hyperrt.plan_words import compile_command
+from hyperrt.plans import PlanCache, graph_hash
 from tests.hyperrt.some_plans import COMPILE, KEY, OTHER, content, flip, key, publish, three_lines
 
 
@@ -36,10 +38,18 @@ def test_the_hash_of_a_graph_covers_its_file_and_its_data():
 
 
 def test_the_command_that_rebuilds_can_be_pasted_into_a_shell():
+    """TensorRT takes no target: it compiles for the GPU of its machine alone."""
     wanted = key(target="sm90 NVIDIA H200")
-    assert compile_command(wanted, "my bundle") == (
-        "hyperrt compile 'my bundle' --backend tensorrt --target sm90"
-    )
+    assert compile_command(wanted, "my bundle") == "hyperrt compile 'my bundle' --backend tensorrt"
+    rtx = key(backend="tensorrt-rtx")
+    assert compile_command(rtx) == "hyperrt compile BUNDLE --backend tensorrt-rtx --target sm89"
+
+
+def test_the_command_that_rebuilds_has_the_sizes_of_the_call():
+    sizes = {"branches": 2, "images": 4, "rows": 8, "subjects": 8}
+    command = compile_command(key(sizes=tuple(sizes.items())), "tiny")
+    assert command == "hyperrt compile tiny --backend tensorrt --images 4 --branches 2 --several-subjects"
+    assert compile_command(key(sizes=(("branches", 3), ("images", 1))), "tiny") == COMPILE
 
 
 # In and out
@@ -77,9 +87,9 @@ def test_nobody_else_can_read_or_write_a_plan_whatever_the_umask(tmp_path, umask
 def test_a_second_plan_of_a_key_replaces_the_first_whole(cache, plan):
     (plan.folder / "stray").write_text("of the first")
     second = publish(cache, mark="1")
-    assert cache.load(KEY) == second != plan
     assert sorted(os.listdir(plan.folder)) == ["plan", "plan.json"]
     assert os.listdir(cache.folder) == [KEY.id]
+    assert cache.load(KEY) == second != plan
 
 
 def test_a_plan_that_is_of_no_use_does_not_keep_its_place(cache, plan):
@@ -138,6 +148,26 @@ def test_a_home_that_cannot_be_made_is_refused_before_the_work(tmp_path):
     with pytest.raises(UsageError, match=r"cannot be made\n.*\n.*HYPERRT_HOME"):
         publish(PlanCache(tmp_path / "file" / "plans"))
     assert PlanCache(tmp_path / "file" / "plans").find(KEY) is None
+
+
+def test_the_last_use_is_that_of_the_last_load(cache, plan):
+    assert plan.last_use is None and cache.find(KEY).last_use is None
+    before = time.time()
+    cache.load(KEY)
+    assert plan.last_use == pytest.approx(before, abs=5)
+    os.utime(plan.folder / "used", (1, 1))
+    assert cache.find(KEY).last_use == 1
+    cache.load(KEY)
+    assert plan.last_use == pytest.approx(before, abs=60)
+    assert publish(cache, mark="1").last_use is None
+
+
+def test_a_cache_that_cannot_be_written_is_read(cache, plan, monkeypatch):
+    def refuse(self, *_, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    assert cache.load(KEY) == plan and plan.last_use is None
 
 
 # A plan that is not the one

@@ -239,6 +239,13 @@ def test_the_class_noun_of_a_subject_fills_a_prompt_without_a_noun(runtime, phot
     assert result.recipe["subject_prompt"] == "a sks mug on the beach"
 
 
+def test_an_unknown_way_to_combine_photos_is_refused_before_they_are_encoded(runtime, photos):
+    fake_bundle.calls.clear()
+    with pytest.raises(UsageError, match="combine is 'median'"):
+        runtime.personalize(photos, combine="median")
+    assert fake_bundle.calls == []
+
+
 def test_the_recipe_is_json_and_reproduces_the_picture(runtime, subject):
     result = runtime.generate(
         PROMPT, subject, n=2, kappa=1.2, solver="euler", negative_prompt="blurry", seed=3

@@ -8,26 +8,14 @@ import pytest
 from hyperrt import Runtime
 
 backend = pytest.importorskip("engines.onnxruntime")
+fake_ort_gpu = pytest.importorskip("tests.engines.fake_ort_gpu")
 PROMPTS = ("a [V] mug on a beach", "a [V] mug in the snow")
 
 
 @pytest.fixture
 def captured(monkeypatch):
     """Stems of the files whose graphs were captured; every provider is the CPU's."""
-    files: list[str] = []
-    graph_engine, engine = backend.CudaGraphEngine, backend.OnnxRuntimeEngine
-
-    def session(path, options, provider, capture):
-        if capture:
-            files.append(path.stem)
-        return backend._session(path, options, [backend.CPU])
-
-    monkeypatch.setattr(backend, "check", lambda provider: None)
-    monkeypatch.setattr(backend, "_load_libraries", lambda provider: None)
-    monkeypatch.setattr(backend, "_gpu_session", session)
-    monkeypatch.setattr(backend, "CudaGraphEngine", lambda session: graph_engine(session, "cpu"))
-    monkeypatch.setattr(backend, "OnnxRuntimeEngine", lambda session, device="cpu": engine(session))
-    return files
+    return fake_ort_gpu.install(monkeypatch)
 
 
 def drawn(name, subjects, **options):

@@ -6,8 +6,8 @@ subjects that come and go.
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -15,14 +15,11 @@ import pytest
 from engines.dlpack import DeviceArray
 from hyperrt import Runtime, compiling
 from hyperrt.bundle import Bundle
-from hyperrt.errors import Incompatible, NotFound
+from hyperrt.errors import Incompatible, NotFound, NumericError
+from hyperrt.lora import VECTORS, save_subject
+from tests.engines import fake_nvidia
 
 pytest.importorskip("onnxruntime")
-FAKES = importlib.util.spec_from_file_location(
-    "fake_nvidia", Path(__file__).parents[1] / "engines" / "fake_nvidia.py"
-)
-fake_nvidia = importlib.util.module_from_spec(FAKES)
-FAKES.loader.exec_module(fake_nvidia)
 OPTIONS = {"seed": 3, "steps": 4}
 SUBJECT_PROMPT, PLAIN_PROMPT = "a [V] mug on a beach", "a mug on a beach"
 
@@ -30,10 +27,7 @@ SUBJECT_PROMPT, PLAIN_PROMPT = "a [V] mug on a beach", "a mug on a beach"
 @pytest.fixture
 def nvidia(monkeypatch, tmp_path):
     """A machine with a GPU of sm89, and a cache of its own."""
-    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(compiling.tensorrt_build, "build", fake_nvidia.build)
-    monkeypatch.setattr(compiling, "version", lambda backend: "11.4.0.106")
-    return fake_nvidia.install(monkeypatch)
+    return fake_nvidia.machine(monkeypatch, tmp_path / "home")
 
 
 def compiled(bundle, images=1, branches=3, **options):
@@ -45,20 +39,107 @@ def subjects(runtime, drawn_photos):
     return [runtime.personalize([photo], "mug") for photo in drawn_photos[:2]]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder with the plans of three branches and of two, compiled once."""
+    home = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        fake_nvidia.machine(patch, home)
+        for branches in (3, 2):
+            compiled(Bundle.open("tiny"), branches=branches)
+    return home
+
+
 @pytest.fixture
-def runtime(nvidia):
-    for branches in (3, 2):
-        compiled(Bundle.open("tiny"), branches=branches)
+def runtime(cache, nvidia, tmp_path):
+    shutil.copytree(cache, tmp_path / "home")
     with Runtime.open("tiny", "tensorrt") as opened:
         yield opened
 
 
-def test_pictures_are_those_of_the_cpu(runtime, drawn_photos):
-    with Runtime.open("tiny", "onnxruntime", threads=1) as plain:
-        expected = plain.generate(SUBJECT_PROMPT, plain.personalize(drawn_photos, "mug"), **OPTIONS)
-    found = runtime.generate(SUBJECT_PROMPT, runtime.personalize(drawn_photos, "mug"), **OPTIONS)
+@pytest.fixture
+def plain():
+    """The same bundle on the CPU."""
+    with Runtime.open("tiny", "onnxruntime", threads=1) as opened:
+        yield opened
+
+
+def same(found, expected):
     np.testing.assert_allclose(found.latents, expected.latents, rtol=1e-4, atol=1e-5)
-    assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+    return np.abs(found.images.astype(int) - expected.images).max() <= 1
+
+
+@pytest.mark.parametrize("photos", [1, 4])
+def test_pictures_are_those_of_the_cpu(runtime, plain, drawn_photos, photos):
+    ours, theirs = (one.personalize(drawn_photos[:photos], "mug") for one in (runtime, plain))
+    found, expected = (
+        one.generate(SUBJECT_PROMPT, subject, **OPTIONS)
+        for one, subject in ((runtime, ours), (plain, theirs))
+    )
+    assert same(found, expected)
+    # In this stand-in even the bits of the LoRA are those of the CPU.
+    assert {**found.recipe, "backend": ""} == {**expected.recipe, "backend": ""}
+
+
+def test_nothing_comes_to_the_host_between_a_photo_and_the_denoiser(runtime, nvidia, drawn_photos):
+    cuda, _ = nvidia
+    runtime.prepare(SUBJECT_PROMPT, runtime.personalize(drawn_photos[:1], "mug"), **OPTIONS)
+    cuda.copies.clear()  # from here on the prompt is known
+    subject = runtime.personalize(drawn_photos[1:2], "mug")
+    runtime.prepare(SUBJECT_PROMPT, subject, **OPTIONS)
+    next(runtime.steps(SUBJECT_PROMPT, subject, **OPTIONS))
+    assert [size for kind, size in cuda.copies if kind == "down"] == []
+    lora = {4 * runtime.bundle.layout.size(name) for name in VECTORS}
+    assert not lora & {size for kind, size in cuda.copies if kind == "up"}
+    assert lora <= {size for kind, size in cuda.copies if kind == "there"}
+
+
+def test_who_asks_for_the_weights_gets_them_on_the_host_and_once(runtime, plain, nvidia, drawn_photos):
+    cuda, _ = nvidia
+    subject, expected = (one.personalize(drawn_photos[:1], "mug") for one in (runtime, plain))
+    cuda.copies.clear()
+    for _ in range(2):
+        assert list(subject.lora) == list(VECTORS)
+        for name, vector in subject.lora.items():
+            assert isinstance(vector, np.ndarray)
+            np.testing.assert_allclose(vector, expected.lora[name], rtol=1e-4, atol=1e-6)
+    assert [kind for kind, _ in cuda.copies] == ["down", "down"]
+    again = pickle.loads(pickle.dumps(subject))
+    assert type(again.lora) is dict and np.array_equal(again.lora["lora_q"], subject.lora["lora_q"])
+
+
+def test_a_subject_of_the_gpu_is_saved_and_drawn_elsewhere_after_its_runtime_was_closed(
+    runtime, plain, drawn_photos, tmp_path
+):
+    subject = runtime.personalize(drawn_photos[:1], "mug")
+    expected = runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS)
+    runtime.close()
+    path = tmp_path / "mug.safetensors"
+    save_subject(path, subject.lora, plain.bundle.layout, subject.metadata)
+    for who in (subject, plain.load_subject(path)):
+        assert same(plain.generate(SUBJECT_PROMPT, who, **OPTIONS), expected)
+    with Runtime.open("tiny", "tensorrt") as other:
+        assert same(other.generate(SUBJECT_PROMPT, subject, **OPTIONS), expected)
+
+
+def test_a_weight_that_is_no_number_is_found_in_the_picture_or_when_it_is_saved(
+    runtime, drawn_photos, tmp_path, monkeypatch
+):
+    really = fake_nvidia.OnnxContext._compute
+
+    def spoiled(self, at):
+        really(self, at)
+        if "lora_q" in self.engine.plan["outputs"]:
+            at("lora_q")[:] = np.nan
+
+    monkeypatch.setattr(fake_nvidia.OnnxContext, "_compute", spoiled)
+    subject = runtime.personalize(drawn_photos[:1], "mug")
+    with pytest.raises(NumericError, match="the picture is not a number"):
+        runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS)
+    with pytest.raises(NumericError, match="lora_q cannot be saved"):
+        save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
+    with pytest.raises(NumericError, match="the predicted LoRA"):
+        runtime.personalize(drawn_photos[:2], "mug")  # whose mean is the host's
 
 
 def test_subjects_come_and_go_without_a_trace(runtime, drawn_photos):
@@ -96,13 +177,14 @@ def test_a_call_that_no_plan_was_compiled_for_says_which_there_is(nvidia, drawn_
             runtime.generate(PLAIN_PROMPT, **OPTIONS)  # the base model alone: two rows
 
 
-def test_several_subjects_share_a_call(nvidia, drawn_photos):
-    bundle = Bundle.open("tiny")
-    compiled(bundle, images=2, several=True)
-    compiled(bundle)
+def test_several_subjects_and_pictures_share_a_call(nvidia, plain, drawn_photos):
+    """One subject is of the GPU, the other of the host; keys and values are repeated for the pictures."""
+    compiled(Bundle.open("tiny"), images=4, several=True)
     with Runtime.open("tiny", "tensorrt") as runtime:
-        a, b = subjects(runtime, drawn_photos)
-        together = runtime.generate([SUBJECT_PROMPT] * 2, [a, b], **OPTIONS)
-        alone = [runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS) for subject in (a, b)]
-    for one, own in zip(together, alone, strict=True):
-        np.testing.assert_allclose(one.latents, own.latents, rtol=1e-4, atol=1e-5)
+        there, here = (
+            one.personalize(drawn_photos[k : k + 1], "mug") for k, one in enumerate((runtime, plain))
+        )
+        asked = [SUBJECT_PROMPT] * 2, [there, here]
+        found, expected = (one.generate(*asked, n=2, batch_size=2, **OPTIONS) for one in (runtime, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert same(ours, theirs)

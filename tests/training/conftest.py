@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import multiprocessing
+import runpy
+import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +43,8 @@ def parts(world):
 def short_run(world) -> dict:
     """Settings of a run of a few steps, without its folder."""
     return {
-        "base": str(world.base),
-        "cache": str(world.cache),
+        "model": str(world.base),
+        "data": str(world.cache),
         "steps": 6,
         "batch": 4,
         "rank": 2,
@@ -47,7 +53,7 @@ def short_run(world) -> dict:
         "iterations": 2,
         "head_dim": 8,
         "warmup": 2,
-        "holdout": 8,
+        "holdout": 2,
         "log_every": 2,
         "monitor_every": 3,
         "save_every": 3,
@@ -58,7 +64,86 @@ def short_run(world) -> dict:
 @pytest.fixture
 def settings(short_run, tmp_path) -> dict:
     """The same with a folder of the test's own."""
-    return {**short_run, "out": str(tmp_path / "run")}
+    return {**short_run, "output": str(tmp_path / "run")}
+
+
+CLOCK = ("rows_per_s", "peak_mb", "mb_per_sample", "processes", "config")  # and what names the run
+
+
+def read_log(folder: Path | str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def entries() -> Callable[[Path | str], list[dict]]:
+    """The lines of a run's log."""
+    return read_log
+
+
+@pytest.fixture(scope="session")
+def curve() -> Callable[[Path | str], list[dict]]:
+    """The log without what the machine and the folder's name decide."""
+    return lambda folder: [{k: v for k, v in e.items() if k not in CLOCK} for e in read_log(folder)]
+
+
+@pytest.fixture
+def no_sheets(monkeypatch):
+    """Sample sheets are tested once; they are the longest part of a short run."""
+    from training import train
+
+    monkeypatch.setattr(train.preview, "write", lambda path, trainer: None)
+
+
+@pytest.fixture(scope="session")
+def straight(short_run, tmp_path_factory) -> Path:
+    """A run of `short_run` that nothing interrupted."""
+    from training import train
+    from training.config import TrainConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.preview, "write", lambda path, trainer: None)
+        output = tmp_path_factory.mktemp("straight") / "run"
+        return train.run(TrainConfig(**short_run, output=str(output)))
+
+
+@pytest.fixture
+def finished(straight, settings) -> Path:
+    """A copy of that run, in the folder of `settings`."""
+    return Path(shutil.copytree(straight, settings["output"]))
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., multiprocessing.Process]:
+    """Starts a training in a process of its own, see child.py.
+
+    The process is forked off a server that has imported the training once: no test waits for that.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.train"])
+    child = str(Path(__file__).with_name("child.py"))
+
+    def start(config, **options) -> multiprocessing.Process:
+        process = context.Process(target=runpy.run_path, args=(child, {"config": config, "options": options}))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def together(launch) -> Callable[..., list[multiprocessing.Process]]:
+    """Starts so many processes of one training, as a launcher would."""
+
+    def start(count: int, config, **options) -> list[multiprocessing.Process]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            launch(config, environment={**shared, "RANK": str(k), "LOCAL_RANK": str(k)}, **options)
+            for k in range(count)
+        ]
+
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +166,29 @@ def cutout_folder():
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> SimpleNamespace:
+    """Folders of a small CLIP and a small ViT of random weights, as scorers read them: `clip`, `dino`."""
+    from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+    from training import clip_tokenizer
+
+    folder = tmp_path_factory.mktemp("networks")
+    (folder / "clip").mkdir()
+    tokenizer = clip_tokenizer.build(folder / "clip", 32)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(3)
+    text = {
+        "vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(
+        text_config=layers | text, vision_config=layers | vision, projection_dim=24, initializer_factor=4.0
+    )
+    CLIPModel(config).save_pretrained(folder / "clip")
+    vit = ViTConfig(**layers, **vision, initializer_range=0.3)
+    ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "dino")
+    return SimpleNamespace(clip=folder / "clip", dino=folder / "dino")

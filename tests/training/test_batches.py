@@ -38,6 +38,20 @@ def test_an_epoch_has_every_training_identity_once_and_no_held_out_one(make, set
         assert sorted(epoch) == list(range(count))
 
 
+def test_the_parts_of_a_step_are_the_step(make, read, settings):
+    config = TrainConfig(**{**settings, "batch": 8, "targets": 2, "photos": 2})
+    whole = make(batch=8, targets=2, photos=2)
+    parts = [batches.Batches(*read, config, 1000, part) for part in (slice(0, 2), slice(2, 4))]
+    for draw in ("at", "prior_at"):
+        expected = vars(getattr(whole, draw)(3))
+        found = [vars(getattr(part, draw)(3)) for part in parts]
+        assert found[0].pop("photos") == found[1].pop("photos") == expected.pop("photos")
+        for name, value in expected.items():
+            both = [torch.as_tensor(part[name]) for part in found]
+            assert torch.equal(torch.cat(both), torch.as_tensor(value)), name
+            assert len(both[0]) == len(both[1])
+
+
 def test_targets_share_their_subject_and_photos(make):
     batch = make(batch=6, targets=3, photos=2).at(1)
     assert len(batch.identities) == 2
@@ -58,7 +72,7 @@ def test_the_target_is_one_of_the_photos_or_another_view(make, read, cross_view)
 
 
 def test_text_dropout_gives_the_empty_prompt(make, read):
-    empty = read[2].hidden[0]
+    [empty] = read[2].text(np.array([0]))
     assert all(torch.equal(text, empty) for text in make(text_dropout=1.0).at(0).text)
     assert not any(torch.equal(text, empty) for text in make(text_dropout=0.0).at(0).text)
 
@@ -72,7 +86,7 @@ def test_the_prior_is_of_other_subjects_of_the_noun_without_the_token(make, read
         other, view = matches[0]
         assert other != who
         assert cache.nouns[other] == cache.nouns[who]
-        assert torch.equal(text, captions.hidden[captions.generic[other, view]])
+        assert torch.equal(text, captions.text(captions.generic[None, other, view])[0])
 
 
 def test_timesteps_cover_the_schedule_and_a_shift_makes_them_noisier(make):

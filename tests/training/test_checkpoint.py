@@ -113,3 +113,26 @@ def test_a_checkpoint_from_before_there_were_kinds_is_hyperdreambooths(saved):
     found, _ = checkpoint.load_hypernet(folder)
     assert type(found) is WeightDecoder
     assert found.config == decoder.config
+
+
+def test_the_step_is_that_of_the_weights_where_a_run_died_between_the_two_files(saved):
+    _, folder = saved
+    about = json.loads((folder / "hypernet.json").read_text())
+    (folder / "hypernet.json").write_text(json.dumps({**about, "step": 9}))
+    assert checkpoint.load_hypernet(folder)[1]["step"] == 7
+
+
+def test_settings_that_had_other_names_have_their_present_ones(saved):
+    _, folder = saved
+    about = json.loads((folder / "hypernet.json").read_text())
+    about["training"]["base"] = about["training"].pop("model")
+    (folder / "hypernet.json").write_text(json.dumps(about))
+    assert checkpoint.load_hypernet(folder)[1]["training"]["model"] == about["training"]["base"]
+
+
+def test_large_base_models_are_told_apart_at_half_precision(parts):
+    unet = parts.unet
+    assert checkpoint.base_hash(unet) == checkpoint.hash_of(unet)
+    wide = copy.deepcopy(unet)
+    wide.register_to_config(cross_attention_dim=768)
+    assert checkpoint.base_hash(wide) == checkpoint.hash_of(unet, half=True)

@@ -23,7 +23,7 @@ def folder(tmp_path, cutout_folder):
 
 def contents(cache):
     return SimpleNamespace(
-        **{name: np.asarray(getattr(cache, name)).copy() for name in ("images", "nouns", "backgrounds")}
+        **{name: np.array(getattr(cache, name)) for name in ("images", "nouns", "texts")}
     )
 
 
@@ -35,7 +35,8 @@ def test_a_cache_has_the_shapes_that_its_module_names(small):
     assert small.images.shape == (24, VIEWS, SIZE, SIZE, 3)
     assert small.images.dtype == np.uint8
     assert (small.nouns == np.arange(24) % len(scenes.NOUNS)).all()
-    assert all(len(set(row)) == VIEWS for row in small.backgrounds.tolist())
+    assert all(len(set(row)) == VIEWS for row in small.texts)
+    assert (small.counts == VIEWS).all()
 
 
 def test_worker_processes_draw_what_one_process_draws(small, tmp_path):
@@ -58,7 +59,8 @@ def test_another_make_up_or_an_unfinished_cache_is_drawn_again(small):
 
 
 def test_captions_name_noun_scene_and_token(small):
-    noun, place = scenes.NOUNS[1], scenes.BACKGROUNDS[small.backgrounds[9, 2]]
+    places = np.load(small.path / "backgrounds.npy")
+    noun, place = scenes.NOUNS[1], scenes.BACKGROUNDS[places[9, 2]]
     who, view = np.array([9]), np.array([2])
     assert small.captions(who, view) == [f"a {noun} {place}"]
     assert small.captions(who, view, "sks") == [f"a sks {noun} {place}"]

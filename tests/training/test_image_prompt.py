@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -44,6 +45,7 @@ def test_diffusers_reads_its_weights_and_computes_the_same(parts, prompt, featur
         half, key = name.split(".", 1)
         halves[half][key] = tensor
     theirs = copy.deepcopy(parts.unet)
+    theirs.set_attn_processor(AttnProcessor2_0())  # another test may have made them ours
     theirs._load_ip_adapter_weights([halves], low_cpu_mem_usage=False)
     for processor in theirs.attn_processors.values():
         if hasattr(processor, "scale"):

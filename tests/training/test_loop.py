@@ -74,6 +74,18 @@ def test_the_average_follows_the_weights(tmp_path):
     assert not torch.equal(before, net.weight)
 
 
+def test_the_average_of_a_short_run_is_not_its_beginning():
+    """With 0.999 from the first step on, 98 % of it would be the fresh weights after these 20."""
+    net = model()
+    descent = Descent(net, Schedule(steps=20, lr=0.1, warmup=0, final_lr=1.0))
+    before = net.weight.detach().clone()
+    for step in range(20):
+        descent.step(step, {"loss": net.weight.sum()})
+    left_behind = (descent.ema.weight - net.weight).norm() / (before - net.weight).norm()
+    assert descent.schedule.ema == 0.999
+    assert 0 < left_behind < 0.2
+
+
 @pytest.mark.parametrize("at", [1, 4, 5, 11])
 def test_a_run_that_died_goes_on_with_the_same_curve(tmp_path, at):
     straight, died = tmp_path / "straight", tmp_path / "died"

@@ -125,7 +125,7 @@ def test_another_seed_is_another_run(straight, tmp_path):
 
 
 def test_no_stage_draws_a_held_out_identity():
-    cache = dataclasses.make_dataclass("Cache", ["backgrounds"])(np.zeros((24, 2)))
+    cache = dataclasses.make_dataclass("Cache", ["shape"])((24, 2))
     who, views = pretrain.draw(cache, 500, torch.Generator().manual_seed(0))
     assert set(who.tolist()) == set(range(16))
     assert set(views.tolist()) == {0, 1}

@@ -1,7 +1,8 @@
-"""The judges of bench/fidelity.py: whose picture is it, and which scene does it show?
+"""Judges of drawn subjects: whose picture is it, and which scene does it show?
 
 None of them is trained with the models that they judge, except that `Encoder` is the bundle's own frozen
 image encoder. What each says of real pictures is the ceiling of its figure.
+Used by bench/fidelity.py and, with the encoder of training/identity_encoder.py, by training/evaluate.py.
 
 Pictures are [H, W, 3] uint8.
 """

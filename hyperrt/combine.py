@@ -1,0 +1,102 @@
+"""Several photos of a subject, and a LoRA of each, to one LoRA.
+
+A projection feels the product A B alone, and the mean of products is not the product of means:
+
+    mean(A_i B_i) = mean(A_i) mean(B_i) + Cov(A_i, B_i)
+
+mean     A = mean(A_i), B = mean(B_i): the paper's (arXiv 2511.03156, several reference images)
+product  A B is the best approximation of mean(A_i B_i) of the layout's rank r (Eckart and Young, 1936)
+concat   A B is mean(A_i B_i), exactly: A = [A_1 ... A_n], B = [B_1; ...; B_n] / n, of rank n r
+
+The first is taken while photos are decoded (hyperrt/personalize.py), with one in memory at a time; the others
+need all, and are here. No product of size d_in x d_out is ever made. LoRAs are packed as `LoraLayout` says,
+i = 1 ... n photos.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperrt.errors import UsageError
+from hyperrt.lora import LoraLayout
+from hyperrt.subject import Vector
+
+Packed = Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
+Matrix = NDArray[np.floating[Any]]
+
+WAYS = ("mean", "product", "concat")
+
+
+def check_way(way: str) -> None:
+    """Refuse a word that is none of `WAYS`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if way not in WAYS:
+        raise UsageError(f"combine is {way!r}", f"it must be one of {', '.join(WAYS)}")
+
+
+def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
+    """The LoRA of the layout's rank whose products are closest to mean(A_i B_i).
+
+    Scale is shared evenly by A and B, and rank that is not needed is zero.
+
+    Raises:
+        LoraMismatch: a photo does not fit the layout.
+    """
+    return layout.pack({path: truncated(a, b, layout.rank) for path, a, b in _side_by_side(photos, layout)})
+
+
+def concatenated(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
+    """mean(A_i B_i) itself, packed as `concat_layout` says.
+
+    Raises:
+        LoraMismatch: a photo does not fit the layout.
+        UsageError: the layout becomes too large.
+    """
+    return concat_layout(layout, len(photos)).pack(
+        {path: (a, b) for path, a, b in _side_by_side(photos, layout)}
+    )
+
+
+def concat_layout(layout: LoraLayout, photos: int) -> LoraLayout:
+    """The layout of so many LoRAs side by side: the same sites, of rank n r.
+
+    Raises:
+        UsageError: it is larger than a layout may be.
+    """
+    return dataclasses.replace(layout, rank=photos * layout.rank)
+
+
+def truncated(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+    """A [d_in, rank] and B [rank, d_out] whose product is closest to a b, in the Frobenius norm.
+
+    QR of both leaves a matrix of at most k x k, whose singular values are those of a b.
+
+    Args:
+        a, b: [d_in, k] and [k, d_out].
+    """
+    q_a, r_a = np.linalg.qr(a)
+    q_b, r_b = np.linalg.qr(b.T)
+    left, values, right = np.linalg.svd(r_a @ r_b.T, full_matrices=False)
+    kept = min(rank, len(values))
+    root = np.sqrt(values[:kept])
+    new_a, new_b = np.zeros((len(a), rank), a.dtype), np.zeros((rank, b.shape[1]), b.dtype)
+    new_a[:, :kept] = q_a @ (left[:, :kept] * root)
+    new_b[:kept] = (root[:, np.newaxis] * right[:kept]) @ q_b.T
+    return new_a, new_b
+
+
+def _side_by_side(photos: Sequence[Packed], layout: LoraLayout) -> Iterator[tuple[str, Matrix, Matrix]]:
+    """Per site [A_1 ... A_n] [d_in, n r] and [B_1; ...; B_n] / n [n r, d_out], float64."""
+    each = [layout.unpack(photo) for photo in photos]
+    for site in layout.sites:
+        a = np.concatenate([factors[site.path][0] for factors in each], axis=1, dtype=np.float64)
+        b = np.concatenate([factors[site.path][1] for factors in each], axis=0, dtype=np.float64)
+        yield site.path, a, b / len(photos)

@@ -1,0 +1,153 @@
+"""How other programs name the tensors of a LoRA, and which projection of the UNet a name means.
+
+    diffusers  unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight
+    peft       base_model.model.down_blocks.1.attentions.0. ... .attn2.to_k.lora_A.weight
+    kohya      lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight, .alpha
+    kohya XL   lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight, .alpha
+
+For SDXL kohya's trainer has the blocks of the model's first publication.  With n layers per block (2 in every
+published model) down_blocks.i.attentions.j is input_blocks.k.1 with k = 1 + i (n + 1) + j, and
+up_blocks.i.attentions.j is output_blocks.k.1 with k = i (n + 1) + j.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+# What the tensor names of each format begin with; diffusers' models alone save without a prefix.
+FORMATS: Mapping[str, str] = {"diffusers": "unet.", "peft": "base_model.model.", "kohya": "lora_unet_"}
+LAYERS = 2  # per block, in every published Stable Diffusion
+SITE = re.compile(  # the path of a site in a Stable Diffusion UNet
+    r"(?:(?:down|up)_blocks\.\d{1,3}|mid_block)\.attentions\.\d{1,3}\.transformer_blocks\.\d{1,3}\.attn2\.to_[qkv]"
+)
+
+# What follows the path of a projection.  A: down, lora_A.  B: up, lora_B.
+_ROLES = {
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_down.weight": "A", ".lora_up.weight": "B",
+    ".lora.down.weight": "A", ".lora.up.weight": "B", "_lora.down.weight": "A", "_lora.up.weight": "B",
+    ".alpha": "alpha",
+}  # fmt: skip
+_PROJECTION = re.compile(r"(.*\.to_[qkv])((?:\.|_lora\.).+)", re.DOTALL)
+_DOWN_OR_UP = re.compile(r"(down|up)_blocks\.(\d{1,3})\.attentions\.(\d{1,3})\.(.+)")
+_MIDDLE = "mid_block.attentions.0."
+_STEM = re.compile(
+    r"lora_unet_(?:(down|up)_blocks_(\d{1,3})_attentions_(\d{1,3})|(input|output)_blocks_(\d{1,3})_1|"
+    r"mid_block_attentions_0|middle_block_1)_transformer_blocks_(\d{1,3})_attn2_(to_[qkv])"
+)
+_OF_FIRST_PUBLICATION = re.compile(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_")
+_KINDS = (  # what else a LoRA may adapt, and how its name tells
+    ("the text encoder", re.compile(r"lora_te|text_encoder")),
+    ("self-attention", re.compile(r"attn1")),
+    ("the output of the cross-attention", re.compile(r"attn2[._](?:processor\.)?to_out")),
+    ("feed-forward layers", re.compile(r"[._]ff[._]")),
+    ("convolutions and layers beside them", re.compile(r"resnets|conv|in_layers|out_layers|emb|proj_|_op")),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a name means.
+
+    Attributes:
+        format: whose name it is.
+        path: module path of a projection as diffusers has it; "" if it is none, or not known.
+        role: "A", "B", "alpha", or what else follows the path.
+    """
+
+    format: str
+    path: str
+    role: str
+
+
+def keys(format: str, path: str, layers: int | None = None) -> tuple[str, str]:
+    """Names of A and B of the site `path`; `layers` as in `stem`."""
+    if format == "kohya":
+        return f"{stem(path, layers)}.lora_down.weight", f"{stem(path, layers)}.lora_up.weight"
+    return f"{FORMATS[format]}{path}.lora_A.weight", f"{FORMATS[format]}{path}.lora_B.weight"
+
+
+def alpha_key(path: str, layers: int | None = None) -> str:
+    """Name of kohya's alpha of the site `path`; the scale that it applies is alpha / rank."""
+    return f"{stem(path, layers)}.alpha"
+
+
+def names_of(format: str, paths: Iterable[str], layers: int | None = None) -> dict[str, tuple[str, str]]:
+    """Names of all tensors of these sites -> (path, role), in the order of a file; `layers` as in `stem`."""
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        key_a, key_b = keys(format, path, layers)
+        found |= {key_a: (path, "A"), key_b: (path, "B")}
+        if format == "kohya":
+            found[alpha_key(path, layers)] = (path, "alpha")
+    return found
+
+
+def stem(path: str, layers: int | None = None) -> str:
+    """kohya's name of the site `path`; with `layers` per block in the blocks of the first publication."""
+    return FORMATS["kohya"] + (_first_published(path, layers) if layers else path).replace(".", "_")
+
+
+def layers_of(paths: Collection[str]) -> int:
+    """Layers per block of a UNet, told from the paths of its sites."""
+    found = [match.groups() for match in map(_DOWN_OR_UP.match, paths) if match]
+    counts = [int(number) + (side == "down") for side, _, number, _ in found]
+    return max([count for count in counts if count], default=LAYERS)
+
+
+def known_stems(paths: Collection[str], layers: int) -> dict[str, str]:
+    """kohya's two names of every site -> its path."""
+    return {stem(path, among): path for path in paths for among in (None, layers)}
+
+
+def part_of(name: str, known: Mapping[str, str], layers: int = LAYERS) -> Part:
+    """What the name of a tensor means.
+
+    Args:
+        known: kohya's names of the sites of a bundle (`known_stems`); another name is taken apart.
+    """
+    if name.startswith("lora_"):
+        module, _, rest = name.partition(".")
+        path = known.get(module) or _path_of(module, layers)
+        return Part("kohya", path, _ROLES.get(f".{rest}", rest))
+    format = "peft" if name.startswith(FORMATS["peft"]) else "diffusers"
+    match = _PROJECTION.fullmatch(name.removeprefix(FORMATS[format]))
+    if match is None:
+        return Part(format, "", name)
+    return Part(format, match[1].replace(".processor.", "."), _ROLES.get(match[2], match[2]))
+
+
+def is_first_published(names: Collection[str]) -> bool:
+    """Whether kohya's names are those of the first publication's blocks."""
+    return any(_OF_FIRST_PUBLICATION.match(name) for name in names)
+
+
+def kind_of(name: str) -> str:
+    """What a tensor outside the cross-attention's projections belongs to, for people."""
+    return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other modules")
+
+
+def _first_published(path: str, layers: int) -> str:
+    if path.startswith(_MIDDLE):
+        return f"middle_block.1.{path.removeprefix(_MIDDLE)}"
+    match = _DOWN_OR_UP.fullmatch(path)
+    if match is None:
+        return path
+    number = int(match[2]) * (layers + 1) + int(match[3])
+    if match[1] == "down":
+        return f"input_blocks.{number + 1}.1.{match[4]}"
+    return f"output_blocks.{number}.1.{match[4]}"
+
+
+def _path_of(module: str, layers: int) -> str:
+    """The path that kohya's name stands for; "" if it is no cross-attention's projection."""
+    match = _STEM.fullmatch(module)
+    if match is None:
+        return ""
+    side, block, layer, first, number, transformer, projection = match.groups()
+    if first:
+        side = "down" if first == "input" else "up"
+        block, layer = divmod(int(number) - (first == "input"), layers + 1)
+    start = f"{side}_blocks.{block}.attentions.{layer}" if side else _MIDDLE[:-1]
+    return f"{start}.transformer_blocks.{transformer}.attn2.{projection}"

@@ -1,0 +1,349 @@
+"""Whole evaluations with the default bundle at one step, three prompts, and small scorers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from hyperrt import images
+from hyperrt.bundle import packaged
+from training import drawn, evaluate, evaluation_report, identity_encoder, pretrain, prompts, scenes
+from training.scorers import Clip, Dino
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+NUMBER = 3  # prompts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_prompts():
+    if "tiny" not in packaged():
+        pytest.skip("the default bundle is not in this checkout")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("dreambench-objects", "dreambench-live", "hyperrt-faces-v1"):
+            pack = prompts.PACKS[name]
+            patch.setitem(prompts.PACKS, name, dataclasses.replace(pack, templates=pack.templates[:NUMBER]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory) -> Path:
+    """`can` (a drawn mug, three photos and a broken one), `dog` (a drawn bird, one photo), `vase` (none)."""
+    folder = tmp_path_factory.mktemp("subjects")
+    for name, noun, count in (("can", "mug", 3), ("dog", "bird", 1), ("vase", "fish", 0)):
+        (folder / name).mkdir()
+        for k in range(count):
+            rng = np.random.default_rng(k)
+            photo = scenes.scene(scenes.identity(noun, "test", 5), scenes.BACKGROUNDS[k], rng, 96)
+            Image.fromarray(photo).save(folder / name / f"{k}.png")
+    (folder / "can" / "3.png").write_bytes(b"broken")
+    (folder / "thing").mkdir()
+    return folder
+
+
+def ended(*options: object) -> tuple[int, str]:
+    result = CliRunner().invoke(evaluate.main, [*map(str, options)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def report_of(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def options(subjects, networks) -> list[object]:
+    return [
+        "--protocol", "dreambench", "--subjects", subjects, "--steps", 1, "--cpu",
+        "--clip", networks.clip, "--dino", networks.dino, "--threads", 1,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(options, tmp_path_factory) -> Path:
+    """A finished evaluation, two pictures of each prompt."""
+    folder = tmp_path_factory.mktemp("out") / "here"
+    code, output = ended("tiny", *options, "--images-per-prompt", 2, "--output", folder)
+    assert code == 0, output
+    assert output.splitlines()[-1] == str(folder / "report.json")
+    return folder
+
+
+def test_the_figures_are_those_of_a_plain_loop_over_the_files(out, subjects, networks):
+    report = report_of(out)
+    clip, dino = Clip(str(networks.clip), CPU), Dino(str(networks.dino), CPU)
+    of_subjects = {"clip_i": [], "clip_t": [], "dino": []}
+    for name, noun in (("can", "can"), ("dog", "dog")):
+        photos = images.load_folder(subjects / name).images
+        made = {path: images.load_image(path) for path in sorted((out / "pictures" / name).iterdir())}
+        assert len(made) == 2 * NUMBER
+        scores = {key: [] for key in of_subjects}
+        for path, picture in made.items():
+            for key, scorer in (("clip_i", clip), ("dino", dino)):
+                mine = scorer.features([picture])[0]
+                scores[key].append(np.mean([mine @ scorer.features([photo])[0] for photo in photos]))
+            place = ("in the jungle", "in the snow", "on the beach")[int(path.name[:2])]
+            text = clip.text_features([f"a {noun} {place}"])[0]
+            scores["clip_t"].append(clip.features([picture])[0] @ text)
+        for key, values in scores.items():
+            of_subjects[key].append(np.mean(values))
+    for key, values in of_subjects.items():
+        assert report["figures"][key]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+        assert report["figures"][key]["subjects"] == 2
+    average = np.mean([report["figures"][key]["mean"] for key in of_subjects])
+    assert report["figures"]["avg"]["mean"] == pytest.approx(average)
+
+
+def test_the_report_says_what_was_done_and_what_was_not(out):
+    report = report_of(out)
+    assert report["absent"] == {} and set(report["scorers"]) == {"clip", "dino"}
+    settings = report["settings"]
+    assert (settings["steps"], settings["images"], settings["seed"], settings["kappa"]) == (1, 2, 42, 1.0)
+    assert settings["setting"].startswith("custom")
+    assert [name.partition(":")[0] for name in settings["settings_known"]] == ["official", "fast"]
+    assert not report["comparable"]
+    assert any("2 subjects of the 30" in doubt for doubt in report["not_comparable_because"])
+    assert any("1 steps, not 30" in doubt for doubt in report["not_comparable_because"])
+    assert len(report["missing_subjects"]) == 27
+    assert [name for name, _ in report["left_out"]] == ["thing"]
+    rows = {row["name"]: row for row in report["subjects"]}
+    assert [name for name, _ in rows["can"]["left_out"]] == ["3.png"]
+    assert "holds no photos" in rows["vase"]["reason"] and not rows["vase"]["scores"]
+    assert [(one["number"], one["image"], one["seed"]) for one in rows["dog"]["pictures"]] == [
+        (number, k, 42 + k) for number in range(NUMBER) for k in range(2)
+    ]
+    assert report["bundle"]["family"] == "tiny" and report["commit"]
+    assert [one["pictures"] for one in report["prompts"]] == [4] * NUMBER
+    assert report["paper"]["tables"][0]["rows"][-1][2:] == [0.739, 0.846, 0.293, 0.626]
+
+
+def test_real_photos_are_the_calibration_beside_the_published_figures(out, subjects, networks):
+    found = report_of(out)["calibration"]
+    assert (found["dino"]["published"], found["clip_i"]["published"]) == (0.774, 0.885)
+    for key, scorer in (("dino", Dino(str(networks.dino), CPU)), ("clip_i", Clip(str(networks.clip), CPU))):
+        features = scorer.features(images.load_folder(subjects / "can").images)
+        pairs = [features[i] @ features[j] for i in range(3) for j in range(3) if i != j]
+        assert found[key]["leave_self_out"] == pytest.approx(np.mean(pairs), abs=1e-6)  # dog has one photo
+        everything = (np.mean(features @ features.T) + 1) / 2
+        assert found[key]["with_self"] == pytest.approx(everything, abs=1e-6)
+        assert found[key]["difference"] == pytest.approx(np.mean(pairs) - found[key]["published"], abs=1e-6)
+        assert found[key]["agrees"] is None and "not all 30" in found[key]["note"]
+
+
+def test_real_photos_can_be_scored_without_pictures(out, options, tmp_path):
+    code, output = ended(*options, "--calibrate", "--output", tmp_path)
+    assert code == 0, output
+    report = report_of(tmp_path)
+    assert report["calibration"] == report_of(out)["calibration"]
+    assert (report["figures"], report["pictures"], report["missing_pictures"]) == ({}, 0, 0)
+
+
+@pytest.mark.parametrize(("measured", "agrees"), [(0.7741, True), (0.70, False)])
+def test_on_all_thirty_subjects_the_scorer_agrees_or_does_not(measured, agrees):
+    rows = [
+        {"name": name, "photos": ["1.png"], "real": {"dino": measured, "dino_with_self": 0.9}}
+        for name in prompts.DREAMBENCH
+    ]
+    entries = [
+        evaluate.Entry(name, noun, prompts.PACKS["drawn-v1"]) for name, noun in prompts.DREAMBENCH.items()
+    ]
+    listing = evaluate.protocols.Listing(tuple(entries))
+    config = evaluate.EvaluateConfig(protocol="dreambench", output=Path("."), bundle="tiny")
+    found = evaluation_report._calibration(config, listing, rows, {"dino": 0.774, "clip_i": 0.885})
+    assert found["dino"]["agrees"] is agrees and "clip_i" not in found
+
+
+def test_the_page_shows_every_picture_and_photo_by_a_link_that_leads_to_it(out):
+    page = (out / "index.html").read_text()
+    links = set(evaluate_links(page))
+    assert len(links) == 2 * 2 * NUMBER + 4 + 1  # pictures, photos, the plot
+    assert all((out / link).is_file() for link in links)
+    assert "PatchDPO" in page and "This run" in page
+
+
+def evaluate_links(page: str) -> list[str]:
+    return [part.partition('"')[0] for part in page.split('src="')[1:]]
+
+
+def test_pictures_that_are_there_get_the_same_scores_and_nothing_is_drawn(out, options, tmp_path):
+    found = ["--pictures", out / "pictures", "--images-per-prompt", 2]
+    code, output = ended(*options, *found, "--output", tmp_path / "again")
+    assert code == 0, output
+    report = report_of(tmp_path / "again")
+    assert report["figures"] == report_of(out)["figures"]
+    assert report["bundle"] is None
+    assert not (tmp_path / "again" / "pictures").exists()
+    links = evaluate_links((tmp_path / "again" / "index.html").read_text())
+    assert all((tmp_path / "again" / link).is_file() for link in links)
+
+
+def test_a_second_run_asks_for_resume_and_then_draws_nothing(out, options):
+    before = report_of(out)
+    code, output = ended("tiny", *options, "--images-per-prompt", 2, "--output", out)
+    assert code == 2 and "--resume" in output
+    code, output = ended("tiny", *options, "--images-per-prompt", 2, "--output", out, "--resume")
+    assert code == 0, output
+    after = report_of(out)
+    assert after["figures"] == before["figures"]
+    assert [row["kept"] for row in after["subjects"]] == [2 * NUMBER, 2 * NUMBER, 0]
+
+
+def test_a_scorer_without_weights_is_absent_and_never_zero(options, tmp_path):
+    without = [option for option in options if "dino" not in str(option) and "clip" not in str(option)]
+    face = ["--protocol", "faces", "--scorers", "clip,dino,face", "--face", "--limit", 1, "--fast"]
+    code, output = ended(
+        "tiny", *without, *face, "--dino", "nobody/nothing", "--offline", "--output", tmp_path
+    )
+    assert code == 0, output
+    report = report_of(tmp_path)
+    assert set(report["absent"]) == {"clip", "dino", "face"}
+    assert "no weights were named" in report["absent"]["clip"]
+    assert "hub" in report["absent"]["dino"]
+    assert report["figures"] == {} and report["pictures"] == NUMBER
+    assert any("hyperrt-faces-v1" in doubt for doubt in report["not_comparable_because"])
+    assert "Nothing was scored" in (tmp_path / "index.html").read_text()
+
+
+def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity_encoder, "SCHEDULE", dataclasses.replace(identity_encoder.SCHEDULE, steps=2))
+    monkeypatch.setattr(identity_encoder, "IDENTITIES", 24)
+    monkeypatch.setattr(pretrain, "VALIDATION", 8)
+    monkeypatch.setattr(drawn, "PHOTO_SIZE", 64)
+    always = [
+        "--protocol",
+        "drawn",
+        "--fast",
+        "--steps",
+        1,
+        "--cpu",
+        "--judges",
+        tmp_path / "judges",
+    ]
+    code, output = ended("tiny", *always, "--limit", 2, "--output", tmp_path / "out", "--batch", 12)
+    assert code == 0, output
+    report = report_of(tmp_path / "out")
+    assert set(report["figures"]) == {"identity", "identity_similarity", "identity_hist", "background"}
+    assert all(
+        0 <= report["figures"][key]["mean"] <= 1 for key in ("identity", "identity_hist", "background")
+    )
+    assert report["real"]["identity_hist"]["mean"] == 1
+    assert report["pictures"] == 2 * len(scenes.BACKGROUNDS)
+    row = report["subjects"][0]
+    white = [one for one in row["pictures"] if one["scores"]["identity_hist"] is not None]
+    assert len(white) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "said"),
+    [
+        (["tiny", "--protocol", "imagenet"], 2, "no protocol 'imagenet'"),
+        (["tiny", "--scorers", "clip,taste"], 2, "no scorer 'taste'"),
+        (["tiny", "--scorers", "identity"], 2, "drawn subjects alone"),
+        ([], 2, "no source of pictures"),
+        (["tiny", "--pictures", "."], 2, "a bundle and --pictures were given"),
+        (["tiny", "--fast", "--images-per-prompt", "2"], 2, "do not go together"),
+        (["tiny", "--kappa", "3"], 2, "kappa is 3"),
+        (["tiny", "--solver", "magic"], 2, "solver is 'magic'"),
+        (["nothing-like-it"], 4, "nothing-like-it"),
+        (["tiny", "--subjects", "nowhere"], 4, "there is no folder nowhere"),
+        (["tiny", "--only", "rex"], 4, "no subject 'rex'"),
+        (["tiny", "--only", "vase"], 3, "can be scored"),
+        (["tiny", "--clip", "./nowhere"], 4, "there is no folder ./nowhere"),
+        (["tiny", "--backend", "magic"], 4, "magic"),
+        (["--pictures", "nowhere"], 3, "can be scored"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_three_lines(options, tmp_path, wrong, code, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, output = ended(*options, *wrong, "--output", tmp_path / "out")
+    assert (found, said in output) == (code, True), output
+    assert "Traceback" not in output
+
+
+def test_a_folder_that_is_no_bundle_is_refused(options, subjects, tmp_path):
+    code, output = ended(subjects, *options, "--output", tmp_path / "out")
+    assert code in (4, 8) and "Traceback" not in output
+
+
+def test_a_signal_leaves_the_pictures_for_the_next_run(options, tmp_path, monkeypatch):
+    import signal
+
+    whole = evaluate.pictures._draw_together
+
+    def draw_and_signal(*arguments):
+        whole(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.pictures, "_draw_together", draw_and_signal)
+        code, _ = ended("tiny", *options, "--fast", "--batch", 1, "--output", tmp_path / "out")
+    assert code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "out" / "pictures").rglob("*.png")] == ["00-0.png"]
+    code, output = ended("tiny", *options, "--fast", "--batch", 1, "--output", tmp_path / "out", "--resume")
+    assert code == 0, output
+    can = report_of(tmp_path / "out")["subjects"][0]
+    assert (can["kept"], can["drawn"]) == (1, NUMBER - 1)
+
+
+def test_a_subject_that_comes_from_two_processes_counts_once(out, options, tmp_path, monkeypatch):
+    """Of fewer subjects than processes, accelerate gives the last one to all that would have none."""
+    monkeypatch.setattr(evaluate, "gather_object", lambda rows: rows + rows)
+    found = ["--pictures", out / "pictures", "--images-per-prompt", 2, "--only", "can"]
+    code, output = ended(*options, *found, "--output", tmp_path)
+    assert code == 0, output
+    report = report_of(tmp_path)
+    assert [row["name"] for row in report["subjects"]] == ["can"]
+    assert report["figures"]["dino"]["subjects"] == 1
+
+
+def are_close(one, other):
+    """Equal, but for the last bits of numbers, which depend on where a tensor lies in memory."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(are_close(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(are_close, one, other))
+    return math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) else one == other
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_as_one(out, options, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "training.evaluate", *options, "--pictures", out / "pictures"]
+    command += ["--images-per-prompt", 2, "--output", tmp_path / "two"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    shared |= {"PYTHONPATH": ROOT, "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    shared |= {"OMP_NUM_THREADS": 1}  # as in this process: sums in another order have other last bits
+    processes = [
+        subprocess.Popen(
+            list(map(str, command)),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {name: str(value) for name, value in shared.items()}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    logs = [process.communicate(timeout=900)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    evaluated = [{name for name in ("can", "dog", "vase") if f"{name}: " in log} for log in logs]
+    assert evaluated == [{"can", "dog"}, {"vase"}]  # each its part
+    one, two = report_of(out), report_of(tmp_path / "two")
+    for key in ("figures", "real", "calibration", "prompts"):
+        assert are_close(two[key], one[key]), key
+    assert are_close(*([row["pictures"] for row in report["subjects"]] for report in (one, two)))

@@ -1,0 +1,208 @@
+"""What an evaluation found, as report.json and index.html, with the paper's figures beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperrt import Runtime, files
+from training import protocols, report_page, report_plots, scores
+from training.prompts import PACKS
+from training.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, Listing
+from training.scorers import Scorer
+
+if TYPE_CHECKING:
+    from training.evaluate import EvaluateConfig, Row
+
+log = logging.getLogger("training")
+
+REPORT, PAGE, PLOT = "report.json", "index.html", "figures.png"
+SCHEMA = 1
+PAPER = Path(__file__).with_name("paper.json")
+CALIBRATED = 0.01  # how near to the papers' figures of real photos a scorer must come
+PACKAGES = (
+    "hyperrt", "numpy", "pillow", "torch", "transformers", "accelerate", "onnxruntime", "onnxruntime-gpu",
+    "openvino", "tensorrt", "tensorrt-rtx", "facenet-pytorch",
+)  # fmt: skip
+
+
+def write(
+    config: EvaluateConfig,
+    runtime: Runtime | None,
+    listing: Listing,
+    rows: Sequence[Row],
+    scorers: Mapping[str, Scorer],
+    absent: Mapping[str, str],
+) -> None:
+    """Writes the report and the page; the plot where matplotlib is installed."""
+    report = assemble(config, runtime, listing, rows, scorers, absent)
+    for key, found in report["calibration"].items():
+        if found["agrees"] is False:
+            log.warning(
+                "%s of real photos is %.3f, and published is %.3f: other weights, or other photos",
+                key, found["leave_self_out"], found["published"],
+            )  # fmt: skip
+    content = json.dumps(report, indent=1, allow_nan=False).encode()
+    files.publish(config.output / REPORT, lambda file: file.write(content), force=True)
+    plot = PLOT if report_plots.write(config.output / PLOT, report) else None
+    pictures = os.path.relpath(config.pictures or config.output / "pictures", config.output)
+    page = report_page.page(report, pictures, "photos", plot).encode("utf-8", "backslashreplace")
+    files.publish(config.output / PAGE, lambda file: file.write(page), force=True)
+
+
+def assemble(
+    config: EvaluateConfig,
+    runtime: Runtime | None,
+    listing: Listing,
+    rows: Sequence[Row],
+    scorers: Mapping[str, Scorer],
+    absent: Mapping[str, str],
+) -> dict[str, Any]:
+    """The report as JSON values."""
+    protocol = PROTOCOLS[config.protocol]
+    paper = json.loads(PAPER.read_text(encoding="utf-8"))
+    doubts = _doubts(config, listing, rows)
+    counted = [row for row in rows if row["pictures"]]
+    return {
+        "schema": SCHEMA,
+        "protocol": config.protocol,
+        "comparable": not doubts,
+        "not_comparable_because": doubts,
+        "settings": _settings(config, runtime),
+        "bundle": _bundle(runtime),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "scorers": {name: scorer.about for name, scorer in scorers.items()},
+        "absent": dict(absent),
+        "figures": scores.figures([row["scores"] for row in counted]),
+        "real": scores.figures([row["real"] for row in rows]),
+        "calibration": _calibration(config, listing, rows, paper["real"]),
+        "pictures": sum(len(row["pictures"]) for row in rows),
+        "missing_pictures": sum(row["missing"] for row in rows),
+        "missing_subjects": protocols.missing(protocol, listing.entries),
+        "left_out": [list(one) for one in listing.left_out],
+        "subjects": list(rows),
+        "prompts": _by_prompt(rows),
+        "paper": {
+            "source": paper["source"],
+            "units": paper["units"],
+            "tables": paper["tables"][config.protocol],
+        },
+    }
+
+
+def _settings(config: EvaluateConfig, runtime: Runtime | None) -> dict[str, Any]:
+    """How the pictures were asked for; where a bundle drew them, its defaults are filled in."""
+    chosen = asdict(config.drawing)
+    if runtime is not None:
+        defaults = runtime.bundle.defaults
+        known = {
+            "steps": defaults.steps, "kappa": defaults.kappa, "guidance": defaults.guidance_scale,
+            "solver": defaults.solver,
+        }  # fmt: skip
+        chosen |= {name: value for name, value in known.items() if chosen[name] is None}
+        chosen["backend"] = runtime.backend
+    named = {"only": list(config.only), "limit": config.limit, "drawn_here": runtime is not None}
+    if config.protocol == "dreambench":
+        other = "custom: as many pictures of each subject and prompt as `images` says"
+        named["setting"] = DREAMBENCH_SETTINGS.get(config.drawing.images, other)
+        named["settings_known"] = list(DREAMBENCH_SETTINGS.values())
+    return chosen | named
+
+
+def _bundle(runtime: Runtime | None) -> dict[str, Any] | None:
+    if runtime is None:
+        return None
+    bundle = runtime.bundle
+    return {
+        "name": bundle.name, "family": bundle.family, "precision": bundle.precision,
+        "image_size": bundle.image_size, **asdict(bundle.hashes),
+    }  # fmt: skip
+
+
+def _doubts(config: EvaluateConfig, listing: Listing, rows: Sequence[Row]) -> list[str]:
+    """Why the figures are no measure beside the paper's; empty: they are."""
+    protocol = PROTOCOLS[config.protocol]
+    packs = dict.fromkeys(row["pack"] for row in rows)
+    doubts = [f"prompts={name}: {note}" for name in packs if (note := PACKS[name].note)]
+    wanted = protocol.subjects or protocol.limit
+    counted = sum(bool(row["pictures"]) for row in rows)
+    if counted != wanted or protocols.missing(protocol, listing.entries):
+        doubts.append(f"{counted} subjects of the {wanted} that a whole run has")
+    if missing := sum(row["missing"] for row in rows):
+        doubts.append(f"{missing} pictures are missing")
+    if config.protocol == "dreambench" and config.drawing.images not in DREAMBENCH_SETTINGS:
+        doubts.append(f"{config.drawing.images} pictures of each subject and prompt, not 4 or 1")
+    if config.pictures is None and config.drawing.steps != 30:
+        doubts.append(f"{config.drawing.steps or 'the default number of'} steps, not 30")
+    return doubts
+
+
+def _calibration(
+    config: EvaluateConfig, listing: Listing, rows: Sequence[Row], paper: Mapping[str, float]
+) -> dict[str, Any]:
+    """The scorers on DreamBench's real photos, beside what the papers have for them."""
+    if config.protocol != "dreambench":
+        return {}
+    real = scores.figures([row["real"] for row in rows])
+    missing = protocols.missing(PROTOCOLS["dreambench"], listing.entries)
+    unusable = [row["name"] for row in rows if not row["photos"]]
+    found: dict[str, Any] = {}
+    for key, published in paper.items():
+        if key not in real:
+            continue
+        difference = real[key]["mean"] - published
+        whole = not missing and not unusable and len(rows) == PROTOCOLS["dreambench"].subjects
+        found[key] = {
+            "leave_self_out": real[key]["mean"],
+            "with_self": real[f"{key}_with_self"]["mean"],
+            "published": published,
+            "difference": difference,
+            "agrees": abs(difference) <= CALIBRATED if whole else None,
+            "note": "" if whole else "not all 30 subjects are there, so nothing follows",
+        }
+    return found
+
+
+def _by_prompt(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Means over all pictures of each template, in the packs' order."""
+    found: dict[str, list[Mapping[str, scores.Score]]] = {}
+    for row in rows:
+        for one in row["pictures"]:
+            found.setdefault(PACKS[row["pack"]].templates[one["number"]], []).append(one["scores"])
+    return [
+        {"template": template, "pictures": len(of_one), "scores": scores.means(of_one)}
+        for template, of_one in found.items()
+    ]
+
+
+def commit() -> str:
+    """Short hash of the checkout, "-dirty" where files differ from it; "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Those packages that the figures may depend on, as installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,210 @@
+"""Protocols: whose pictures an evaluation draws, with which prompts, and what judges them.
+
+dreambench  DIR/SUBJECT/photos; the 30 subjects of DreamBench, or others that DIR/metadata.csv names with
+            the columns subject, class_noun and, for live ones, live (1)
+faces       DIR/photo or DIR/SUBJECT/photos: every file and every folder is a face of its own
+afhq        the same for animals; in DIR/cat, DIR/dog and DIR/wild, as AFHQ lies on the disk, every file
+            is an animal of its own
+drawn       drawn subjects that no training has seen; no folder
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from urllib.parse import quote
+
+from hyperrt import images
+from hyperrt.errors import BadInput, NotFound
+from training import drawn, prompts
+from training.drawn import Case
+from training.prompts import Pack
+
+TABLE = "metadata.csv"
+ANIMALS = {"cat": "cat", "dog": "dog", "wild": "wild animal"}  # AFHQ's folders -> noun
+DREAMBENCH_SETTINGS = {  # pictures of a subject and prompt -> the setting's name
+    4: "official: 4 pictures of each subject and prompt, 3,000 in all (the papers' text)",
+    1: "fast: 1 picture of each subject and prompt, 750 in all (PatchDPO's evaluator: seed 42, 30 steps)",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What makes figures comparable.
+
+    Attributes:
+        scorers: of training/scorers.py, by default.
+        limit: subjects, by default; None: all.
+        subjects: that a complete run has; None: as many as `limit`.
+        average: figures whose mean is `avg`, as the paper's table has it.
+    """
+
+    name: str
+    scorers: tuple[str, ...]
+    limit: int | None = None
+    subjects: int | None = None
+    average: tuple[str, ...] = ()
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("dreambench", ("clip", "dino"), subjects=30, average=("dino", "clip_i", "clip_t")),
+        Protocol("faces", ("clip", "dino", "face"), limit=100),
+        Protocol("afhq", ("clip", "dino"), limit=100),
+        Protocol("drawn", ("identity", "colours", "background"), limit=40),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A subject of an evaluation; its photos are read when it is its turn.
+
+    Attributes:
+        name: of the folder of its pictures.
+        path: a folder of photos, or one photo.
+        case: of a drawn subject.
+    """
+
+    name: str
+    noun: str
+    pack: Pack
+    path: Path | None = None
+    case: Case | None = None
+
+    def photos(self) -> images.Photos:
+        """What the hypernetwork sees and pictures are compared with; what was left out, and why.
+
+        Raises:
+            BadInput: none can be used.
+            NotFound: they were removed meanwhile.
+        """
+        if self.case is not None:
+            return images.Photos(self.case.photos, [f"photo {k}" for k in range(len(self.case.photos))])
+        assert self.path is not None
+        if self.path.is_dir():
+            return images.load_folder(self.path)
+        return images.Photos([images.load_image(self.path)], [images.printable(self.path.name)])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The subjects of a run, and (name, reason) of what was left out."""
+
+    entries: tuple[Entry, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    def chosen(self, only: Sequence[str] = (), limit: int | None = None) -> Listing:
+        """Those of some names, or as many, taken in turns from the nouns, in their order.
+
+        Raises:
+            NotFound: there is no subject of that name.
+        """
+        known = {entry.name for entry in self.entries}
+        for name in only:
+            if name not in known:
+                why = f"there are {', '.join(sorted(known)[:8])}{' …' if len(known) > 8 else ''}"
+                raise NotFound(f"there is no subject {name!r}", why, "check --only")
+        kept = [entry for entry in self.entries if not only or entry.name in only]
+        some = {id(entry) for entry in list(_in_turns(kept))[:limit]}
+        return Listing(tuple(entry for entry in kept if id(entry) in some), self.left_out)
+
+
+def subjects(protocol: Protocol, folder: Path | None) -> Listing:
+    """All subjects of a protocol in a folder.
+
+    Raises:
+        NotFound: there is no such folder.
+        BadInput: it holds no subject.
+    """
+    if protocol.name == "drawn":
+        pack = prompts.PACKS["drawn-v1"]
+        cases = enumerate(drawn.cases_of(seed=0))
+        return Listing(
+            tuple(Entry(f"{case.noun}-{k % drawn.PER_NOUN}", case.noun, pack, case=case) for k, case in cases)
+        )
+    if folder is None or not folder.is_dir():
+        why = f"the protocol {protocol.name} reads its subjects' photos there"
+        raise NotFound(f"there is no folder {folder}", why, "name it with --subjects DIR")
+    found = _dreambench(folder) if protocol.name == "dreambench" else _one_each(folder, protocol.name)
+    if not found.entries:
+        why = "; ".join(f"{name}: {reason}" for name, reason in found.left_out[:3]) or "it is empty"
+        raise BadInput(f"{folder} holds no subject of {protocol.name}", why, "see training/protocols.py")
+    return found
+
+
+def missing(protocol: Protocol, entries: Iterable[Entry]) -> list[str]:
+    """Subjects of DreamBench that are not there; none for other protocols."""
+    found = {entry.name for entry in entries}
+    return [name for name in prompts.DREAMBENCH if name not in found] if protocol.subjects else []
+
+
+def _dreambench(folder: Path) -> Listing:
+    known = {name: (noun, noun in prompts.LIVE) for name, noun in prompts.DREAMBENCH.items()}
+    nouns = _table(folder) | known
+    entries, left_out = [], []
+    for path in _visible(folder):
+        if not path.is_dir():
+            continue
+        if path.name not in nouns:
+            why = f"it is none of DreamBench's, and {TABLE} does not say its class noun"
+            left_out.append((images.printable(path.name), why))
+            continue
+        noun, live = nouns[path.name]
+        pack = prompts.PACKS["dreambench-live" if live else "dreambench-objects"]
+        entries.append(Entry(_folder_name(path.name), noun, pack, path))
+    return Listing(tuple(entries), tuple(left_out))
+
+
+def _table(folder: Path) -> dict[str, tuple[str, bool]]:
+    """Subject -> (class noun, whether it is live) as metadata.csv says; empty where there is none."""
+    if not (folder / TABLE).is_file():
+        return {}
+    with (folder / TABLE).open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("subject") and row.get("class_noun")]
+    return {row["subject"]: (row["class_noun"].strip(), row.get("live") == "1") for row in rows}
+
+
+def _one_each(folder: Path, protocol: str) -> Listing:
+    pack, noun = {
+        "faces": (prompts.PACKS["hyperrt-faces-v1"], "face"),
+        "afhq": (prompts.PACKS["dreambench-live"], "animal"),
+    }[protocol]
+    entries = []
+    for path in _visible(folder):
+        if protocol == "afhq" and path.is_dir() and path.name in ANIMALS:
+            for file in _visible(path):
+                if file.suffix.lower() in images.SUFFIXES:
+                    name = _folder_name(f"{path.name}-{file.name}")
+                    entries.append(Entry(name, ANIMALS[path.name], pack, file))
+        elif path.is_dir() or path.suffix.lower() in images.SUFFIXES:
+            entries.append(Entry(_folder_name(path.name), noun, pack, path))
+    return Listing(tuple(entries))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is not hidden, in natural order."""
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError as error:
+        raise BadInput(f"the folder {folder} cannot be read", error.strerror or str(error)) from error
+    return [folder / name for name in sorted(names, key=images.natural_key)]
+
+
+def _folder_name(name: str) -> str:
+    """A name that every file system and link takes, and that no other name has."""
+    return quote(os.fsencode(name), safe=" ")
+
+
+def _in_turns(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """The first of each noun, then the second of each."""
+    by_noun: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_noun.setdefault(entry.noun, []).append(entry)
+    for row in zip_longest(*by_noun.values()):
+        yield from (entry for entry in row if entry is not None)
