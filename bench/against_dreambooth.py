@@ -2,7 +2,7 @@
 
     identity_hypernet, identity_dreambooth
                            how often the nearest of 20 unseen subjects of the noun is the right one, and
-    likeness_...           cosine with the subject, by the image encoder's features
+    likeness_...           cosine with the subject, by the features of an encoder of identities
     colours_...            the same by the colours of what is not white
     background_hypernet, background_dreambooth
                            how often the scene is the one that the prompt names, and
@@ -122,7 +122,9 @@ def compare(args: argparse.Namespace, base: bases.Base, runtime: Runtime) -> dic
 def studio_of(args: argparse.Namespace, runtime: Runtime, seed: int, count: int) -> Studio:
     """Cases of a seed with their judges."""
     cases = scoring.cases(seed, count)
-    return Studio(runtime, scoring.Scorer(runtime.bundle, cases), args.steps, 1000 * seed)
+    return Studio(
+        runtime, scoring.Scorer(scoring.encoder(runtime.bundle, args.quick), cases), args.steps, 1000 * seed
+    )
 
 
 def settings(args: argparse.Namespace, runtime: Runtime, steps: int) -> DreamBoothConfig:

@@ -19,6 +19,7 @@ import numpy as np
 import report
 import scoring
 import small_drawing
+import small_world
 import torch
 from small_drawing import Studio
 from small_world import World
@@ -28,13 +29,13 @@ sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 from hyperrt import files, lora
 from hyperrt.subject import Subject
 from training import base as bases
-from training import checkpoint, scenes, train
+from training import checkpoint, train
 from training.config import to_json
 from training.dreambooth import DreamBoothConfig, finetune
 from training.features import encode_images
 from training.hypernet import Decoder
 
-WHERE = ("base", "cache", "out", "device", "threads")  # settings that change no result, or hardly
+WHERE = ("model", "data", "output", "device", "threads")  # settings that change no result, or hardly
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,11 @@ class Lab:
         return Subject({name: rows.mean(0).numpy() for name, rows in packed.items()}, case.noun, photos, {})
 
     def hypernetwork(self, lambda_: float) -> Decoder:
-        """Trained with that λ, or read where it was before."""
-        config = self.world.training("", lambda_=lambda_, **self.training)
-        settings = {name: value for name, value in to_json(config).items() if name not in WHERE}
-        out = self.work / f"lambda-{lambda_:g}-{_digest(settings, checkpoint.hash_of(self.base.unet))}"
-        if not _finished(out, config.steps):
-            train.run(self.world.training(out, lambda_=lambda_, **self.training), resume=True)
-        return checkpoint.load_hypernet(out)[0]
+        """Of table 3, with that λ."""
+        return checkpoint.load_hypernet(trained(self.world, self.training, lambda_, self.work))[0]
 
     def fine_tuned(self) -> Made:
-        """By DreamBooth, from all photos of each case; told the scene of each photo."""
+        """By DreamBooth, from all photos of each case under its own caption, "a [V] robot"."""
         found = [self._fine_tuned(case) for case in self.studio.cases]
         return Made([small_drawing.anywhere(s) for s, _ in found], median(seconds for _, seconds in found))
 
@@ -102,14 +98,24 @@ class Lab:
         path, note = folder / f"{name}.safetensors", folder / f"{name}.json"
         if note.is_file():  # written last
             return lora.load_subject(path, layout, origin), json.loads(note.read_text())["seconds"]
-        photos, places = scoring.photos_of(case)
-        prompts = [scenes.caption(case.noun, place, "[V]") for place in places]
-        done = finetune(self.base, photos, case.noun, layout, self.fine_tuning, prompts)[-1]
+        done = finetune(self.base, scoring.photos_of(case)[0], case.noun, layout, self.fine_tuning)[-1]
         folder.mkdir(parents=True, exist_ok=True)
         lora.save_subject(path, done.subject.lora, layout, done.subject.metadata, force=True)
         content = json.dumps({"seconds": done.seconds, "steps": done.steps}).encode()
         files.publish(note, lambda file: file.write(content), force=True)
         return done.subject, done.seconds
+
+
+def trained(world: World, training: dict[str, Any], lambda_: float, work: Path) -> Path:
+    """The run of a hypernetwork with those settings and that λ: trained, or found where it was before."""
+    config = world.training("", lambda_=lambda_, **training)
+    settings = {name: value for name, value in to_json(config).items() if name not in WHERE}
+    base = checkpoint.hash_of(bases.opened(world.base).unet)
+    out = work / f"lambda-{lambda_:g}-{_digest(settings, base)}"
+    if not _finished(out, config.steps):
+        where = small_world.captioned_by_noun(world, work / "captioned_by_noun")
+        train.run(where.training(out, lambda_=lambda_, **training), resume=True)
+    return out
 
 
 def _finished(out: Path, steps: int) -> bool:

@@ -1,6 +1,6 @@
 """Scores of pictures of drawn subjects, one value per subject: the one place here that knows the judges.
 
-    subject           cosine between a picture and the subject, by the features of the bundle's image encoder
+    subject           cosine between a picture and the subject, by an encoder of identities
     colours           the same by the colours of what is not white, of the picture on white alone
     prompt            margin of the scene that the prompt names, -1 to 1: how much nearer the picture's border
                       is to real pictures of it than to those of the next best scene
@@ -9,7 +9,9 @@
     background        rate: the scene is the right one
 
 The first three go on where the rates are at 0 or 1.  Every subject is drawn on white and in other scenes; its
-value is the mean over these.  Cases, photos and judges are those of training/drawn.py.
+value is the mean over these.  Cases, photos and judges are those of training/drawn.py; the encoder is that of
+training/identity_encoder.py, which is trained when it is first asked for (two minutes) and a stranger to all
+that is judged.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt.bundle import Bundle
-from training import drawn, judges, scenes
+from training import drawn, identity_encoder, judges, scenes
 
 Case = drawn.Case
 Picture = np.ndarray  # [H, W, 3] uint8
@@ -74,17 +76,23 @@ def scenes_of(case: int, others: int) -> list[str]:
     return [drawn.WHITE, *(places[(5 * case + 3 * j) % len(places)] for j in range(others))]
 
 
+def encoder(bundle: Bundle, quick: bool) -> judges.Features:
+    """Who is it? By the encoder of identities; in a quick run by the bundle's, which need not be trained."""
+    return judges.Encoder(bundle) if quick else identity_encoder.trained()[0].features
+
+
 class Scorer:
     """Scores the pictures of some cases.
 
     Args:
+        features: of the encoder that says who it is.
         others: scenes besides white that each case is drawn in.
     """
 
-    def __init__(self, bundle: Bundle, cases: Sequence[Case], others: int = 1) -> None:
+    def __init__(self, features: judges.Features, cases: Sequence[Case], others: int = 1) -> None:
         self.cases = cases
         self.places = [scenes_of(k, others) for k in range(len(cases))]
-        self.encoder = judges.Encoder(bundle)
+        self.encoder = features
         self.scenes = drawn.judge_of_scenes(cases)
         self.lineups = {SUBJECT: drawn.Lineup(self.encoder), COLOURS: drawn.Lineup(judges.histogram)}
 

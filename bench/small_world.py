@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,12 +22,15 @@ import torch
 
 sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
+from hyperrt import files
 from hyperrt.errors import HyperRTError, NotFound
 from training import base as bases
 from training import clip_tokenizer, data
 from training.config import TrainConfig
 
 MAKE = "python -m training.pretrain --out RUN; then say --model RUN/base --data RUN/cache"
+CAPTIONS = "captions.json"  # of a cache: for each identity and view the captions with [V] and without
+OF_CAPTIONS = ("text-", "pooled-")  # files that hold what the text encoders make of them
 IDENTITIES, FEW_IDENTITIES, VIEWS = 96, 16, 4  # of a random cache, and of that of a quick run
 
 
@@ -89,6 +93,27 @@ def make(folder: Path, identities: int = IDENTITIES, seed: int = 0) -> World:
     latents = np.random.default_rng(seed).standard_normal(shape, np.float32)
     np.save(folder / "cache" / data.LATENTS, latents.astype(np.float16))
     return World(folder / "base", folder / "cache")
+
+
+def captioned_by_noun(world: World, folder: Path) -> World:
+    """The same world, every picture captioned "a [V] robot", whatever its scene; made once in that folder.
+
+    Pictures, latents and image features are links to those of the cache.
+    """
+    if not (folder / CAPTIONS).is_file():  # written last
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in world.cache.resolve().iterdir():
+            if path.name == CAPTIONS or path.name.startswith(OF_CAPTIONS):
+                continue
+            link = folder / path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path)
+        cache = data.SceneCache.open(world.cache)
+        views = cache.images.shape[1]
+        texts = [[(f"a [V] {cache.names[noun]}", f"a {cache.names[noun]}")] * views for noun in cache.nouns]
+        content = json.dumps({"texts": texts}).encode()
+        files.publish(folder / CAPTIONS, lambda file: file.write(content), force=True)
+    return World(world.base, folder)
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def test_real_pictures_score_high_and_others_low(load, tiny):
     assert [case.noun for case in cases] == ["robot", "fish"]
     photos, places = scoring.photos_of(cases[0])
     assert len(photos) == len(places) == 4 and WHITE not in places
-    scorer = scoring.Scorer(tiny.bundle, cases)
+    scorer = scoring.Scorer(scoring.encoder(tiny.bundle, quick=True), cases)
     assert all(places[0] == WHITE and len(places) == 2 for places in scorer.places)
     real = scorer.real()
     swapped = scorer([[c.view(scene, 900) for scene in scorer.places[k][::-1]] for k, c in enumerate(cases)])
@@ -170,33 +170,53 @@ def test_the_plain_loop_takes_the_same_steps_as_ours(load, tmp_path):
 
 
 def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
-    subjects = load("paper_subjects")
-    trained = []
+    subjects, small_world = load("paper_subjects"), load("small_world")
+    runs: dict[str, int] = {}
 
     def run(config, resume):
-        trained.append((config.lambda_, Path(config.output), resume))
-        config_steps[config.output] = config.steps
-
-    config_steps: dict[str, int] = {}
+        runs[Path(config.output).name] = config.steps
+        assert resume and config.data.endswith("captioned_by_noun")
 
     def load_hypernet(out):
-        if str(out) not in config_steps:
+        if out.name not in runs:
             raise FileNotFoundError(out)
-        return f"decoder of {out.name}", {"step": config_steps[str(out)]}
+        return None, {"step": runs[out.name]}
 
     monkeypatch.setattr(subjects.train, "run", run)
     monkeypatch.setattr(subjects.checkpoint, "load_hypernet", load_hypernet)
     monkeypatch.setattr(subjects.checkpoint, "hash_of", lambda unet: "hash")
-    world = load("small_world").World(tmp_path / "base", tmp_path / "cache")
+    monkeypatch.setattr(subjects.bases, "opened", lambda folder: SimpleNamespace(unet=None))
+    monkeypatch.setattr(
+        small_world, "captioned_by_noun", lambda world, folder: small_world.World(world.base, folder)
+    )
+    world = small_world.World(tmp_path / "base", tmp_path / "cache")
 
-    def lab(steps):
-        base = SimpleNamespace(unet=None)
-        return subjects.Lab(world, base, None, {"steps": steps}, (), None, tmp_path / "work")
+    def trained(lambda_, **settings):
+        return subjects.trained(world, settings, lambda_, tmp_path)
 
-    first = lab(5).hypernetwork(1.0)
-    assert first == lab(5).hypernetwork(1.0) and len(trained) == 1
-    assert lab(5).hypernetwork(10.0) != first and lab(6).hypernetwork(1.0) != first
-    assert [one[0] for one in trained] == [1.0, 10.0, 1.0]
+    first = trained(1.0, steps=5, threads=1)
+    assert first == trained(1.0, steps=5, threads=2) and len(runs) == 1
+    assert len({first, trained(10.0, steps=5), trained(1.0, steps=6), trained(1.0, steps=5, batch=8)}) == 4
+    assert len(runs) == 4
+
+
+def test_a_cache_is_captioned_by_noun(load, tmp_path):
+    small_world = load("small_world")
+    from training import data
+
+    data.build(tmp_path / "cache", 9, 2, 64, workers=1)
+    np.save(tmp_path / "cache" / data.LATENTS, np.zeros((9, 2, 1), np.float16))
+    (tmp_path / "cache" / "text-1.npy").write_bytes(b"of other captions")
+    world = small_world.World(tmp_path / "base", tmp_path / "cache")
+    for _ in range(2):  # the second time it is there
+        found = small_world.captioned_by_noun(world, tmp_path / "work" / "nouns")
+    assert found == small_world.World(world.base, tmp_path / "work" / "nouns")
+    cache = data.SceneCache.open(found.cache)
+    assert np.array_equal(cache.images, data.SceneCache.open(world.cache).images)
+    assert cache.latents.shape == (9, 2, 1) and not (found.cache / "text-1.npy").exists()
+    texts = json.loads((found.cache / "captions.json").read_text())["texts"]
+    assert [len(of_one) for of_one in texts] == [2] * 9
+    assert texts[0][1] == ["a [V] robot", "a robot"] and texts[1][0] == ["a [V] fish", "a fish"]
 
 
 @pytest.mark.parametrize("script", ["against_dreambooth", "paper_small", "training_speed"])
