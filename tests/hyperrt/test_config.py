@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from hyperrt import combine, config, solvers
-from hyperrt.config import ExportConfig, GenerateConfig, PersonalizeConfig, SamplingConfig, output_paths
+from hyperrt.config import (
+    ConvertConfig,
+    ExportConfig,
+    GenerateConfig,
+    PersonalizeConfig,
+    SamplingConfig,
+    output_paths,
+)
 from hyperrt.errors import NotFound, UsageError
 
 
@@ -66,6 +73,8 @@ def test_a_config_cannot_be_changed():
         {"images": ("a",), "combine": "concat"},
         {"images": ("a",), "combine": ""},
         {"subject": "b", "combine": "product"},
+        {"partial": True},
+        {"partial": True, "images": ("a",)},
     ],
     ids=str,
 )
@@ -87,6 +96,15 @@ def test_the_sampling_options_are_taken_over_and_changed():
 def test_personalize_refuses_what_it_cannot_do(options):
     with pytest.raises(UsageError):
         PersonalizeConfig(**{"images": ("photos",), "output": "a.safetensors", **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "zip"}, {"rank": 0}, {"rank": 1025}, {"source": ""}, {"output": ""}], ids=str
+)
+def test_convert_refuses_what_it_cannot_do(options):
+    ConvertConfig(**(asked := {"source": "a", "output": "b", "format": "kohya"}))
+    with pytest.raises(UsageError):
+        ConvertConfig(**{**asked, **options})
 
 
 def test_export_refuses_a_seed_that_is_none():
