@@ -128,7 +128,8 @@ def _died(code: int, name: str) -> EngineError:
         do = "end other programs, or compile on a machine with more memory and the same target"
         return EngineMemoryError(what, "the system ended the compiler, most likely for want of memory", do)
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return EngineError(what, f"the compiler ended with {how}", "report it, with the graph's bundle")
+    do = "export the bundle again, which avoids what is known to crash; or report it, with the bundle"
+    return EngineError(what, f"the compiler ended with {how}", do)
 
 
 ERRORS = {kind.__name__: kind for kind in (EngineError, EngineInputError, EngineLoadError, EngineMemoryError)}
