@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import peer_timing
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 
@@ -55,8 +56,13 @@ def step(args: argparse.Namespace) -> dict[str, object]:
 def weights(folder: Path) -> dict[str, np.ndarray]:
     """The base model's adapted weights [in, out] under their names in the graph, as they lie in memory."""
     names = json.loads((folder / "onnxruntime" / "sites.json").read_text())
-    base = load_file(folder / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors")
-    return {name: np.ascontiguousarray(base[f"{path}.weight"].T) for path, name in names.items()}
+    wanted = {f"{path}.weight": name for path, name in names.items()}
+    found = {}
+    for path in (folder / "diffusers" / "unet").glob("*.safetensors"):  # SDXL's are two
+        with safe_open(path, "numpy") as file:
+            for key in wanted.keys() & file.keys():
+                found[wanted[key]] = np.ascontiguousarray(file.get_tensor(key).T)
+    return found
 
 
 def merge(

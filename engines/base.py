@@ -113,16 +113,21 @@ class Engine(ABC):
             )
         return self._run(arrays, resident) if host else self._run_there(arrays, resident)
 
-    def bind(self, tensors: Tensors) -> None:
+    def bind(self, tensors: Tensors, copy: bool = True) -> None:
         """Copy inputs to where the graph reads them and keep them there; binding again replaces.
 
         All or nothing: on an error, what was bound before stays.
+
+        Args:
+            copy: if not, an engine on the CPU may read them where they lie: whoever writes to them binds
+                them again before the next run.
 
         Raises:
             EngineInputError, EngineMemoryError, EngineError, EngineClosed: as in `run`.
         """
         self._open_resident()
-        uploaded = self._upload(self._taken(self.inputs, tensors, "input"))
+        arrays = self._taken(self.inputs, tensors, "input")
+        uploaded = self._upload(arrays) if copy else self._lent(arrays)
         with self._lock:
             self._resident = self._open_resident() | uploaded
 
@@ -214,6 +219,10 @@ class Engine(ABC):
     @abstractmethod
     def _upload(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """Copies, in the form in which `_run` takes them as `resident`."""
+
+    def _lent(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """As `_upload`, but of the arrays themselves where the backend can read them."""
+        return self._upload(arrays)
 
     def _refit(self, arrays: dict[str, Any]) -> None:  # noqa: B027 - optional
         """Replace constants; if it may fail half way, `_constants` must be set.  One at a time."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from engines import nvidia
+from engines import memory, nvidia
 from engines.base import (
     Array,
     Engine,
@@ -96,10 +96,12 @@ class OnnxRuntimeEngine(Engine):
     def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
         # On the CPU an OrtValue is a view of the array that it is made from, so it gets one of its own.
         own = np.array if self._device == "cpu" else np.asarray
+        return self._lent({name: own(array) for name, array in arrays.items()})
+
+    def _lent(self, arrays: dict[str, Array]) -> dict[str, Any]:
         with _errors("binding an input failed", EngineError):
             return {
-                name: ort.OrtValue.ortvalue_from_numpy(own(array), self._device)
-                for name, array in arrays.items()
+                name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in arrays.items()
             }
 
     def _refit(self, arrays: dict[str, Array]) -> None:
@@ -107,6 +109,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _release(self) -> None:
         self._session = None
+        memory.give_back()
 
 
 class CudaGraphEngine(OnnxRuntimeEngine):
@@ -153,6 +156,9 @@ class CudaGraphEngine(OnnxRuntimeEngine):
     def _upload(self, arrays: dict[str, Array]) -> dict[str, Any]:
         # Not into the buffers yet: a run that has started still computes with what is there.
         return {name: np.array(array) for name, array in arrays.items()}
+
+    def _lent(self, arrays: dict[str, Array]) -> dict[str, Any]:
+        return self._upload(arrays)  # which array a buffer holds says what it holds
 
     def _release(self) -> None:
         with self._turn:

@@ -110,6 +110,10 @@ class OpenVinoEngine(Engine):
         with _errors("binding an input failed", EngineError):
             return {name: ov.Tensor(array) for name, array in arrays.items()}  # a copy
 
+    def _lent(self, arrays: dict[str, Array]) -> dict[str, Any]:
+        with _errors("binding an input failed", EngineError):
+            return {name: _view(array) for name, array in arrays.items()}
+
     def _release(self) -> None:
         with self._compiling:
             self._compiled = None

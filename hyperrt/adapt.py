@@ -25,6 +25,8 @@ from hyperrt.errors import BundleMismatch, LoraMismatch, UsageError
 from hyperrt.lora import LoraLayout
 from hyperrt.subject import LoraOnDevice, Subject, Vector
 
+TOKENS = 16  # of one row that are written at a time: SDXL's K and V of so many stay in a processor's cache
+
 
 class Adapter:
     """The LoRA of one engine; remembers whose it holds, so that these are uploaded once.
@@ -125,25 +127,31 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
     return vector
 
 
-def add_to_context(
+def write_context(
     layout: LoraLayout,
-    context: NDArray[np.float32],
+    plain: NDArray[np.float32],
     hidden: NDArray[np.float32],
     lora_kv: Vector,
     strength: float,
+    out: NDArray[np.float32],
 ) -> None:
-    """What the K/V LoRA adds to the keys and values of one row, in place: strength (hidden A) B per site.
+    """Keys and values of one row under a K/V LoRA: those of the base model + strength (hidden A) B per site.
 
     Args:
-        context: [L (+ image tokens), W], K and V of all cross-attentions side by side, as the `context` graph
-            gives them.  Image tokens come last, and have no LoRA.
+        plain: [L (+ image tokens), W], the base model's K and V of all cross-attentions side by side, as the
+            `context` graph gives them.  Image tokens come last, and have no LoRA.
         hidden: [L, D], the text they were computed from.
         lora_kv: [Nkv].
+        out: where they are written to, as large as `plain`.
     """
-    start, rank = 0, layout.rank
+    rank, text = layout.rank, len(hidden)
     factors = layout.unpack({"lora_kv": lora_kv})
-    below = hidden @ np.concatenate([a for a, _ in factors.values()], axis=1)  # [L, sites x rank]
-    for k, (_, b) in enumerate(factors.values()):
-        end = start + b.shape[1]
-        context[: len(hidden), start:end] += below[:, k * rank : (k + 1) * rank] @ (strength * b)
-        start = end
+    below = strength * (hidden @ np.concatenate([a for a, _ in factors.values()], axis=1))  # [L, sites x rank]
+    for first in range(0, text, TOKENS):
+        tokens, start = slice(first, min(first + TOKENS, text)), 0
+        for k, (_, b) in enumerate(factors.values()):
+            end = start + b.shape[1]
+            np.matmul(below[tokens, k * rank : (k + 1) * rank], b, out=out[tokens, start:end])
+            start = end
+        np.add(plain[tokens], out[tokens], out=out[tokens])
+    out[text:] = plain[text:]

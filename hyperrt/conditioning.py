@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from engines.base import Tensors
 from engines.dlpack import DeviceArray, concatenate
 from hyperrt import prompts
-from hyperrt.adapt import add_to_context, packed
+from hyperrt.adapt import packed, write_context
 from hyperrt.graphs import Graphs
 from hyperrt.job import Job
 from hyperrt.personalize import check_finite
@@ -84,13 +84,14 @@ class Conditioning:
         context = self._of_same_rows(job)
         if context is None:
             context = plain["context"].copy()
-        for row in np.flatnonzero(np.logical_or(job.gate, job.image_scales)):
+        for row in np.flatnonzero(np.logical_and(job.image_scales, job.gate == 0)):
             context[row] = plain["context"][row]
+        layout = self._bundle.layout
         for row in np.flatnonzero(job.gate):
             subject = job.subjects[row % len(job.subjects)]  # there is one where the gate is open
-            lora_kv = np.asarray(packed(subject, "lora_kv", self._bundle.layout.size("lora_kv")))
-            hidden = features["hidden_states"][row]
-            add_to_context(self._bundle.layout, context[row], hidden, lora_kv, float(job.gate[row]))
+            lora_kv = np.asarray(packed(subject, "lora_kv", layout.size("lora_kv")))
+            hidden, strength = features["hidden_states"][row], float(job.gate[row])
+            write_context(layout, plain["context"][row], hidden, lora_kv, strength, context[row])
             check_finite({"context": context[row]}, "what the prompt says")
         return {**plain, "context": context}
 

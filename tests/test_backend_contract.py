@@ -132,6 +132,16 @@ def test_what_is_bound_is_a_copy(engine):
     np.testing.assert_array_equal(engine.run({"x": X, "step": STEP})["y"], Y)
 
 
+def test_what_is_lent_may_be_written_to_and_bound_again(engine):
+    lora = np.zeros_like(LORA)
+    engine.bind({"lora": lora, "step": STEP}, copy=False)
+    np.testing.assert_array_equal(engine.run({"x": X})["y"], X @ W)
+    lora[:] = LORA
+    engine.bind({"lora": lora}, copy=False)
+    del lora  # the engine keeps what it reads
+    np.testing.assert_array_equal(engine.run({"x": X})["y"], Y)
+
+
 def test_binding_again_replaces_also_by_another_size(engine):
     engine.bind({"lora": LORA, "step": STEP})
     per_row = np.array([[1, 2], [3, 4]], np.float32)

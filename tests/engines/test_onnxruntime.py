@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import engines
-from engines import EngineError, EngineLoadError, EngineMemoryError
+from engines import EngineError, EngineLoadError, EngineMemoryError, memory
 
 pytest.importorskip("onnxruntime")
 HERE = Path(__file__).parent / "graphs"
@@ -189,3 +190,20 @@ def test_onnx_runtime_does_not_warn_of_constants_that_can_be_refitted(capfd):
         engine.run({"x": np.ones((1, 3), np.float32)})
     shown = capfd.readouterr()
     assert shown.out + shown.err == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from Linux")
+def test_a_closed_graph_leaves_no_memory_behind(onnx, save):
+    side, count = 1024, 40
+    names = ["x", *(f"x{k}" for k in range(1, count)), "y"]
+    nodes = [("MatMul", [names[k], f"w{k}"], [names[k + 1]]) for k in range(count)]
+    shape, float32 = [1, side], onnx.TensorProto.FLOAT
+    weights = np.random.default_rng(0).standard_normal((count, side, side), np.float32)
+    constants = [onnx.numpy_helper.from_array(weights[k], f"w{k}") for k in range(count)]
+    path = save(nodes, [("x", float32, shape)], [("y", float32, shape)], constants)
+    del constants
+    memory.give_back()
+    before = memory.resident_bytes()
+    with engines.open(path) as engine:
+        engine.run({"x": np.ones(shape, np.float32)})
+    assert memory.resident_bytes() - before < weights.nbytes / 2

@@ -17,7 +17,7 @@ import numpy as np
 
 from engines import fake
 from hyperrt import solvers
-from hyperrt.adapt import add_to_context
+from hyperrt.adapt import write_context
 from hyperrt.lora import LoraLayout, Site
 
 S, T, F, L, D, W, C, SIZE, IMAGE = 8, 2, 3, 8, 4, 12, 4, 4, 16
@@ -107,7 +107,7 @@ def _context(t: dict[str, Any]) -> dict[str, Any]:
     words = np.repeat(t["hidden_states"].sum(2, keepdims=True), W, axis=2)
     for row, gate in enumerate(t["gate"]):
         lora_kv = t["lora_kv"][row % len(t["lora_kv"])]
-        add_to_context(LAYOUT, words[row], t["hidden_states"][row], lora_kv, float(gate))
+        write_context(LAYOUT, words[row].copy(), t["hidden_states"][row], lora_kv, float(gate), words[row])
     if "image_tokens" in t:
         words = words + (t["image_scale"] * t["image_tokens"].sum((1, 2)))[:, None, None]
     told = {"context": words}

@@ -1,6 +1,6 @@
 import numpy as np
 
-from hyperrt.adapt import add_to_context
+from hyperrt.adapt import TOKENS, write_context
 from hyperrt.lora import LoraLayout, Site
 
 
@@ -17,9 +17,12 @@ def test_the_lora_is_added_to_keys_and_values_as_the_graph_would():
         site.path: (rng.standard_normal((5, 2), np.float32), rng.standard_normal((2, site.d_out), np.float32))
         for site in sites
     }
-    hidden, base = rng.standard_normal((4, 5), np.float32), rng.standard_normal((4, 20), np.float32)
-    found = base.copy()
-    add_to_context(layout, found, hidden, layout.pack(factors)["lora_kv"], 0.5)
+    text, image = TOKENS + 3, 2
+    hidden = rng.standard_normal((text, 5), np.float32)
+    plain = rng.standard_normal((text + image, 20), np.float32)
+    found = np.full_like(plain, np.nan)
+    write_context(layout, plain, hidden, layout.pack(factors)["lora_kv"], 0.5, found)
     order = [factors[f"{path}.{kind}"] for path in paths for kind in ("to_k", "to_v")]
-    expected = base + 0.5 * np.concatenate([hidden @ a @ b for a, b in order], axis=1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    delta = 0.5 * np.concatenate([hidden @ a @ b for a, b in order], axis=1)
+    np.testing.assert_allclose(found[:text], plain[:text] + delta, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found[text:], plain[text:])
