@@ -25,8 +25,8 @@ def resident_bytes() -> int:
 def give_back() -> None:
     """Return to the system what was freed.
 
-    glibc keeps it for this process: half of a graph's weights, where ONNX Runtime holds them in pieces of less
-    than 32 MB. Elsewhere this does nothing.
+    glibc keeps it for this process: half of a graph's weights, where ONNX Runtime holds them in pieces below
+    32 MB. Elsewhere this does nothing.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl

@@ -146,7 +146,8 @@ def write_context(
     """
     rank, text = layout.rank, len(hidden)
     factors = layout.unpack({"lora_kv": lora_kv})
-    below = strength * (hidden @ np.concatenate([a for a, _ in factors.values()], axis=1))  # [L, sites x rank]
+    down = np.concatenate([a for a, _ in factors.values()], axis=1)
+    below = strength * (hidden @ down)  # [L, sites x rank]
     for first in range(0, text, TOKENS):
         tokens, start = slice(first, min(first + TOKENS, text)), 0
         for k, (_, b) in enumerate(factors.values()):
