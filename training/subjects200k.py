@@ -1,6 +1,6 @@
 """Layout of Subjects200K (Yuanshi/Subjects200K): two views of a subject side by side in one picture.
 
-    DIR/**/*.parquet   as it is published; needs pyarrow
+    DIR/**/*.parquet   as it is published; needs the extra `parquet`
     DIR/**/*.tar       the same rows in tar shards: NAME.png or .jpg, and NAME.json with the other columns
 
 The picture has a border of 8 pixels around each view: left (8, 8, S + 8, S + 8), right (S + 16, 8, 2 S + 16,
@@ -129,5 +129,5 @@ def _pyarrow() -> tuple[Any, Any]:
         from pyarrow import parquet
     except ImportError as error:
         why = "Subjects200K is published as parquet, and pyarrow, which reads it, is not installed"
-        raise UsageError("parquet files cannot be read", why, "pip install pyarrow") from error
+        raise UsageError("parquet files cannot be read", why, "pip install 'hyperrt[parquet]'") from error
     return pyarrow, parquet

@@ -76,7 +76,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match="pip install pyarrow") as raised:
+    with pytest.raises(UsageError, match=r"pip install 'hyperrt\[parquet\]'") as raised:
         found(tmp_path)
     assert len(str(raised.value).splitlines()) == 3
 
