@@ -76,7 +76,7 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
 
     from torch import Tensor
 
-    from engines.base import TensorSpec
+    from engines.tensors import TensorSpec
     from export import families, graphs, modules, onnx_graph
     from export.source import Inputs
     from training import lora_layers

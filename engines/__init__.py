@@ -4,7 +4,7 @@
         outputs = engine.run({"x": x})
 
 Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
-is opened.  Contract and feed checks: `engines.base`.  Errors: `engines.errors`.
+is opened.  Contract: `engines.base`; feed checks: `engines.tensors`.  Errors: `engines.errors`.
 """
 
 from engines.backends import BACKENDS
@@ -17,11 +17,11 @@ from engines.base import (
     EngineLoadError,
     EngineMemoryError,
     EngineUnusable,
-    TensorSpec,
     load,
     open,
     resolve,
 )
+from engines.tensors import TensorSpec
 
 __all__ = [
     "BACKENDS",

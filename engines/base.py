@@ -1,27 +1,23 @@
 """Engine contract: one open graph with named tensors; its checks, its errors, and how a backend is opened.
 
-Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.  In a shape a number
-is a fixed size, and a name stands for any size.
+In a shape a number is a fixed size, and a name stands for any size.  Tensors: `engines.tensors`.
 To add a backend: a module here with `open(path, **options) -> Engine`, one entry in `engines.backends`, one
 extra in pyproject.toml, and its file in tests/test_backend_contract.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.backends import BACKENDS
 from engines.dlpack import DeviceArray
@@ -32,24 +28,7 @@ from engines.errors import EngineInputError as EngineInputError
 from engines.errors import EngineLoadError as EngineLoadError
 from engines.errors import EngineMemoryError as EngineMemoryError
 from engines.errors import EngineUnusable as EngineUnusable
-
-Array = NDArray[Any]
-Tensors = Mapping[str, Array | DeviceArray]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor of a graph.
-
-    Attributes:
-        name: in the graph.
-        shape: a number is a fixed size, a name any size.
-        dtype: NumPy's name, such as "float32".
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
+from engines.tensors import Array, Tensors, TensorSpec, checked, listed, nearest
 
 
 class Engine(ABC):
@@ -255,30 +234,6 @@ def unusable(why: str) -> EngineUnusable:
     return EngineUnusable("the engine holds constants of two sets", why, "refit it again, or open it again")
 
 
-def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Any]:
-    """`arrays` as C-contiguous aligned arrays; the one check that every backend's feeds go through.
-
-    Names that stand for sizes are not compared with one another: one may be 1 where the graph broadcasts.
-
-    Args:
-        specs: what is taken.
-        arrays: some or all of it.
-        role: "input" or "weight", for the message.
-
-    Raises:
-        EngineInputError: a name is not among the specs, or a value is not an array of that shape and type.
-    """
-    known = {spec.name: spec for spec in specs}
-    for name in arrays:
-        if name not in known:
-            raise EngineInputError(
-                f"the graph has no {role} {name!r}",
-                f"its {role}s are: {listed(known)}",
-                _nearest(name, known),
-            )
-    return {name: _checked(known[name], array, role) for name, array in arrays.items()}
-
-
 def open(
     path: Path | str,
     backend: str = "onnxruntime",
@@ -339,14 +294,9 @@ def resolve(backend: str) -> str:
         raise BackendMissing(
             f"no backend is called {backend!r}",
             f"there are: {listed(BACKENDS)}, auto",
-            _nearest(backend, [*BACKENDS, "auto"]),
+            nearest(backend, [*BACKENDS, "auto"]),
         )
     return backend
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message, sorted."""
-    return ", ".join(sorted(names)) or "none"
 
 
 def load(backend: str) -> Any:
@@ -376,31 +326,3 @@ def load(backend: str) -> Any:
             str(error),
             f"install it again: {about.install}",
         ) from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {nearest[0]!r}?" if nearest else ""
-
-
-def _checked(spec: TensorSpec, array: Any, role: str) -> Any:
-    if not isinstance(array, (np.ndarray, np.generic, DeviceArray)):
-        raise EngineInputError(
-            f"{role} {spec.name!r} is a {type(array).__name__}", "the graph takes NumPy arrays"
-        )
-    fits = len(array.shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
-    )
-    if not fits:
-        raise EngineInputError(
-            f"{role} {spec.name!r} has shape {_sizes(array.shape)}", f"the graph takes {_sizes(spec.shape)}"
-        )
-    if array.dtype != np.dtype(spec.dtype):
-        raise EngineInputError(f"{role} {spec.name!r} is {array.dtype}", f"the graph takes {spec.dtype}")
-    if isinstance(array, DeviceArray):
-        return array
-    return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
-
-
-def _sizes(shape: Iterable[int | str]) -> str:
-    return f"[{', '.join(map(str, shape))}]"

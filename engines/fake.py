@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Array, Engine, EngineError, EngineLoadError, Tensors, TensorSpec, checked, listed
+from engines.base import Engine, EngineError, EngineLoadError
 from engines.cores import thread_count
+from engines.tensors import Array, Tensors, TensorSpec, checked, listed
 
 Function = Callable[[dict[str, Array]], Tensors]
 

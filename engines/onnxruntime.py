@@ -21,19 +21,10 @@ import numpy as np
 import onnxruntime as ort
 
 from engines import memory, nvidia
-from engines.base import (
-    Array,
-    Engine,
-    EngineError,
-    EngineInputError,
-    EngineLoadError,
-    EngineMemoryError,
-    TensorSpec,
-    closed,
-    listed,
-)
+from engines.base import Engine, EngineError, EngineInputError, EngineLoadError, EngineMemoryError, closed
 from engines.cores import thread_count
 from engines.onnx_dims import tensor_dims
+from engines.tensors import Array, TensorSpec, listed
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GRAPH_OPTION = {CUDA: "enable_cuda_graph", TENSORRT: "trt_cuda_graph_enable"}

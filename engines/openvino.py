@@ -22,18 +22,10 @@ import openvino as ov
 import openvino.opset13 as opset
 from openvino.frontend import FrontEndManager
 
-from engines.base import (
-    Array,
-    Engine,
-    EngineError,
-    EngineInputError,
-    EngineLoadError,
-    EngineMemoryError,
-    TensorSpec,
-    closed,
-)
+from engines.base import Engine, EngineError, EngineInputError, EngineLoadError, EngineMemoryError, closed
 from engines.cores import thread_count
 from engines.onnx_dims import Dims, tensor_dims
+from engines.tensors import Array, TensorSpec
 
 DTYPES = {
     "f32": "float32",

@@ -18,16 +18,9 @@ from typing import Any
 import numpy as np
 
 from engines import cuda
-from engines.base import (
-    Array,
-    Engine,
-    EngineError,
-    EngineLoadError,
-    EngineMemoryError,
-    TensorSpec,
-    closed,
-)
+from engines.base import Engine, EngineError, EngineLoadError, EngineMemoryError, closed
 from engines.dlpack import DeviceArray
+from engines.tensors import Array, TensorSpec
 
 RTX = "tensorrt_rtx"
 # In what TensorRT says

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from engines.base import TensorSpec
+from engines.tensors import TensorSpec
 from export import modules, operators, row_unet
 from export.parts import FAKE
 from export.source import Source

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from engines.base import TensorSpec
+from engines.tensors import TensorSpec
 from export.errors import ExportError
 from hyperrt.lora import LoraLayout
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Tensors
 from engines.dlpack import DeviceArray, concatenate
+from engines.tensors import Tensors
 from hyperrt import prompts
 from hyperrt.adapt import packed, write_context
 from hyperrt.graphs import Graphs

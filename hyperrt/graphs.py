@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from engines.base import Engine, listed
+from engines.base import Engine
+from engines.tensors import listed
 from hyperrt import compiling, home
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engines.base import TensorSpec
 from engines.dlpack import DeviceArray
+from engines.tensors import TensorSpec
 from hyperrt import lora_metadata, lora_names, lora_writer, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
 from hyperrt.safetensors_file import REDO, Stored

@@ -20,7 +20,8 @@ import numpy as np
 
 import engines
 from engines.backends import BACKENDS
-from engines.base import Array, Engine, EngineError
+from engines.base import Engine, EngineError
+from engines.tensors import Array
 from hyperrt import files, home, memory, parity, strict_json
 from hyperrt.bundle import Bundle
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError

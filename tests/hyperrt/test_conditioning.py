@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 
+from hyperrt.errors import NumericError
 from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
@@ -146,3 +147,15 @@ def test_without_a_subject_an_open_bundle_draws_what_the_base_model_draws(open_c
     ours, plain = (one.generate("a robot") for one in (open_category, sdxl))
     np.testing.assert_array_equal(ours.latents, plain.latents)
     assert "image_scale" not in ours.recipe
+
+
+def test_after_a_subject_whose_keys_are_not_numbers_the_one_before_is_right(pretend, photos):
+    """Keys and values are written where the denoiser reads them: half of another subject's must not stay."""
+    with Runtime.open(pretend, "fake") as runtime:
+        subject = runtime.personalize(photos)
+        expected = runtime.generate(PROMPT, subject).latents
+        lora = {**subject.lora, "lora_kv": subject.lora["lora_kv"] * np.inf}
+        broken = dataclasses.replace(subject, lora=lora)
+        with pytest.raises(NumericError, match="what the prompt says"), np.errstate(invalid="ignore"):
+            runtime.generate(PROMPT, broken)
+        np.testing.assert_array_equal(runtime.generate(PROMPT, subject).latents, expected)

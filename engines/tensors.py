@@ -1,0 +1,93 @@
+"""Tensors of a graph: what it takes, and the one check that every feed goes through.
+
+Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.dlpack import DeviceArray
+from engines.errors import EngineInputError
+
+Array = NDArray[Any]
+Tensors = Mapping[str, Array | DeviceArray]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a graph.
+
+    Attributes:
+        name: in the graph.
+        shape: a number is a fixed size, a name any size.
+        dtype: NumPy's name, such as "float32".
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Any]:
+    """`arrays` as C-contiguous aligned arrays; the one check that every backend's feeds go through.
+
+    Names that stand for sizes are not compared with one another: one may be 1 where the graph broadcasts.
+
+    Args:
+        specs: what is taken.
+        arrays: some or all of it.
+        role: "input" or "weight", for the message.
+
+    Raises:
+        EngineInputError: a name is not among the specs, or a value is not an array of that shape and type.
+    """
+    known = {spec.name: spec for spec in specs}
+    for name in arrays:
+        if name not in known:
+            raise EngineInputError(
+                f"the graph has no {role} {name!r}",
+                f"its {role}s are: {listed(known)}",
+                nearest(name, known),
+            )
+    return {name: _checked(known[name], array, role) for name, array in arrays.items()}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, sorted."""
+    return ", ".join(sorted(names)) or "none"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question for a message, if one of the known names is nearly this one."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {found[0]!r}?" if found else ""
+
+
+def _checked(spec: TensorSpec, array: Any, role: str) -> Any:
+    if not isinstance(array, (np.ndarray, np.generic, DeviceArray)):
+        raise EngineInputError(
+            f"{role} {spec.name!r} is a {type(array).__name__}", "the graph takes NumPy arrays"
+        )
+    fits = len(array.shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise EngineInputError(
+            f"{role} {spec.name!r} has shape {_sizes(array.shape)}", f"the graph takes {_sizes(spec.shape)}"
+        )
+    if array.dtype != np.dtype(spec.dtype):
+        raise EngineInputError(f"{role} {spec.name!r} is {array.dtype}", f"the graph takes {spec.dtype}")
+    if isinstance(array, DeviceArray):
+        return array
+    return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
+
+
+def _sizes(shape: Iterable[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
