@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperrt.lora import VECTORS, LoraLayout, Site
+from training.attention import attention
 from training.config import DecoderConfig
 from training.resampler import Resampler
 
@@ -82,7 +83,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention on [B, heads, tokens, d / heads]; returns [B, tokens, d]."""
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):

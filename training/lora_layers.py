@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from hyperrt.lora import LoraLayout, Site
+from training.attention import attention
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # path of an attn2 -> (K, V), each [rows, tokens, inner]
@@ -68,7 +68,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     query, key, value = (
         x.unflatten(-1, (heads, inner // heads)).transpose(1, 2) for x in (query, key, value)
     )
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, tokens, inner)
+    return attention(query, key, value).transpose(1, 2).reshape(rows, tokens, inner)
 
 
 def project(linear: nn.Module, path: str, x: Tensor, rows: Rows | None) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Generator, Tensor, nn
 from training import base as bases
 from training import clip_tokenizer, cutouts, data, device, scenes
 from training.loop import Schedule, fit, reported
+from training.lora_layers import install
 from training.sample import sample, sheet
 
 log = logging.getLogger("training")
@@ -227,6 +228,7 @@ def train_unet(
 ) -> bases.Base:
     """Denoises cached latents under their captions, half with the token, which means nothing yet."""
     where = device.pick()
+    install(parts.unet)  # its attention is faster on a CPU
     model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder).to(where)
     latents, ids = cache.latents, _caption_ids(cache, parts)
     empty = bases.tokens(parts.tokenizer, [""])[0]
