@@ -35,7 +35,8 @@ SCENES_EACH = 2
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0
 CUTOUTS = 40
 WAYS = {"": "its own LoRA", "_none": "no LoRA", "_wrong": "another's LoRA"}
-BARS = {"identity_hist": ">= 0.5", "identity_encoder": ">= 0.5", "background": ">= 0.8"}
+BARS = {"identity_hist": ">= 0.7", "identity_encoder": ">= 0.5", "background": ">= 0.9"}
+BARS |= {"identity_hist_cutouts": ">= 0.4"}
 BARS |= {"identity_hist_none": "about 0.05", "identity_hist_wrong": "about 0.05"}
 
 
