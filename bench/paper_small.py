@@ -18,8 +18,9 @@ The hypernetworks of table 3 are trained as the paper's of the closed category, 
 overfit: the picture that is denoised is the one photo that they see (photos 1, cross_view 0), and its
 caption, "a [V] robot", says nothing of its scene.  So the LoRA has to hold the scene, and draws it whatever
 the prompt says.  With the defaults of training/config.py, other views as targets and captions that name the
-scene, there is little to overfit, and scenes come right at any κ.  The other tables take the hypernetwork of
---lambda, unless --hypernet names another run.
+scene, there is little to overfit, and scenes come right at any κ.  Such training from nothing takes hours to
+find what a subject looks like; with --start it goes on from a run that knows.  The other tables take the
+hypernetwork of --lambda, unless --hypernet names another run.
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ def main() -> None:
     parser.add_argument(
         "--hypernet", type=Path, metavar="RUN", help="a run of training.train for tables but 3"
     )
+    parser.add_argument(
+        "--start", type=Path, metavar="RUN", help="a run that those of table 3 go on from"
+    )
     parser.add_argument("--output", type=Path, help=f"folder (default: {OUTPUT.relative_to(report.ROOT)})")
     parser.add_argument("--work", type=Path, help="what is kept (default: a folder beside the model)")
     parser.add_argument("--subjects", type=int, default=40)
@@ -104,7 +108,7 @@ def lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
         training |= QUICK
         bundle = Bundle.open(args.bundle)  # of another base model; an export takes longer than all the rest
     else:
-        run = args.hypernet or paper_subjects.trained(world, training, args.usual, work)
+        run = args.hypernet or paper_subjects.trained(world, training, args.usual, work, args.start)
         bundle = Bundle.open(small_drawing.exported(world, run, work))
     training |= {"rank": bundle.layout.rank}
     tuning = DreamBoothConfig(steps=args.dreambooth_steps, lr=args.lr, token=bundle.prompts.token)
@@ -112,7 +116,7 @@ def lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
         cases = scoring.cases(args.seed, args.subjects)
         scorer = scoring.Scorer(scoring.encoder(bundle, args.quick), cases, args.scenes)
         studio = small_drawing.Studio(runtime, scorer, args.steps, 1000 * args.seed)
-        yield Lab(world, base, studio, training, tuple(args.lambdas), tuning, work)
+        yield Lab(world, base, studio, training, tuple(args.lambdas), tuning, work, args.start)
 
 
 def write(args: argparse.Namespace, found: Lab) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from training.dreambooth import DreamBoothConfig, finetune
 from training.features import encode_images
 from training.hypernet import Decoder
 
+# How a hypernetwork goes on from another: at a rate that stays, and its EMA forgets the other soon.
+GOING_ON = {"lr": 3e-4, "final_lr": 1.0, "ema": 0.98}
 WHERE = ("model", "data", "output", "device", "threads")  # settings that change no result, or hardly
 
 
@@ -51,6 +54,7 @@ class Lab:
     """What the tables are made with.
 
     training: settings of the hypernetworks that table 3 trains, one for each of `lambdas`.
+    start: the run that these go on from, or none.
     fine_tuning: of DreamBooth.
     work: where both are kept.
     """
@@ -62,6 +66,7 @@ class Lab:
     lambdas: Sequence[float]
     fine_tuning: DreamBoothConfig
     work: Path
+    start: Path | None = None
 
     def predicted(self, photos: int = 4) -> Made:
         """By the bundle's hypernetwork, from the first photos of each case."""
@@ -84,7 +89,7 @@ class Lab:
 
     def hypernetwork(self, lambda_: float) -> Decoder:
         """Of table 3, with that λ."""
-        return checkpoint.load_hypernet(trained(self.world, self.training, lambda_, self.work))[0]
+        return checkpoint.load_hypernet(trained(self.world, self.training, lambda_, self.work, self.start))[0]
 
     def fine_tuned(self) -> Made:
         """By DreamBooth, from all photos of each case under its own caption, "a [V] robot"."""
@@ -106,15 +111,30 @@ class Lab:
         return done.subject, done.seconds
 
 
-def trained(world: World, training: dict[str, Any], lambda_: float, work: Path) -> Path:
-    """The run of a hypernetwork with those settings and that λ: trained, or found where it was before."""
+def trained(
+    world: World, training: dict[str, Any], lambda_: float, work: Path, start: Path | None = None
+) -> Path:
+    """The run of a hypernetwork with those settings and that λ: trained, or found where it was before.
+
+    start: the run that it goes on from, for so many steps more.
+    """
+    origin = ""
+    if start is not None:
+        done = checkpoint.load_hypernet(start)[1]["step"]
+        training = {**training, **GOING_ON, "steps": training["steps"] + done}
+        origin = hashlib.sha256((start / f"{checkpoint.HYPERNET}.safetensors").read_bytes()).hexdigest()
     config = world.training("", lambda_=lambda_, **training)
     settings = {name: value for name, value in to_json(config).items() if name not in WHERE}
     base = checkpoint.hash_of(bases.opened(world.base).unet)
-    out = work / f"lambda-{lambda_:g}-{_digest(settings, base)}"
+    out = work / f"lambda-{lambda_:g}-{_digest(settings, base, origin)}"
+    if start is not None and not out.exists():
+        part = work / f"{out.name}.part"
+        shutil.copytree(start, part, dirs_exist_ok=True)
+        part.rename(out)
     if not _finished(out, config.steps):
         where = small_world.captioned_by_noun(world, work / "captioned_by_noun")
-        train.run(where.training(out, lambda_=lambda_, **training), resume=True)
+        config = where.training(out, lambda_=lambda_, **training)
+        train.run(config, resume=True, allow_changes=start is not None)
     return out
 
 

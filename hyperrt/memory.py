@@ -19,11 +19,7 @@ from hyperrt.errors import ResourceError
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 DRAWING = ("text_encoder", "context", "denoiser", "vae_decoder")  # in the order in which they run
-PERSONALIZING = (
-    "image_encoder",
-    "weight_decoder",
-    "image_prompt",
-)  # each is closed before the next is opened
+PERSONALIZING = ("image_encoder", "weight_decoder", "image_prompt")  # likewise
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # of a number, by precision
 
 
@@ -59,15 +55,27 @@ def to_draw(
     return max([*peaks, sum(weights[name] for name in missing) + max(beside.values())])
 
 
-def to_personalize(bundle: Bundle, loads_fp32: bool = False) -> int | None:
-    """Bytes at the peak of making a subject; None where the bundle does not say."""
+def to_personalize(bundle: Bundle, loads_fp32: bool = False, stay_open: bool = False) -> int | None:
+    """Bytes at the peak of making a subject; None where the bundle does not say.
+
+    Args:
+        stay_open: no graph is closed before the next one is opened.
+    """
     graphs = {name: bundle.graphs[name] for name in PERSONALIZING if name in bundle.graphs}
     if not all(graph.weight_bytes and graph.row_bytes for graph in graphs.values()):
         return None
-    return max(
-        graph.weight_bytes + max(graph.row_bytes, _in_fp32(bundle, name) if loads_fp32 else 0)
-        for name, graph in graphs.items()
-    )
+    before, peaks = 0, []
+    for name, graph in graphs.items():
+        beside = max(graph.row_bytes, _in_fp32(bundle, name) if loads_fp32 else 0)
+        peaks.append(before + graph.weight_bytes + beside)
+        before += graph.weight_bytes if stay_open else 0
+    return max(peaks)
+
+
+def fits(needed: int | None) -> bool:
+    """Whether there is so much memory; where either number is unknown, there is."""
+    left = available()
+    return needed is None or left is None or needed <= left
 
 
 def check(needed: int | None, what: str, advice: str) -> None:
@@ -82,7 +90,7 @@ def check(needed: int | None, what: str, advice: str) -> None:
         ResourceError: with both numbers.
     """
     left = available()
-    if needed is not None and left is not None and needed > left:
+    if needed is not None and left is not None and not fits(needed):
         raise ResourceError(
             f"{what} needs about {needed / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are available",
             "the model's weights and what one call of it computes would not fit at once",

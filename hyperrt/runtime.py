@@ -35,7 +35,8 @@ from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
 from hyperrt.job import Job, check, plan
-from hyperrt.personalize import Photos, check_finite, encode_photos, lora_of, origin, read_photos, tokens_of
+from hyperrt.making import Making
+from hyperrt.personalize import Photos, check_finite, origin, read_photos
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
 from hyperrt.sampling import Feeds, Step
 from hyperrt.subject import Subject
@@ -86,6 +87,7 @@ class Runtime:
         self.backend = self._graphs.backend
         self._low_memory = low_memory
         self._conditioning = Conditioning(self._graphs, low_memory)
+        self._making = Making(self._graphs, low_memory)
         self._bound: tuple[Any, ...] | None = None  # engine, what it was told, for how many pictures
         self._lock = threading.RLock()
 
@@ -142,19 +144,8 @@ class Runtime:
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
         pixels = preprocess(photos, self.bundle.preprocess)
-        if not (backend := engines.BACKENDS[self.backend]).nvidia:
-            needed = memory.to_personalize(self.bundle, backend.loads_fp32)
-            memory.check(needed, "making a subject", "end other programs")
-        tokens = None
         with self._lock:
-            # One after the other, and closed at once: these are not needed again until the next subject.
-            with self._graphs.open("image_encoder") as encoder:
-                features = encode_photos(pixels, encoder)
-            with self._graphs.open("weight_decoder") as decoder:
-                weights = lora_of(features, decoder, self.bundle.layout, combine)
-            if self.bundle.image_prompt:
-                with self._graphs.open("image_prompt") as resampler:
-                    tokens = tokens_of(features, resampler)
+            weights, tokens = self._making.lora(pixels, combine)
         return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos), combine), tokens)
 
     def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
@@ -299,7 +290,12 @@ class Runtime:
         return results if several else results[0]
 
     def _check_memory(self, job: Job) -> None:
-        """Refuse a job that will not fit, before anything is loaded; a GPU says itself when it is full."""
+        """Close what makes subjects, and refuse a job that will not fit, before anything is loaded.
+
+        A GPU says itself when it is full.
+        """
+        with self._lock:
+            self._making.free()
         backend = engines.BACKENDS[self.backend]
         if backend.nvidia:
             return

@@ -173,7 +173,8 @@ def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
     subjects, small_world = load("paper_subjects"), load("small_world")
     runs: dict[str, int] = {}
 
-    def run(config, resume):
+    def run(config, resume, allow_changes):
+        assert not allow_changes
         runs[Path(config.output).name] = config.steps
         assert resume and config.data.endswith("captioned_by_noun")
 

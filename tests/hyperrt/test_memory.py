@@ -46,6 +46,8 @@ def test_the_peak_is_the_weights_that_are_open_and_the_rows_of_the_largest_graph
     assert memory.to_draw(bundle, 6) == 12.75 * GB  # all weights, and six rows
     assert memory.to_draw(bundle, 3, low_memory=True) == 8 * GB  # the denoiser alone
     assert memory.to_personalize(bundle) == 3.25 * GB
+    weights = sum(bundle.graphs[name].weight_bytes for name in ("image_encoder", "weight_decoder"))
+    assert weights < memory.to_personalize(bundle, stay_open=True) <= 3.25 * GB + weights
 
 
 def test_what_is_loaded_already_is_not_counted_again(folder):
