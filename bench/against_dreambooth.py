@@ -2,11 +2,13 @@
 
     identity_hypernet, identity_dreambooth
                            how often the nearest of 20 unseen subjects of the noun is the right one, and
-    likeness_...           cosine with the subject, by the features of an encoder of identities
+    likeness_hypernet, likeness_dreambooth
+                           cosine with the subject, by the features of an encoder of identities
     colours_...            the same by the colours of what is not white
     background_hypernet, background_dreambooth
                            how often the scene is the one that the prompt names, and
-    prompt_...             the margin by which it is (bench/scoring.py)
+    prompt_hypernet, prompt_dreambooth
+                           the margin by which it is (bench/scoring.py)
     seconds_per_subject_hypernet, seconds_per_subject_dreambooth
                            from photos in memory to LoRA, median
     times_faster           seconds of DreamBooth over those of the hypernetwork
