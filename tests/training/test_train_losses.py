@@ -62,7 +62,7 @@ def test_matching_is_the_distance_from_the_base_model_on_the_same_rows(trainer, 
 def test_a_fresh_decoder_is_the_base_model_so_matching_costs_nothing_and_preservation_does(trainer):
     fresh = {prior: trainer(learned=False, gamma=1.0, prior=prior) for prior in PRIORS}
     cost = {prior: terms_of(one)[1]["prior"].item() for prior, one in fresh.items()}
-    assert cost["matching"] < 1e-6 and cost["preservation"] > 0.1
+    assert cost["matching"] < 1e-4 and cost["preservation"] > 0.1
 
 
 def test_matching_pulls_the_lora_back_to_the_base_model(trainer):
