@@ -59,8 +59,10 @@ class Making:
 
     def _room(self) -> bool:
         """Whether all of them may stay open; there is memory for one after the other at least."""
-        if self._backend.nvidia or self._graphs.open_names & set(memory.PERSONALIZING):
-            return not self._backend.nvidia
+        if self._backend.nvidia:
+            return False
+        if self._graphs.open_names & set(memory.PERSONALIZING):  # there was room when they were opened
+            return True
         bundle, loads_fp32 = self._graphs.bundle, self._backend.loads_fp32
         memory.check(memory.to_personalize(bundle, loads_fp32), "making a subject", "end other programs")
         if self._low_memory or self._graphs.open_names & set(memory.DRAWING):
