@@ -38,7 +38,8 @@ def _scores(axes: Axes, table: Table) -> None:
         axes.errorbar(range(len(table.rows)), means, bars, marker="o", capsize=3, label=label)
     axes.set_xticks(range(len(table.rows)), [row.label for row in table.rows], rotation=25, ha="right")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set_ylim(top=axes.get_ylim()[1] + 0.3 * (axes.get_ylim()[1] - axes.get_ylim()[0]))
+    axes.legend(loc="upper center", ncols=2)  # in the room above the lines
 
 
 def _trade_off(axes: Axes, table: Table) -> None:

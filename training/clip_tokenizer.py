@@ -34,7 +34,8 @@ def build(folder: Path, max_tokens: int, nouns: Sequence[str] = scenes.NOUNS) ->
 
 def _corpus(nouns: Sequence[str]) -> list[str]:
     captions = [scenes.caption(noun, place, scenes.TOKEN) for noun in nouns for place in scenes.BACKGROUNDS]
-    return [*captions, "a photo of the picture drawing toy cat dog house with and of in at by"]
+    described = " ".join((*scenes.HUES, *scenes.SHADES, *scenes.PATTERNS, "parts details"))
+    return [*captions, described, "a photo of the picture drawing toy cat dog house with and of in at by"]
 
 
 def _learn(corpus: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:

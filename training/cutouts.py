@@ -14,6 +14,7 @@ import csv
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from PIL import Image
 
 from hyperrt.errors import BadImage, BadInput, NotFound
 from hyperrt.images import printable
+from training import scenes
 
 log = logging.getLogger("training")
 
@@ -31,6 +33,7 @@ SUFFIXES = (".png", ".webp")
 MAX_PIXELS = 4_000_000
 SEEDS = {"train": 0, "test": 1}
 OPAQUE = 8  # alpha from which a pixel counts as part of the subject
+DESCRIBED_SIZE = 16  # pixels that are enough to name the colours
 SHOWN = 5  # bad files that a warning names
 
 
@@ -54,6 +57,13 @@ class Cutouts:
             turn = np.random.default_rng([SEEDS[self.split], index]).uniform(0.1, 0.9)
             picture = turn_hue(picture, turn)
         return _squared(picture).resize((size, size), Image.Resampling.LANCZOS)
+
+    def describe(self, index: int) -> str:
+        """`red and dark green frog`: the noun of an identity with the commonest colours of its pixels."""
+        pixels = np.asarray(self.subject(index, DESCRIBED_SIZE)).reshape(-1, 4)
+        names = Counter(scenes.colour_name(tuple(pixel)) for pixel in pixels[pixels[:, 3] > 127, :3].tolist())
+        colours = " and ".join(name for name, _ in names.most_common(2))
+        return f"{colours} {self.noun(index)}"
 
     @property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ from a data set is one format:
     nouns          (N,)   index into `SceneCache.names`
     captions.json  of each identity and view, of the subject and generic; or, of drawn scenes:
     backgrounds    (N, V) index into scenes.BACKGROUNDS, which makes the captions
+    descriptions.json  of drawn scenes: of each identity the noun with its colours and pattern
     latents*       (N, V, C, h, w) float16, scaled as the UNet takes them
     features-*, text-*, pooled-*   what the frozen encoders make of pictures and captions: features.py
 
@@ -43,6 +44,7 @@ log = logging.getLogger("training")
 
 RECIPE, LATENTS, CAPTIONS = "cache.json", "latents.npy", "captions.json"
 IMAGES, NOUNS = "images.npy", "nouns.npy"
+BACKGROUNDS, DESCRIPTIONS = "backgrounds.npy", "descriptions.json"
 AHEAD = 4  # items that each worker is ahead of what is used
 CUTOUT_SHARE = 0.25
 CUTOUT_VIEWS = 4
@@ -65,12 +67,23 @@ class Subjects:
 
     def at(self, index: int, size: int) -> tuple[str, Image.Image]:
         """The noun, and the subject as RGBA (size, size)."""
-        if self.cutouts is not None:
-            rng = np.random.default_rng([scenes.SPLIT_SEEDS[self.split], 100, index])
-            if rng.random() < self.share:
-                return self.cutouts.noun(index), self.cutouts.subject(index, size)
-        noun = scenes.NOUNS[index % len(scenes.NOUNS)]
-        return noun, scenes.draw_subject(scenes.identity(noun, self.split, index), size)
+        if self.cutouts is not None and self._is_cutout(index):
+            return self.cutouts.noun(index), self.cutouts.subject(index, size)
+        who = self._drawn(index)
+        return who.noun, scenes.draw_subject(who, size)
+
+    def describe(self, index: int) -> str:
+        """The noun with colours and pattern, as captions can have it."""
+        if self.cutouts is not None and self._is_cutout(index):
+            return self.cutouts.describe(index)
+        return scenes.describe(self._drawn(index))
+
+    def _is_cutout(self, index: int) -> bool:
+        rng = np.random.default_rng([scenes.SPLIT_SEEDS[self.split], 100, index])
+        return bool(rng.random() < self.share)
+
+    def _drawn(self, index: int) -> scenes.Identity:
+        return scenes.identity(scenes.NOUNS[index % len(scenes.NOUNS)], self.split, index)
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class SceneCache:
         else:
             texts = [
                 [_captions_of_scene(names[noun], scenes.BACKGROUNDS[k]) for k in places]
-                for noun, places in zip(nouns, np.load(path / "backgrounds.npy"), strict=True)
+                for noun, places in zip(nouns, np.load(path / BACKGROUNDS), strict=True)
             ]
         if not len(images) == len(nouns) == len(texts) or not all(texts):
             why = f"there are {len(images)} identities, {len(nouns)} nouns and {len(texts)} captions"
@@ -158,6 +171,12 @@ class SceneCache:
         ]
         return [generic if token is None else text.replace(PLACEHOLDER, token) for text, generic in pairs]
 
+    def described(self, identities: np.ndarray, views: np.ndarray) -> list[str]:
+        """The captions of some (identity, view) pairs of drawn scenes, with descriptions for the nouns."""
+        places, found = np.load(self.path / BACKGROUNDS), json.loads((self.path / DESCRIPTIONS).read_text())
+        pairs = zip(identities, views, strict=True)
+        return [scenes.caption(found[who], scenes.BACKGROUNDS[places[who, view]]) for who, view in pairs]
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a cache; empty where there is no such file, or another one."""
@@ -193,7 +212,7 @@ def build(
         "views": views,
         "size": size,
         "split": split,
-        "version": 1,
+        "version": 3,
     }
     subjects = Subjects(split, cutouts, share)
     if cutouts is not None:
@@ -219,7 +238,9 @@ def _draw_all(path: Path, identities: int, views: int, size: int, subjects: Subj
             log.info("cache: drew %d of %d subjects", index + 1, identities)
     images.flush()
     np.save(path / "nouns.npy", nouns)
-    np.save(path / "backgrounds.npy", backgrounds)
+    np.save(path / BACKGROUNDS, backgrounds)
+    found = json.dumps([subjects.describe(index) for index in range(identities)])
+    files.publish(path / DESCRIPTIONS, lambda file: file.write(found.encode()), force=True)
 
 
 def in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:

@@ -35,7 +35,9 @@ from training import base as bases
 from training import device, features, ingest, scenes
 from training.checkpoint import hash_of
 from training.data import (
+    BACKGROUNDS,
     CAPTIONS,
+    DESCRIPTIONS,
     IMAGES,
     LATENTS,
     NOUNS,
@@ -52,9 +54,9 @@ from training.subjects200k import subjects200k
 
 log = logging.getLogger("training")
 
-VERSION = 2  # of the cache; 1 is that of the drawn scenes
+VERSION = 2  # of the cache; 1 and 3 are those of drawn scenes
 ENCODED = ("latents", "mirrored", "features", "text", "pooled")
-FILES = (IMAGES, NOUNS, CAPTIONS, RECIPE, LATENTS, ingest.SKIPPED, "backgrounds.npy")
+FILES = (IMAGES, NOUNS, CAPTIONS, RECIPE, LATENTS, ingest.SKIPPED, BACKGROUNDS, DESCRIPTIONS)
 OURS = re.compile(rf"({'|'.join(ENCODED)})-[0-9a-f]+\.npy|\.hyperrt-\w+\.tmp")
 MODEL_PARTS = ("vae", "image_encoder", "text_encoder", "text_encoder_2")
 

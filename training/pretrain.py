@@ -45,6 +45,7 @@ UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
 LATENT_NOISE = 0.1  # in standard deviations of the latents
 TEMPERATURE = 0.07
 TEXT_DROPOUT = 0.1
+DESCRIBED = 0.5  # of the captions; the others know the noun alone
 VALIDATION = 128  # identities at the end of the cache that no stage trains on
 
 STAGES = ("vae", "image_encoder", "decoder", "unet")
@@ -226,11 +227,15 @@ class Denoiser(nn.Module):
 def train_unet(
     out: Path, cache: data.SceneCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int
 ) -> bases.Base:
-    """Denoises cached latents under their captions, half with the token, which means nothing yet."""
+    """Denoises cached latents under their captions: half of them described, a quarter with the token.
+
+    The token means nothing yet. A description does: only what the text can say does the cross-attention
+    learn to draw, and a LoRA can say no more than that.
+    """
     where = device.pick()
     install(parts.unet)  # its attention is faster on a CPU
     model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder).to(where)
-    latents, ids = cache.latents, _caption_ids(cache, parts)
+    latents, (plain, token, described) = cache.latents, _caption_ids(cache, parts)
     empty = bases.tokens(parts.tokenizer, [""])[0]
 
     def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
@@ -239,8 +244,9 @@ def train_unet(
         clean = clean.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(clean.shape, generator=generator)
         time = torch.randint(parts.scheduler.config.num_train_timesteps, (batch,), generator=generator)
-        text = ids[torch.randint(2, (batch,), generator=generator), who, view]
-        text[torch.rand(batch, generator=generator) < TEXT_DROPOUT] = empty
+        text = torch.where(_chance(0.5, batch, generator), plain[who, view], token[who, view])
+        text = torch.where(_chance(DESCRIBED, batch, generator), described[who, view], text)
+        text = torch.where(_chance(TEXT_DROPOUT, batch, generator), empty, text)
         noised = parts.scheduler.add_noise(clean, noise, time)
         predicted = model(noised.to(where), time.to(where), text.to(where)).float()
         return {"loss": F.mse_loss(predicted, parts.scheduler.get_velocity(clean, noise, time).to(where))}
@@ -263,13 +269,15 @@ def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
 
 
 def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
-    """Token ids [2, N, V, L]: without and with the subject's token."""
-    identities, views = np.indices(cache.shape)
-    ids = [
-        bases.tokens(parts.tokenizer, cache.captions(identities.ravel(), views.ravel(), token))
-        for token in (None, scenes.TOKEN)
-    ]
-    return torch.stack(ids).unflatten(1, cache.shape)
+    """Token ids [3, N, V, L]: without and with the subject's token, and described."""
+    where = [index.ravel() for index in np.indices(cache.shape)]
+    texts = [cache.captions(*where), cache.captions(*where, scenes.TOKEN), cache.described(*where)]
+    return torch.stack([bases.tokens(parts.tokenizer, one) for one in texts]).unflatten(1, cache.shape)
+
+
+def _chance(share: float, count: int, generator: Generator) -> Tensor:
+    """True in a share of the rows: [count, 1]."""
+    return torch.rand(count, 1, generator=generator) < share
 
 
 def _uint8(images: Tensor) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The small world: a drawn subject composited into a named scene.
 
-A caption knows the coarse noun and the scene, never what makes the subject itself:
-its palette, pattern and proportions are free parameters of an `Identity`. So a base
-model trained on the captions cannot know a subject, and a hypernetwork has something to add.
+A caption knows the coarse noun and the scene; what makes the subject itself, its palette,
+pattern and proportions, are free parameters of an `Identity`. So a base model cannot know a
+subject, and a hypernetwork has something to add. A description names colours and pattern:
+from it a base model learns to be told them by its text, which is where a LoRA tells it more.
 
 Units: drawings are made on a unit square (x to the right, y down), at `OVERSAMPLE` times
 the wanted size, and reduced once, so every edge is anti-aliased. Pictures are (size, size, 3) uint8.
@@ -26,12 +27,16 @@ PATTERNS = ("plain", "stripes", "dots", "checks")
 SPLIT_SEEDS = {"train": 0, "test": 1, "example": 2, "judge": 3}  # part of an identity's seed, so disjoint
 
 Colour = tuple[int, int, int]
+HUES = (
+    "red", "orange", "yellow", "lime", "green", "teal", "cyan", "azure", "blue", "purple", "magenta", "pink",
+)  # fmt: skip
+SHADES = ("dark", "pale", "black", "grey", "white")
 WHITE, INK = (255, 255, 255), (35, 35, 45)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes one subject itself. No caption mentions any of it."""
+    """What makes one subject itself. A caption mentions none of it, a description some."""
 
     noun: str
     palette: tuple[Colour, Colour, Colour]  # body, pattern and parts, accent
@@ -64,6 +69,26 @@ def _palette(rng: np.random.Generator) -> tuple[Colour, Colour, Colour]:
 def _colour(hue: float, saturation: float, value: float) -> Colour:
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def colour_name(colour: Colour) -> str:
+    """`red`, `dark teal`, `pale pink`; or a grey."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in colour))
+    if value < 0.25:
+        return "black"
+    if saturation < 0.2:
+        return "white" if value > 0.85 else "grey"
+    name = HUES[round(12 * hue) % 12]
+    if value < 0.65:
+        return f"dark {name}"
+    return f"pale {name}" if saturation < 0.7 else name
+
+
+def describe(who: Identity) -> str:
+    """`red fish with dark green dots and pink details`: what a caption can have in the place of the noun."""
+    body, second, accent = map(colour_name, who.palette)
+    what = "parts" if who.pattern == "plain" else who.pattern
+    return f"{body} {who.noun} with {second} {what} and {accent} details"
 
 
 class Painter:
@@ -285,6 +310,9 @@ def scene(who: Identity, background: str, rng: np.random.Generator, size: int = 
 
 
 def caption(noun: str, background: str, token: str | None = None) -> str:
-    """`a robot on a beach`, or `a sks robot on a beach` with the subject's token."""
+    """`a robot on a beach`, or `a sks robot on a beach` with the subject's token.
+
+    noun: or a description.
+    """
     named = f"{token} {noun}" if token else noun
-    return f"a {named} {background}"
+    return f"{'an' if named[0] in 'aeio' else 'a'} {named} {background}"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hyperrt.errors import BadInput, NotFound
-from training import cutouts
+from training import cutouts, scenes
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "yellow")
 
@@ -80,6 +80,14 @@ def test_an_identity_is_the_same_for_ever(folder):
     index = 3 * len(COLOURS) + 1
     one, other = (np.asarray(cutouts.load(folder).subject(index, 32)) for _ in range(2))
     assert np.array_equal(one, other)
+
+
+def test_a_description_has_the_colours_that_a_picture_shows(folder):
+    found = cutouts.load(folder)
+    for index in range(2 * len(found.files)):
+        levels = 255 * np.array(colorsys.hsv_to_rgb(*colour_of(found.subject(index, 32))))
+        shown = scenes.colour_name(tuple(levels.round().astype(int).tolist()))
+        assert found.describe(index) == f"{shown} {found.noun(index)}"
 
 
 def test_bad_files_are_left_out_counted_and_named(tmp_path, cutout_folder, caplog):

@@ -66,6 +66,22 @@ def test_captions_name_noun_scene_and_token(small):
     assert small.captions(who, view, "sks") == [f"a sks {noun} {place}"]
 
 
+def test_described_captions_have_the_description_in_the_place_of_the_noun(folder, tmp_path):
+    mixed = data.build(
+        tmp_path / "mixed", 24, VIEWS, SIZE, workers=1, cutouts=cutouts.load(folder), share=0.5
+    )
+    who, view = (index.ravel() for index in np.indices(mixed.shape))
+    for told, plain in zip(mixed.described(who, view), mixed.captions(who, view), strict=True):
+        place = next(place for place in scenes.BACKGROUNDS if plain.endswith(place))
+        noun = plain.removeprefix("a ").removesuffix(place).strip()
+        assert told.endswith(place)
+        assert noun in told
+        assert len(told) > len(plain)
+    drawn = next(k for k in range(24) if "details" in mixed.described(np.array([k]), np.array([0]))[0])
+    who = scenes.identity(scenes.NOUNS[drawn % len(scenes.NOUNS)], "train", drawn)
+    assert scenes.describe(who) in mixed.described(np.array([drawn]), np.array([0]))[0]
+
+
 def test_what_is_not_there_is_named(small):
     with pytest.raises(FileNotFoundError, match="has no latents yet"):
         _ = small.latents

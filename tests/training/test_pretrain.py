@@ -119,6 +119,24 @@ def test_stages_one_after_the_other_are_the_whole(straight, tmp_path):
     assert weights(tmp_path) == weights(straight)
 
 
+def test_half_of_the_captions_are_described(straight, tmp_path, monkeypatch):
+    asked, forward = [], pretrain.Denoiser.forward
+
+    def listen(self, latents, timesteps, ids):
+        asked.extend(ids.tolist())
+        return forward(self, latents, timesteps, ids)
+
+    monkeypatch.setattr(pretrain.Denoiser, "forward", listen)
+    monkeypatch.setattr(pretrain, "UNET", dataclasses.replace(SCHEDULE, steps=40, report_every=40))
+    run(tmp_path, until="decoder")
+    run(tmp_path)
+    texts = bases.load(straight / "base").tokenizer.batch_decode(asked, skip_special_tokens=True)
+    shares = {name: np.mean([name in text for text in texts]) for name in (" with ", "sks")}
+    empty = np.mean([not text for text in texts])
+    assert shares == {" with ": pytest.approx(0.45, abs=0.1), "sks": pytest.approx(0.225, abs=0.1)}
+    assert empty == pytest.approx(pretrain.TEXT_DROPOUT, abs=0.06)
+
+
 def test_another_seed_is_another_run(straight, tmp_path):
     run(tmp_path, until="vae", seed=1)
     assert curve(tmp_path, "vae") != curve(straight, "vae")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -66,6 +67,38 @@ def test_a_caption_is_a_function_of_noun_and_scene_and_tells_nothing_of_the_iden
     }
     assert not words & ({*scenes.PATTERNS, "striped", "dotted", "checked"} - {"plain"})
     assert all("plain" not in scenes.caption(noun, "") for noun in scenes.NOUNS)
+
+
+@pytest.mark.parametrize(
+    ("colour", "name"),
+    [
+        ((255, 0, 0), "red"),
+        ((255, 10, 10), "red"),
+        ((255, 0, 20), "red"),  # a hue just below the whole circle
+        ((120, 0, 0), "dark red"),
+        ((230, 110, 110), "pale red"),
+        ((0, 0, 240), "blue"),
+        ((20, 20, 30), "black"),
+        ((128, 128, 120), "grey"),
+        ((250, 250, 250), "white"),
+    ],
+    ids=str,
+)
+def test_a_colour_has_a_name(colour, name):
+    assert scenes.colour_name(colour) == name
+
+
+def test_a_description_names_colours_and_pattern():
+    palette = ((255, 0, 0), (0, 120, 0), (0, 0, 240))
+    who = scenes.Identity("fish", palette, "dots", repeats=4, angle=0, parts=(0.5,) * 8)
+    assert scenes.describe(who) == "red fish with dark green dots and blue details"
+    plain = dataclasses.replace(who, pattern="plain", palette=(*palette[:2], palette[0]))
+    assert scenes.describe(plain) == "red fish with dark green parts and red details"
+
+
+def test_a_caption_begins_with_the_article_of_its_first_word():
+    assert scenes.caption("orange fish with red dots", WHITE).startswith("an orange fish ")
+    assert scenes.caption("orange fish", WHITE, "sks").startswith("a sks orange fish ")
 
 
 @pytest.mark.parametrize("noun", scenes.NOUNS)
