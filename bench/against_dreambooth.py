@@ -26,7 +26,6 @@ sweep out.  All computation is on the threads of --threads.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,6 @@ import scoring
 import small_drawing
 import small_world
 from small_drawing import Guidance, Studio
-
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt import Runtime
 from hyperrt.subject import Subject
@@ -68,10 +65,9 @@ class Tuner:
 
     def __call__(self, case: scoring.Case, stops: Sequence[int] = ()) -> list[Finetuned]:
         """A case after each of the stops, the last after all the steps."""
-        photos, places = scoring.photos_of(case)
-        prompts = [scenes.caption(case.noun, place, "[V]") for place in places]
+        prompts = [scenes.caption(case.noun, place, "[V]") for place in case.photo_scenes]
         layout = self.runtime.bundle.layout
-        return finetune(self.base, photos, case.noun, layout, self.config, prompts, stops)
+        return finetune(self.base, case.photos, case.noun, layout, self.config, prompts, stops)
 
 
 def main() -> None:
@@ -141,11 +137,10 @@ def personalised(runtime: Runtime, cases: Sequence[scoring.Case]) -> list[tuple[
     """Every case by the hypernetwork, and the seconds of one call of `Runtime.personalize`."""
     found = []
     for case in cases:
-        photos, _ = scoring.photos_of(case)
         made: list[Subject] = []
         times = [
-            report.milliseconds(lambda photos=photos, case=case, made=made: made.append(
-                runtime.personalize(photos, case.noun)))
+            report.milliseconds(lambda case=case, made=made: made.append(
+                runtime.personalize(case.photos, case.noun)))
             for _ in range(REPEATS)
         ]  # fmt: skip
         found.append((made[-1], median(times) / 1000))

@@ -27,8 +27,6 @@ from typing import Any
 
 import report
 
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
-
 from hyperrt.bundle import Bundle
 
 TARGETS = "sm86,sm89,sm120"

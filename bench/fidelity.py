@@ -34,7 +34,7 @@ from training.drawn import CANDIDATES, FIRST_INDEX, PHOTO_SIZE, SEED_STRIDE, VIE
 SCENES_EACH = 2
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0
 CUTOUTS = 40
-WAYS = {"": "its own LoRA", "_none": "no LoRA", "_wrong": "another's LoRA"}
+WAYS = ("", "_none", "_wrong")  # its own LoRA, none, another's
 BARS = {"identity_hist": ">= 0.7", "identity_encoder": ">= 0.5", "background": ">= 0.9"}
 BARS |= {"identity_hist_cutouts": ">= 0.4"}
 BARS |= {"identity_hist_none": "about 0.05", "identity_hist_wrong": "about 0.05"}

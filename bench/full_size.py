@@ -28,8 +28,6 @@ from time import perf_counter
 
 import report
 
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
-
 BACKENDS = ("onnxruntime", "openvino")
 PARITY_OF = ("fp32", "bf16")
 BARS = {

@@ -44,8 +44,6 @@ import gpu_results
 import gpu_timing
 import report
 
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
-
 from engines import EngineError, nvidia
 from hyperrt.errors import HyperRTError
 

@@ -25,8 +25,6 @@ from statistics import median
 import numpy as np
 import report
 
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
-
 import engines
 from engines.base import Engine
 

@@ -6,16 +6,12 @@ of two rows when their means are in order.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import report
 import scoring
-
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from training.intervals import Interval, mean_interval
 
@@ -86,6 +82,11 @@ def falls(name: str, rows: Sequence[Row], score: str) -> Ordering:
 def above(name: str, higher: Row, lower: Row, score: str) -> Ordering:
     """The mean score of one row is above another's."""
     return Ordering(name, higher.interval(score).mean > lower.interval(score).mean)
+
+
+def all_above(name: str, pairs: Iterable[tuple[Row, Row]], score: str) -> Ordering:
+    """In every pair the mean score of the first row is above the second's."""
+    return Ordering(name, all(above(name, *pair, score).held for pair in pairs))
 
 
 def not_below(name: str, row: Row, other: Row, score: str) -> Ordering:

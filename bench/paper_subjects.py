@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,12 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import report
 import scoring
 import small_drawing
 import small_world
 import torch
 from small_drawing import Studio
 from small_world import World
-
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt import files, lora
 from hyperrt.subject import Subject
@@ -73,7 +69,7 @@ class Lab:
         runtime, found, times = self.studio.runtime, [], []
         for case in self.studio.cases:
             began = perf_counter()
-            found.append(runtime.personalize(scoring.photos_of(case)[0][:photos], case.noun))
+            found.append(runtime.personalize(case.photos[:photos], case.noun))
             times.append(perf_counter() - began)
         return Made([small_drawing.anywhere(subject) for subject in found], median(times))
 
@@ -83,7 +79,7 @@ class Lab:
 
     @torch.no_grad()
     def _subject(self, decoder: Decoder, case: scoring.Case, photos: int) -> Subject:
-        pictures = np.stack(scoring.photos_of(case)[0][:photos])
+        pictures = np.stack(case.photos[:photos])
         packed = decoder(encode_images(self.base, pictures))
         return Subject({name: rows.mean(0).numpy() for name, rows in packed.items()}, case.noun, photos, {})
 
@@ -103,7 +99,7 @@ class Lab:
         path, note = folder / f"{name}.safetensors", folder / f"{name}.json"
         if note.is_file():  # written last
             return lora.load_subject(path, layout, origin), json.loads(note.read_text())["seconds"]
-        done = finetune(self.base, scoring.photos_of(case)[0], case.noun, layout, self.fine_tuning)[-1]
+        done = finetune(self.base, case.photos, case.noun, layout, self.fine_tuning)[-1]
         folder.mkdir(parents=True, exist_ok=True)
         lora.save_subject(path, done.subject.lora, layout, done.subject.metadata, force=True)
         content = json.dumps({"seconds": done.seconds, "steps": done.steps}).encode()
@@ -118,11 +114,7 @@ def trained(
 
     start: the run that it goes on from, for so many steps more.
     """
-    origin = ""
-    if start is not None:
-        done = checkpoint.load_hypernet(start)[1]["step"]
-        training = {**training, **GOING_ON, "steps": training["steps"] + done}
-        origin = hashlib.sha256((start / f"{checkpoint.HYPERNET}.safetensors").read_bytes()).hexdigest()
+    training, origin = going_on(training, start)
     config = world.training("", lambda_=lambda_, **training)
     settings = {name: value for name, value in to_json(config).items() if name not in WHERE}
     base = checkpoint.hash_of(bases.opened(world.base).unet)
@@ -136,6 +128,16 @@ def trained(
         config = where.training(out, lambda_=lambda_, **training)
         train.run(config, resume=True, allow_changes=start is not None)
     return out
+
+
+def going_on(training: dict[str, Any], start: Path | None) -> tuple[dict[str, Any], str]:
+    """The settings of a run that goes on from another, and the hash of the other's weights; or from none."""
+    if start is None:
+        return training, ""
+    done = checkpoint.load_hypernet(start)[1]["step"]
+    weights = (start / f"{checkpoint.HYPERNET}.safetensors").read_bytes()
+    changed = GOING_ON | {"steps": training["steps"] + done}
+    return training | changed, hashlib.sha256(weights).hexdigest()
 
 
 def _finished(out: Path, steps: int) -> bool:

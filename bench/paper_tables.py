@@ -12,10 +12,8 @@ Every function takes the lab and returns a `Table`.  How the paper's numbers bec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import paper_rows
-import scoring
+import paper_subjects
 from paper_rows import Ordering, Row, Table
 from paper_subjects import Lab, Made
 from scoring import COLOURS, PROMPT, SUBJECT
@@ -51,12 +49,18 @@ def table3(lab: Lab) -> Table:
     orderings = [
         paper_rows.falls("table3_likeness_falls_with_lambda", rows, SUBJECT),
         paper_rows.rises("table3_prompt_rises_with_lambda", rows, PROMPT),
-        _all("table3_without_lambda_most_like_the_subject", [
-            paper_rows.above("", rows[0], other, SUBJECT) for other in others]),
-        _all("table3_without_lambda_least_as_the_prompt_says", [
-            paper_rows.above("", other, rows[0], PROMPT) for other in others]),
-    ]  # fmt: skip
-    settings = {"guidance_scale": cfg(lab).scale, "photos": photos, **lab.training}
+        paper_rows.all_above(
+            "table3_without_lambda_most_like_the_subject", [(rows[0], other) for other in others], SUBJECT
+        ),
+        paper_rows.all_above(
+            "table3_without_lambda_least_as_the_prompt_says", [(other, rows[0]) for other in others], PROMPT
+        ),
+    ]
+    training, origin = paper_subjects.going_on(lab.training, lab.start)
+    settings = {
+        "guidance_scale": cfg(lab).scale, "photos": photos, "steps_of_each": lab.training["steps"],
+        "went_on_from": origin, **training,
+    }  # fmt: skip
     return Table("table3", "Table 3: weight λ of R(h), plain CFG", rows, orderings, settings)
 
 
@@ -75,8 +79,8 @@ def kappas(lab: Lab, name: str) -> Table:
         paper_rows.falls(f"{name}_prompt_falls_with_kappa", sweep, PROMPT),
     ]
     if name == "table9":
-        above_cfg = [paper_rows.above("", row, plain, PROMPT) for row in sweep]
-        orderings.append(_all(f"{name}_prompt_of_every_kappa_above_cfg", above_cfg))
+        pairs = [(row, plain) for row in sweep]
+        orderings.append(paper_rows.all_above(f"{name}_prompt_of_every_kappa_above_cfg", pairs, PROMPT))
     settings = {
         "guidance_scale": hm_cfg(lab, name, 1.0).scale, "cfg_scale": cfg(lab).scale, "photos": photos
     }  # fmt: skip
@@ -128,17 +132,7 @@ def photos(lab: Lab) -> Table:
     return Table("photos", "Photos of a subject", rows, orderings, settings)
 
 
-def real(lab: Lab) -> scoring.Scores:
-    """What real pictures score: the ceiling of every table."""
-    return lab.studio.scorer.real()
-
-
 def _row(lab: Lab, label: str, made: Made, guidance: Guidance) -> Row:
     scores = lab.studio.scores(made.subjects, guidance)
     point = {"method": label, "guidance_scale": guidance.scale, "kappa": guidance.kappa}
     return Row(label, point, scores, {"seconds_per_subject": made.seconds})
-
-
-def _all(name: str, orderings: Sequence[Ordering]) -> Ordering:
-    """One ordering that needs all of some."""
-    return Ordering(name, all(one.held for one in orderings))

@@ -16,14 +16,9 @@ that is judged.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import report
-from PIL import Image
-
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt.bundle import Bundle
 from training import drawn, identity_encoder, judges, scenes
@@ -48,7 +43,7 @@ def cases(seed: int, count: int) -> list[Case]:
     if not 1 <= count <= drawn.CANDIDATES * nouns:
         raise ValueError(f"there are 1 to {drawn.CANDIDATES * nouns} subjects, not {count}")
     first = drawn.FIRST_INDEX + drawn.SEED_STRIDE * seed
-    drawings = [_candidates(noun, first) for noun in scenes.NOUNS[:count]]
+    drawings = [drawn.candidates_of(noun, first) for noun in scenes.NOUNS[:count]]
     found = []
     for k in range(count):
         place, noun = divmod(k, nouns)
@@ -57,23 +52,10 @@ def cases(seed: int, count: int) -> list[Case]:
     return found
 
 
-def _candidates(noun: str, first: int) -> list[Image.Image]:
-    """Those among which a subject of the noun must be found, as RGBA."""
-    who = [scenes.identity(noun, "test", first + k) for k in range(drawn.CANDIDATES)]
-    return [scenes.draw_subject(one, drawn.PHOTO_SIZE) for one in who]
-
-
-def photos_of(case: Case) -> tuple[list[Picture], list[str]]:
-    """The photos of a case, and the scene of each."""
-    others = [scene for scene in scenes.BACKGROUNDS if scene != drawn.WHITE]
-    order = np.random.default_rng([case.index, 1]).permutation(len(others))
-    return case.photos, [others[k] for k in order[: drawn.PHOTOS]]
-
-
 def scenes_of(case: int, others: int) -> list[str]:
     """Where a case is drawn: on white, and in so many others, each scene equally often over the cases."""
-    places = [scene for scene in scenes.BACKGROUNDS if scene != drawn.WHITE]
-    return [drawn.WHITE, *(places[(5 * case + 3 * j) % len(places)] for j in range(others))]
+    places = [drawn.OTHERS[(5 * case + 3 * j) % len(drawn.OTHERS)] for j in range(others)]
+    return [drawn.WHITE, *places]
 
 
 def encoder(bundle: Bundle, quick: bool) -> judges.Features:

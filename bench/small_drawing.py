@@ -9,16 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import report
 import scoring
 from small_world import World
-
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from hyperrt import Runtime
 from hyperrt.bundle import Bundle
@@ -28,7 +24,7 @@ from hyperrt.guidance import Branch
 from hyperrt.job import plan
 from hyperrt.subject import Subject
 
-TRAIN = "python -m training.train --base BASE --cache CACHE --out RUN; then say --hypernet RUN"
+TRAIN = "python -m training.train --model BASE --data CACHE --output RUN; then say --hypernet RUN"
 NOISE_STRIDE = 10  # between the seeds of two cases
 
 

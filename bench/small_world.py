@@ -20,8 +20,6 @@ import numpy as np
 import report
 import torch
 
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
-
 from hyperrt import files
 from hyperrt.errors import HyperRTError, NotFound
 from training import base as bases
@@ -29,7 +27,6 @@ from training import clip_tokenizer, data
 from training.config import TrainConfig
 
 MAKE = "python -m training.pretrain --out RUN; then say --model RUN/base --data RUN/cache"
-CAPTIONS = "captions.json"  # of a cache: for each identity and view the captions with [V] and without
 OF_CAPTIONS = ("text-", "pooled-")  # files that hold what the text encoders make of them
 IDENTITIES, FEW_IDENTITIES, VIEWS = 96, 16, 4  # of a random cache, and of that of a quick run
 
@@ -100,10 +97,10 @@ def captioned_by_noun(world: World, folder: Path) -> World:
 
     Pictures, latents and image features are links to those of the cache.
     """
-    if not (folder / CAPTIONS).is_file():  # written last
+    if not (folder / data.CAPTIONS).is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
         for path in world.cache.resolve().iterdir():
-            if path.name == CAPTIONS or path.name.startswith(OF_CAPTIONS):
+            if path.name == data.CAPTIONS or path.name.startswith(OF_CAPTIONS):
                 continue
             link = folder / path.name
             link.unlink(missing_ok=True)
@@ -112,7 +109,7 @@ def captioned_by_noun(world: World, folder: Path) -> World:
         views = cache.images.shape[1]
         texts = [[(f"a [V] {cache.names[noun]}", f"a {cache.names[noun]}")] * views for noun in cache.nouns]
         content = json.dumps({"texts": texts}).encode()
-        files.publish(folder / CAPTIONS, lambda file: file.write(content), force=True)
+        files.publish(folder / data.CAPTIONS, lambda file: file.write(content), force=True)
     return World(world.base, folder)
 
 

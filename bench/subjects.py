@@ -22,8 +22,6 @@ import peer_environment
 import peer_ours
 import report
 
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
-
 from hyperrt import Runtime
 
 BARS = {"growth": "<= 1"}

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import tempfile
 from collections.abc import Callable
 from statistics import median
@@ -26,8 +25,6 @@ import report
 import small_world
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(report.ROOT))  # a checkout need not be installed
 
 from training import base as bases
 from training import device

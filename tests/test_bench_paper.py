@@ -127,8 +127,8 @@ def test_real_pictures_score_high_and_others_low(load, tiny):
     scoring = load("scoring")
     cases = scoring.cases(seed=7, count=2)
     assert [case.noun for case in cases] == ["robot", "fish"]
-    photos, places = scoring.photos_of(cases[0])
-    assert len(photos) == len(places) == 4 and WHITE not in places
+    assert len(cases[0].photos) == len(cases[0].photo_scenes) == 4
+    assert WHITE not in cases[0].photo_scenes
     scorer = scoring.Scorer(scoring.encoder(tiny.bundle, quick=True), cases)
     assert all(places[0] == WHITE and len(places) == 2 for places in scorer.places)
     real = scorer.real()

@@ -202,7 +202,11 @@ def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _checked(folder: Path, found: Any) -> Any:
-    """Of a tokenizer and its encoder: an empty tokenizer folder makes a tokenizer, too."""
+    """The parts, if each tokenizer fits its encoder: an empty tokenizer folder makes a tokenizer, too.
+
+    Raises:
+        ValueError: one does not.
+    """
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         if getattr(found, tokenizer) is None:
             continue

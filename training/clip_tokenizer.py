@@ -53,6 +53,6 @@ def _learn(corpus: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     learner.train_from_iterator(corpus, trainer)
     pieces = alphabet + [letter + "</w>" for letter in alphabet]
     learned = sorted(learner.get_vocab(), key=learner.get_vocab().__getitem__)
-    pieces += [piece for piece in learned if piece not in set(pieces)] + [START, END]
+    pieces = [*dict.fromkeys([*pieces, *learned]), START, END]
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     return {piece: number for number, piece in enumerate(pieces)}, merges

@@ -228,7 +228,7 @@ def build(
 
 def _draw_all(path: Path, identities: int, views: int, size: int, subjects: Subjects, workers: int) -> None:
     shape = (identities, views, size, size, 3)
-    images = np.lib.format.open_memmap(path / "images.npy", "w+", np.uint8, shape)
+    images = np.lib.format.open_memmap(path / IMAGES, "w+", np.uint8, shape)
     nouns = np.empty(identities, np.int16)
     backgrounds = np.empty((identities, views), np.int16)
     draw = partial(draw_views, views=views, size=size, subjects=subjects)
@@ -237,7 +237,7 @@ def _draw_all(path: Path, identities: int, views: int, size: int, subjects: Subj
         if (index + 1) * 10 // identities > index * 10 // identities:
             log.info("cache: drew %d of %d subjects", index + 1, identities)
     images.flush()
-    np.save(path / "nouns.npy", nouns)
+    np.save(path / NOUNS, nouns)
     np.save(path / BACKGROUNDS, backgrounds)
     found = json.dumps([subjects.describe(index) for index in range(identities)])
     files.publish(path / DESCRIPTIONS, lambda file: file.write(found.encode()), force=True)

@@ -20,6 +20,7 @@ PER_NOUN, CANDIDATES = 5, 20
 PHOTO_SIZE, VIEW_SIZE = 256, 64  # pixels
 PHOTOS, VIEWS = 4, 4
 REAL_SCENES = 25  # pictures of each scene that the judge of scenes knows
+OTHERS = tuple(scene for scene in scenes.BACKGROUNDS if scene != WHITE)
 FIRST_INDEX, SEED_STRIDE = 1_000_000, 1_000  # far from the indices that training looks at
 
 
@@ -38,11 +39,15 @@ class Case:
         return view(self.drawing, scene, [self.index, number], size)
 
     @cached_property
+    def photo_scenes(self) -> list[str]:
+        """Where the photos are taken: never on white, so that a white picture is no copy."""
+        order = np.random.default_rng([self.index, 1]).permutation(len(OTHERS))
+        return [OTHERS[k] for k in order[:PHOTOS]]
+
+    @cached_property
     def photos(self) -> list[np.ndarray]:
-        """What the hypernetwork sees: never on white, so that a white picture is no copy."""
-        others = [scene for scene in scenes.BACKGROUNDS if scene != WHITE]
-        rng = np.random.default_rng([self.index, 1])
-        return [self.view(others[k], 100 + k, PHOTO_SIZE) for k in rng.permutation(len(others))[:PHOTOS]]
+        """What the hypernetwork sees: [S, S, 3] uint8 each."""
+        return [self.view(scene, 100 + OTHERS.index(scene), PHOTO_SIZE) for scene in self.photo_scenes]
 
 
 def view(drawing: Image.Image, scene: str, seed: Sequence[int], size: int = VIEW_SIZE) -> np.ndarray:
@@ -55,12 +60,15 @@ def cases_of(seed: int, per_noun: int = PER_NOUN) -> list[Case]:
     cases = []
     first = FIRST_INDEX + SEED_STRIDE * seed
     for noun in scenes.NOUNS:
-        drawings = [
-            scenes.draw_subject(scenes.identity(noun, "test", first + k), PHOTO_SIZE)
-            for k in range(CANDIDATES)
-        ]
+        drawings = candidates_of(noun, first)
         cases += [Case(noun, first + len(cases) + k, drawings[k], k, drawings) for k in range(per_noun)]
     return cases
+
+
+def candidates_of(noun: str, first: int) -> list[Image.Image]:
+    """Those among which a subject of the noun must be found, from an index on, as RGBA."""
+    who = [scenes.identity(noun, "test", first + k) for k in range(CANDIDATES)]
+    return [scenes.draw_subject(one, PHOTO_SIZE) for one in who]
 
 
 class Lineup:

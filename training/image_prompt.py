@@ -41,7 +41,7 @@ class ImagePrompt(nn.Module):
     Args:
         unet: whose attn2 it is for; only their names and sizes are read.
         feature_dim: F of the image encoder, 1280 for ViT-H/14.
-        tokens, dim, heads, dim_head, depth: of the resampler; by default those of IP-Adapter-Plus for SDXL.
+        tokens, dim, heads, depth: of the resampler; by default those of IP-Adapter-Plus for SDXL.
     """
 
     def __init__(
@@ -51,7 +51,6 @@ class ImagePrompt(nn.Module):
         tokens: int = TOKENS,
         dim: int = 1280,
         heads: int = 20,
-        dim_head: int = DIM_HEAD,
         depth: int = 4,
     ) -> None:
         super().__init__()
@@ -59,7 +58,7 @@ class ImagePrompt(nn.Module):
         self.paths = tuple(modules)
         widths = [(m.to_k.in_features, m.to_k.out_features, m.to_v.out_features) for m in modules.values()]
         self.count, self.width = tokens, widths[0][0]
-        self.image_proj = Resampler(feature_dim, self.width, tokens, dim, heads, dim_head, depth)
+        self.image_proj = Resampler(feature_dim, self.width, tokens, dim, heads, DIM_HEAD, depth)
         self.ip_adapter = nn.ModuleDict(
             {
                 str(2 * n + 1): nn.ModuleDict(

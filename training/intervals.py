@@ -28,7 +28,7 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def mean_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Mean of one value per subject and its 95 % percentile interval (Efron 1979).
 
     The subjects are resampled, so average what one subject has of pictures before. Values that are all equal,
@@ -44,6 +44,6 @@ def mean_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> Interv
     if np.ptp(sample) == 0:
         return Interval(mean, mean, mean)
     found = bootstrap(
-        (sample,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=seed
+        (sample,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
     return Interval(mean, float(found.low), float(found.high))

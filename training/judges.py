@@ -2,7 +2,8 @@
 
 None of them is trained with the models that they judge, except that `Encoder` is the bundle's own frozen
 image encoder. What each says of real pictures is the ceiling of its figure.
-Used by bench/fidelity.py and, with the encoder of training/identity_encoder.py, by training/evaluate.py.
+Used by bench/fidelity.py and, with the encoder of training/identity_encoder.py, by training/evaluate.py and
+bench/scoring.py.
 
 Pictures are [H, W, 3] uint8.
 """

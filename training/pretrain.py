@@ -15,6 +15,7 @@ The result is RUN/base, a folder in diffusers' format (training/base.py).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from hyperrt.pictures import pictures_from_pixels
 from training import base as bases
 from training import clip_tokenizer, cutouts, data, device, scenes
 from training.loop import Schedule, fit, reported
@@ -138,7 +140,7 @@ def _reconstruct(
     """Held-out pictures through both halves: their PSNR in dB, and a sheet."""
     real = pictures(cache, *held_out(cache, 32, 0))
     fake = decoder(encoder(real)).clamp(-1, 1)
-    _write_sheet(out / f"{step:06d}.png", _uint8(real), _uint8(fake))
+    _write_sheet(out / f"{step:06d}.png", *(pictures_from_pixels(x.cpu().numpy()) for x in (real, fake)))
     return {"psnr": (10 * torch.log10(4 / (fake - real).square().mean((1, 2, 3)))).mean().item()}
 
 
@@ -264,8 +266,7 @@ def train_unet(
 
 
 def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
-    trained = {"unet": model.unet, "text_encoder": model.text_encoder}
-    return bases.Base(**{name: trained.get(name, getattr(parts, name)) for name in bases.OF_TINY})
+    return dataclasses.replace(parts, unet=model.unet, text_encoder=model.text_encoder)
 
 
 def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
@@ -280,10 +281,6 @@ def _chance(share: float, count: int, generator: Generator) -> Tensor:
     return torch.rand(count, 1, generator=generator) < share
 
 
-def _uint8(images: Tensor) -> np.ndarray:
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 def _write_sheet(path: Path, *strips: np.ndarray) -> None:
     """Pictures [n, H, W, 3] above each other, eight to a row."""
     rows = [list(strip[k : k + 8]) for k in range(0, len(strips[0]), 8) for strip in strips]
@@ -291,7 +288,7 @@ def _write_sheet(path: Path, *strips: np.ndarray) -> None:
 
 
 def _scaled(schedule: Schedule, scale: float) -> Schedule:
-    return Schedule(**{**vars(schedule), "steps": max(1, round(schedule.steps * scale))})
+    return dataclasses.replace(schedule, steps=max(1, round(schedule.steps * scale)))
 
 
 @click.command(context_settings={"show_default": True})
@@ -329,7 +326,10 @@ def main(
 
 
 def train(out: Path, cache: data.SceneCache, scale: float, batch: int, seed: int, until: str) -> None:
-    """All stages, to the one that `until` names; a finished one is read and not repeated."""
+    """All stages, to the one that `until` names; a finished one is read and not repeated.
+
+    But for the latents, which take a minute: the scale of the VAE comes with them.
+    """
     vae = train_vae(out / "vae", cache, _scaled(VAE, scale), max(1, batch // 8), seed)
     if until == "vae":
         return

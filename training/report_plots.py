@@ -1,6 +1,6 @@
 """The plot of an evaluation: each score over subjects with its interval, and the paper's methods.
 
-Drawn where matplotlib is installed, which the project does not need.
+Drawn where matplotlib is installed, which only the extra `train` brings.
 """
 
 from __future__ import annotations

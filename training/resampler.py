@@ -53,10 +53,10 @@ class Resampler(nn.Module):
         feature_dim: int,
         output_dim: int,
         queries: int,
-        dim: int = 1280,
-        heads: int = 20,
-        dim_head: int = 64,
-        depth: int = 4,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        depth: int,
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)

@@ -18,6 +18,8 @@ from training.base import Base
 from training.features import encode_text
 from training.lora_layers import Rows, install, layout_of, unpack
 
+GAP, ZOOM = 2, 2  # of a sheet: pixels between its pictures, and how much larger it is made
+
 
 @torch.no_grad()
 def sample(
@@ -81,16 +83,16 @@ def decode(base: Base, latents: Tensor) -> np.ndarray:
     return pictures_from_pixels(pixels.cpu().numpy())
 
 
-def sheet(rows: Sequence[Sequence[np.ndarray]], gap: int = 2, zoom: int = 2) -> np.ndarray:
+def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """Pictures of one size [H, W, 3], row by row, as one picture on grey."""
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
-    canvas = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 96, np.uint8)
+    canvas = np.full((len(rows) * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 96, np.uint8)
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            top, left = gap + y * (height + gap), gap + x * (width + gap)
+            top, left = GAP + y * (height + GAP), GAP + x * (width + GAP)
             canvas[top : top + height, left : left + width] = picture
-    return canvas.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    return canvas.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
 
 
 def _predictor(
