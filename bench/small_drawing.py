@@ -1,7 +1,7 @@
 """Draws subjects with the runtime, under HM-CFG and under plain CFG, and scores the pictures.
 
 Plain CFG is what the paper compares with: the personalised model on both rows, with the empty prompt and with
-the subject's.  The runtime has HM-CFG alone, whose empty prompt goes to the base model.
+the subject's.  Of HM-CFG the empty prompt goes to the base model.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from small_world import World
 
 from hyperrt import Runtime
 from hyperrt.bundle import Bundle
-from hyperrt.config import SamplingConfig
 from hyperrt.errors import Incompatible
-from hyperrt.guidance import Branch
-from hyperrt.job import plan
 from hyperrt.subject import Subject
 
 TRAIN = "python -m training.train --model BASE --data CACHE --output RUN; then say --hypernet RUN"
@@ -68,19 +65,8 @@ def draw(
     runtime: Runtime, prompt: str, subject: Subject, guidance: Guidance, **options: int
 ) -> scoring.Picture:
     """One picture."""
-    if guidance.kappa is not None:
-        how = {"guidance_scale": guidance.scale, "kappa": guidance.kappa}
-        return runtime.generate(prompt, subject, **how, **options).images[0]
-    # κ = 2 is CFG at twice the scale, but with the base model on the empty prompt: it becomes the subject's.
-    asked = SamplingConfig(guidance_scale=guidance.scale / 2, kappa=2.0, **options)
-    job = plan(runtime.bundle, runtime.backend, [prompt], [subject], asked)
-    branches = tuple(Branch("subject", branch.weight) for branch in job.branches)
-    steps = runtime._run(dataclasses.replace(job, branches=branches), several=False)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value.images[0]
+    how = {"guidance_scale": guidance.scale, "kappa": guidance.kappa, "cfg": guidance.kappa is None}
+    return runtime.generate(prompt, subject, **how, **options).images[0]
 
 
 def anywhere(subject: Subject) -> Subject:

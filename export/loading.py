@@ -23,6 +23,7 @@ from export.errors import first_line
 from export.parts import Part
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
 from training import base
+from training.loop import first_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 CONFIGURATION = ("*.json", "*.txt", "*.model", "LICENSE*")

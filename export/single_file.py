@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from export.errors import ExportError, first_line
 from export.parts import Part
 from hyperrt.errors import BadInput, IntegrityError
+from training.loop import first_line
 
 Tensors = Mapping[str, Tensor]
 

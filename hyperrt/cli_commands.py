@@ -111,6 +111,7 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
     "--negative-prompt", "--negative", "negative_prompt", default="", metavar="TEXT", help="What not to draw."
 )
 @click.option("--kappa", type=float, help="Share of the subject in the guidance, 0 to 2.")
+@click.option("--cfg", is_flag=True, help="Plain guidance by the personalised model alone, without --kappa.")
 @click.option("--image-scale", type=float, help="Weight of the photos beside the text (open category).")
 @click.option("--guidance-scale", "-g", type=float, help="How hard to follow the prompt (s = w + 1).")
 @click.option("--steps", type=int, help="Denoising steps.")

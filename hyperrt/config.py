@@ -49,7 +49,8 @@ class SamplingConfig:
     generic_prompt: str | None = None  # None: the prompt without the placeholder
     negative_prompt: str = ""  # replaces the empty prompt on the base row
     kappa: float | None = None  # 0 to 2; share of guidance that comes from the subject
-    guidance_scale: float | None = None  # s = w + 1
+    cfg: bool = False  # plain CFG of the personalised model, instead of HM-CFG
+    guidance_scale: float | None = None  # s = w + 1; None: the bundle's, and of CFG, which pulls half, twice that
     steps: int | None = None  # denoising steps
     solver: str | None = None
     seed: int = 0  # picture k uses seed + k
@@ -69,6 +70,9 @@ class SamplingConfig:
         _in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
             _one_of("solver", self.solver, SOLVER_NAMES)
+        if self.cfg and self.kappa is not None:
+            why = "plain CFG draws with the personalised model alone, and has no share to set"
+            raise UsageError(f"cfg is on, but kappa is {self.kappa:g}", why, "leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +206,7 @@ class CompileConfig:
     target: str = "current"  # "sm86,sm89": GPUs that are not here
     graph: tuple[str, ...] = ()  # none: all
     images: int = 1  # pictures of a call
-    branches: int = 3  # 2 where kappa is 0 or 2, or the guidance scale 0.5
+    branches: int = 3  # 2 with cfg, or where kappa is 0 or 2, or the guidance scale 0.5
     several_subjects: bool = False  # the pictures of a call have different ones
     low_memory: bool = False  # the decoder for tiles
     force: bool = False
@@ -247,6 +251,9 @@ def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
     Raises:
         UsageError: one was given, and is not 0.
     """
+    if options.cfg and not has_subject:
+        why = "it is guidance by the subject's model alone, and without a subject there is none"
+        raise UsageError("cfg is on, but there is no subject", why, "leave it out, or name a subject")
     for name, value, what in (
         ("kappa", options.kappa, "it is the share of the subject in the guidance"),
         ("image scale", options.image_scale, "it is the weight of the subject's photos beside the text"),

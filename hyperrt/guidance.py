@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from hyperrt.errors import UsageError
 
-BranchName = Literal["uncond", "subject", "generic"]
+BranchName = Literal["uncond", "subject", "generic", "subject_uncond"]
 BRANCHES: tuple[BranchName, ...] = ("uncond", "subject", "generic")  # as hm_cfg_weights returns their weights
+CFG_BRANCHES: tuple[BranchName, ...] = ("subject_uncond", "subject")  # as cfg_weights returns theirs
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,18 @@ class Branch:
 
     Attributes:
         name: "uncond" is the base model with the empty or negative prompt, "subject" the personalised model
-            with the subject prompt, "generic" the base model with the prompt that does not name the subject.
+            with the subject prompt, "generic" the base model with the prompt that does not name the subject,
+            "subject_uncond" the personalised model with the empty or negative prompt.
         weight: coefficient in the affine sum, dimensionless; negative for guidance away from the branch.
     """
 
     name: BranchName
     weight: float
+
+    @property
+    def personalised(self) -> bool:
+        """Whether the personalised model evaluates it."""
+        return self.name in CFG_BRANCHES
 
 
 def hm_cfg_weights(guidance_scale: float, kappa: float) -> tuple[float, float, float]:
@@ -51,14 +58,24 @@ def hm_cfg_weights(guidance_scale: float, kappa: float) -> tuple[float, float, f
     Raises:
         UsageError: an argument is not finite.
     """
-    for name, value in (("guidance_scale", guidance_scale), ("kappa", kappa)):
-        if not math.isfinite(value):
-            raise UsageError(
-                f"{name} is {value}",
-                "the weights of the branches must be finite numbers",
-                "use a guidance_scale of about 3.5 and a kappa between 0 and 2",
-            )
+    _check_finite(guidance_scale=guidance_scale, kappa=kappa)
     return 1 - 2 * guidance_scale, kappa * guidance_scale, (2 - kappa) * guidance_scale
+
+
+def cfg_weights(guidance_scale: float) -> tuple[float, float]:
+    """Weights of plain CFG of the personalised model, paper eq. 19: `(1 - s) subject_uncond + s subject`.
+
+    Args:
+        guidance_scale: s = w + 1, as in diffusers; it pulls as HM-CFG of s / 2 where both prompts agree.
+
+    Returns:
+        `(w_subject_uncond, w_subject)`; they add up to 1.
+
+    Raises:
+        UsageError: the scale is not finite.
+    """
+    _check_finite(guidance_scale=guidance_scale)
+    return 1 - guidance_scale, guidance_scale
 
 
 def active(branches: Iterable[Branch]) -> tuple[Branch, ...]:
@@ -84,3 +101,13 @@ def combine(weights: Sequence[float] | Any, predictions: Sequence[Any] | Any) ->
         ValueError: there are not as many weights as predictions.
     """
     return sum(prediction * weight for weight, prediction in zip(weights, predictions, strict=True))
+
+
+def _check_finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UsageError(
+                f"{name} is {value}",
+                "the weights of the branches must be finite numbers",
+                "use a guidance_scale of about 3.5 and a kappa between 0 and 2",
+            )

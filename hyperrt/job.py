@@ -2,6 +2,7 @@
 
 Nothing here computes or opens anything: what is wrong with a request is found before a graph is loaded.
 Source: arXiv 2511.03156, HM-CFG (eq. 20); without a subject it is classifier-free guidance (kappa 0).
+On request it is plain CFG (eq. 19) of the personalised model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from hyperrt.lora import VECTORS, check_tokens
 from hyperrt.subject import Subject
 
 log = logging.getLogger("hyperrt")
+
+CFG_PULL = 2  # scale of CFG that pulls as HM-CFG of 1 where both prompts agree
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,13 +63,15 @@ class Job:
     @property
     def gate(self) -> NDArray[np.float32]:
         """[branches x pairs] strength of the LoRA on each row."""
-        return self._on_subject_rows([self.strength * (subject is not None) for subject in self.subjects])
+        strengths = [self.strength * (subject is not None) for subject in self.subjects]
+        return _rows((branch.personalised, strengths) for branch in self.branches)
 
     @property
     def image_scales(self) -> NDArray[np.float32]:
         """[branches x pairs] scale of the image tokens on each row."""
         known = [subject is not None and subject.image_tokens is not None for subject in self.subjects]
-        return self._on_subject_rows([self.image_scale * has_tokens for has_tokens in known])
+        scales = [self.image_scale * has_tokens for has_tokens in known]
+        return _rows((branch.name == "subject", scales) for branch in self.branches)
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -90,10 +95,6 @@ class Job:
         if len(different) < 2:  # the base model's rows have a gate of 0, whatever they hold
             return (different[0] if different else None,)
         return tuple(subject for subject in self.subjects for _ in range(images)) * len(self.branches)
-
-    def _on_subject_rows(self, values: Sequence[float]) -> NDArray[np.float32]:
-        rows = [value * (branch.name == "subject") for branch in self.branches for value in values]
-        return np.array(rows, np.float32)
 
 
 def plan(
@@ -127,10 +128,8 @@ def plan(
     if bundle.adapt == "refit":
         the_one(subjects)
     known = [subject is not None for subject in subjects]
-    table, settings = _settings(bundle, any(known), options)
-    branches = guidance.active(
-        map(guidance.Branch, guidance.BRANCHES, guidance.hm_cfg_weights(*_scale_and_kappa(settings)))
-    )
+    settings = settings_of(bundle, any(known), options)
+    branches = _branches(settings)
     texts = [_texts(bundle, *pair, options) for pair in zip(asked, subjects, known, strict=True)]
     return Job(
         branches=branches,
@@ -138,7 +137,7 @@ def plan(
         subjects=tuple(subjects),
         strength=options.strength,
         image_scale=settings.get("image_scale", 0.0),
-        table=table,
+        table=_table(bundle, settings),
         seed=options.seed,
         n=options.n,
         batch_size=options.batch_size,
@@ -154,7 +153,7 @@ def check(bundle: Bundle, prompt: str, has_subject: bool, options: SamplingConfi
     Raises:
         UsageError, BadPrompt: as `plan`.
     """
-    _settings(bundle, has_subject, options)
+    _table(bundle, settings_of(bundle, has_subject, options))
     _texts(bundle, prompt, None, has_subject, options)
 
 
@@ -169,10 +168,12 @@ def noun_in(prompt: str, bundle: Bundle) -> str | None:
     return None
 
 
-def _settings(
-    bundle: Bundle, has_subject: bool, options: SamplingConfig
-) -> tuple[solvers.SolverTable, dict[str, Any]]:
-    """The solver, and the numbers of the recipe, the bundle's defaults filled in."""
+def settings_of(bundle: Bundle, has_subject: bool, options: SamplingConfig) -> dict[str, Any]:
+    """The numbers of the recipe, the bundle's defaults filled in; `cfg` is there only if it is on.
+
+    Raises:
+        UsageError: an option changes nothing.
+    """
     defaults, image = bundle.defaults, bundle.image_prompt
     check_needs_subject(has_subject, options)
     scale, kappa = options.guidance_scale, options.kappa
@@ -184,6 +185,9 @@ def _settings(
         "kappa": 0.0 if not has_subject else defaults.kappa if kappa is None else kappa,
         "strength": options.strength,
     }
+    if options.cfg:
+        usual = CFG_PULL * defaults.guidance_scale
+        settings |= {"cfg": True, "kappa": None, "guidance_scale": usual if scale is None else scale}
     if image and has_subject:
         settings["image_scale"] = image.scale if options.image_scale is None else options.image_scale
     elif options.image_scale:
@@ -192,13 +196,28 @@ def _settings(
             "only bundles of the open category draw with image tokens",
             "leave it out, or use another bundle",
         )
+    return settings
+
+
+def _table(bundle: Bundle, settings: Mapping[str, Any]) -> solvers.SolverTable:
     schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(bundle.betas))
     kinds = (bundle.prediction_type, bundle.timestep_spacing)
-    return solvers.table(settings["solver"], schedule, settings["steps"], *kinds), settings
+    return solvers.table(settings["solver"], schedule, settings["steps"], *kinds)
 
 
-def _scale_and_kappa(settings: Mapping[str, Any]) -> tuple[float, float]:
-    return settings["guidance_scale"], settings["kappa"]
+def _branches(settings: Mapping[str, Any]) -> tuple[guidance.Branch, ...]:
+    scale = settings["guidance_scale"]
+    if settings.get("cfg"):
+        weighted = zip(guidance.CFG_BRANCHES, guidance.cfg_weights(scale), strict=True)
+    else:
+        weights = guidance.hm_cfg_weights(scale, settings["kappa"])
+        weighted = zip(guidance.BRANCHES, weights, strict=True)
+    return guidance.active(guidance.Branch(name, weight) for name, weight in weighted)
+
+
+def _rows(branches: Iterable[tuple[bool, Sequence[float]]]) -> NDArray[np.float32]:
+    """[branches x pairs] of each branch its values, or as many zeros."""
+    return np.array([value * there for there, values in branches for value in values], np.float32)
 
 
 def _recipe(
@@ -211,18 +230,18 @@ def _recipe(
 ) -> dict[str, Any]:
     """What reproduces the pictures of one pair, as if it had been drawn alone."""
     if subject is None:
+        pull = CFG_PULL if settings.get("cfg") else 1
         settings = {
-            **{name: value for name, value in settings.items() if name != "image_scale"},
+            **{name: value for name, value in settings.items() if name not in ("image_scale", "cfg")},
             "kappa": 0.0,
+            "guidance_scale": settings["guidance_scale"] / pull,
         }
-    weights = guidance.hm_cfg_weights(*_scale_and_kappa(settings))
-    branches = guidance.active(map(guidance.Branch, guidance.BRANCHES, weights))
     return {
         "prompt": prompt,
         **settings,
         "generic_prompt": texts["generic"],
         "negative_prompt": texts["uncond"],
-        "branches": {branch.name: branch.weight for branch in branches},
+        "branches": {branch.name: branch.weight for branch in _branches(settings)},
         "bundle": bundle.name,
         "base_model": bundle.hashes.base_model,
         "backend": backend,
@@ -276,8 +295,10 @@ def _texts(
     token = (subject.metadata.get("trigger") if subject else None) or rules.token
     split = prompts.split_prompt(prompt, noun, token, rules.placeholder, has_subject=known)
     of_base = split.generic if generic is None else _plain(generic, "generic prompt", rules.placeholder)
+    empty = _plain(options.negative_prompt, "negative prompt", rules.placeholder) or split.empty
     return {
-        "uncond": _plain(options.negative_prompt, "negative prompt", rules.placeholder) or split.empty,
+        "uncond": empty,
+        "subject_uncond": empty,
         # Among pairs that have one, a pair without a subject draws its prompt on both rows.
         "subject": split.subject if known else of_base,
         "generic": of_base,

@@ -211,7 +211,8 @@ class Runtime:
                 generic_prompt: prompt of the generic branch; None is the prompt without the placeholder.
                 negative_prompt: replaces the empty prompt of the unconditional branch.
                 kappa: share of the subject in the guidance, 0 to 2; 1 is the paper.
-                guidance_scale: s = w + 1.
+                cfg: plain CFG of the personalised model, with the empty prompt and the subject's: no kappa.
+                guidance_scale: s = w + 1; CFG has by default twice the bundle's, and pulls as strongly.
                 steps: model evaluations.
                 solver: one of `solvers.SOLVERS`.
                 seed: picture k uses seed + k, whatever n and batch_size are.

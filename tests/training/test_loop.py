@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hyperrt.errors import IntegrityError, NumericError
-from training.loop import Descent, Schedule, fit
+from training.loop import Descent, Schedule, first_line, fit
 
 SCHEDULE = Schedule(steps=12, lr=0.1, warmup=2, log_every=1, report_every=4)
 
@@ -152,3 +152,18 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(IntegrityError, match="cannot be resumed"):
         fit(tmp_path, nn.Linear(4, 4), lambda step, generator: {}, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError(""), "ValueError()"),
+        (ValueError("\n"), r"ValueError('\n')"),
+        (FileNotFoundError(2, "No such file", "weights"), "weights: No such file"),
+        (OSError(5, "Input/output error"), "[Errno 5] Input/output error"),
+    ],
+    ids=["lines", "empty", "blank", "of a file", "of no file"],
+)
+def test_the_first_line_of_an_error_says_something(error, said):
+    assert first_line(error) == said
