@@ -125,6 +125,7 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
     found = loading.find(base, inputs.like, inputs.offline)
     source = sized(_load(family, found, inputs, about), inputs.size)
     _check_fit(source, about, family.half_hash)
+    _check_image_prompt(source, about)
     yield source
 
 
@@ -144,6 +145,7 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
         scheduler=loading.scheduler_of(folder, found.file),
         layout=about["layout"],
         token=about["token"],
+        image_scale=about["image_scale"],
         image_size=unet.config.sample_size * vae_factor(parts["vae"]),
         # A single file is not under the licence of the model whose configuration it has.
         license=family.license if found.file else _license_of(folder, family),
@@ -180,7 +182,8 @@ def _license_of(folder: Path, family: Family) -> str:
 
 
 def _about_hypernet(path: Path) -> dict[str, Any]:
-    """Of hypernet.json: token, base (folder), base_model (hash), feature_dim, layout, decoder (its shape).
+    """Of hypernet.json: token, base (folder), base_model (hash), feature_dim, layout, decoder (its shape),
+    image_prompt (file that it was trained with, or None) and its image_scale.
 
     Raises:
         NotFound: there is none, or it cannot be opened.
@@ -192,13 +195,17 @@ def _about_hypernet(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is no checkpoint of a hypernetwork", why, "name the run's folder")
     try:
         decoder, about = checkpoint.load_hypernet(path)
+        training = about["training"]
         return {
-            "base": str(about["training"]["model"]),
+            "base": str(training["model"]),
             "base_model": str(about["base_model"]),
             "token": str(about["token"]),
             "layout": decoder.layout,
             "feature_dim": decoder.feature_dim,
             "decoder": decoder.config,
+            # Runs of before there were image prompts say nothing of them.
+            "image_prompt": training.get("image_prompt"),
+            "image_scale": float(training.get("image_scale", image_prompt.SCALE)),
         }
     except OSError as error:
         do = "train one: python -m training.train"
@@ -241,6 +248,17 @@ def _check_fit(source: Source, about: Mapping[str, Any], half_hash: bool) -> Non
         why = f"it was trained on {trained_on[:12]}, the base model is {found[:12]}"
         do = "give the base that it was trained on: --base BASE"
         raise ExportError("the hypernetwork is of another base model", why, do)
+
+
+def _check_image_prompt(source: Source, about: Mapping[str, Any]) -> None:
+    given, trained_with = "image_prompt" in source.parts, about["image_prompt"]
+    if trained_with is not None and not given:
+        why = f"it was trained with {trained_with}, and draws less of the subject alone"
+        raise ExportError("the hypernetwork lacks its image prompt", why, "add --image-prompt FILE")
+    if given and trained_with is None:
+        why = "what the image prompt adds to its LoRA was not there in training"
+        do = "leave --image-prompt out, or train with it"
+        raise ExportError("the hypernetwork was trained without an image prompt", why, do)
 
 
 def _random_tiny(seed: int) -> Source:

@@ -58,6 +58,7 @@ class Source:
         pad_2: id that fills the second text encoder's prompts.
         zero_empty: whether an empty prompt is all zeros and not encoded.
         license: what the bundle's LICENSES says.
+        image_scale: of the image prompt, that the hypernetwork was trained with.
     """
 
     parts: Mapping[str, Part]
@@ -69,6 +70,7 @@ class Source:
     license: str
     pad_2: int | None = None
     zero_empty: bool = False
+    image_scale: float = image_prompt.SCALE
 
     def config(self, part: str) -> Any:
         """The configuration of a part."""
@@ -146,7 +148,7 @@ def image_prompt_section(source: Source) -> ImagePrompt | None:
     if "image_prompt" not in source.parts:
         return None
     prompt: Any = source.parts["image_prompt"].skeleton
-    return ImagePrompt(tokens=prompt.count, width=prompt.width, scale=image_prompt.SCALE)
+    return ImagePrompt(tokens=prompt.count, width=prompt.width, scale=source.image_scale)
 
 
 def sized(source: Source, size: int | None) -> Source:

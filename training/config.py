@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hyperrt.manifest import MAX_IMAGE_SCALE
 from training.presets import PRESETS
 
 REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # training.losses.Regulariser
@@ -142,6 +143,8 @@ class TrainConfig:
         for name in ("lambda_", "gamma", "min_snr", "warmup", "weight_decay", "holdout", "image_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.image_scale > MAX_IMAGE_SCALE:
+            raise ValueError(f"image_scale is {self.image_scale}; it must be from 0 to {MAX_IMAGE_SCALE}")
         if self.noise_shift <= 0 or self.lr <= 0 or self.clip <= 0:
             raise ValueError("noise_shift, lr and clip must be above 0")
         for name, words in (("reduction", REDUCTIONS), ("regularised", REGULARISED), ("prior", PRIORS)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -114,9 +115,18 @@ def save(
     return modules
 
 
-def save_hypernet(folder: Path, base: Path, unet: nn.Module) -> Path:
-    """A hypernetwork of that base model, fresh."""
-    config = TrainConfig(model=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8)
+def save_prompt(path: Path, unet: nn.Module, seed: int = 0) -> Path:
+    """Random weights of an IP-Adapter-Plus for that UNet, three tokens of the features of `vision`."""
+    build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=1, depth=1)  # noqa: E731
+    save_file(random_part("image_prompt", build, seed).read().state_dict(), path)
+    return path
+
+
+def save_hypernet(folder: Path, base: Path, unet: nn.Module, **training: Any) -> Path:
+    """A hypernetwork of that base model, fresh; `training`: settings that its run had."""
+    config = TrainConfig(
+        model=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8, **training
+    )
     decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
     folder.mkdir()
     checkpoint.save_hypernet(folder, decoder, config, 1, checkpoint.hash_of(unet, half=True))

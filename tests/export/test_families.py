@@ -1,11 +1,13 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from export import families
 from export.errors import ExportError
-from export.source import betas
+from export.source import Inputs, betas, image_prompt_section
+from tests.export import small_models
 from training import checkpoint
 
 
@@ -33,3 +35,36 @@ def test_a_noise_schedule_that_the_runtime_does_not_know_is_refused(source):
     changed = dataclasses.replace(source, scheduler={**source.scheduler, "beta_schedule": "sigmoid"})
     with pytest.raises(ExportError, match="'sigmoid'"):
         betas(changed)
+
+
+@pytest.fixture(scope="module")
+def open_category(tmp_path_factory):
+    """A small SDXL: its folder `base`, its `unet`, and `prompt`, the file of an image prompt."""
+    folder = tmp_path_factory.mktemp("open")
+    unet = small_models.save(folder / "base", small_models.SDXL)["unet"]
+    prompt = small_models.save_prompt(folder / "prompt.safetensors", unet)
+    return SimpleNamespace(base=folder / "base", unet=unet, prompt=prompt)
+
+
+def opened(of, folder, given, **training):
+    """What a bundle is made from: of a hypernetwork with these settings, exported with that image prompt."""
+    hypernet = small_models.save_hypernet(folder / "hypernet", of.base, of.unet, **training)
+    with families.opened(families.get("sdxl"), Inputs(of.base, hypernet, image_prompt=given)) as source:
+        return source
+
+
+def test_a_bundle_has_the_image_scale_that_its_hypernetwork_was_trained_with(open_category, tmp_path):
+    training = {"image_prompt": str(open_category.prompt), "image_scale": 0.78}
+    source = opened(open_category, tmp_path, open_category.prompt, **training)
+    assert image_prompt_section(source).scale == 0.78
+
+
+def test_a_hypernetwork_is_not_exported_without_its_image_prompt(open_category, tmp_path):
+    with pytest.raises(ExportError, match="lacks its image prompt") as caught:
+        opened(open_category, tmp_path, None, image_prompt="ip.safetensors")
+    assert "ip.safetensors" in caught.value.why and "--image-prompt" in caught.value.do
+
+
+def test_a_hypernetwork_that_saw_no_image_prompt_is_not_exported_with_one(open_category, tmp_path):
+    with pytest.raises(ExportError, match="trained without an image prompt"):
+        opened(open_category, tmp_path, open_category.prompt)

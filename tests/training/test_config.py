@@ -46,6 +46,7 @@ def test_missing_folders_are_named_as_flags():
         {"batch": 6, "targets": 4},
         {"lr": 0},
         {"precision": "fp16"},
+        {"image_scale": 11},
         {"kind": "perceiver"},
         {"output_dim": 64},
         {"steps": "7"},
