@@ -50,7 +50,7 @@ class SamplingConfig:
     negative_prompt: str = ""  # replaces the empty prompt on the base row
     kappa: float | None = None  # 0 to 2; share of guidance that comes from the subject
     cfg: bool = False  # plain CFG of the personalised model, instead of HM-CFG
-    guidance_scale: float | None = None  # s = w + 1; None: the bundle's, and of CFG, which pulls half, twice that
+    guidance_scale: float | None = None  # s = w + 1; None of CFG: twice the bundle's
     steps: int | None = None  # denoising steps
     solver: str | None = None
     seed: int = 0  # picture k uses seed + k

@@ -7,7 +7,8 @@ predictions alike (they are affine in each other at one latent and one timestep)
 must be given the combined prediction, never the single branches.
 
 Shapes: predictions are [images, C, h, w], one per branch, float32 (weights reach -13: half precision loses).
-Source: arXiv 2511.03156, equations 19 and 20 (hybrid-model classifier-free guidance, HM-CFG).
+Source: arXiv 2511.03156, equations 19 and 20 (hybrid-model classifier-free guidance, HM-CFG); CFG is of
+arXiv 2207.12598, eq. 6.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def hm_cfg_weights(guidance_scale: float, kappa: float) -> tuple[float, float, f
 
 
 def cfg_weights(guidance_scale: float) -> tuple[float, float]:
-    """Weights of plain CFG of the personalised model, paper eq. 19: `(1 - s) subject_uncond + s subject`.
+    """Weights of CFG of the personalised model: `(1 - s) subject_uncond + s subject`.
 
     Args:
         guidance_scale: s = w + 1, as in diffusers; it pulls as HM-CFG of s / 2 where both prompts agree.

@@ -2,7 +2,7 @@
 
 Nothing here computes or opens anything: what is wrong with a request is found before a graph is loaded.
 Source: arXiv 2511.03156, HM-CFG (eq. 20); without a subject it is classifier-free guidance (kappa 0).
-On request it is plain CFG (eq. 19) of the personalised model.
+On request it is classifier-free guidance of the personalised model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -63,15 +64,17 @@ class Job:
     @property
     def gate(self) -> NDArray[np.float32]:
         """[branches x pairs] strength of the LoRA on each row."""
-        strengths = [self.strength * (subject is not None) for subject in self.subjects]
-        return _rows((branch.personalised, strengths) for branch in self.branches)
+        rows = product(self.branches, self.subjects)
+        gate = [self.strength * (branch.personalised and subject is not None) for branch, subject in rows]
+        return np.array(gate, np.float32)
 
     @property
     def image_scales(self) -> NDArray[np.float32]:
         """[branches x pairs] scale of the image tokens on each row."""
         known = [subject is not None and subject.image_tokens is not None for subject in self.subjects]
-        scales = [self.image_scale * has_tokens for has_tokens in known]
-        return _rows((branch.name == "subject", scales) for branch in self.branches)
+        rows = product(self.branches, known)
+        scales = [self.image_scale * (branch.name == "subject" and there) for branch, there in rows]
+        return np.array(scales, np.float32)
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -213,11 +216,6 @@ def _branches(settings: Mapping[str, Any]) -> tuple[guidance.Branch, ...]:
         weights = guidance.hm_cfg_weights(scale, settings["kappa"])
         weighted = zip(guidance.BRANCHES, weights, strict=True)
     return guidance.active(guidance.Branch(name, weight) for name, weight in weighted)
-
-
-def _rows(branches: Iterable[tuple[bool, Sequence[float]]]) -> NDArray[np.float32]:
-    """[branches x pairs] of each branch its values, or as many zeros."""
-    return np.array([value * there for there, values in branches for value in values], np.float32)
 
 
 def _recipe(
