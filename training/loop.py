@@ -205,6 +205,11 @@ def stopping(launched: bool = False) -> Iterator[list[int]]:
         raise SystemExit(128 + stopped[0])
 
 
+def warn(what: str, why: str, do: str) -> None:
+    """Logs a warning in the three lines of an error."""
+    log.warning("%s\n  why: %s\n  do:  %s", what, why, do)
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """For a command: progress on stderr; an error raised on purpose is its message and its exit code."""

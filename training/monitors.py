@@ -23,7 +23,6 @@ decides, and these are told with it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,10 +35,9 @@ from training.config import TrainConfig
 from training.data import SceneCache
 from training.features import CaptionTable
 from training.hypernet import Packed, WeightDecoder
+from training.loop import warn
 from training.lora_layers import unpack
 from training.losses import Noising, product_squares, row_loss
-
-log = logging.getLogger("training")
 
 Predict = Callable[
     [Tensor, Tensor, Tensor, Packed | None], Tensor
@@ -181,7 +179,7 @@ class Monitor:
         if kind := collapse(figures):
             self.warned = True
             what, do = COLLAPSED[kind]
-            log.warning("step %d: %s\n  why: %s\n  do:  %s", step, what, _told(figures), do)
+            warn(f"step {step}: {what}", _told(figures), do)
 
 
 def collapse(figures: Mapping[str, float]) -> str:

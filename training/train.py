@@ -31,12 +31,19 @@ from training.config import TrainConfig, resolve
 from training.data import SceneCache
 from training.hypernet import Packed, decoder_of
 from training.journal import LOSSES, Journal
-from training.loop import LOG, Descent, Schedule, reported, stopping
+from training.loop import LOG, Descent, Schedule, reported, stopping, warn
 from training.lora_layers import Rows, install, layout_of, unpack
 from training.losses import Noising, Regulariser, row_loss
 from training.presets import PRESETS
 
 log = logging.getLogger("training")
+
+NO_IMAGE_PROMPT = (
+    "the decoder of the open category is trained without an image prompt",
+    "the paper's model has IP-Adapter-Plus beside the LoRA, which is trained for what that leaves open; "
+    "this one's LoRA has to do all of it",
+    f"add --image-prompt ({image_prompt.PUBLISHED}), or go on if that is what you want to see",
+)
 
 IMAGE = "image_tokens"  # [rows, I, D], beside the packed vectors of a LoRA
 
@@ -47,6 +54,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.accelerator = processes.start(config.device == "cpu", config.compress_gradients)
+        if not self.accelerator.is_main_process:
+            log.setLevel(logging.ERROR)  # the main process speaks for all
         alone = self.accelerator.num_processes == 1
         self.device = device.pick(config.device) if alone else self.accelerator.device
         self.autocast = partial(device.autocast, self.device, config.precision)
@@ -106,6 +115,8 @@ class Trainer:
     def _loaded_image_prompt(self) -> image_prompt.ImagePrompt | None:
         path, width = self.config.image_prompt, self.features.shape[-1]
         if path is None:
+            if self.config.kind == "resampler":
+                warn(*NO_IMAGE_PROMPT)
             return None
         found = image_prompt.load(path, self.base.unet)
         if (takes := found.image_proj.proj_in.in_features) != width:
@@ -250,8 +261,6 @@ def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) 
         )
     device.prepare(config.threads)
     trainer = Trainer(config)
-    if not trainer.accelerator.is_main_process:
-        log.setLevel(logging.ERROR)  # the main process speaks for all
     start, window = 0, torch.zeros(0, len(LOSSES))
     if resume and (out / checkpoint.STATE).exists():
         start, window, changed = checkpoint.load_state(

@@ -91,6 +91,15 @@ def test_the_pictures_of_the_prior_have_no_image_prompt(open_settings, monkeypat
     assert not prior.any()
 
 
+def test_the_open_categorys_decoder_without_an_image_prompt_is_warned_about(open_settings, caplog):
+    train.Trainer(TrainConfig(**open_settings))
+    assert not caplog.messages
+    train.Trainer(TrainConfig(**{**open_settings, "image_prompt": None}))
+    [said] = caplog.messages
+    what, why, do = said.split("\n")
+    assert "without an image prompt" in what and "IP-Adapter-Plus" in why and "--image-prompt" in do
+
+
 def test_an_image_prompt_for_another_image_encoder_is_refused(open_settings, sdxl, tmp_path):
     width = sdxl.base.image_encoder.config.hidden_size
     other = prompt_file(tmp_path / "other.safetensors", sdxl.base.unet, width + 8)
