@@ -24,9 +24,12 @@ SUBJECTS, STEPS, GUIDANCE_SCALE, KAPPA = 8, 16, 1.5, 1.2
 
 @torch.no_grad()
 def write(path: Path, trainer: Trainer) -> None:
-    """Draws the sheet of the EMA decoder as a PNG."""
+    """Draws the sheet of the EMA decoder as a PNG; none where no subject is held out."""
     cache, token = trainer.cache, trainer.config.token
-    who = np.arange(len(cache.nouns))[-min(SUBJECTS, trainer.config.holdout) :]
+    rows = min(SUBJECTS, trainer.config.holdout)
+    if not rows:
+        return
+    who = np.arange(len(cache.nouns) - rows, len(cache.nouns))
     nouns = [cache.names[k] for k in cache.nouns[who]]
     photos = torch.from_numpy(trainer.features[who, 0].astype(np.float32)).to(trainer.device)
     lora = trainer.ema(photos)

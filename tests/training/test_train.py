@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from training import checkpoint, lora_layers, train
+from training import checkpoint, lora_layers, preview, train
 from training.config import TrainConfig
 from training.sample import sample
 
@@ -80,6 +81,23 @@ def test_a_decoder_of_either_kind_learns(settings, no_sheets, entries, decoder):
 def test_a_run_without_held_out_subjects_has_no_monitors(settings, no_sheets, entries):
     run = train.run(TrainConfig(**{**settings, "holdout": 0, "steps": 2}))
     assert not [entry for entry in entries(run) if "monitor" in entry]
+
+
+@pytest.mark.parametrize(("holdout", "rows"), [(0, 0), (3, 3), (9, preview.SUBJECTS)])
+def test_a_sheet_has_a_row_for_each_held_out_subject_and_no_more(
+    settings, tmp_path, monkeypatch, holdout, rows
+):
+    drawn = []
+
+    def draw(base, prompts, *rest, **options):
+        drawn.append(len(prompts))
+        return np.zeros((len(prompts), 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(preview, "sample", draw)
+    trainer = train.Trainer(TrainConfig(**{**settings, "holdout": holdout}))
+    preview.write(tmp_path / "sheet.png", trainer)
+    assert drawn == [rows] * 4 * bool(rows)
+    assert (tmp_path / "sheet.png").exists() == bool(rows)
 
 
 def test_gradient_checkpointing_computes_twice_and_loses_no_gradient(settings, monkeypatch):
