@@ -7,6 +7,7 @@ subjects gets what one process would have had there.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from hyperrt.errors import UsageError
 from training.config import TrainConfig
 from training.data import SceneCache
 from training.features import CaptionTable
+from training.loop import warn
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Batch:
     generic: Tensor  # [rows, L, D] of the same pictures, without the token
     noise: Tensor  # [rows, C, h, w]
     timesteps: Tensor  # [rows]
+    weight: Tensor  # [rows] of each row's loss; 0 in a prior where there is no other subject of the noun
 
 
 class Batches:
@@ -73,6 +76,15 @@ class Batches:
             why = f"the data has {self.views} views of a subject"
             raise UsageError(f"photos is {config.photos}", why, f"set --photos to at most {self.views}")
         self._permutation = lru_cache(2)(self._shuffled)
+        if config.gamma and config.prior == "preservation":
+            self._warn_of_single_subjects()
+
+    def _warn_of_single_subjects(self) -> None:
+        subjects = np.bincount(self.nouns[: self.count])  # of each noun
+        if single := int((subjects == 1).sum()):
+            what = f"{single} of {self.count} subjects are the only one of their noun and get no prior"
+            why = "prior preservation is the loss on other subjects of the noun; theirs counts as 0"
+            warn(what, why, "set --prior matching, which needs no other subjects, or add pictures")
 
     @property
     def fingerprint(self) -> str:
@@ -104,9 +116,10 @@ class Batches:
         rows = np.repeat(who, self.config.targets)
         others = np.array([self._other(rng, row) for row in rows])
         shown = rng.integers(0, self.views, len(rows))
-        return self._batch(
+        batch = self._batch(
             rng, who, np.empty((len(who), 0), np.int64), others, shown, self.captions.generic[others, shown]
         )
+        return dataclasses.replace(batch, weight=torch.from_numpy(others != rows)[self.rows].float())
 
     def _batch(
         self,
@@ -133,6 +146,7 @@ class Batches:
             generic=self.captions.vectors(generic[own]),
             noise=noise[own],
             timesteps=torch.from_numpy(timesteps)[own],
+            weight=torch.ones(len(noise[own])),
         )
 
     def identities(self, step: int) -> np.ndarray:

@@ -176,15 +176,14 @@ class Trainer:
         }
         reg = self.regulariser(lora, self.decoder.deltas(lora))
         image = self.image(batch.features, batch.photos)
-        image = {name: tokens.repeat_interleave(self.config.targets, 0) for name, tokens in image.items()}
-        if self.config.targets > 1:
-            lora = {name: _repeated(vector, self.config.targets) for name, vector in lora.items()}
-        parts = [batch] if prior is None else [batch, prior]
-        latents, noise = (
-            torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("latents", "noise")
+        lora, image = (
+            {name: vector.repeat_interleave(self.config.targets, 0) for name, vector in found.items()}
+            for found in (lora, image)
         )
-        timesteps, text = (
-            torch.cat([getattr(p, k) for p in parts]).to(self.device) for k in ("timesteps", "text")
+        parts = [batch] if prior is None else [batch, prior]
+        latents, noise, timesteps, text, weight = (
+            torch.cat([getattr(part, name) for part in parts]).to(self.device)
+            for name in ("latents", "noise", "timesteps", "text", "weight")
         )
         if prior is not None:
             lora = {name: vector.repeat(2, 1) for name, vector in lora.items()}
@@ -197,7 +196,7 @@ class Trainer:
                 of_prior = [x.chunk(2)[1] for x in (noised, timesteps, text)]
                 target = torch.cat([target.chunk(2)[0], self.predict(*of_prior, None)])
         rows = row_loss(self.predict(noised, timesteps, text, {**lora, **image}), target)
-        rows = rows * self.noising.weights(timesteps, self.config.min_snr)
+        rows = rows * self.noising.weights(timesteps, self.config.min_snr) * weight
         means = rows.view(len(parts), -1).mean(1)
         terms = {
             "ft": means[0],
@@ -234,11 +233,6 @@ class Trainer:
                 folder, self.decoder, self.ema, moments, window, self.config, step, self.origin
             )
         self.accelerator.wait_for_everyone()
-
-
-def _repeated(vector: Tensor, times: int) -> Tensor:
-    """Each row `times` times in a row."""
-    return vector.unsqueeze(1).expand(-1, times, -1).reshape(-1, vector.shape[1])
 
 
 def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) -> Path:
@@ -294,6 +288,7 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
         if leaving:
             return
         if journal is not None and not len(window):
+            # Its rate is of the steps alone: figures, sheets and the state, written since, do not count.
             journal.clock = time.perf_counter()
 
 

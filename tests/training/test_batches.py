@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,26 @@ def test_the_prior_is_of_other_subjects_of_the_noun_without_the_token(make, read
         assert other != who
         assert cache.nouns[other] == cache.nouns[who]
         assert torch.equal(text, captions.text(captions.generic[None, other, view])[0])
+
+
+def test_a_subject_that_is_alone_with_its_noun_has_no_prior_and_is_warned_about(read, settings, caplog):
+    cache, *seen = read
+    nouns = np.zeros_like(cache.nouns)
+    nouns[[1, 4]] = 1, 2
+    nouns[-1] = 1  # held out: no subject of a prior
+    cache = dataclasses.replace(cache, nouns=nouns)
+    config = TrainConfig(**{**settings, "gamma": 1.0, "batch": 38, "targets": 2, "holdout": 2})
+    source = batches.Batches(cache, *seen, config, 1000)
+    both = [source.prior_at(step) for step in range(2)]  # an epoch
+    alone = np.isin(np.repeat(np.concatenate([one.identities for one in both]), 2), (1, 4))
+    assert alone.sum() == 4
+    assert np.array_equal(np.concatenate([one.weight for one in both]), np.where(alone, 0, 1))
+    assert source.at(0).weight.min() == 1
+    [said] = caplog.messages
+    assert "2 of 38 subjects" in said and "--prior matching" in said
+    for change in ({"gamma": 0.0}, {"prior": "matching"}):
+        batches.Batches(cache, *seen, dataclasses.replace(config, **change), 1000)
+    assert len(caplog.messages) == 1
 
 
 def test_timesteps_cover_the_schedule_and_a_shift_makes_them_noisier(make):

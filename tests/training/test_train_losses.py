@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -57,6 +59,18 @@ def test_matching_is_the_distance_from_the_base_model_on_the_same_rows(trainer, 
     assert distance.abs().max() > 1e-3
     expected = distance.square().mean().item()
     assert terms["prior"].item() == pytest.approx(expected, rel=0.02)  # the trainer's decoder may be in bf16
+
+
+def test_rows_without_a_prior_weigh_nothing(trainer):
+    preserving = trainer(gamma=1.0)
+    batch = preserving.batches.at(0)
+    prior = preserving._prior(0, batch)
+    found = [
+        preserving.losses(batch, dataclasses.replace(prior, weight=torch.tensor(weight)))["prior"].item()
+        for weight in ([1.0] * 4, [0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4)
+    ]
+    assert found[1] + found[2] == pytest.approx(found[0])
+    assert min(found[:3]) > 0 == found[3]
 
 
 def test_a_fresh_decoder_is_the_base_model_so_matching_costs_nothing_and_preservation_does(trainer):
