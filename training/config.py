@@ -204,10 +204,10 @@ def to_json(config: TrainConfig | DecoderConfig) -> dict[str, Any]:
 
 
 # What a resumed run may change unasked: how long it goes on, how often it reports, where it computes and how
-# much memory that takes. The base model and the pictures are told by what they hold, not by their folders.
+# much memory that takes. Base model, pictures and image prompt are told by what they hold, not by where it is.
 FREE = frozenset(
     (
-        "model", "data", "output", "steps", "log_every", "monitor_every", "sample_every", "save_every",
+        "model", "data", "output", "image_prompt", "steps", "log_every", "monitor_every", "sample_every", "save_every",
         "device", "threads", "precision", "compile",
         "gradient_checkpointing", "compress_gradients", "shard_optimizer",
     )
