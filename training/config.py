@@ -140,7 +140,8 @@ class TrainConfig:
         for name in ("text_dropout", "cross_view", "final_lr", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
-        for name in ("lambda_", "gamma", "min_snr", "warmup", "weight_decay", "holdout", "image_scale"):
+        weights = ("lambda_", "gamma", "min_snr", "weight_decay", "image_scale")
+        for name in (*weights, "warmup", "holdout", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.image_scale > MAX_IMAGE_SCALE:

@@ -38,7 +38,7 @@ log = logging.getLogger("training")
 
 CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with projection or not
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALVES = (0.5, 0.5, 0.5)
+HALVES = (0.5, 0.5, 0.5)  # mean and deviation that take pixels to [-1, 1]
 HASH_DIGITS = 12
 PICTURES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
 PIXELS_AT_ONCE = 1 << 22  # that the VAE encodes at once: 16 pictures of 512 pixels
