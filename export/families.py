@@ -19,7 +19,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from export import architectures, loading
-from export.errors import ExportError, first_line
+from export.errors import ExportError
 from export.loading import Found
 from export.parts import Part, random_part
 from export.source import Inputs, Source, sized, vae_factor
@@ -29,6 +29,7 @@ from training import base as tiny
 from training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
 from training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
 from training.hypernet import decoder_of
+from training.loop import first_line
 
 RANDOM_RANK = 4  # of tiny
 TOKEN = "sks"

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from export import single_file
-from export.errors import first_line
 from export.parts import Part
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
 from training import base

@@ -24,7 +24,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from export.errors import ExportError, first_line
+from export.errors import ExportError
 from export.parts import Part
 from hyperrt.errors import BadInput, IntegrityError
 from training.loop import first_line

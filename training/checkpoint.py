@@ -2,8 +2,8 @@
 
 A run's folder:
     hypernet.safetensors   weights of the decoder (EMA), what `hyperrt export --hypernet` reads
-    hypernet.json          what they are: shape, LoRA layout, token, training configuration; hashes of base model
-                           and image prompt
+    hypernet.json          what they are: shape, LoRA layout, token, training configuration, and the hashes of
+                           base model and image prompt
     state.safetensors      all that a killed run needs to go on unchanged: weights, EMA, AdamW, step
 """
 

@@ -205,12 +205,12 @@ def to_json(config: TrainConfig | DecoderConfig) -> dict[str, Any]:
 
 
 # What a resumed run may change unasked: how long it goes on, how often it reports, where it computes and how
-# much memory that takes. Base model, pictures and image prompt are told by what they hold, not by where it is.
+# much memory that takes. Base model, pictures and image prompt are told by content, not by path.
 FREE = frozenset(
     (
-        "model", "data", "output", "image_prompt", "steps", "log_every", "monitor_every", "sample_every", "save_every",
-        "device", "threads", "precision", "compile",
-        "gradient_checkpointing", "compress_gradients", "shard_optimizer",
+        "model", "data", "output", "image_prompt", "steps",
+        "log_every", "monitor_every", "sample_every", "save_every",
+        "device", "threads", "precision", "compile", "gradient_checkpointing", "compress_gradients", "shard_optimizer",
     )
 )  # fmt: skip
 # What it may not change at all: the weights would not fit.

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from hyperrt import files, home
 from hyperrt.errors import IntegrityError
 from training import data, device, pretrain
-from training.loop import Schedule, reported
+from training.loop import Schedule, first_line, reported
 
 log = logging.getLogger("training")
 
@@ -102,8 +102,8 @@ def trained(folder: Path | None = None) -> tuple[IdentityEncoder, dict[str, obje
         about = json.loads((place / ABOUT).read_text())
         model.load_state_dict(load_file(place / WEIGHTS))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        why = str(error).splitlines()[0]
-        raise IntegrityError(f"the encoder in {place} is damaged", why, f"remove {place}") from error
+        what = f"the encoder in {place} is damaged"
+        raise IntegrityError(what, first_line(error), f"remove {place}") from error
     return model.eval().requires_grad_(False), about
 
 

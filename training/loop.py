@@ -210,6 +210,13 @@ def warn(what: str, why: str, do: str) -> None:
     log.warning("%s\n  why: %s\n  do:  %s", what, why, do)
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough for the line that says why."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """For a command: progress on stderr; an error raised on purpose is its message and its exit code."""
@@ -288,7 +295,5 @@ def _resume(path: Path, model: nn.Module, descent: Descent) -> int:
         descent.optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise IntegrityError(
-            f"{path} cannot be resumed", why, f"remove {path.parent} to train it anew"
-        ) from error
+        do = f"remove {path.parent} to train it anew"
+        raise IntegrityError(f"{path} cannot be resumed", first_line(error), do) from error

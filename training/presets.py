@@ -31,11 +31,11 @@ PRESETS: dict[str, Settings] = {
     "smoke": {"steps": 20, "batch": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16},
     # CelebA-HQ, guidance 7.5: DINO 0.639, CLIP-I 0.653, faces 0.250, CLIP-T 0.269
     "celeba": {**CLOSED, "steps": 30_000, "lambda_": 0.15, "reduction": "matrix_fro_mean"},
-    # Table 6's weight of R(h), 100; the paper prints no scores of its own for it: as celeba, 0.639, 0.653, 0.250, 0.269
+    # With table 6's weight of R(h), for which no scores are printed, as celeba: 0.639, 0.653, 0.250, 0.269
     "celeba_table_6": {**CLOSED, "steps": 30_000, **TABLE_6},
     # AFHQ-v2, guidance 7.5: DINO 0.717, CLIP-I 0.813, CLIP-T 0.278
     "afhq": {**CLOSED, "lambda_": 0.5, "reduction": "matrix_fro_mean"},
-    # The same of afhq: DINO 0.717, CLIP-I 0.813, CLIP-T 0.278
+    # The same, as afhq: DINO 0.717, CLIP-I 0.813, CLIP-T 0.278
     "afhq_table_6": {**CLOSED, **TABLE_6},
     # "Embedding dimension of 4" (section B.1) may be a slip; scores as afhq.
     "paper_literal": {**CLOSED, "dim": 4, "lambda_": 0.5, "reduction": "matrix_fro_mean"},

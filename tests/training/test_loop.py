@@ -164,7 +164,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     ("error", "said"),
     [
         (ValueError("one\ntwo"), "one"),
-        (ValueError(""), "ValueError()"),
+        (ValueError(""), "ValueError('')"),
         (ValueError("\n"), r"ValueError('\n')"),
         (FileNotFoundError(2, "No such file", "weights"), "weights: No such file"),
         (OSError(5, "Input/output error"), "[Errno 5] Input/output error"),

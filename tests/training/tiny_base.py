@@ -1,6 +1,6 @@
 """A base model of the right classes with random weights, and a small scene cache for it: seconds to make.
 
-make(folder)              BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/, for training.base.load
+make(folder)              a base model's folder, for training.base.load
 make_cache(folder, base)  drawn scenes with its latents, as training.data.SceneCache.open reads it
 """
 
