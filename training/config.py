@@ -210,7 +210,8 @@ FREE = frozenset(
     (
         "model", "data", "output", "image_prompt", "steps",
         "log_every", "monitor_every", "sample_every", "save_every",
-        "device", "threads", "precision", "compile", "gradient_checkpointing", "compress_gradients", "shard_optimizer",
+        "device", "threads", "precision", "compile", "gradient_checkpointing",
+        "compress_gradients", "shard_optimizer",
     )
 )  # fmt: skip
 # What it may not change at all: the weights would not fit.
