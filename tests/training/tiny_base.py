@@ -44,8 +44,8 @@ def make(folder: Path, seed: int = 0) -> Path:
 
 def make_cache(folder: Path, base: Path, identities: int = 40, views: int = 3) -> Path:
     """Draws the scenes and encodes them, as training.pretrain does."""
-    pictures = data.build(folder, identities, views, IMAGE_SIZE, workers=1).images
-    latents = features.encode_latents(bases.load_encoders(base), pictures.reshape(-1, *pictures.shape[2:]))
+    pictures = np.concatenate(data.build(folder, identities, views, IMAGE_SIZE, workers=1).images)
+    latents = features.encode_latents(bases.load_encoders(base), pictures)
     np.save(folder / "latents.npy", latents.numpy().reshape(identities, views, *LATENTS).astype(np.float16))
     return folder
 
