@@ -33,6 +33,7 @@ from hyperrt.errors import Incompatible, NumericError, ResourceError
 from training.base import Encoders, tokens
 from training.checkpoint import hash_of
 from training.data import SceneCache
+from training.loop import warn
 
 log = logging.getLogger("training")
 
@@ -193,10 +194,11 @@ def latents(base: Encoders, cache: SceneCache, mirrored: bool = False) -> np.mem
 def check_latents(base: Encoders, cache: SceneCache) -> None:
     """That the latents of a cache are those of this VAE.
 
-    Those of training.prepare are told by their name; of others a few are made again and compared.
+    Those of training.prepare are told by their name. Of others a few are made again and compared; if they
+    differ, a warning says so: a script may train on latents that are no pictures', to see how fast it is.
 
     Raises:
-        Incompatible: they are another's.
+        Incompatible: prepared ones are another's.
     """
     what = f"the cache {cache.path} does not fit the base model"
     meaning = "latents of one VAE mean nothing to another"
@@ -204,8 +206,7 @@ def check_latents(base: Encoders, cache: SceneCache) -> None:
     if name is None:
         if not (error := _latents_error(base, cache)) <= MOST_LATENTS_ERROR:
             why = f"its latents are {error:.0%} off what the VAE makes of its pictures; {meaning}"
-            do = "give --model the base that training.pretrain made with it, or make both anew"
-            raise Incompatible(what, why, do)
+            warn(what, why, "give --model the base that training.pretrain made with it, or make both anew")
     elif name != f"latents-{fingerprint(base.vae, cache)}.npy":
         why = f"it was prepared for a base model with another VAE, and {meaning}"
         raise Incompatible(what, why, "prepare it again: python -m training.prepare --force --model BASE")
