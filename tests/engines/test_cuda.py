@@ -37,10 +37,10 @@ def elsewhere(function, *arguments, **options):
 
 def test_an_engine_works_on_its_gpu_from_any_thread(opened, cuda):
     with opened(1) as engine:
-        elsewhere(engine.bind, {"gain": GAIN})
+        elsewhere(engine.bind, {"x": X, "gain": GAIN})
         elsewhere(engine.refit, {"w": X})
         for _ in range(4):
-            there = elsewhere(engine.run, {"x": X}, host=False)["y"]
+            there = elsewhere(engine.run, {}, host=False)["y"]
         assert cuda.launches == 2  # recorded, too
         assert there.__dlpack_device__() == (dlpack.CUDA, 1)
         np.testing.assert_array_equal(elsewhere(np.asarray, there), 11 * X)
