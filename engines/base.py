@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
+from engines import cores
 from engines.backends import BACKENDS
 from engines.dlpack import DeviceArray
 from engines.errors import BackendMissing as BackendMissing
@@ -179,7 +180,7 @@ class Engine(ABC):
             self._resident = {}
         self._release()
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -221,9 +222,6 @@ class Engine(ABC):
         return self._resident
 
 
-_Self = TypeVar("_Self", bound=Engine)
-
-
 def closed() -> EngineClosed:
     """The error of a use after `close`."""
     return EngineClosed("the engine is closed", "it was used after close()", "open it again: engines.open")
@@ -239,6 +237,7 @@ def open(
     backend: str = "onnxruntime",
     threads: int | None = None,
     sizes: Mapping[str, int] | None = None,
+    device: int = 0,
     **options: Any,
 ) -> Engine:
     """Open a graph.
@@ -250,14 +249,17 @@ def open(
         sizes: name of a size in the graph's shapes -> its value, for good: the specs then have the number.  A
             backend that compiles makes a smaller and faster graph of it.  Names that the graph does not have
             are left out, so that one table serves all graphs of a bundle.
+        device: which of the GPUs that CUDA shows this process, for backends that run on one; others have 0
+            alone.  A call leaves it the calling thread's current device of CUDA.
         options: the backend's own.
 
     Raises:
         BackendMissing: no such backend, or its package is not installed.
-        EngineInputError: `threads` or a size is less than 1, or an option is not one that is taken.
+        EngineInputError: `threads` or a size is less than 1, `device` is not 0 where there are no others, or
+            an option is not one that is taken.
         EngineLoadError: the file is not there, or is not a graph that this backend can run.
         EngineMemoryError: memory ran out.
-        EngineError: the backend is installed but does not start.
+        EngineError: the backend is installed but does not start, or there is no such `device`.
     """
     backend = resolve(backend)
     module = load(backend)
@@ -270,8 +272,15 @@ def open(
     for name, size in (sizes or {}).items():
         if size < 1:
             raise EngineInputError(f"the size {name!r} is {size}", "a size is at least 1")
-    fixed = BACKENDS[backend].options
-    return cast(Callable[..., Engine], module.open)(path, threads=threads, sizes=sizes, **options, **fixed)
+    about = BACKENDS[backend]
+    if about.nvidia:
+        options["device"] = device
+    elif device:  # not ignored: two runtimes that were to be apart would share a processor
+        why = f"the backend {backend!r} runs on no GPU"
+        raise EngineInputError(f"the device is {device}", why, "leave it out, or name a backend that does")
+    return cast(Callable[..., Engine], module.open)(
+        path, threads=threads, sizes=sizes, **options, **about.options
+    )
 
 
 def resolve(backend: str) -> str:
@@ -285,9 +294,7 @@ def resolve(backend: str) -> str:
     if backend == "auto":
         cpu = [name for name, one in BACKENDS.items() if one.vendor and not one.nvidia]
         installed = {name for name in cpu if find_spec(BACKENDS[name].vendor)}
-        from engines.cores import suits_openvino  # it needs this module's errors
-
-        if "openvino" in installed and (suits_openvino() or "onnxruntime" not in installed):
+        if "openvino" in installed and (cores.suits_openvino() or "onnxruntime" not in installed):
             return "openvino"
         return "onnxruntime"
     if backend not in BACKENDS:

@@ -1,6 +1,8 @@
 """Device memory, a stream and graphs of CUDA: all that an engine on a GPU needs, by way of cuda-bindings.
 
-Everything of an engine is enqueued on its own stream, so nothing has to wait but what leaves the device.
+Everything of an engine is enqueued on its own stream, so nothing has to wait but what leaves the device.  A
+stream is of one GPU.  CUDA calls go to the calling thread's current GPU, so whoever calls makes that the
+stream's first.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Device:
 
 
 def device(index: int = 0) -> Device:
-    """The GPU that engines run on.
+    """The GPU of that number among those that CUDA shows this process.
 
     Raises:
         EngineError: there is none, or no driver.
@@ -47,22 +49,43 @@ def device(index: int = 0) -> Device:
         try:
             properties = _call(cudart.cudaGetDeviceProperties, index)
         except EngineError:
-            nvidia.driver()  # if that is what is missing, it says so
+            nvidia.check_device(nvidia.driver(), index)  # if one of the two is missing, it says so
             raise
     name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
     return Device(name, f"sm{properties.major}{properties.minor}")
 
 
 class Stream:
-    """A stream, and the memory that is used on it and keeps it; freed when nothing refers to it."""
+    """A stream, and the memory that is used on it and keeps it; freed when nothing refers to it.
 
-    def __init__(self) -> None:
-        self.handle = int(_call(cudart.cudaStreamCreateWithFlags, NON_BLOCKING))
+    Args:
+        device: the number of its GPU.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        self.device = device
+        self.handle = int(self.call(cudart.cudaStreamCreateWithFlags, NON_BLOCKING))
         weakref.finalize(self, cudart.cudaStreamDestroy, self.handle)
+
+    def use(self) -> None:
+        """Make its GPU the calling thread's current one.
+
+        It stays that: to go back to one that was not used before would take memory there.
+        """
+        _call(cudart.cudaSetDevice, self.device)
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """A function of CUDA, on its GPU: the results.
+
+        Raises:
+            EngineError: CUDA says that it failed.
+        """
+        self.use()
+        return _call(function, *arguments)
 
     def wait(self) -> None:
         """Until everything that was enqueued is done."""
-        _call(cudart.cudaStreamSynchronize, self.handle)
+        self.call(cudart.cudaStreamSynchronize, self.handle)
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
         """New memory, its contents undefined.
@@ -73,11 +96,11 @@ class Stream:
         return Buffer(self, shape, np.dtype(dtype))
 
     def upload(self, pairs: Iterable[tuple[Array | DeviceArray, Buffer]]) -> None:
-        """Enqueue copies, from the host or from anywhere on the device, each into a buffer of the same size.
+        """Enqueue copies, from the host or from anywhere on a GPU, each into a buffer of the same size.
 
         A host array can be changed when this returns: CUDA has read it, as it is not page-locked.
         """
-        pairs = list(pairs)
+        pairs = [(self._within_reach(array), into) for array, into in pairs]
         others = {array.stream for array, _ in pairs if isinstance(array, Buffer)} - {self}
         for other in others:
             self._follow(other)  # which may still be computing them
@@ -88,6 +111,12 @@ class Stream:
                 self._copy(into.pointer, array.ctypes.data, into.nbytes, "cudaMemcpyHostToDevice")
         for other in others:
             other._follow(self)  # where they may be freed at once
+
+    def _within_reach(self, array: Array | DeviceArray) -> Array | DeviceArray:
+        """The array, on the host if it is on another GPU: not every one can read another's memory."""
+        if isinstance(array, Buffer) and array.stream.device != self.device:
+            return np.asarray(array)
+        return array
 
     def download(self, buffer: DeviceArray) -> Array:
         """A copy on the host; waits."""
@@ -105,24 +134,25 @@ class Stream:
     def record(self, enqueue: Callable[[], object]) -> Recorded:
         """What `enqueue` enqueues on this stream, as one launch; nothing is run now."""
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        _call(cudart.cudaStreamBeginCapture, self.handle, mode)
+        self.call(cudart.cudaStreamBeginCapture, self.handle, mode)
         try:
             enqueue()
         finally:
-            graph = _call(cudart.cudaStreamEndCapture, self.handle)
-        executable = _call(cudart.cudaGraphInstantiate, graph, 0)
-        _call(cudart.cudaGraphDestroy, graph)
+            graph = self.call(cudart.cudaStreamEndCapture, self.handle)
+        executable = self.call(cudart.cudaGraphInstantiate, graph, 0)
+        self.call(cudart.cudaGraphDestroy, graph)
         return Recorded(self, executable)
 
     def _follow(self, other: Stream) -> None:
         """Let what is enqueued here from now on wait for what is enqueued there; the host does not wait."""
-        event = _call(cudart.cudaEventCreateWithFlags, NO_TIMING)
-        _call(cudart.cudaEventRecord, event, other.handle)
-        _call(cudart.cudaStreamWaitEvent, self.handle, event, 0)
-        _call(cudart.cudaEventDestroy, event)  # as soon as it was reached
+        event = self.call(cudart.cudaEventCreateWithFlags, NO_TIMING)
+        self.call(cudart.cudaEventRecord, event, other.handle)
+        self.call(cudart.cudaStreamWaitEvent, self.handle, event, 0)
+        self.call(cudart.cudaEventDestroy, event)  # as soon as it was reached
 
     def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
-        _call(cudart.cudaMemcpyAsync, to, source, nbytes, getattr(cudart.cudaMemcpyKind, kind), self.handle)
+        which = getattr(cudart.cudaMemcpyKind, kind)
+        self.call(cudart.cudaMemcpyAsync, to, source, nbytes, which, self.handle)
 
 
 class _Memory:
@@ -130,7 +160,7 @@ class _Memory:
 
     def __init__(self, stream: Stream, nbytes: int) -> None:
         self.stream = stream  # which must not go before it
-        self.pointer = int(_call(cudart.cudaMallocAsync, max(1, nbytes), stream.handle))
+        self.pointer = int(stream.call(cudart.cudaMallocAsync, max(1, nbytes), stream.handle))
         weakref.finalize(self, cudart.cudaFreeAsync, self.pointer, stream.handle)
 
 
@@ -176,7 +206,7 @@ class Buffer(DeviceArray):
         return self.stream.download(self).astype(dtype or self.dtype, copy=False)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return dlpack.CUDA, 0
+        return dlpack.CUDA, self.stream.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
         if stream != self.stream.handle:  # the reader's own stream knows nothing of what is enqueued here
@@ -193,11 +223,11 @@ class Recorded:
 
     def launch(self) -> None:
         """Enqueue it."""
-        _call(cudart.cudaGraphLaunch, self._executable, self._stream.handle)
+        self._stream.call(cudart.cudaGraphLaunch, self._executable, self._stream.handle)
 
 
 def memory_free() -> int:
-    """Bytes that the device could still give."""
+    """Bytes that the current device could still give."""
     free, _ = _call(cudart.cudaMemGetInfo)
     return int(free)
 

@@ -88,6 +88,19 @@ def driver() -> Driver:
     return Driver(_version(), (newest // 1000, newest % 1000 // 10), gpus)
 
 
+def check_device(found: Driver, index: int) -> None:
+    """Refuse a GPU that is not there.
+
+    Raises:
+        EngineError: with those that are.
+    """
+    count = len(found.gpus)
+    if not 0 <= index < count:
+        why = f"this process sees {count} of them: {', '.join(map(str, range(count)))}"
+        do = f"choose one of these; {VISIBLE}, if it is set, hides the others"
+        raise EngineError(f"there is no NVIDIA GPU {index}", why, do)
+
+
 def check_cuda(found: Driver, needed: int | None, package: str) -> None:
     """Refuse a driver that is too old for a package.
 

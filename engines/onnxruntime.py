@@ -55,12 +55,13 @@ class OnnxRuntimeEngine(Engine):
     Args:
         session: with the graph.
         device: where what is bound is kept, "cpu" or "cuda".
+        index: which of these devices.
     """
 
-    def __init__(self, session: ort.InferenceSession, device: str = "cpu") -> None:
+    def __init__(self, session: ort.InferenceSession, device: str = "cpu", index: int = 0) -> None:
         super().__init__()
         self._session: ort.InferenceSession | None = session
-        self._device = device
+        self._device, self._index = device, index
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self.weights = tuple(_spec(node) for node in session.get_overridable_initializers())
@@ -92,7 +93,8 @@ class OnnxRuntimeEngine(Engine):
     def _lent(self, arrays: dict[str, Array]) -> dict[str, Any]:
         with _errors("binding an input failed", EngineError):
             return {
-                name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in arrays.items()
+                name: ort.OrtValue.ortvalue_from_numpy(array, self._device, self._index)
+                for name, array in arrays.items()
             }
 
     def _refit(self, arrays: dict[str, Array]) -> None:
@@ -113,10 +115,11 @@ class CudaGraphEngine(OnnxRuntimeEngine):
     Args:
         session: with the graph; every size of its inputs and outputs is fixed, and it has no `weights`.
         device: "cuda".
+        index: which GPU.
     """
 
-    def __init__(self, session: ort.InferenceSession, device: str = "cuda") -> None:
-        super().__init__(session, device)
+    def __init__(self, session: ort.InferenceSession, device: str = "cuda", index: int = 0) -> None:
+        super().__init__(session, device, index)
         self.weights = ()  # a constant that is replaced has another address, which a replay does not read
         self._turn = threading.Lock()
         self._held: dict[str, Array] = {}  # by the buffers, of what is bound
@@ -158,7 +161,7 @@ class CudaGraphEngine(OnnxRuntimeEngine):
 
     def _buffer(self, spec: TensorSpec) -> Any:
         kind = np.dtype(spec.dtype).type
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape), kind, self._device)
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(spec.shape), kind, self._device, self._index)
 
 
 def open(
@@ -167,6 +170,7 @@ def open(
     sizes: Mapping[str, int] | None = None,
     provider: str = CPU,
     cuda_graph: bool = False,
+    device: int = 0,
 ) -> OnnxRuntimeEngine:
     """Open an ONNX file.
 
@@ -179,13 +183,14 @@ def open(
         cuda_graph: launch all kernels of a run as one: what many small ones cost the host is saved.  Only
             where `sizes` fixes every size of the graph's inputs and outputs, and no constant can be refitted;
             others run as without.
+        device: which GPU; not used on the CPU.
 
     Raises:
         EngineInputError: `threads` is less than 1, `provider` is unknown, or `cuda_graph` asked of the CPU.
         EngineLoadError: not an ONNX graph, an unknown operator or type, missing external data, or one that
             cannot be captured.
         EngineMemoryError: memory ran out.
-        EngineError: the provider does not start: it, its libraries, the driver or a GPU is missing.
+        EngineError: the provider does not start: it, its libraries, the driver or the GPU is missing.
     """
     options = _session_options(thread_count(threads))
     for name, size in (sizes or {}).items():
@@ -198,26 +203,26 @@ def open(
         )
     if provider == CPU:
         return OnnxRuntimeEngine(_session(path, options, [CPU]))
-    check(provider)
+    check(provider, device)
     with _errors(f"cannot open the graph {path}", EngineLoadError):
         capture = cuda_graph and _is_fixed(path, sizes or {})
     _load_libraries(provider)
-    session = _gpu_session(path, options, provider, capture)
+    session = _gpu_session(path, options, provider, capture, device)
     if not capture or session.get_overridable_initializers():
         if capture:  # a refit moves constants to other addresses than were captured
-            session = _gpu_session(path, options, provider, False)
-        engine = OnnxRuntimeEngine(session, "cuda")
+            session = _gpu_session(path, options, provider, False, device)
+        engine = OnnxRuntimeEngine(session, "cuda", device)
         if provider == TENSORRT:
             engine.weights = ()  # it compiles constants in, named or not
         return engine
-    return CudaGraphEngine(session)
+    return CudaGraphEngine(session, "cuda", device)
 
 
-def check(provider: str = CPU) -> None:
+def check(provider: str = CPU, device: int = 0) -> None:
     """Refuse an execution provider that cannot start here; for `open`, and for `hyperrt doctor`.
 
     Raises:
-        EngineError: the package has no such provider, or there is no driver, or no GPU, for it.
+        EngineError: the package has no such provider, or there is no driver, or no such GPU, for it.
     """
     there = ort.get_available_providers()
     if provider not in there:
@@ -229,11 +234,13 @@ def check(provider: str = CPU) -> None:
     if provider != CPU:
         built_with = getattr(ort, "cuda_version", "").split(".")[0]
         needed = int(built_with) if built_with.isdigit() else None
-        nvidia.check_cuda(nvidia.driver(), needed, "onnxruntime-gpu")
+        found = nvidia.driver()
+        nvidia.check_cuda(found, needed, "onnxruntime-gpu")
+        nvidia.check_device(found, device)
 
 
 def _gpu_session(
-    path: Path, options: ort.SessionOptions, provider: str, capture: bool
+    path: Path, options: ort.SessionOptions, provider: str, capture: bool, device: int
 ) -> ort.InferenceSession:
     """A session that the provider runs.
 
@@ -241,8 +248,9 @@ def _gpu_session(
         EngineError: ONNX Runtime left the provider out, which it does without an error of its own.
         EngineLoadError, EngineMemoryError: as `open`.
     """
+    where = {"device_id": str(device)}
     # As the graph says: without this, fp32 would be multiplied with the 10 bits of TF32.
-    chosen: dict[str, dict[str, str]] = {provider: {}, CUDA: {"use_tf32": "0"}}
+    chosen = {provider: {**where}, CUDA: {**where, "use_tf32": "0"}}
     if capture:
         chosen[provider][GRAPH_OPTION[provider]] = "1"
     why = ""

@@ -69,21 +69,27 @@ class TensorRTEngine(Engine):
         engine: its ICudaEngine.
         weights: those that can be refitted, zeros in the plan.
         recording: whether steps are recorded as a CUDA graph; a plan of open sizes never is.
+        stream: on the GPU that the plan was deserialised for.
     """
 
     on_device = True
 
     def __init__(
-        self, trt: Any, log: Log, engine: Any, weights: Sequence[TensorSpec], recording: bool
+        self,
+        trt: Any,
+        log: Log,
+        engine: Any,
+        weights: Sequence[TensorSpec],
+        recording: bool,
+        stream: cuda.Stream,
     ) -> None:
         super().__init__()
-        self._log, self._engine = log, engine
+        self._log, self._engine, self._stream = log, engine, stream
         self._device = threading.Lock()  # one run, or one change of what is resident, at a time
         specs = [_spec(trt, engine, engine.get_tensor_name(k)) for k in range(engine.num_io_tensors)]
         is_input = [engine.get_tensor_mode(spec.name) == trt.TensorIOMode.INPUT for spec in specs]
         self.inputs = tuple(spec for spec, read in zip(specs, is_input, strict=True) if read)
         self.outputs = tuple(spec for spec, read in zip(specs, is_input, strict=True) if not read)
-        self._stream = cuda.Stream()
         # TensorRT-RTX records by itself, and cannot be told to do it again after a refit.
         self._context = _context(trt, log, engine, recording and not weights)
         self._places: dict[str, cuda.Buffer] = {}
@@ -110,9 +116,16 @@ class TensorRTEngine(Engine):
             return {name: self._stream.copy(place) for name, place in outputs.items()}
 
     @contextlib.contextmanager
+    def _turn(self, what: str) -> Iterator[None]:
+        """The engine's GPU for this thread alone; `what` begins an error of CUDA."""
+        with self._device, cuda.explained(what):
+            self._stream.use()  # TensorRT, too, works on the thread's current one
+            yield
+
+    @contextlib.contextmanager
     def _running(self, arrays: Mapping[str, Any]) -> Iterator[dict[str, cuda.Buffer]]:
         """Enqueue a run; the places of its outputs, for as long as no other run writes there."""
-        with self._device, cuda.explained("running the graph failed"):
+        with self._turn("running the graph failed"):
             if self._closed:  # by another thread, after the check
                 raise closed()
             self._put(arrays)
@@ -124,7 +137,7 @@ class TensorRTEngine(Engine):
             yield outputs
 
     def _upload(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        with self._device, cuda.explained("binding an input failed"):
+        with self._turn("binding an input failed"):
             before = dict(self._places)
             try:  # what can fail comes first
                 for name, array in arrays.items():
@@ -139,7 +152,7 @@ class TensorRTEngine(Engine):
     def _refit(self, arrays: dict[str, Any]) -> None:
         if self._weights is None:
             raise EngineError("this plan cannot be refitted", "it was compiled without refittable weights")
-        with self._device, cuda.explained("refitting the graph failed"):
+        with self._turn("refitting the graph failed"):
             self._recorded = None  # nothing says that a recording holds for other weights; another takes ms
             self._weights.write(arrays)
 
@@ -240,13 +253,13 @@ class _Weights:
             raise self._log.error("refitting the graph failed")
 
 
-def target(vendor: str) -> str:
-    """What a plan for the GPU of this machine is for: TensorRT-RTX's runs on all of one capability.
+def target(vendor: str, device: int = 0) -> str:
+    """What a plan for a GPU of this machine is for: TensorRT-RTX's runs on all of one capability.
 
     Raises:
-        EngineError: there is no GPU or driver.
+        EngineError: there is no such GPU, or no driver.
     """
-    found = cuda.device()
+    found = cuda.device(device)
     return found.sm if vendor == RTX else f"{found.sm} {found.name}"
 
 
@@ -259,6 +272,7 @@ def open(
     plan: Path | None = None,
     weights: Sequence[TensorSpec] = (),
     recording: bool = True,
+    device: int = 0,
 ) -> TensorRTEngine:
     """Open the plan of a graph.
 
@@ -269,17 +283,20 @@ def open(
         plan: what `tensorrt_build.build` wrote, and nobody else: it is executable code.
         weights: those that can be refitted, zeros in the plan.
         recording: replay a step as a CUDA graph.
+        device: which GPU.
 
     Raises:
         EngineLoadError: there is no plan, it is of another version or card, or has other weights.
         EngineMemoryError: the GPU has no room for it.
-        EngineError: there is no GPU or driver.
+        EngineError: there is no such GPU, or no driver.
     """
     if plan is None:
         why = "TensorRT runs compiled plans"
         raise EngineLoadError(f"there is no plan of {path}", why, "compile one: hyperrt compile")
     trt = importlib.import_module(vendor)
-    cuda.device()  # without one, what TensorRT says is hard to read
+    cuda.device(device)  # without it, what TensorRT says is hard to read
+    with cuda.explained(f"the graph {path} cannot be opened"):
+        stream = cuda.Stream(device)  # on its GPU TensorRT works from here on
     log = Log(trt)
     runtime = trt.Runtime(log.logger)  # code of the host inside a plan stays forbidden: the default
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
@@ -287,7 +304,7 @@ def open(
         what = f"{vendor} {trt.__version__} does not load the plan of {path.name}"
         raise log.error(what, EngineLoadError, "compile it again: hyperrt compile")
     try:
-        return TensorRTEngine(trt, log, engine, weights, recording)
+        return TensorRTEngine(trt, log, engine, weights, recording, stream)
     except EngineError:
         raise
     except Exception as error:  # pybind11 turns C++ exceptions into any of Python's

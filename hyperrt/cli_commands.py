@@ -124,6 +124,7 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per engine call.")
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What runs the model.")
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option("--device", type=int, default=0, show_default=True, metavar="N", help="Which GPU.")
 @click.option(
     "--low-memory", is_flag=True, help="Unload parts of the model when done; decode large pictures in tiles."
 )
@@ -184,6 +185,7 @@ def generate(context: click.Context, /, **options: Any) -> None:
 )
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What runs the model.")
 @click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
+@click.option("--device", type=int, default=0, show_default=True, metavar="N", help="Which GPU.")
 @click.option(
     "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
 )

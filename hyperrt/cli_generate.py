@@ -30,7 +30,9 @@ def generate(config: GenerateConfig, output: Output) -> None:
     seeds = range(config.seed, config.seed + config.n)
     paths = [] if to_stdout else configs.output_paths(config.output, config.prompt, seeds, config.force)
     pictures: list[dict[str, Any]] = []
-    with Runtime.open(config.bundle, config.backend, config.threads, low_memory=config.low_memory) as runtime:
+    with Runtime.open(
+        config.bundle, config.backend, config.threads, low_memory=config.low_memory, device=config.device
+    ) as runtime:
         for result in _drawn(runtime, config, output):
             if to_stdout:
                 output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
@@ -82,7 +84,7 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
         files.check_folder(path, PEFT_CONFIG, config.force)
     else:
         files.check_file(path, config.force)
-    with Runtime.open(config.bundle, config.backend, config.threads) as runtime:
+    with Runtime.open(config.bundle, config.backend, config.threads, device=config.device) as runtime:
         photos, layout = _photos(config.images), runtime.bundle.layout
         subject = runtime.personalize(photos, config.class_noun, config.strict_images, config.combine)
         if config.combine == "concat":

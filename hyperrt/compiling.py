@@ -73,16 +73,26 @@ def version(backend: str) -> str:
         return str(import_module(BACKENDS[backend].vendor).__version__)
 
 
-def find(bundle: Bundle, name: str, backend: str, sizes: Sizes, cache: PlanCache | None = None) -> Plan:
-    """The plan of a graph for the GPU of this machine, checked to the last bit.
+def find(
+    bundle: Bundle,
+    name: str,
+    backend: str,
+    sizes: Sizes,
+    cache: PlanCache | None = None,
+    device: int = 0,
+) -> Plan:
+    """The plan of a graph for a GPU of this machine, checked to the last bit.
+
+    Args:
+        device: which GPU.
 
     Raises:
         NotFound: there is none.
         Incompatible: there are others, of another version, card or size.
         IntegrityError: it is damaged, or others may have written it.
-        engines.EngineError: there is no GPU.
+        engines.EngineError: there is no such GPU.
     """
-    target = engines.load(backend).target(BACKENDS[backend].vendor)
+    target = engines.load(backend).target(BACKENDS[backend].vendor, device)
     key = key_of(bundle, name, backend, target, sizes)
     try:
         return (cache or PlanCache()).load(key, bundle=_named(bundle), graph_name=name)

@@ -91,6 +91,7 @@ class GenerateConfig(SamplingConfig):
     class_noun: str | None = None  # None: the noun of the prompt, else the subject file's, else the bundle's
     backend: str = "auto"
     threads: int | None = None  # None: the backend decides
+    device: int = 0  # which GPU, of a backend that runs on one
     low_memory: bool = False  # close graphs that are no longer needed; decode large pictures in tiles
     strict_images: bool = False  # one bad photo stops the command
     combine: str = "mean"  # what becomes of several photos
@@ -100,6 +101,7 @@ class GenerateConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _in_range("threads", self.threads, 1, 1024)
+        _in_range("device", self.device, 0, 1023)
         _one_of("combine", self.combine, COMBINED)
         if self.images and self.subject:
             raise UsageError(
@@ -142,12 +144,14 @@ class PersonalizeConfig:
     class_noun: str | None = None
     backend: str = "auto"
     threads: int | None = None
+    device: int = 0
     strict_images: bool = False
     combine: str = "mean"
     force: bool = False
 
     def __post_init__(self) -> None:
         _in_range("threads", self.threads, 1, 1024)
+        _in_range("device", self.device, 0, 1023)
         _one_of("format", self.format, SUBJECT_FORMATS)
         _one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:

@@ -37,17 +37,26 @@ class Graphs:
         backend: one of `engines.BACKENDS`, or "auto".
         threads: CPU threads of one engine call; None lets the backend decide.
         options: the backend's own, see `engines.open`.
+        device: which GPU, for backends that run on one.
 
     Raises:
         BackendMissing: there is no such backend.
         BundleMismatch: the bundle's LoRA enters by refit, which the backend cannot do.
+        UsageError: `device` is not 0, and the backend runs on the processor.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: str, threads: int | None, options: Mapping[str, Any] | None = None
+        self,
+        bundle: Bundle,
+        backend: str,
+        threads: int | None,
+        options: Mapping[str, Any] | None = None,
+        device: int = 0,
     ) -> None:
         self.bundle = bundle
         self.backend = _backend(bundle, backend)
+        _check_device(self.backend, device)
+        self._device = device
         self._threads = threads
         self._options = dict(options or {})
         self._engines: dict[str, Engine] = {}
@@ -74,12 +83,14 @@ class Graphs:
         if self.backend == "openvino" and name == "vae_decoder":
             options["precision"] = "f32"  # it would choose bf16, whose rounding is bands in the picture
         if self.backend in PLANNED:
-            plan = compiling.find(self.bundle, name, self.backend, sizes or {})
+            plan = compiling.find(self.bundle, name, self.backend, sizes or {}, device=self._device)
             options = {"plan": plan.path, "weights": self.bundle.graphs[name].weights}
         fixed = sizes if self.backend in COMPILING else None
         path = self.bundle.graph(name)
         try:
-            engine = engines.open(path, self.backend, self._threads, fixed, **options | self._options)
+            engine = engines.open(
+                path, self.backend, self._threads, fixed, self._device, **options | self._options
+            )
         except engines.EngineLoadError as error:
             if plan is None:
                 raise
@@ -165,6 +176,14 @@ def _backend(bundle: Bundle, asked: str) -> str:
         f"its LoRA enters by refit, and {found} makes constants of it; {listed(REFITTING - {'fake'})} do not",
         "export the bundle with --adapt inputs, or use another backend",
     )
+
+
+def _check_device(backend: str, device: int) -> None:
+    """Refuse another device than 0 where there is one alone; whether there is such a GPU its backend says."""
+    if device and not engines.BACKENDS[backend].nvidia:
+        gpus = listed(name for name, one in engines.BACKENDS.items() if one.nvidia)
+        why = f"the backend {backend!r} runs on the processor"
+        raise UsageError(f"the device is {device}", why, f"leave it out, or use a backend of GPUs: {gpus}")
 
 
 def compile_cache() -> Path | None:

@@ -81,9 +81,10 @@ class Runtime:
         threads: int | None,
         low_memory: bool,
         backend_options: Mapping[str, Any] | None,
+        device: int = 0,
     ) -> None:
         self.bundle = bundle
-        self._graphs = Graphs(bundle, backend, threads, backend_options)
+        self._graphs = Graphs(bundle, backend, threads, backend_options, device)
         self.backend = self._graphs.backend
         self._low_memory = low_memory
         self._conditioning = Conditioning(self._graphs, low_memory)
@@ -99,6 +100,7 @@ class Runtime:
         threads: int | None = None,
         *,
         low_memory: bool = False,
+        device: int = 0,
         backend_options: Mapping[str, Any] | None = None,
     ) -> Runtime:
         """Open a bundle; graphs are loaded when they are first needed.
@@ -110,6 +112,7 @@ class Runtime:
             low_memory: close a graph when it is no longer needed: what turns a prompt into K and V before the
                 loop, the denoiser before decoding; and decode what is larger than 512 pixels in tiles.
                 Saves memory, and costs the time of opening them again for the next call.
+            device: which GPU, as CUDA counts those that it shows this process; for backends that run on one.
             backend_options: the backend's own, such as {"precision": "f32"} of openvino, which otherwise
                 computes in bf16 where the processor does; see `open` in engines/BACKEND.py.
 
@@ -117,9 +120,10 @@ class Runtime:
             NotFound: there is no such bundle.
             BundleError: the bundle is damaged.
             BundleMismatch: this version cannot run it.
+            UsageError: `device` is not 0, and the backend runs on the processor.
             engines.BackendMissing: there is no such backend.
         """
-        return cls(Bundle.open(bundle), backend, threads, low_memory, backend_options)
+        return cls(Bundle.open(bundle), backend, threads, low_memory, backend_options, device)
 
     def personalize(
         self, images: Photos, class_noun: str | None = None, strict: bool = False, combine: str = "mean"

@@ -26,6 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
+from engines import BACKENDS, resolve
 from hyperrt import Runtime, files, images
 from hyperrt.config import SamplingConfig
 from hyperrt.errors import BadInput, UsageError
@@ -108,7 +109,10 @@ def run(config: EvaluateConfig) -> Path:
     with stopping() as stopped:
         with state.main_process_first():  # so that one process trains or fetches, and the others find it
             scorers, absent = _scorers(config, everybody.entries, state)
-        with _runtime(config) as runtime, state.split_between_processes(list(listing.entries)) as share:
+        with (
+            _runtime(config, state) as runtime,
+            state.split_between_processes(list(listing.entries)) as share,
+        ):
             rows: list[Row] = []
             for entry in share:
                 if not stopped:
@@ -243,10 +247,14 @@ def _prepare(config: EvaluateConfig) -> None:
         raise UsageError(f"{out} cannot be made", error.strerror or str(error), "name another") from error
 
 
-def _runtime(config: EvaluateConfig) -> contextlib.AbstractContextManager[Runtime | None]:
+def _runtime(
+    config: EvaluateConfig, state: PartialState
+) -> contextlib.AbstractContextManager[Runtime | None]:
+    """Where GPUs draw, each process of a machine has one."""
     if config.bundle is None:
         return contextlib.nullcontext()
-    return Runtime.open(config.bundle, config.backend, config.threads)
+    device = state.local_process_index if BACKENDS[resolve(config.backend)].nvidia else 0
+    return Runtime.open(config.bundle, config.backend, config.threads, device=device)
 
 
 def _scorers(

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
 
 from engines.errors import EngineError
 from hyperrt import files
@@ -131,7 +132,7 @@ class Descent:
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's state of each parameter by name; whole in the main process. All processes must ask."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner = self._inner()
         if isinstance(inner, ZeroRedundancyOptimizer):
             inner.consolidate_state_dict(to=0)
             if not self.accelerator.is_main_process:
@@ -148,6 +149,16 @@ class Descent:
         ]
         state = {index: moments[name] for index, name in enumerate(self._order())}
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        inner = self._inner()
+        if isinstance(inner, ZeroRedundancyOptimizer):
+            for parameter, values in inner.optim.state.items():
+                # Loading leaves it on the host, where the fused AdamW of a GPU does not read it.
+                values["step"] = values["step"].to(parameter.device)
+            inner.state.clear()  # the same once more, which nothing reads
+
+    def _inner(self) -> Optimizer:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _order(self) -> list[str]:
         """Names of the parameters as the optimizer numbers them."""

@@ -8,6 +8,7 @@ of the whole batch: so how many processes there are is no setting of a run.
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -51,11 +52,25 @@ def adamw(groups: list[dict[str, object]], lr: float, sharded: bool) -> Optimize
     return AdamW(groups, **options)
 
 
-def largest(accelerator: Accelerator, number: int) -> int:
-    """Of what the processes say; all must ask."""
+def said(accelerator: Accelerator, number: int) -> list[int]:
+    """What each process says, the main one first; all must ask."""
     if accelerator.num_processes == 1:
-        return number
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+        return [number]
+    return accelerator.gather(torch.tensor([number], device=accelerator.device)).tolist()
+
+
+def check_start(accelerator: Accelerator, step: int, folder: Path) -> None:
+    """Refuse processes that would start at different steps; all must ask, and are refused together.
+
+    Raises:
+        UsageError: with what the main process and another one found.
+    """
+    steps = said(accelerator, step)
+    for process, other in enumerate(steps):
+        if other != steps[0]:
+            why = f"in {folder} the main process finds step {steps[0]}, process {process} step {other}"
+            do = "make --output a folder that all machines share"
+            raise UsageError("the processes would start at different steps", why, do)
 
 
 def share(subjects: int, accelerator: Accelerator) -> slice:

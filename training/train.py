@@ -244,7 +244,8 @@ def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) 
 
     Raises:
         UsageError: the folder holds a run and `resume` is off, or the run was told otherwise in what it may
-            not change unasked (`config.FREE` it may) and `allow_changes` is off.
+            not change unasked (`config.FREE` it may) and `allow_changes` is off; or processes do not find the
+            same state in the folder.
         NotFound: a folder is missing.
         Incompatible, IntegrityError: the state in the folder is of another decoder or base model; it, the
             base model or the data is damaged.
@@ -266,6 +267,7 @@ def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) 
         )
         for name, (then, now) in changed.items():
             log.warning("%s was %s and is %s now", name, then, now)
+    processes.check_start(trainer.accelerator, start, out)
     with stopping(launched=trainer.accelerator.num_processes > 1) as stopped:
         _loop(trainer, out, start, window, stopped)
         trainer.accelerator.end_training()
@@ -284,7 +286,7 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
         if end or done % config.log_every == 0:
             window = window[:0]
         # Asked once: a signal that comes later is for the next step. One process's is for all.
-        leaving = processes.largest(accelerator, stopped[0] if stopped else 0)
+        leaving = max(processes.said(accelerator, stopped[0] if stopped else 0))
         if leaving and not stopped:
             stopped.append(leaving)
         if end or done % config.save_every == 0 or leaving:

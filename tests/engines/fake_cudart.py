@@ -10,28 +10,36 @@ import collections
 import ctypes
 import enum
 import functools
+import threading
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 
 class Code(enum.IntEnum):
     cudaSuccess = 0
+    cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
+    cudaErrorInvalidDevice = 101
+    cudaErrorInvalidResourceHandle = 400
 
 
 SAID = {
+    Code.cudaErrorInvalidValue: b"invalid argument",
     Code.cudaErrorMemoryAllocation: b"out of memory",
     Code.cudaErrorInsufficientDriver: b"CUDA driver version is insufficient for CUDA runtime version",
     Code.cudaErrorNoDevice: b"no CUDA-capable device is detected",
+    Code.cudaErrorInvalidDevice: b"invalid device ordinal",
+    Code.cudaErrorInvalidResourceHandle: b"invalid resource handle",
 }
 
 
 class Queue:
-    """What was enqueued on a stream."""
+    """What was enqueued on a stream, which is of the GPU `device`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        self.device = device
         self.calls: collections.deque[Callable[[], object]] = collections.deque()
         self.done = 0
 
@@ -50,6 +58,8 @@ class Cuda(ModuleType):
     """`cuda.bindings.runtime`.
 
     Attributes:
+        devices: how many GPUs there are.
+        current: the calling thread's.
         room: how many allocations still succeed.
         no_gpu: the code of every question for a GPU, where there is none.
         copies: (kind, bytes) of every copy: "up" to the device, "down" from it, "there" on it.
@@ -63,13 +73,24 @@ class Cuda(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
+        self.devices, self.of_thread = 1, threading.local()
         self.room, self.no_gpu = 10_000, Code.cudaSuccess
         self.memory: dict[int, object] = {}
+        self.homes: dict[int, int] = {}  # address -> device
         self.freed: list[object] = []
         self.copies: list[tuple[str, int]] = []
         self.waits = self.launches = 0
         self.queues: list[Queue] = []
         self.recording: list[object] | None = None
+
+    @property
+    def current(self) -> int:
+        return getattr(self.of_thread, "index", 0)
+
+    def home(self, pointer) -> int | None:
+        """Of the memory that an address is in."""
+        starts = (s for s, buffer in self.memory.items() if s <= pointer < s + len(buffer))
+        return self.homes.get(next(starts, None))
 
     def enqueue(self, stream, function, *arguments) -> None:
         self.queues[stream].calls.append(functools.partial(function, *arguments))
@@ -78,13 +99,20 @@ class Cuda(ModuleType):
         return Code.cudaSuccess, SAID[code]
 
     def cudaGetDeviceProperties(self, index):
-        return self.no_gpu, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
+        code = self.no_gpu if index < self.devices else Code.cudaErrorInvalidDevice
+        return code, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
+
+    def cudaSetDevice(self, index):
+        if index >= self.devices:
+            return (Code.cudaErrorInvalidDevice,)
+        self.of_thread.index = index
+        return (Code.cudaSuccess,)
 
     def cudaMemGetInfo(self):
         return Code.cudaSuccess, 5_000_000, 8_000_000
 
     def cudaStreamCreateWithFlags(self, flags):
-        self.queues.append(Queue())
+        self.queues.append(Queue(self.current))
         return Code.cudaSuccess, len(self.queues) - 1
 
     def cudaStreamDestroy(self, stream):
@@ -101,9 +129,11 @@ class Cuda(ModuleType):
         return (Code.cudaSuccess,)
 
     def cudaEventCreateWithFlags(self, flags):
-        return Code.cudaSuccess, SimpleNamespace(queue=None, count=0)
+        return Code.cudaSuccess, SimpleNamespace(device=self.current, queue=None, count=0)
 
     def cudaEventRecord(self, event, stream):
+        if event.device != self.queues[stream].device:
+            return (Code.cudaErrorInvalidResourceHandle,)
         event.queue, event.count = self.queues[stream], self.queues[stream].end
         return (Code.cudaSuccess,)
 
@@ -120,6 +150,7 @@ class Cuda(ModuleType):
         self.room -= 1
         buffer = ctypes.create_string_buffer(b"\xff" * size, size)
         self.memory[ctypes.addressof(buffer)] = buffer
+        self.homes[ctypes.addressof(buffer)] = self.queues[stream].device
         return Code.cudaSuccess, ctypes.addressof(buffer)
 
     def cudaFreeAsync(self, pointer, stream):
@@ -132,6 +163,8 @@ class Cuda(ModuleType):
         self.freed.append(buffer)  # who still reads it finds NaN, and does not crash
 
     def cudaMemcpyAsync(self, to, source, count, kind, stream):
+        if kind == "there" and self.home(to) != self.home(source):
+            return (Code.cudaErrorInvalidValue,)
         self.copies.append((kind, count))
         read_now = ctypes.string_at(source, count) if kind == "up" else source
         self.enqueue(stream, ctypes.memmove, to, read_now, count)
@@ -155,6 +188,8 @@ class Cuda(ModuleType):
         return (Code.cudaSuccess,)
 
     def cudaGraphLaunch(self, executable, stream):
+        if self.current != self.queues[stream].device:
+            return (Code.cudaErrorInvalidResourceHandle,)
         self.launches += 1
         for call in executable:
             self.enqueue(stream, call)

@@ -25,7 +25,7 @@ import numpy as np
 import engines
 from tests.engines.fake_cudart import Code, Cuda
 
-__all__ = ["Code", "Cuda", "TensorRT", "build", "install", "machine"]
+__all__ = ["Code", "Cuda", "TensorRT", "build", "install", "machine", "open_plan"]
 VERSION = "11.4.0.106"
 
 
@@ -90,6 +90,7 @@ class Engine:
 
     def __init__(self, trt, logger, plan) -> None:
         self.trt, self.logger, self.plan = trt, logger, plan
+        self.device = trt.cuda.current
         self.shapes = {**plan["inputs"], **plan["outputs"]}
         self.names = list(self.shapes)
         self.num_io_tensors = len(self.names)
@@ -108,6 +109,12 @@ class Engine:
     def get_tensor_dtype(self, name):
         return "float"
 
+    def works_here(self) -> bool:
+        """Whether the thread is on the GPU that this was loaded on."""
+        if self.device != self.trt.cuda.current:
+            self.logger.log("error", "the engine is of another device")
+        return self.device == self.trt.cuda.current
+
     def create_runtime_config(self):
         return SimpleNamespace()
 
@@ -115,7 +122,7 @@ class Engine:
         if "context" in self.trt.fail:
             self.logger.log("error", self.trt.says or "Cuda Runtime (out of memory)")
             return None
-        return self.context(self)
+        return self.context(self) if self.works_here() else None
 
 
 class Context:
@@ -146,6 +153,8 @@ class Context:
     def execute_async_v3(self, stream):
         if "execute" in self.trt.fail:
             self.engine.logger.log("error", self.trt.says or "an illegal memory access")
+            return False
+        if not self.engine.works_here():
             return False
         # With the addresses of now, as CUDA does.
         compute = functools.partial(self._compute, Places(self.engine, dict(self.places), dict(self.shapes)))
@@ -259,6 +268,8 @@ class Refitter:
         return ["folded"] if "missing" in self.trt.fail else []
 
     def refit_cuda_engine_async(self, stream):
+        if not self.engine.works_here():
+            return False
         for k, (name, (pointer, count)) in enumerate(self.places.items()):
             if k == self.trt.refit_stops:
                 self.logger.log("error", self.trt.says or "refitting stopped")
@@ -284,6 +295,14 @@ def install(monkeypatch, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
     for name, module in {"cuda": package, "cuda.bindings": bindings, vendor: trt}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return cuda, trt
+
+
+def open_plan(folder, plan, **options) -> engines.Engine:
+    """An engine of the backend `tensorrt` on a plan, as bytes or as said above, which a folder gets."""
+    (folder / "graph.onnx").write_bytes(b"onnx")
+    path = folder / "plan"
+    path.write_bytes(plan if isinstance(plan, bytes) else json.dumps(plan).encode())
+    return engines.open(folder / "graph.onnx", "tensorrt", plan=path, **options)
 
 
 def machine(monkeypatch, home, vendor="tensorrt") -> tuple[Cuda, TensorRT]:

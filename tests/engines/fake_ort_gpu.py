@@ -10,14 +10,14 @@ def install(monkeypatch) -> list[str]:
     files: list[str] = []
     graph_engine, engine = backend.CudaGraphEngine, backend.OnnxRuntimeEngine
 
-    def session(path, options, provider, capture):
+    def session(path, options, provider, capture, device):
         if capture:
             files.append(path.stem)
         return backend._session(path, options, [backend.CPU])
 
-    monkeypatch.setattr(backend, "check", lambda provider: None)
+    monkeypatch.setattr(backend, "check", lambda provider, device: None)
     monkeypatch.setattr(backend, "_load_libraries", lambda provider: None)
     monkeypatch.setattr(backend, "_gpu_session", session)
-    monkeypatch.setattr(backend, "CudaGraphEngine", lambda session: graph_engine(session, "cpu"))
-    monkeypatch.setattr(backend, "OnnxRuntimeEngine", lambda session, device="cpu": engine(session))
+    monkeypatch.setattr(backend, "CudaGraphEngine", lambda session, *_: graph_engine(session, "cpu"))
+    monkeypatch.setattr(backend, "OnnxRuntimeEngine", lambda session, *_: engine(session))
     return files

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import engines
-from engines import BackendMissing, EngineError
+from engines import BackendMissing, EngineError, EngineInputError
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {
@@ -133,5 +133,12 @@ def test_what_a_backend_fixes_reaches_its_module(monkeypatch, tmp_path):
     (tmp_path / "graph").touch()
     engines.open(tmp_path / "graph", "tensorrt-rtx", threads=3, sizes={"rows": 2}, other=1)
     assert given == {
-        "path": tmp_path / "graph", "threads": 3, "sizes": {"rows": 2}, "other": 1, "vendor": "tensorrt_rtx",
+        "path": tmp_path / "graph", "threads": 3, "sizes": {"rows": 2}, "device": 0, "other": 1,
+        "vendor": "tensorrt_rtx",
     }  # fmt: skip
+
+
+def test_a_device_beside_the_processor_is_refused_and_not_ignored(tmp_path):
+    (tmp_path / "graph").touch()
+    with pytest.raises(EngineInputError, match=r"the device is 1\n.*'fake' runs on no GPU\n.*leave it out"):
+        engines.open(tmp_path / "graph", "fake", device=1)

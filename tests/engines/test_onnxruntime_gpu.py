@@ -54,7 +54,7 @@ class Wheel:
 
 @pytest.fixture
 def wheel(monkeypatch, tmp_path):
-    """wheel(**options): onnxruntime-gpu on a machine with an H100, its device memory being the host's."""
+    """wheel(**options): onnxruntime-gpu on a machine with two H100, their memory being the host's."""
 
     def install(**options):
         found = Wheel(**options)
@@ -67,7 +67,7 @@ def wheel(monkeypatch, tmp_path):
         monkeypatch.setattr(backend, "ort", types.SimpleNamespace(**{**vars(ort), **changed}))
         return found
 
-    fake_cuda.install(monkeypatch, tmp_path, H100)
+    fake_cuda.install(monkeypatch, tmp_path, H100, H100)
     return install
 
 
@@ -99,6 +99,13 @@ def test_a_machine_without_a_gpu_is_refused(wheel, monkeypatch, tmp_path):
     wheel()
     fake_cuda.install(monkeypatch, tmp_path)
     refused("onnxruntime-cuda", "no NVIDIA GPU is visible", "shows none", "nvidia-smi")
+
+
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(wheel, name):
+    found = wheel()
+    refused(name, "no NVIDIA GPU 2", "sees 2 of them: 0, 1", "CUDA_VISIBLE_DEVICES", device=2)
+    assert found.asked is None
 
 
 def test_a_driver_too_old_for_the_package_is_refused(wheel, monkeypatch, tmp_path):
@@ -136,23 +143,31 @@ def test_a_graph_that_the_provider_refuses_is_not_called_a_missing_library(wheel
         engines.open(GRAPH, "onnxruntime-cuda")
 
 
+FIRST = {"device_id": "0"}
 ASKED = {
-    "cuda": ("onnxruntime-cuda", {}, [(backend.CUDA, {"use_tf32": "0"})]),
+    "cuda": ("onnxruntime-cuda", {}, [(backend.CUDA, FIRST | {"use_tf32": "0"})]),
     "cuda, captured": (
         "onnxruntime-cuda",
         {"sizes": SIZES, "cuda_graph": True},
-        [(backend.CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"})],
+        [(backend.CUDA, FIRST | {"use_tf32": "0", "enable_cuda_graph": "1"})],
     ),
     "cuda, a size left open": (
         "onnxruntime-cuda",
         {"sizes": {"rows": 2}, "cuda_graph": True},
-        [(backend.CUDA, {"use_tf32": "0"})],
+        [(backend.CUDA, FIRST | {"use_tf32": "0"})],
     ),
-    "tensorrt": ("onnxruntime-tensorrt", {}, [(backend.TENSORRT, {}), (backend.CUDA, {"use_tf32": "0"})]),
+    "tensorrt, the second GPU": (
+        "onnxruntime-tensorrt",
+        {"device": 1},
+        [(backend.TENSORRT, {"device_id": "1"}), (backend.CUDA, {"device_id": "1", "use_tf32": "0"})],
+    ),
     "tensorrt, captured": (
         "onnxruntime-tensorrt",
         {"sizes": SIZES, "cuda_graph": True},
-        [(backend.TENSORRT, {"trt_cuda_graph_enable": "1"}), (backend.CUDA, {"use_tf32": "0"})],
+        [
+            (backend.TENSORRT, FIRST | {"trt_cuda_graph_enable": "1"}),
+            (backend.CUDA, FIRST | {"use_tf32": "0"}),
+        ],
     ),
 }
 
@@ -173,15 +188,16 @@ def test_the_provider_is_asked_for_with_its_options_and_no_fallback(
     engines.open(GRAPH, name, **options)
     assert (found.asked, found.fallback) == (providers, 0)
     assert found.said == [backend.FATAL, "preload"]
-    captured = any("1" in options.values() for _, options in providers)
-    assert made == [("CudaGraphEngine", ()) if captured else ("OnnxRuntimeEngine", ("cuda",))]
+    captured = any("graph" in option for _, options in providers for option in options)
+    kind = "CudaGraphEngine" if captured else "OnnxRuntimeEngine"
+    assert made == [(kind, ("cuda", options.get("device", 0)))]
 
 
 def test_a_graph_whose_constants_can_be_refitted_is_not_captured(wheel):
     found, path = wheel(), GRAPH.with_name("refittable.onnx")
     engine = backend.open(path, sizes={"rows": 2}, provider=backend.CUDA, cuda_graph=True)
     assert type(engine) is backend.OnnxRuntimeEngine and engine.weights
-    assert found.asked == [(backend.CUDA, {"use_tf32": "0"})]
+    assert found.asked == [(backend.CUDA, FIRST | {"use_tf32": "0"})]
     assert backend.open(path, provider=backend.TENSORRT).weights == ()
 
 
@@ -197,14 +213,14 @@ def test_what_is_bound_goes_to_the_device_and_what_is_fed_does_not(monkeypatch):
     uploaded = []
     value = ort.OrtValue.ortvalue_from_numpy
     stand_in = types.SimpleNamespace(
-        ortvalue_from_numpy=lambda array, device: uploaded.append((array.shape, device)) or value(array)
+        ortvalue_from_numpy=lambda array, *device: uploaded.append((array.shape, device)) or value(array)
     )
     monkeypatch.setattr(backend, "ort", types.SimpleNamespace(**{**vars(ort), "OrtValue": stand_in}))
-    engine = backend.OnnxRuntimeEngine(session, "cuda")
+    engine = backend.OnnxRuntimeEngine(session, "cuda", 1)
     engine.bind({"lora": LORA, "step": STEP})
     for _ in range(3):
         np.testing.assert_array_equal(engine.run({"x": X})["y"], Y)
-    assert uploaded == [((1, 2), "cuda"), ((), "cuda")]
+    assert uploaded == [((1, 2), ("cuda", 1)), ((), ("cuda", 1))]
 
 
 # The bookkeeping of a CUDA graph, on ONNX Runtime's CPU

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import pickle
 
 import numpy as np
@@ -30,14 +30,7 @@ def nvidia(monkeypatch):
 @pytest.fixture
 def opened(nvidia, tmp_path):
     """A function: plan -> engine."""
-    (tmp_path / "graph.onnx").write_bytes(b"onnx")
-
-    def open_(plan, **options):
-        path = tmp_path / "plan"
-        path.write_bytes(plan if isinstance(plan, bytes) else json.dumps(plan).encode())
-        return engines.open(tmp_path / "graph.onnx", "tensorrt", plan=path, **options)
-
-    return open_
+    return functools.partial(fake_nvidia.open_plan, tmp_path)
 
 
 def test_a_plan_runs_and_its_results_belong_to_the_caller(opened):

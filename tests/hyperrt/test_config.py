@@ -68,6 +68,7 @@ def test_a_config_cannot_be_changed():
         {"images": ("",)},
         {"subject": ""},
         {"threads": 0},
+        {"device": -1},
         {"kappa": 1.0},
         {"image_scale": 0.5},
         {"images": ("a",), "combine": "concat"},

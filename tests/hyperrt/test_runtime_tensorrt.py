@@ -168,6 +168,17 @@ def test_the_loop_stays_on_the_device(runtime, nvidia, drawn_photos):
     assert cuda.waits == waits
 
 
+def test_a_subject_of_one_gpu_is_drawn_on_another(runtime, nvidia, drawn_photos):
+    cuda, _ = nvidia
+    subject = runtime.personalize(drawn_photos[:1], "mug")
+    expected = runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS)
+    cuda.devices, streams = 2, len(cuda.queues)
+    with Runtime.open("tiny", "tensorrt", device=1) as second:
+        found = second.generate(SUBJECT_PROMPT, subject, **OPTIONS)
+    assert {queue.device for queue in cuda.queues[streams:]} == {1}
+    np.testing.assert_array_equal(found.latents, expected.latents)
+
+
 def test_a_call_that_no_plan_was_compiled_for_says_which_there_is(nvidia, drawn_photos):
     with Runtime.open("tiny", "tensorrt") as runtime:
         with pytest.raises(NotFound, match="hyperrt compile tiny --backend tensorrt"):

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from click.testing import CliRunner
 from PIL import Image
 
 from hyperrt import images
 from hyperrt.bundle import packaged
+from hyperrt.errors import NotFound
 from training import drawn, evaluate, evaluation_report, identity_encoder, pretrain, prompts, scenes
 from training.scorers import Clip, Dino
 
@@ -310,6 +312,18 @@ def test_a_subject_that_comes_from_two_processes_counts_once(out, options, tmp_p
     report = report_of(tmp_path)
     assert [row["name"] for row in report["subjects"]] == ["can"]
     assert report["figures"]["dino"]["subjects"] == 1
+
+
+@pytest.mark.parametrize(("backend", "device"), [("onnxruntime-cuda", 3), ("tensorrt", 3), ("auto", 0)])
+def test_each_process_of_a_machine_draws_on_its_own_gpu(subjects, tmp_path, monkeypatch, backend, device):
+    def opened(bundle, backend, threads, device):
+        raise NotFound(f"{backend} on the device {device}")
+
+    monkeypatch.setattr(evaluate.Runtime, "open", opened)
+    monkeypatch.setattr(PartialState(cpu=True), "local_process_index", 3)
+    asked = ["tiny", "--protocol", "dreambench", "--subjects", subjects, "--cpu", "--scorers", "face"]
+    code, output = ended(*asked, "--backend", backend, "--output", tmp_path)
+    assert code == 4 and f"{backend} on the device {device}" in output
 
 
 def are_close(one, other):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from hyperrt.errors import UsageError
 from training import checkpoint, preview, processes, train
 from training.config import TrainConfig
+from training.loop import Descent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,20 +54,67 @@ def assert_same_curve(entries, found: Path, expected: Path, tolerance: float) ->
     np.testing.assert_allclose(one, other, rtol=tolerance, atol=0)
 
 
-def test_two_processes_that_share_the_moments_leave_a_state_that_one_can_resume(
+def assert_same_state(one: Path, other: Path) -> None:
+    (found, _), (expected, _) = (checkpoint.read(folder / checkpoint.STATE) for folder in (one, other))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_two_processes_that_share_the_moments_leave_a_state_that_two_or_one_can_resume(
     exact, alone, together, tmp_path, entries, no_sheets
 ):
     config = TrainConfig(**exact, output=str(tmp_path / "run"), shard_optimizer=True)
     assert joined(together(2, config)) == [0, 0]
     run = Path(config.output)
     assert_same_curve(entries, run, alone, 1e-4)
-    (found, _), (expected, _) = (checkpoint.read(folder / checkpoint.STATE) for folder in (run, alone))
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-4)
-    longer = {**exact, "steps": 7}
-    train.run(TrainConfig(**longer, output=config.output), resume=True)
-    assert entries(run)[-1]["step"] == 7
+    assert_same_state(run, alone)
+    longer, whole = {**exact, "steps": 7}, Path(shutil.copytree(alone, tmp_path / "whole"))
+    assert joined(together(2, replace(config, **longer), resume=True)) == [0, 0]
+    train.run(TrainConfig(**longer, output=str(whole)), resume=True)
+    assert_same_state(run, whole)
+    train.run(TrainConfig(**{**exact, "steps": 8}, output=config.output), resume=True)
+    assert [e["step"] for e in entries(run) if "loss" in e] == list(range(1, 9))
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_on_with_moments_that_were_shared(exact, together, tmp_path, entries):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    config = TrainConfig(**{**exact, "device": "cuda"}, output=str(tmp_path / "run"), shard_optimizer=True)
+    assert joined(together(1, config)) == [0]
+    assert joined(together(1, replace(config, steps=7), resume=True)) == [0]
+    assert entries(config.output)[-1]["step"] == 7
+
+
+def test_steps_are_put_back_where_a_fused_adamw_reads_them():
+    """On a stand-in for a GPU: PyTorch's ZeroRedundancyOptimizer leaves them on the host."""
+    weight = nn.Parameter(torch.zeros(2, device="meta"))
+
+    class Sharded(ZeroRedundancyOptimizer):
+        def __init__(self):
+            self.param_groups, self.state = [{"params": [weight]}], {}
+            self.optim = SimpleNamespace(state={})
+
+        def load_state_dict(self, given):
+            values = given["state"][0]
+            self.state[weight] = values
+            self.optim.state[weight] = {k: v if v.dim() == 0 else v.to("meta") for k, v in values.items()}
+
+    descent = Descent.__new__(Descent)
+    descent.named, descent.optimizer = {"weight": weight}, Sharded()
+    descent.restore({"weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}})
+    found = descent.optimizer.optim.state[weight]
+    assert {tensor.device.type for tensor in found.values()} == {"meta"}
+    assert not descent.optimizer.state
+
+
+def test_processes_that_find_another_state_are_refused_together(exact, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "said", lambda accelerator, number: [3, number])
+    config = TrainConfig(**exact, output=str(tmp_path / "run"))
+    with pytest.raises(UsageError, match=r"different steps\n.* finds step 3, process 1 step 0\n.*share"):
+        train.run(config, resume=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("compress", "hook"), [(False, "no"), (True, "bf16")])
