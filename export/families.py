@@ -183,7 +183,7 @@ def _license_of(folder: Path, family: Family) -> str:
 
 def _about_hypernet(path: Path) -> dict[str, Any]:
     """Of hypernet.json: token, base (folder), base_model (hash), feature_dim, layout, decoder (its shape),
-    image_prompt (file that it was trained with, or None) and its image_scale.
+    image_prompt (file that it was trained with, or None), its prompt_hash ("": not known) and image_scale.
 
     Raises:
         NotFound: there is none, or it cannot be opened.
@@ -205,6 +205,7 @@ def _about_hypernet(path: Path) -> dict[str, Any]:
             "decoder": decoder.config,
             # Runs of before there were image prompts say nothing of them.
             "image_prompt": training.get("image_prompt"),
+            "prompt_hash": str(about.get("image_prompt", "")),
             "image_scale": float(training.get("image_scale", image_prompt.SCALE)),
         }
     except OSError as error:
@@ -259,6 +260,12 @@ def _check_image_prompt(source: Source, about: Mapping[str, Any]) -> None:
         why = "what the image prompt adds to its LoRA was not there in training"
         do = "leave --image-prompt out, or train with it"
         raise ExportError("the hypernetwork was trained without an image prompt", why, do)
+    if given and about["prompt_hash"]:
+        found = checkpoint.prompt_hash(source.parts["image_prompt"].read())
+        if found != about["prompt_hash"]:
+            why = f"it was trained with {about['prompt_hash'][:12]} ({trained_with}), this is {found[:12]}"
+            do = "give --image-prompt the file that it was trained with"
+            raise ExportError("the hypernetwork is of another image prompt", why, do)
 
 
 def _random_tiny(seed: int) -> Source:

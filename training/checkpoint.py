@@ -2,7 +2,8 @@
 
 A run's folder:
     hypernet.safetensors   weights of the decoder (EMA), what `hyperrt export --hypernet` reads
-    hypernet.json          what they are: shape, LoRA layout, token, base model, training configuration
+    hypernet.json          what they are: shape, LoRA layout, token, training configuration; hashes of base model
+                           and image prompt
     state.safetensors      all that a killed run needs to go on unchanged: weights, EMA, AdamW, step
 """
 
@@ -39,11 +40,13 @@ RENAMED = {"base": "model", "cache": "data", "out": "output"}  # settings that o
 class Origin:
     """What a run goes on from, told by content: a moved folder is the same, another model in it is not.
 
-    base_model: `base_hash` of the UNet. data: `Batches.fingerprint`; "" in runs of before it was kept.
+    base_model: `base_hash` of the UNet. data: `Batches.fingerprint`. image_prompt: `prompt_hash`, "" without
+    one. States of before the latter two were kept lack them.
     """
 
     base_model: str
-    data: str = ""
+    data: str
+    image_prompt: str = ""
 
 
 def hash_of(module: nn.Module, half: bool = False) -> str:
@@ -67,8 +70,17 @@ def base_hash(unet: nn.Module) -> str:
     return hash_of(unet, half=of_sdxl or config.cross_attention_dim >= WIDE_TEXT)
 
 
-def save_hypernet(folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str) -> Path:
+def prompt_hash(image_prompt: nn.Module) -> str:
+    """`hash_of` an image prompt: the published files are of half precision."""
+    return hash_of(image_prompt, half=True)
+
+
+def save_hypernet(
+    folder: Path, decoder: Decoder, config: TrainConfig, step: int, base_model: str, image_prompt: str = ""
+) -> Path:
     """Writes hypernet.json and hypernet.safetensors; returns the path of the latter.
+
+    base_model, image_prompt: their hashes, as in `Origin`.
 
     A run that is killed between the two leaves weights of the save before: the step is with the weights.
     """
@@ -77,6 +89,7 @@ def save_hypernet(folder: Path, decoder: Decoder, config: TrainConfig, step: int
         "step": step,
         "token": config.token,
         "base_model": base_model,
+        "image_prompt": image_prompt,
         "feature_dim": decoder.feature_dim,
         "decoder": to_json(decoder.config),
         "layout": decoder.layout.to_json(),
@@ -142,7 +155,8 @@ def load_state(
     """Puts everything back; returns the step, the window, and what differs as {name: (then, now)}.
 
     Raises:
-        UsageError: settings that are not `config.FREE` differ, or the pictures, without `allow_changes`.
+        UsageError: settings that are not `config.FREE` differ, or the pictures, or the image prompt, without
+            `allow_changes`.
         Incompatible: with it, a setting in `config.FIXED` differs; the hash of the base model does.
         IntegrityError: the file is damaged.
     """
@@ -150,16 +164,14 @@ def load_state(
     try:
         tensors, metadata = read(path)
         done, before = int(metadata["step"]), json.loads(metadata["config"])
-        was = Origin(metadata["base_model"], metadata.get("data", ""))
+        base_model = metadata["base_model"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged", str(error), f"remove {folder} to train it anew") from error
-    if was.base_model != origin.base_model:
-        why = f"it has the hash {was.base_model[:12]}, the one of --model has {origin.base_model[:12]}"
+    if base_model != origin.base_model:
+        why = f"it has the hash {base_model[:12]}, the one of --model has {origin.base_model[:12]}"
         do = "set --model back, or choose another --output"
         raise Incompatible(f"{path} is of another base model", why, do)
-    changed = differences(before, config)
-    if was.data and was.data != origin.data:
-        changed["what --data holds"] = was.data, origin.data
+    changed = differences(before, config) | _changed_contents(metadata, before, origin)
     check_changes(path, changed, allow_changes)
     decoder.load_state_dict(_under("decoder/", tensors))
     descent.ema.load_state_dict(_under("ema/", tensors))
@@ -167,6 +179,19 @@ def load_state(
     columns = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
     descent.restore({name: {key: values[name] for key, values in columns.items()} for name in descent.named})
     return done, tensors["window"], changed
+
+
+def _changed_contents(metadata: Mapping[str, str], before: Mapping[str, Any], origin: Origin) -> Changes:
+    """What the files hold otherwise, as far as a state of before that was kept can tell."""
+    changed: Changes = {}
+    if metadata.get("data", origin.data) != origin.data:
+        changed["what --data holds"] = metadata["data"], origin.data
+    then, now = metadata.get("image_prompt"), origin.image_prompt
+    if then is None:
+        then = (now or "another") if before.get("image_prompt") else ""
+    if then != now:
+        changed["what --image-prompt holds"] = then[:12] or "nothing", now[:12] or "nothing"
+    return changed
 
 
 def check_changes(path: Path, changed: Changes, allowed: bool) -> None:

@@ -140,7 +140,8 @@ class TrainConfig:
         for name in ("text_dropout", "cross_view", "final_lr", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
-        for name in ("lambda_", "gamma", "min_snr", "warmup", "weight_decay", "holdout", "image_scale"):
+        weights = ("lambda_", "gamma", "min_snr", "weight_decay", "image_scale")
+        for name in (*weights, "warmup", "holdout", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.image_scale > MAX_IMAGE_SCALE:
@@ -204,10 +205,10 @@ def to_json(config: TrainConfig | DecoderConfig) -> dict[str, Any]:
 
 
 # What a resumed run may change unasked: how long it goes on, how often it reports, where it computes and how
-# much memory that takes. The base model and the pictures are told by what they hold, not by their folders.
+# much memory that takes. Base model, pictures and image prompt are told by what they hold, not by where it is.
 FREE = frozenset(
     (
-        "model", "data", "output", "steps", "log_every", "monitor_every", "sample_every", "save_every",
+        "model", "data", "output", "image_prompt", "steps", "log_every", "monitor_every", "sample_every", "save_every",
         "device", "threads", "precision", "compile",
         "gradient_checkpointing", "compress_gradients", "shard_optimizer",
     )

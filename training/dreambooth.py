@@ -25,7 +25,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from hyperrt import lora
+from hyperrt import files, lora
 from hyperrt.bundle import Preprocess
 from hyperrt.errors import Incompatible, UsageError
 from hyperrt.images import preprocess
@@ -37,7 +37,7 @@ from training import base as bases
 from training import checkpoint, device, scenes
 from training.base import Base
 from training.batches import spread_timesteps
-from training.features import encode_latents, encode_text, latents_of_pixels
+from training.features import HALVES, encode_latents, encode_text, latents_of_pixels
 from training.loop import Descent, Schedule, reported
 from training.lora_layers import layout_of
 from training.losses import Noising, row_loss
@@ -46,7 +46,6 @@ from training.sample import sample
 log = logging.getLogger("training")
 
 VAE_FACTOR = 8  # pixels of a picture's side to a latent's
-HALVES = (0.5, 0.5, 0.5)  # mean and deviation that take pixels to [-1, 1]
 ADAPTER = "default"  # PEFT's name for the only one
 
 
@@ -117,10 +116,13 @@ def finetune(
     Raises:
         BadInput: no photo can be used.
         BadPrompt: a prompt is empty, or does not name the subject.
-        UsageError: not one prompt for each photo, or a stop outside the run.
+        UsageError: not one prompt for each photo, a stop outside the run, or an SDXL.
         Incompatible: the model has no such site.
         NumericError: the loss is not a finite number.
     """
+    if base.text_encoder_2 is not None:
+        why = "its UNet also reads pooled text and sizes, which no step here gives it"
+        raise UsageError("an SDXL cannot be fine-tuned", why, "take a base model with one text encoder")
     wanted = sorted({*stops, config.steps})
     if wanted[0] < 1 or wanted[-1] > config.steps:
         why = f"stops are {wanted}, the run has {config.steps} steps"
@@ -131,7 +133,7 @@ def finetune(
         why = f"there are {len(prompts)} prompts and {len(pictures)} usable photos"
         raise UsageError("prompts and photos do not go together", why, "give one prompt for each photo")
     texts = [split_prompt(prompt, noun, config.token) for prompt in prompts]
-    origin = {"base_model": checkpoint.hash_of(base.unet), "hypernet": "", "class_noun": noun}
+    origin = {"base_model": checkpoint.base_hash(base.unet), "hypernet": "", "class_noun": noun}
     origin |= {"photos": str(len(pictures)), "trigger": config.token}
     began = time.perf_counter()
     own = latents_of(base, pictures), encode_text(base, [text.subject for text in texts])
@@ -256,6 +258,7 @@ def main(
     """Fine-tune a LoRA on the photos of one subject."""
     with reported():
         config = DreamBoothConfig(steps=steps, lr=lr, prior_weight=prior_weight, seed=seed)
+        files.check_file(out, force)  # known before the work, not after
         device.prepare(threads)
         base = bases.opened(folder)
         for module in (base.unet, base.vae, base.text_encoder):

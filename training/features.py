@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,11 @@ log = logging.getLogger("training")
 
 CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with projection or not
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALVES = (0.5, 0.5, 0.5)
+HALVES = (0.5, 0.5, 0.5)  # mean and deviation that take pixels to [-1, 1]
 HASH_DIGITS = 12
 PICTURES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
 PIXELS_AT_ONCE = 1 << 22  # that the VAE encodes at once: 16 pictures of 512 pixels
+LATENTS_COMPARED, MOST_LATENTS_ERROR = 4, 0.1  # pictures; of bf16 it is 0.01, of another VAE about 1
 STATISTICS_NUMBERS = 1 << 26  # 256 MB, and NumPy takes some copies
 
 
@@ -189,16 +191,35 @@ def latents(base: Encoders, cache: SceneCache, mirrored: bool = False) -> np.mem
 
 
 def check_latents(base: Encoders, cache: SceneCache) -> None:
-    """That the latents of a prepared cache are those of this VAE.
+    """That the latents of a cache are those of this VAE.
+
+    Those of training.prepare are told by their name; of others a few are made again and compared.
 
     Raises:
         Incompatible: they are another's.
     """
+    what = f"the cache {cache.path} does not fit the base model"
+    meaning = "latents of one VAE mean nothing to another"
     name = cache.recipe.get("latents")
-    if name is not None and name != f"latents-{fingerprint(base.vae, cache)}.npy":
-        why = "it was prepared for a base model with another VAE, and latents of one mean nothing to another"
-        do = "prepare it again: python -m training.prepare --force --model BASE"
-        raise Incompatible(f"the cache {cache.path} does not fit the base model", why, do)
+    if name is None:
+        if not (error := _latents_error(base, cache)) <= MOST_LATENTS_ERROR:
+            why = f"its latents are {error:.0%} off what the VAE makes of its pictures; {meaning}"
+            do = "give --model the base that training.pretrain made with it, or make both anew"
+            raise Incompatible(what, why, do)
+    elif name != f"latents-{fingerprint(base.vae, cache)}.npy":
+        why = f"it was prepared for a base model with another VAE, and {meaning}"
+        raise Incompatible(what, why, "prepare it again: python -m training.prepare --force --model BASE")
+
+
+def _latents_error(base: Encoders, cache: SceneCache) -> float:
+    """|z - z'| / |z'| of the latents z that a cache holds and z' that the VAE makes, over a few pictures."""
+    count = min(len(cache.latents), len(cache.images))  # that they are as many is said elsewhere
+    who = np.linspace(0, count - 1, min(count, LATENTS_COMPARED)).astype(int)
+    found = torch.from_numpy(cache.latents[who, 0].astype(np.float32))
+    expected = encode_latents(base, cache.images[who, 0]).cpu()
+    if found.shape != expected.shape:
+        return math.inf
+    return float((found - expected).norm() / expected.norm())
 
 
 def fingerprint(encoder: nn.Module, cache: SceneCache, *more: object) -> str:

@@ -255,7 +255,7 @@ def fit(
             end = step == schedule.steps
             if end or step % schedule.log_every == 0:
                 seconds = time.perf_counter() - began
-                journal.write(step, seconds=seconds, lr=schedule.rate(step), **figures)
+                journal.write(step, seconds=seconds, lr=schedule.rate(step - 1), **figures)
             due = end or step % schedule.report_every == 0
             if due and report is not None:
                 journal.write(step, **report(step, descent.ema))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from training.config import TrainConfig
 from training.data import SceneCache
 from training.features import CaptionTable
-from training.hypernet import Packed, WeightDecoder
+from training.hypernet import Decoder, Packed
 from training.loop import warn
 from training.lora_layers import unpack
 from training.losses import Noising, product_squares, row_loss
@@ -152,7 +152,7 @@ class Monitor:
         return torch.cat(losses)
 
     @torch.no_grad()
-    def measure(self, decoder: WeightDecoder) -> dict[str, float]:
+    def measure(self, decoder: Decoder) -> dict[str, float]:
         """All the figures of the module's docstring, and the gap by thirds of the timesteps."""
         probe = self.probe
         lora = decoder(probe.features)
@@ -202,7 +202,7 @@ def _told(figures: Mapping[str, float]) -> str:
     ).format_map(figures)
 
 
-def statistics(decoder: WeightDecoder, own: Packed, second: Packed, another: Tensor) -> dict[str, Tensor]:
+def statistics(decoder: Decoder, own: Packed, second: Packed, another: Tensor) -> dict[str, Tensor]:
     """What the predicted LoRAs [H, N] look like as vectors, without the static A0."""
     deltas = decoder.deltas(own)
     vectors = torch.cat(list(deltas.values()), 1)
@@ -222,7 +222,7 @@ def statistics(decoder: WeightDecoder, own: Packed, second: Packed, another: Ten
     }
 
 
-def relative_change(decoder: WeightDecoder, unet: nn.Module, lora: Packed) -> Tensor:
+def relative_change(decoder: Decoder, unet: nn.Module, lora: Packed) -> Tensor:
     """Mean over sites and subjects of |A B| / |W|."""
     weights = [unet.get_submodule(site.path).weight.norm() for site in decoder.layout.sites]
     return (product_squares(decoder.layout, lora).sqrt() / torch.stack(weights)).mean()

@@ -73,8 +73,9 @@ class Trainer:
             self.features = features.image_features(self.base, self.cache)
             self.captions = features.caption_table(self.base, self.cache, config.token)
             self.batches = Batches(self.cache, self.features, self.captions, config, self.noising.steps, part)
-        self.origin = checkpoint.Origin(checkpoint.base_hash(self.base.unet), self.batches.fingerprint)
-        self.image_prompt = self._loaded_image_prompt()
+        self.image_prompt, prompt_hash = self._loaded_image_prompt()
+        base_hash = checkpoint.base_hash(self.base.unet)
+        self.origin = checkpoint.Origin(base_hash, self.batches.fingerprint, prompt_hash)
         self.unet = self._prepared_unet()
         self.layout = layout_of(self.base.unet, config.rank)
         decoder = decoder_of(self.layout, self.features.shape[-1], config.decoder)
@@ -112,17 +113,19 @@ class Trainer:
             unet.enable_gradient_checkpointing(partial(checkpoint_block, use_reentrant=False))
         return torch.compile(unet) if self.config.compile else unet
 
-    def _loaded_image_prompt(self) -> image_prompt.ImagePrompt | None:
+    def _loaded_image_prompt(self) -> tuple[image_prompt.ImagePrompt | None, str]:
+        """The image prompt and its hash, if there is one."""
         path, width = self.config.image_prompt, self.features.shape[-1]
         if path is None:
             if self.config.kind == "resampler":
                 warn(*NO_IMAGE_PROMPT)
-            return None
+            return None, ""
         found = image_prompt.load(path, self.base.unet)
         if (takes := found.image_proj.proj_in.in_features) != width:
             why = f"it reads features of {takes} numbers, the image encoder of --model makes {width}"
             raise Incompatible(f"{path} does not fit the base model", why, image_prompt.PUBLISHED)
-        return found.to(self.device, device.frozen_dtype(self.device, self.config.precision))
+        known = checkpoint.prompt_hash(found)  # of the file's weights, not of what a GPU makes of them
+        return found.to(self.device, device.frozen_dtype(self.device, self.config.precision)), known
 
     @torch.no_grad()
     def image(self, features: Tensor, photos: int = 1) -> Packed:
@@ -228,7 +231,8 @@ class Trainer:
         """
         moments = self.descent.moments()
         if self.accelerator.is_main_process:
-            checkpoint.save_hypernet(folder, self.ema, self.config, step, self.origin.base_model)
+            known = self.origin.base_model, self.origin.image_prompt
+            checkpoint.save_hypernet(folder, self.ema, self.config, step, *known)
             checkpoint.save_state(
                 folder, self.decoder, self.ema, moments, window, self.config, step, self.origin
             )

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from export import families
 from export.errors import ExportError
 from export.source import Inputs, betas, image_prompt_section
 from tests.export import small_models
-from training import checkpoint
+from training import checkpoint, image_prompt
 
 
 def hashes(seed):
@@ -39,11 +40,11 @@ def test_a_noise_schedule_that_the_runtime_does_not_know_is_refused(source):
 
 @pytest.fixture(scope="module")
 def open_category(tmp_path_factory):
-    """A small SDXL: its folder `base`, its `unet`, and `prompt`, the file of an image prompt."""
+    """A small SDXL: its folder `base`, its `unet`; `prompt` and `other`, files of image prompts."""
     folder = tmp_path_factory.mktemp("open")
     unet = small_models.save(folder / "base", small_models.SDXL)["unet"]
-    prompt = small_models.save_prompt(folder / "prompt.safetensors", unet)
-    return SimpleNamespace(base=folder / "base", unet=unet, prompt=prompt)
+    prompt, other = (small_models.save_prompt(folder / f"{k}.safetensors", unet, k) for k in range(2))
+    return SimpleNamespace(base=folder / "base", unet=unet, prompt=prompt, other=other)
 
 
 def opened(of, folder, given, **training):
@@ -68,3 +69,16 @@ def test_a_hypernetwork_is_not_exported_without_its_image_prompt(open_category, 
 def test_a_hypernetwork_that_saw_no_image_prompt_is_not_exported_with_one(open_category, tmp_path):
     with pytest.raises(ExportError, match="trained without an image prompt"):
         opened(open_category, tmp_path, open_category.prompt)
+
+
+def test_the_image_prompt_of_a_bundle_is_the_one_of_training_wherever_it_lies(open_category, tmp_path):
+    of, moved = open_category, tmp_path / "moved.safetensors"
+    prompt_hash = checkpoint.prompt_hash(image_prompt.load(of.prompt, of.unet))
+    trained = {"image_prompt": "elsewhere.safetensors", "prompt_hash": prompt_hash}
+    shutil.copy(of.prompt, moved)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    assert "image_prompt" in opened(of, tmp_path / "a", moved, **trained).parts
+    with pytest.raises(ExportError, match="of another image prompt") as caught:
+        opened(of, tmp_path / "b", of.other, **trained)
+    assert prompt_hash[:12] in caught.value.why

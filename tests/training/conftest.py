@@ -28,7 +28,8 @@ def world(tmp_path_factory) -> SimpleNamespace:
     tiny_base = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny_base)
     folder = tmp_path_factory.mktemp("world")
-    return SimpleNamespace(base=tiny_base.make(folder / "base"), cache=tiny_base.make_cache(folder / "cache"))
+    base = tiny_base.make(folder / "base")
+    return SimpleNamespace(base=base, cache=tiny_base.make_cache(folder / "cache", base))
 
 
 @pytest.fixture(scope="session")

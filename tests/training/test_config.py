@@ -45,6 +45,7 @@ def test_missing_folders_are_named_as_flags():
         {"prior": "none"},
         {"batch": 6, "targets": 4},
         {"lr": 0},
+        {"seed": -1},
         {"precision": "fp16"},
         {"image_scale": 11},
         {"kind": "perceiver"},

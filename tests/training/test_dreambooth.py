@@ -134,6 +134,21 @@ def test_bad_input_is_refused_before_any_step(parts, photos, layout, change, err
         finetune(parts, **arguments)
 
 
+def test_a_subject_of_a_large_base_model_fits_its_bundle(parts, photos, layout):
+    """Whose bundle has the hash of half precision."""
+    wide = copy.deepcopy(parts.unet)
+    wide.register_to_config(cross_attention_dim=checkpoint.WIDE_TEXT)
+    base = dataclasses.replace(parts, unet=wide)
+    [one] = finetune(base, photos, "robot", layout, dataclasses.replace(CONFIG, steps=1))
+    assert one.subject.metadata["base_model"] == checkpoint.hash_of(wide, half=True)
+
+
+def test_an_sdxl_is_refused(sdxl, photos):
+    with pytest.raises(UsageError, match="an SDXL cannot be fine-tuned") as caught:
+        finetune(sdxl.base, photos, "robot", layout_of(sdxl.base.unet, 2), CONFIG)
+    assert caught.value.why and caught.value.do
+
+
 @pytest.mark.parametrize("setting", [{"steps": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"prior_weight": -1.0}])
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(UsageError, match=f"{next(iter(setting))} is"):
@@ -152,6 +167,17 @@ def test_the_command_writes_a_subject_file_that_the_layout_reads(world, parts, p
     subject = load_subject(out, layout, checkpoint.hash_of(parts.unet))
     assert (subject.class_noun, subject.photos) == ("robot", 3)
     assert np.any(subject.lora["lora_kv"])
+
+
+def test_a_file_that_exists_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(dreambooth.bases, "opened", lambda folder: pytest.fail("the model was read"))
+    out = tmp_path / "robot.safetensors"
+    out.write_bytes(b"mine")
+    command = ["--base", "none", "--images", "none", "--class-noun", "robot", "--out", str(out)]
+    result = CliRunner().invoke(dreambooth.main, command)
+    assert result.exit_code == 2
+    assert "exists" in result.output and "--force" in result.output
+    assert out.read_bytes() == b"mine"
 
 
 def test_a_missing_base_model_is_one_message(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from hyperrt.errors import NumericError
+from hyperrt.errors import Incompatible, NumericError
 from tests.export import small_models
 from tests.training import data_sets
 from training import base as bases
@@ -116,6 +118,28 @@ def test_what_float16_cannot_hold_is_refused(value, faces, monkeypatch):
     with pytest.raises(NumericError, match="identities 0 to 20"):
         features.latents(base, cache)
     assert not list(cache.path.glob("latents-*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda latents: latents[::-1], lambda latents: 1.2 * latents, lambda latents: latents[..., :4]],
+    ids=["of other pictures", "of another scale", "of another size"],
+)
+def test_latents_that_the_vae_does_not_make_are_refused(faces, tmp_path, change):
+    base, cache = faces
+    features.check_latents(base, cache)
+    other = shutil.copytree(cache.path, tmp_path / "other")
+    np.save(other / "latents.npy", change(np.load(other / "latents.npy")).astype(np.float16))
+    with pytest.raises(Incompatible, match="off what the VAE makes") as caught:
+        features.check_latents(base, SceneCache.open(other))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_prepared_latents_are_told_by_their_name(sdxl, faces, monkeypatch):
+    monkeypatch.setattr(features, "encode_latents", None)
+    features.check_latents(sdxl.base, sdxl.cache)
+    with pytest.raises(Incompatible, match="prepared for a base model with another VAE"):
+        features.check_latents(faces[0], sdxl.cache)
 
 
 def test_a_part_that_the_folder_lacks_is_named(world, tmp_path):

@@ -57,6 +57,12 @@ def test_the_rate_warms_up_and_ends_at_its_share():
     assert schedule.rate(100) == schedule.rate(500) == pytest.approx(0.5)
 
 
+def test_the_log_has_the_rate_of_the_step_that_it_logs(tmp_path):
+    train(tmp_path)
+    logged = {entry["step"]: entry["lr"] for entry in curve(tmp_path) if "lr" in entry}
+    assert logged == {step + 1: SCHEDULE.rate(step) for step in range(SCHEDULE.steps)}
+
+
 def test_vectors_and_named_matrices_do_not_decay():
     groups = Descent(
         nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), SCHEDULE, ("1.weight",)

@@ -73,8 +73,8 @@ def test_another_decoder_is_refused_even_if_changes_are_allowed(
 
 def test_other_pictures_are_refused(settings, finished, world, tmp_path):
     other = Path(shutil.copytree(world.cache, tmp_path / "other"))
-    latents = np.load(other / "latents.npy")
-    np.save(other / "latents.npy", latents[::-1])
+    for name in ("images.npy", "latents.npy"):
+        np.save(other / name, np.load(other / name)[::-1])
     with pytest.raises(UsageError, match=r"what --data holds was [0-9a-f]{12} and is "):
         resume(settings, data=str(other))
 

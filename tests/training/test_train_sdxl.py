@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hyperrt.errors import Incompatible
+from hyperrt.errors import Incompatible, UsageError
 from training import base as bases
 from training import checkpoint, train
 from training.config import TrainConfig
@@ -16,8 +18,8 @@ from training.lora_layers import Rows, unpack
 TOKENS = 3
 
 
-def prompt_file(path, unet, width: int):
-    torch.manual_seed(0)
+def prompt_file(path, unet, width: int, seed: int = 0):
+    torch.manual_seed(seed)
     prompt = ImagePrompt(unet, width, TOKENS, dim=16, heads=1)
     save_file({name: tensor.contiguous() for name, tensor in prompt.state_dict().items()}, path)
     return str(path)
@@ -45,6 +47,42 @@ def test_a_run_with_an_image_prompt_is_logged_and_goes_on(open_settings, entries
     assert begin["own"] != begin["base"]  # a fresh LoRA does nothing, the image prompt does
     train.run(TrainConfig(**{**open_settings, "steps": 4}), resume=True)
     assert [entry["step"] for entry in entries(run) if "loss" in entry] == [2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def prompts(sdxl, tmp_path_factory):
+    """Two image prompts of the small SDXL."""
+    folder, width = tmp_path_factory.mktemp("prompts"), sdxl.base.image_encoder.config.hidden_size
+    return [prompt_file(folder / f"{k}.safetensors", sdxl.base.unet, width, k) for k in range(2)]
+
+
+def test_the_image_prompt_of_a_run_is_told_by_its_weights(open_settings, prompts, tmp_path, no_sheets):
+    used = {**open_settings, "image_prompt": str(tmp_path / "used.safetensors"), "steps": 1}
+    shutil.copy(prompts[0], used["image_prompt"])
+    run = train.run(TrainConfig(**used))
+    known = checkpoint.load_hypernet(run)[1]["image_prompt"]
+    assert len(known) == 64
+    train.run(TrainConfig(**{**used, "image_prompt": prompts[0], "steps": 2}), resume=True)  # moved
+    shutil.copy(prompts[1], used["image_prompt"])
+    for other, now in ((used["image_prompt"], "[0-9a-f]{12}"), (None, "nothing")):
+        said = f"what --image-prompt holds was {known[:12]} and is {now}"
+        with pytest.raises(UsageError, match=said):
+            train.run(TrainConfig(**{**used, "image_prompt": other, "steps": 3}), resume=True)
+    train.run(TrainConfig(**{**used, "steps": 3}), resume=True, allow_changes=True)
+    assert checkpoint.load_hypernet(run)[1]["image_prompt"] != known
+
+
+def test_a_state_of_before_image_prompts_were_told_by_their_weights_goes_on(
+    open_settings, prompts, no_sheets
+):
+    used = {**open_settings, "image_prompt": prompts[0], "steps": 1}
+    path = train.run(TrainConfig(**used)) / checkpoint.STATE
+    tensors, metadata = checkpoint.read(path)
+    save_file(tensors, path, {k: v for k, v in metadata.items() if k != "image_prompt"})
+    with pytest.raises(UsageError, match="--image-prompt holds was another and is nothing"):
+        train.run(TrainConfig(**{**used, "image_prompt": None, "steps": 2}), resume=True)
+    train.run(TrainConfig(**{**used, "steps": 2}), resume=True)
+    assert checkpoint.read(path)[1]["image_prompt"] == checkpoint.load_hypernet(path.parent)[1]["image_prompt"]
 
 
 def test_the_unet_reads_what_diffusers_pipeline_gives_it(open_settings, sdxl):

@@ -1,7 +1,7 @@
 """A base model of the right classes with random weights, and a small scene cache for it: seconds to make.
 
-make(folder)        BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/, for training.base.load
-make_cache(folder)  drawn scenes with random latents, as training.data.SceneCache.open reads it
+make(folder)              BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/, for training.base.load
+make_cache(folder, base)  drawn scenes with its latents, as training.data.SceneCache.open reads it
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from training import base as bases
-from training import clip_tokenizer, data
+from training import clip_tokenizer, data, features
 
 IMAGE_SIZE = 64
 LATENTS = (8, 8, 8)  # channels, height, width
@@ -42,11 +42,11 @@ def make(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_cache(folder: Path, identities: int = 40, views: int = 3, seed: int = 0) -> Path:
-    """Draws the scenes; the latents are noise, which is enough to see that a loss falls."""
-    data.build(folder, identities, views, IMAGE_SIZE, workers=1)
-    rng = np.random.default_rng(seed)
-    np.save(folder / "latents.npy", rng.standard_normal((identities, views, *LATENTS)).astype(np.float16))
+def make_cache(folder: Path, base: Path, identities: int = 40, views: int = 3) -> Path:
+    """Draws the scenes and encodes them, as training.pretrain does."""
+    pictures = data.build(folder, identities, views, IMAGE_SIZE, workers=1).images
+    latents = features.encode_latents(bases.load_encoders(base), pictures.reshape(-1, *pictures.shape[2:]))
+    np.save(folder / "latents.npy", latents.numpy().reshape(identities, views, *LATENTS).astype(np.float16))
     return folder
 
 
