@@ -20,8 +20,7 @@ from PIL import Image
 from hyperrt import images
 from hyperrt.bundle import packaged
 from hyperrt.errors import BadInput
-from training import drawn, evaluate, evaluation_report, identity_encoder, pretrain, prompts, scenes, scores
-from training.pictures import Drawing
+from training import drawn, evaluate, identity_encoder, pretrain, prompts, scenes
 from training.scorers import Clip, Dino
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,43 +135,6 @@ def test_the_report_says_what_was_done_and_what_was_not(out):
     assert hm_cfg["doubt"] == ""
 
 
-def tables_of(protocol: str, **drawn: object) -> list[str]:
-    """Numbers of the paper's tables in which pictures drawn so have a row."""
-    settings = {"drawn_here": True, "cfg": False, "kappa": None} | drawn
-    tables = json.loads(evaluation_report.PAPER.read_text(encoding="utf-8"))["tables"][protocol]
-    doubts = [evaluation_report._doubt_of(table, settings) for table in tables]
-    kept = [table["title"].split()[1] for table, doubt in zip(tables, doubts, strict=True) if not doubt]
-    found = [table | {"doubt": doubt} for table, doubt in zip(tables, doubts, strict=True)]
-    assert bool(evaluation_report._doubts_of_tables(found)) == (not kept)
-    return [title.rstrip(",") for title in kept]
-
-
-def test_a_run_has_a_row_in_the_tables_that_were_drawn_as_it_was():
-    cfg = {"cfg": True, "guidance": 7.5}
-    assert tables_of("afhq", **cfg) == ["2", "9"] and tables_of("faces", **cfg) == ["3", "5"]
-    assert tables_of("dreambench", **cfg) == []
-    assert tables_of("dreambench", cfg=True, guidance=5.0) == ["4"]
-    assert tables_of("dreambench", guidance=3.5, kappa=1.6) == ["10"]
-    assert tables_of("afhq", guidance=7.0, kappa=1.2) == ["9"]
-    assert tables_of("faces", guidance=6.0, kappa=1.0) == ["5"]
-    for other in ({"kappa": 0.0, "guidance": 3.5}, {"kappa": 1.0, "guidance": 5.0}, {"drawn_here": False}):
-        assert tables_of("dreambench", **other) == []
-
-
-def test_the_settings_are_those_that_a_recipe_has(tmp_path):
-    def settings(**options):
-        config = evaluate.EvaluateConfig(
-            protocol="dreambench", output=tmp_path, bundle="tiny", drawing=Drawing(**options)
-        )
-        with evaluate._runtime(config) as runtime:
-            return evaluation_report._settings(config, runtime)
-
-    plain, hybrid = settings(cfg=True), settings(kappa=0.4, steps=None)
-    usual = hybrid["guidance"]
-    assert (plain["cfg"], plain["kappa"], plain["guidance"]) == (True, None, 2 * usual)
-    assert (hybrid["cfg"], hybrid["kappa"], hybrid["steps"] > 0) == (False, 0.4, True)
-
-
 def test_of_a_protocol_without_a_folder_the_one_that_has_no_pictures_is_that_of_the_output(tmp_path):
     config = evaluate.EvaluateConfig(protocol="drawn", output=tmp_path / "out", bundle="tiny")
     with pytest.raises(BadInput, match=r"nothing in .*out can be scored"):
@@ -198,25 +160,6 @@ def test_real_photos_can_be_scored_without_pictures(out, options, tmp_path):
     report = report_of(tmp_path)
     assert report["calibration"] == report_of(out)["calibration"]
     assert (report["figures"], report["pictures"], report["missing_pictures"]) == ({}, 0, 0)
-
-
-@pytest.mark.parametrize(("measured", "agrees"), [(0.7741, True), (0.70, False)])
-def test_on_all_thirty_subjects_the_scorer_agrees_or_does_not(measured, agrees):
-    rows = [
-        {"name": name, "photos": ["1.png"], "real": {"dino": measured, "dino_with_self": 0.9}}
-        for name in prompts.DREAMBENCH
-    ]
-    entries = [
-        evaluate.Entry(name, noun, prompts.PACKS["drawn-v1"]) for name, noun in prompts.DREAMBENCH.items()
-    ]
-    listing = evaluate.protocols.Listing(tuple(entries))
-    config = evaluate.EvaluateConfig(protocol="dreambench", output=Path("."), bundle="tiny")
-    real = scores.figures([row["real"] for row in rows])
-    published = {"dino": 0.774, "clip_i": 0.885}
-    found = evaluation_report._calibration(config, listing, rows, real, published)
-    assert found["dino"]["agrees"] is agrees and "clip_i" not in found
-    doubts = evaluation_report._doubts_of_scorers({}, found)
-    assert doubts == ([] if agrees else ["dino of real photos is 0.700, and published is 0.774"])
 
 
 def test_the_page_shows_every_picture_and_photo_by_a_link_that_leads_to_it(out):
