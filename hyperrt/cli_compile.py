@@ -22,7 +22,11 @@ from hyperrt.config import CompileConfig
 @click.option("--graph", multiple=True, metavar="NAME", help="Only this graph; may be repeated.")
 @click.option("--images", type=int, default=1, show_default=True, help="Pictures of one engine call.")
 @click.option(
-    "--branches", type=int, default=3, show_default=True, help="Of the guidance; 2 with cfg."
+    "--branches",
+    type=int,
+    default=3,
+    show_default=True,
+    help="Of the guidance; 2 with --cfg, or where kappa is 0 or 2.",
 )
 @click.option("--several-subjects", is_flag=True, help="The pictures of a call have different subjects.")
 @click.option("--low-memory", is_flag=True, help="The decoder for tiles, as generate --low-memory runs it.")

@@ -53,6 +53,7 @@ class Conditioning:
         self._features: tuple[tuple[str, ...], Arrays] | None = None  # of the last texts
         self._plain: tuple[tuple[Any, ...], Arrays] | None = None  # of the last texts, image tokens
         self._context: tuple[tuple[Any, ...], Tensors] | None = None  # of the last job: its key, outputs
+        self._zero_tokens: Floats | None = None
 
     def of(self, job: Job) -> Tensors:
         """`context` [rows, L, W], and `added` [rows, E] where the model has it; kept for the next call.
@@ -159,18 +160,33 @@ class Conditioning:
         return {"time_ids": np.tile(np.array([side, side, 0, 0, side, side], np.float32), (rows, 1))}
 
     def _image_prompt(self, job: Job) -> dict[str, Floats | DeviceArray]:
-        """Image tokens and their scale, per row; where the scale is 0 any tokens give the plain UNet."""
+        """Image tokens and their scale, per row; where the scale is 0 any tokens give the plain UNet.
+
+        Beside CFG's empty prompt they are those of zero pixels, as in IP-Adapter's own guidance.
+        """
         shape = self._bundle.image_prompt
         if shape is None:
             return {}
         tokens: list[Floats | DeviceArray] = []
         for row, scale in enumerate(job.image_scales):
-            subject = job.subjects[row % len(job.subjects)]
+            pair, branch = row % len(job.subjects), job.branches[row // len(job.subjects)]
+            subject = job.subjects[pair]
             found = subject.image_tokens if subject is not None and scale else None
+            if found is not None and branch.name == "subject_uncond":
+                found = self._of_no_photo()
             if found is None:
                 found = np.zeros((1, shape.tokens, shape.width), np.float32)
             tokens.append(found if isinstance(found, DeviceArray) else found.mean(0, keepdims=True))
         return {"image_tokens": concatenate(tokens), "image_scale": job.image_scales}
+
+    def _of_no_photo(self) -> Floats:
+        """[1, tokens, width] image tokens of zero pixels, which the graph gives whatever it reads."""
+        if self._zero_tokens is None:
+            engine = self._graphs.engine("image_prompt")
+            shape = [size if isinstance(size, int) else 1 for size in engine.inputs[0].shape]
+            self._zero_tokens = engine.run({"features": np.zeros(shape, np.float32)})["zero_tokens"]
+            self._graphs.free("image_prompt")
+        return self._zero_tokens
 
     def _done_with(self, graph: str) -> None:
         if self._low_memory:

@@ -73,7 +73,7 @@ class Job:
         """[branches x pairs] scale of the image tokens on each row."""
         known = [subject is not None and subject.image_tokens is not None for subject in self.subjects]
         rows = product(self.branches, known)
-        scales = [self.image_scale * (branch.name == "subject" and there) for branch, there in rows]
+        scales = [self.image_scale * (branch.personalised and there) for branch, there in rows]
         return np.array(scales, np.float32)
 
     @property
@@ -228,11 +228,11 @@ def _recipe(
 ) -> dict[str, Any]:
     """What reproduces the pictures of one pair, as if it had been drawn alone."""
     if subject is None:
-        pull = CFG_PULL if settings.get("cfg") else 1
+        scale = settings["guidance_scale"]
         settings = {
             **{name: value for name, value in settings.items() if name not in ("image_scale", "cfg")},
             "kappa": 0.0,
-            "guidance_scale": settings["guidance_scale"] / pull,
+            "guidance_scale": scale / CFG_PULL if settings.get("cfg") else scale,
         }
     return {
         "prompt": prompt,

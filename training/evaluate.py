@@ -30,7 +30,8 @@ from engines import BACKENDS, resolve
 from hyperrt import Runtime, files, images
 from hyperrt.config import SamplingConfig
 from hyperrt.errors import BadInput, UsageError
-from training import evaluation_report, pictures, protocols, scores
+from training import drawn_scorers, evaluation_report, pictures, protocols, scores
+from training.evaluation_report import PHOTOS, PICTURES, REPORT
 from training.loop import reported, stopping
 from training.pictures import Drawing, Found, Made
 from training.protocols import PROTOCOLS, Entry
@@ -39,7 +40,6 @@ from training.scorers import Absent, Clip, Dino, Face, Scorer
 log = logging.getLogger("training")
 
 SCORERS = ("clip", "dino", "face", "identity", "colours", "background")
-PICTURES, PHOTOS = "pictures", "photos"
 THUMBNAIL = 256  # pixels
 PATIENCE = timedelta(days=14)  # how long a process waits for the others, which may have more to draw
 Row = dict[str, Any]  # what is known of a subject, as JSON values; see `evaluate_one`
@@ -121,7 +121,7 @@ def run(config: EvaluateConfig) -> Path:
         if stopped:
             return config.output  # `stopping` ends the process
         by_name = {row["name"]: row for row in gather_object(rows)}  # the last one may come twice
-    report_path = config.output / evaluation_report.REPORT
+    report_path = config.output / REPORT
     if state.is_main_process:
         ordered = [by_name[entry.name] for entry in listing.entries]
         _refuse_nothing(config, ordered)
@@ -238,7 +238,7 @@ def _small_copies(photos: images.Photos, folder: Path) -> list[str]:
 
 def _prepare(config: EvaluateConfig) -> None:
     out = config.output
-    if not config.resume and any((out / name).exists() for name in (PICTURES, evaluation_report.REPORT)):
+    if not config.resume and any((out / name).exists() for name in (PICTURES, REPORT)):
         why = "nothing is overwritten unasked"
         raise UsageError(f"{out} holds an evaluation", why, "add --resume, or another --output")
     try:
@@ -285,8 +285,6 @@ def _scorer(name: str, config: EvaluateConfig, everybody: Sequence[Entry], state
     if config.protocol != "drawn":
         why = "it knows drawn subjects alone"
         raise UsageError(f"{name} cannot score {config.protocol}", why, "choose others with --scorers")
-    from training import drawn_scorers  # imports diffusers, which the others need not
-
     return {
         "identity": lambda: drawn_scorers.Identity(config.judges),
         "colours": drawn_scorers.Colours,
@@ -298,7 +296,7 @@ def _refuse_nothing(config: EvaluateConfig, rows: Sequence[Row]) -> None:
     wanted = "real" if config.calibrate else "pictures"
     if not any(row[wanted] for row in rows):
         why = "; ".join(f"{row['name']}: {row['reason']}" for row in rows[:3])
-        where = config.pictures or config.subjects
+        where = config.pictures or config.subjects or config.output
         raise BadInput(f"nothing in {where} can be scored", why, "see training/pictures.py for the names")
 
 
@@ -324,7 +322,8 @@ PATH = click.Path(path_type=Path)
 @click.option("--seed", type=click.IntRange(0), default=42, help="Image k of a prompt has seed + k.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=30)
 @click.option("--kappa", type=float, help="[default: the bundle's]")
-@click.option("--guidance", type=float, help="s = w + 1 [default: the bundle's]")
+@click.option("--cfg", is_flag=True, help="Plain CFG of the personalised model, as in the paper's tables.")
+@click.option("--guidance", type=float, help="s = w + 1 [default: the bundle's, of CFG twice that]")
 @click.option("--solver", help="[default: the bundle's]")
 @click.option("--batch", type=click.IntRange(1, 1000), default=4, help="Pictures of one call.")
 @click.option("--scorers", help=f"Some of {','.join(SCORERS)} [default: the protocol's]")
@@ -341,17 +340,17 @@ PATH = click.Path(path_type=Path)
 @click.option("--resume", is_flag=True, help="Go on with the evaluation in --output.")
 def main(
     bundle: str | None, protocol: str, output: Path, found: Path | None, images_per_prompt: int | None,
-    fast: bool, seed: int, steps: int, kappa: float | None, guidance: float | None, solver: str | None,
-    batch: int, scorers: str | None, **others: Any,
+    fast: bool, seed: int, steps: int, kappa: float | None, cfg: bool, guidance: float | None,
+    solver: str | None, batch: int, scorers: str | None, **others: Any,
 ) -> None:  # fmt: skip
     """Draw and score pictures of many subjects with BUNDLE (a name or a folder), and write a report."""
     with reported():
         if fast and images_per_prompt not in (None, 1):
             why = f"--fast is one image of each prompt, and --images-per-prompt is {images_per_prompt}"
             raise UsageError("--fast and --images-per-prompt do not go together", why, "leave one out")
-        SamplingConfig(kappa=kappa, guidance_scale=guidance, steps=steps, solver=solver, seed=seed)
         number = 1 if fast else images_per_prompt or 4
-        drawing = Drawing(number, seed, steps, kappa, guidance, solver, batch)
+        drawing = Drawing(number, seed, steps, kappa, cfg, guidance, solver, batch)
+        SamplingConfig(**drawing.options(range(number)))
         names = tuple(name.strip() for name in (scorers or "").split(",") if name.strip())
         config = EvaluateConfig(
             bundle=bundle, protocol=protocol, output=output, pictures=found, drawing=drawing, scorers=names,

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperrt import Runtime, files
+from hyperrt.config import SamplingConfig
+from hyperrt.job import settings_of
 from training import protocols, report_page, report_plots, scores
 from training.prompts import PACKS
 from training.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, Listing
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("training")
 
 REPORT, PAGE, PLOT = "report.json", "index.html", "figures.png"
+PICTURES, PHOTOS = "pictures", "photos"  # folders beside it
 SCHEMA = 1
 PAPER = Path(__file__).with_name("paper.json")
 CALIBRATED = 0.01  # how near to the papers' figures of real photos a scorer must come
@@ -49,8 +52,8 @@ def write(
     content = json.dumps(report, indent=1, allow_nan=False).encode()
     files.publish(config.output / REPORT, lambda file: file.write(content), force=True)
     plot = PLOT if report_plots.write(config.output / PLOT, report) else None
-    pictures = os.path.relpath(config.pictures or config.output / "pictures", config.output)
-    page = report_page.page(report, pictures, "photos", plot).encode("utf-8", "backslashreplace")
+    pictures = os.path.relpath(config.pictures or config.output / PICTURES, config.output)
+    page = report_page.page(report, pictures, PHOTOS, plot).encode("utf-8", "backslashreplace")
     files.publish(config.output / PAGE, lambda file: file.write(page), force=True)
 
 
@@ -65,15 +68,22 @@ def assemble(
     """The report as JSON values."""
     protocol = PROTOCOLS[config.protocol]
     paper = json.loads(PAPER.read_text(encoding="utf-8"))
-    calibration = _calibration(config, listing, rows, paper["real"])
-    doubts = _doubts(config, listing, rows) + _doubts_of_scorers(scorers, calibration)
+    real = scores.figures([row["real"] for row in rows])
+    calibration = _calibration(config, listing, rows, real, paper["real"])
+    settings = _settings(config, runtime)
+    tables = [table | {"doubt": _doubt_of(table, settings)} for table in paper["tables"][config.protocol]]
+    doubts = [
+        *_doubts(config, listing, rows),
+        *_doubts_of_tables(tables),
+        *_doubts_of_scorers(scorers, calibration),
+    ]
     counted = [row for row in rows if row["pictures"]]
     return {
         "schema": SCHEMA,
         "protocol": config.protocol,
         "comparable": not doubts,
         "not_comparable_because": doubts,
-        "settings": _settings(config, runtime),
+        "settings": settings,
         "bundle": _bundle(runtime),
         "commit": commit(),
         "versions": versions(),
@@ -81,7 +91,7 @@ def assemble(
         "scorers": {name: scorer.about for name, scorer in scorers.items()},
         "absent": dict(absent),
         "figures": scores.figures([row["scores"] for row in counted]),
-        "real": scores.figures([row["real"] for row in rows]),
+        "real": real,
         "calibration": calibration,
         "pictures": sum(len(row["pictures"]) for row in rows),
         "missing_pictures": sum(row["missing"] for row in rows),
@@ -89,11 +99,7 @@ def assemble(
         "left_out": [list(one) for one in listing.left_out],
         "subjects": list(rows),
         "prompts": _by_prompt(rows),
-        "paper": {
-            "source": paper["source"],
-            "units": paper["units"],
-            "tables": paper["tables"][config.protocol],
-        },
+        "paper": {"source": paper["source"], "units": paper["units"], "tables": tables},
     }
 
 
@@ -101,13 +107,10 @@ def _settings(config: EvaluateConfig, runtime: Runtime | None) -> dict[str, Any]
     """How the pictures were asked for; where a bundle drew them, its defaults are filled in."""
     chosen = asdict(config.drawing)
     if runtime is not None:
-        defaults = runtime.bundle.defaults
-        known = {
-            "steps": defaults.steps, "kappa": defaults.kappa, "guidance": defaults.guidance_scale,
-            "solver": defaults.solver,
-        }  # fmt: skip
-        chosen |= {name: value for name, value in known.items() if chosen[name] is None}
-        chosen["backend"] = runtime.backend
+        asked = SamplingConfig(**config.drawing.options(range(config.drawing.images)))
+        known = settings_of(runtime.bundle, True, asked)
+        chosen |= {name: known[name] for name in ("steps", "kappa", "solver")}
+        chosen |= {"guidance": known["guidance_scale"], "backend": runtime.backend}
     named = {"only": list(config.only), "limit": config.limit, "drawn_here": runtime is not None}
     if config.protocol == "dreambench":
         other = "custom: as many pictures of each subject and prompt as `images` says"
@@ -144,6 +147,35 @@ def _doubts(config: EvaluateConfig, listing: Listing, rows: Sequence[Row]) -> li
     return doubts
 
 
+def _doubt_of(table: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Why this run has no row in a table of the paper; empty: it was drawn as the table's rows were."""
+    if not settings["drawn_here"]:
+        return "it was not drawn here, so its guidance is not known"
+    kappas = [] if settings["cfg"] else [settings["kappa"]]
+    ours = {"cfg": settings["cfg"], "guidance": settings["guidance"], "kappa": kappas}
+    for known in table["drawn"]:
+        same = all(known[name] == ours[name] for name in ("cfg", "guidance"))
+        if same and set(kappas) <= set(known["kappa"]):
+            return ""
+    theirs = " or ".join(map(_guidance, table["drawn"]))
+    return f"it was drawn with {_guidance(ours)}, and the table with {theirs}"
+
+
+def _guidance(drawn: Mapping[str, Any]) -> str:
+    """What the tables of training/paper.json say under `drawn`, in words."""
+    if drawn["cfg"]:
+        return f"CFG at w + 1 = {drawn['guidance']:g}"
+    kappas = ", ".join(f"{kappa:g}" for kappa in drawn["kappa"])
+    return f"HM-CFG at w + 1 = {drawn['guidance']:g}, κ = {kappas}"
+
+
+def _doubts_of_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those of all tables, if this run has a row in none."""
+    if not all(table["doubt"] for table in tables):
+        return []
+    return [f"{table['title']}: {table['doubt']}" for table in tables]
+
+
 def _doubts_of_scorers(scorers: Mapping[str, Scorer], calibration: Mapping[str, Any]) -> list[str]:
     doubts = [
         f"{name} is no network of the size that the papers have"
@@ -159,20 +191,27 @@ def _doubts_of_scorers(scorers: Mapping[str, Scorer], calibration: Mapping[str, 
 
 
 def _calibration(
-    config: EvaluateConfig, listing: Listing, rows: Sequence[Row], paper: Mapping[str, float]
+    config: EvaluateConfig,
+    listing: Listing,
+    rows: Sequence[Row],
+    real: Mapping[str, Mapping[str, Any]],
+    paper: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The scorers on DreamBench's real photos, beside what the papers have for them."""
+    """The scorers on DreamBench's real photos, beside what the papers have for them.
+
+    Args:
+        real: `scores.figures` of the real photos.
+    """
     if config.protocol != "dreambench":
         return {}
-    real = scores.figures([row["real"] for row in rows])
     missing = protocols.missing(PROTOCOLS["dreambench"], listing.entries)
     unusable = [row["name"] for row in rows if not row["photos"]]
+    whole = not missing and not unusable and len(rows) == PROTOCOLS["dreambench"].subjects
     found: dict[str, Any] = {}
     for key, published in paper.items():
         if key not in real:
             continue
         difference = real[key]["mean"] - published
-        whole = not missing and not unusable and len(rows) == PROTOCOLS["dreambench"].subjects
         found[key] = {
             "leave_self_out": real[key]["mean"],
             "with_self": real[f"{key}_with_self"]["mean"],

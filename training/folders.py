@@ -58,15 +58,20 @@ def celeba(source: Path, options: Options) -> Found:
     wanted = CELEBA[options.split]
     subjects: list[Subject | LeftOut] = []
     for path in photos:
-        if not (path.stem.isascii() and path.stem.isdigit()):
+        if number(path) is None:
             subjects.append(LeftOut(path.name, "its name is no number"))
-        elif int(path.stem[:18]) in wanted:
+        elif number(path) in wanted:
             subjects.append(Subject("face", (_view(path, "", captions_of_noun("face")),)))
     if not any(isinstance(subject, Subject) for subject in subjects):
         why = f"of its {len(photos):,} photos none is numbered from {wanted.start:,} to {wanted.stop - 1:,}"
         what = f"{source} has no photos of the split {options.split!r}"
         raise BadInput(what, why, "check --source and --split")
     return Found(iter(subjects), 1)
+
+
+def number(path: Path) -> int | None:
+    """That of CelebA-HQ's photo, "00012.jpg"; None where the name is no number."""
+    return int(path.stem[:18]) if path.stem.isascii() and path.stem.isdigit() else None
 
 
 def afhq(source: Path, options: Options) -> Found:

@@ -33,6 +33,7 @@ class Drawing:
     """How pictures are drawn; None is the bundle's default.
 
     Attributes:
+        cfg: plain CFG of the personalised model, instead of HM-CFG.
         images: of each subject and prompt; picture k has the seed `seed` + k, whatever the prompt.
         batch: pictures of one call.
     """
@@ -41,6 +42,7 @@ class Drawing:
     seed: int = 42
     steps: int | None = 30
     kappa: float | None = None
+    cfg: bool = False
     guidance: float | None = None
     solver: str | None = None
     batch: int = 4
@@ -48,8 +50,8 @@ class Drawing:
     def options(self, pictures: range) -> dict[str, Any]:
         """The options of `Runtime.generate` for some pictures of each prompt."""
         return {
-            "kappa": self.kappa, "guidance_scale": self.guidance, "steps": self.steps, "solver": self.solver,
-            "seed": self.seed + pictures.start, "n": len(pictures),
+            "kappa": self.kappa, "cfg": self.cfg, "guidance_scale": self.guidance, "steps": self.steps,
+            "solver": self.solver, "seed": self.seed + pictures.start, "n": len(pictures),
             "batch_size": min(len(pictures), self.batch),
         }  # fmt: skip
 

@@ -2,9 +2,10 @@
 
 dreambench  DIR/SUBJECT/photos; the 30 subjects of DreamBench, or others that DIR/metadata.csv names with
             the columns subject, class_noun and, for live ones, live (1)
-faces       DIR/photo or DIR/SUBJECT/photos: every file and every folder is a face of its own
+faces       DIR/photo or DIR/SUBJECT/photos: every file and every folder is a face of its own; of CelebA-HQ
+            (DIR/0.jpg ... 29999.jpg) the last 100 alone, which no training sees
 afhq        the same for animals; in DIR/cat, DIR/dog and DIR/wild, as AFHQ lies on the disk, every file
-            is an animal of its own
+            is an animal of its own; of AFHQ whole (DIR/train, DIR/test) those of DIR/test alone
 drawn       drawn subjects that no training has seen; no folder
 """
 
@@ -20,12 +21,11 @@ from urllib.parse import quote
 
 from hyperrt import images
 from hyperrt.errors import BadInput, NotFound
-from training import drawn, prompts
+from training import drawn, folders, prompts
 from training.drawn import Case
 from training.prompts import Pack
 
 TABLE = "metadata.csv"
-ANIMALS = {"cat": "cat", "dog": "dog", "wild": "wild animal"}  # AFHQ's folders -> noun
 DREAMBENCH_SETTINGS = {  # pictures of a subject and prompt -> the setting's name
     4: "official: 4 pictures of each subject and prompt, 3,000 in all (the papers' text)",
     1: "fast: 1 picture of each subject and prompt, 750 in all (PatchDPO's evaluator: seed 42, 30 steps)",
@@ -131,7 +131,7 @@ def subjects(protocol: Protocol, folder: Path | None) -> Listing:
     if folder is None or not folder.is_dir():
         why = f"the protocol {protocol.name} reads its subjects' photos there"
         raise NotFound(f"there is no folder {folder}", why, "name it with --subjects DIR")
-    found = _dreambench(folder) if protocol.name == "dreambench" else _one_each(folder, protocol.name)
+    found = {"dreambench": _dreambench, "faces": _faces, "afhq": _animals}[protocol.name](folder)
     if not found.entries:
         why = "; ".join(f"{name}: {reason}" for name, reason in found.left_out[:3]) or "it is empty"
         raise BadInput(f"{folder} holds no subject of {protocol.name}", why, "see training/protocols.py")
@@ -170,30 +170,47 @@ def _table(folder: Path) -> dict[str, tuple[str, bool]]:
     return {row["subject"]: (row["class_noun"].strip(), row.get("live") == "1") for row in rows}
 
 
-def _one_each(folder: Path, protocol: str) -> Listing:
-    pack, noun = {
-        "faces": (prompts.PACKS["hyperrt-faces-v1"], "face"),
-        "afhq": (prompts.PACKS["dreambench-live"], "animal"),
-    }[protocol]
+def _faces(folder: Path) -> Listing:
+    pack = prompts.PACKS["hyperrt-faces-v1"]
+    found = [path for path in _visible(folder) if path.is_dir() or _is_photo(path)]
+    numbers = {path: folders.number(path) for path in found if not path.is_dir()}
+    unseen = [path for path, number in numbers.items() if number in folders.CELEBA["eval"]]
+    return Listing(tuple(Entry(_folder_name(path.name), "face", pack, path) for path in unseen or found))
+
+
+def _animals(folder: Path) -> Listing:
+    """Errors: BadInput where AFHQ is there without its test."""
+    pack = prompts.PACKS["dreambench-live"]
     entries = []
-    for path in _visible(folder):
-        if protocol == "afhq" and path.is_dir() and path.name in ANIMALS:
-            for file in _visible(path):
-                if file.suffix.lower() in images.SUFFIXES:
-                    name = _folder_name(f"{path.name}-{file.name}")
-                    entries.append(Entry(name, ANIMALS[path.name], pack, file))
-        elif path.is_dir() or path.suffix.lower() in images.SUFFIXES:
-            entries.append(Entry(_folder_name(path.name), noun, pack, path))
+    for path in _visible(_unseen_of_afhq(folder)):
+        if path.is_dir() and path.name in folders.AFHQ:
+            for file in filter(_is_photo, _visible(path)):
+                name = _folder_name(f"{path.name}-{file.name}")
+                entries.append(Entry(name, folders.AFHQ[path.name], pack, file))
+        elif path.is_dir() or _is_photo(path):
+            entries.append(Entry(_folder_name(path.name), "animal", pack, path))
     return Listing(tuple(entries))
 
 
+def _unseen_of_afhq(folder: Path) -> Path:
+    """Of the folder above AFHQ's train and test the test; another one is itself."""
+    splits = {split: folder / split for names in folders.AFHQ_SPLITS.values() for split in names}
+    there = {name for name, path in splits.items() if any((path / kind).is_dir() for kind in folders.AFHQ)}
+    if not there:
+        return folder
+    for name in folders.AFHQ_SPLITS["eval"]:
+        if name in there:
+            return splits[name]
+    why = "it has AFHQ's train alone, and an evaluation is of what no training sees"
+    raise BadInput(f"{folder} has no animals to evaluate", why, "add its folder test, or name another")
+
+
 def _visible(folder: Path) -> list[Path]:
-    """What is not hidden, in natural order."""
-    try:
-        names = [name for name in os.listdir(folder) if not name.startswith(".")]
-    except OSError as error:
-        raise BadInput(f"the folder {folder} cannot be read", error.strerror or str(error)) from error
-    return [folder / name for name in sorted(names, key=images.natural_key)]
+    return [Path(entry.path) for entry in images.entries(folder)]
+
+
+def _is_photo(path: Path) -> bool:
+    return path.suffix.lower() in images.SUFFIXES
 
 
 def _folder_name(name: str) -> str:

@@ -74,13 +74,18 @@ def _about(report: Mapping[str, Any]) -> str:
 
 
 def _paper_table(table: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """A table of the paper, with our row where it has the same columns."""
+    """A table of the paper, with our row where it has the same columns and we drew in the same way."""
     columns = table["columns"]
     ours = {key: figure["mean"] for key, figure in figures.items()} | {columns[0]: "This run"}
     rows = [*map(_cells, table["rows"])]
+    said = [table["note"]] if "note" in table else []
     if any(name in figures for name in columns):
-        rows.append(_cells([ours.get(name) for name in columns], "ours"))
-    return f"<h2>{escape(table['title'])}</h2>{_table(columns, rows)}"
+        if table["doubt"]:
+            said.append(f"This run has no row here: {table['doubt']}.")
+        else:
+            rows.append(_cells([ours.get(name) for name in columns], "ours"))
+    notes = "".join(f"<p>{escape(one)}</p>" for one in said)
+    return f"<h2>{escape(table['title'])}</h2>{_table(columns, rows)}{notes}"
 
 
 def _figures_table(report: Mapping[str, Any]) -> str:

@@ -59,7 +59,9 @@ def _methods(axes: Any, report: Mapping[str, Any]) -> None:
                 axes.annotate(f"κ {label}" if columns[0] == "kappa" else str(label), (x, y), fontsize=6)
     if ACROSS in report["figures"] and UP in report["figures"]:
         ours = report["figures"]
-        axes.plot([ours[ACROSS]["mean"]], [ours[UP]["mean"]], "o", color="C2", label="this run")
+        alike = not all(table["doubt"] for table in report["paper"]["tables"])
+        label = "this run" if alike else "this run, with other guidance"
+        axes.plot([ours[ACROSS]["mean"]], [ours[UP]["mean"]], "o", color="C2", label=label)
         axes.legend(fontsize=8)
     axes.set_xlabel(ACROSS)
     axes.set_ylabel(UP)

@@ -14,7 +14,6 @@ safetensors; what cannot be had is `Absent`, never a score of zero.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,16 +28,14 @@ from transformers.utils.logging import disable_progress_bar
 from hyperrt.errors import IntegrityError, NotFound
 from training import scores
 from training.checkpoint import hash_of
+from training.features import CLIP_MEAN, CLIP_STD
 from training.protocols import Entry
 from training.scores import Score
-
-log = logging.getLogger("training")
 
 Picture = np.ndarray  # [H, W, 3] uint8
 Columns = Mapping[str, Sequence[Score]]  # score -> one value of each picture
 
 BATCH = 32
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINO_RESIZE = 256 / 224  # of the crop
 PUBLISHED = {"CLIP": (768, 32, 224), "DINO": (384, 16, 224)}  # ViT-B/32, ViT-S/16: width, patch, pixels

@@ -200,9 +200,17 @@ def test_at_kappa_2_a_pipeline_with_the_subject_s_file_draws_the_same(model, pip
     SDXL's empty prompt is all zeros, on which a LoRA of the cross-attention has no effect: plain guidance of
     scale 2 s.  Elsewhere it is that only at s = 1/2, where the empty prompt has no weight.
     """
-    pytest.importorskip("peft")
     s = 2.5 if model.source.is_sdxl else 0.5
-    options = {"kappa": 2, "guidance_scale": s, "steps": 4, "seed": SEED, "solver": "euler"}
+    is_drawn_by(pipeline, model, tmp_path, format, 2 * s, kappa=2, guidance_scale=s)
+
+
+def test_plain_guidance_is_the_pipeline_s_with_the_subject_s_file(model, pipeline, tmp_path):
+    is_drawn_by(pipeline, model, tmp_path, "diffusers", 5.0, cfg=True, guidance_scale=5.0)
+
+
+def is_drawn_by(pipeline, model, tmp_path, format, scale, **options):
+    pytest.importorskip("peft")
+    options |= {"steps": 4, "seed": SEED, "solver": "euler"}
     if model.source.is_sdxl:
         options["image_scale"] = 0.0
     ours, without = (
@@ -214,11 +222,11 @@ def test_at_kappa_2_a_pipeline_with_the_subject_s_file_draws_the_same(model, pip
     pipeline.load_lora_weights(str(path), use_safetensors=True)
     noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
     latents = pipeline(
-        PROMPTS["subject"], guidance_scale=2 * s, num_inference_steps=4, latents=noise, output_type="latent"
+        PROMPTS["subject"], guidance_scale=scale, num_inference_steps=4, latents=noise, output_type="latent"
     ).images.numpy()
-    scale = np.abs(latents).max()
-    assert np.abs(latents - without).max() / scale > 1e-3  # the subject does something
-    assert np.abs(latents - ours).max() / scale < 1e-4
+    largest = np.abs(latents).max()
+    assert np.abs(latents - without).max() / largest > 1e-3  # the subject does something
+    assert np.abs(latents - ours).max() / largest < 1e-4
 
 
 def test_pictures_are_those_of_diffusers_decoder(model):

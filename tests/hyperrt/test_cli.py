@@ -43,6 +43,14 @@ def test_several_pictures_are_those_of_their_seeds(run, subject_file):
     assert Path(out.splitlines()[2]).read_bytes() == Path("one.png").read_bytes()
 
 
+def test_plain_guidance_is_asked_for_and_is_in_the_recipe(run, subject_file):
+    code, out, err = run("generate", "-s", subject_file, "-p", PROMPT, "--cfg", "-g", 5)
+    assert code == 0, err
+    found = recipe.read(out.strip())
+    assert (found["cfg"], found["kappa"], found["guidance_scale"]) == (True, None, 5)
+    assert found["branches"] == {"subject_uncond": -4, "subject": 5}
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_every_picture_of_a_batch_is_written_with_its_own_seed(run, batch_size):
     _, out, _ = run("generate", "-p", "a robot", "-n", 5, "--batch-size", batch_size)
@@ -96,6 +104,8 @@ def test_a_bad_photo_is_said_and_left_out(run, photos, tmp_path):
         (["-p", PROMPT, "--subject", "nowhere.safetensors"], 4, "nowhere.safetensors"),
         (["-p", "a robot", "--images", "nowhere"], 3, "does not say where the subject is"),
         (["-p", "a robot", "--kappa", "0.5"], 2, "kappa is 0.5, but there is no subject"),
+        (["-p", "a robot", "--cfg"], 2, "cfg is on, but there is no subject"),
+        (["-p", PROMPT, "--images", "x", "--cfg", "--kappa", "1"], 2, "cfg is on, but kappa is 1"),
         (["-p", "a robot", "--image-scale", "1"], 2, "image scale is 1, but there is no subject"),
         (["-p", PROMPT, "--images", "x", "--image-scale", "1"], 2, "has no image prompt"),
         (["-p", PROMPT, "--images", "x", "--combine", "concat"], 2, "mean"),

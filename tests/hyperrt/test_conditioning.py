@@ -132,6 +132,16 @@ def test_only_the_rows_of_the_subject_have_image_tokens(open_category, photos):
     np.testing.assert_allclose(seen["image_scale"], [0, 1.5, 0])
 
 
+def test_beside_the_empty_prompt_of_plain_guidance_are_the_tokens_of_no_photo(open_category, photos):
+    subject = open_category.personalize(photos)
+    seen = spy("context")
+    open_category.generate(PROMPT, subject, steps=1, cfg=True)
+    np.testing.assert_allclose(seen["image_scale"], [0.55, 0.55])
+    of_nothing = fake_bundle.GRAPHS["image_prompt"]({"features": np.ones((1, 2, 3))})["zero_tokens"]
+    np.testing.assert_array_equal(seen["image_tokens"], np.concatenate([of_nothing, subject.image_tokens]))
+    assert "image_prompt" not in open_category._graphs.open_names
+
+
 def test_the_image_scale_changes_the_picture_and_zero_leaves_the_lora_alone(open_category, photos):
     subject = open_category.personalize(photos)
     lora_alone = dataclasses.replace(subject, image_tokens=None)

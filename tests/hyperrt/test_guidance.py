@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import UsageError
-from hyperrt.guidance import Branch, active, combine, hm_cfg_weights
+from hyperrt.guidance import Branch, active, cfg_weights, combine, hm_cfg_weights
 
 SCALES = (0.0, 0.5, 1.0, 3.5, 7.5)
 KAPPAS = (0.0, 0.4, 1.0, 1.6, 2.0)
@@ -46,6 +46,13 @@ def test_without_a_lora_it_is_plain_guidance_of_twice_the_scale(kappa):
     np.testing.assert_allclose(combined, uncond + 7 * (cond - uncond), atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_plain_guidance_goes_from_the_empty_prompt_towards_the_subject_s(scale):
+    uncond, subject, _ = predictions()
+    combined = combine(cfg_weights(scale), [uncond, subject])
+    np.testing.assert_allclose(combined, uncond + scale * (subject - uncond), atol=1e-12)
+
+
 def test_the_sum_commutes_with_a_change_of_prediction_type():
     """v = a noise - s x0 and x = a x0 + s noise, so v is affine in the noise at fixed latents x."""
     x, a, s = predictions(1)[0], 0.6, 0.8
@@ -80,6 +87,11 @@ def test_branches_of_weight_zero_are_dropped(scale, kappa, names):
 def test_weights_that_are_no_numbers_are_refused(arguments):
     with pytest.raises(UsageError, match=r"is (nan|inf)"):
         hm_cfg_weights(*arguments)
+
+
+def test_a_scale_of_plain_guidance_that_is_no_number_is_refused():
+    with pytest.raises(UsageError, match="guidance_scale is nan"):
+        cfg_weights(float("nan"))
 
 
 def test_a_weight_too_many_is_refused():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from hyperrt.bundle import Bundle
+from hyperrt.config import SamplingConfig
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
-from hyperrt.job import noun_in
+from hyperrt.guidance import Branch
+from hyperrt.job import noun_in, plan
 from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
@@ -41,6 +44,8 @@ def subjects(runtime, photos):
         {"guidance_scale": 0.5},
         {"solver": "euler_ancestral", "n": 2, "batch_size": 2},
         {"strength": 0.5, "negative_prompt": "blurry"},
+        {"cfg": True},
+        {"cfg": True, "guidance_scale": 5.0, "strength": 0.5},
     ],
     ids=str,
 )
@@ -48,11 +53,17 @@ def test_each_pair_is_drawn_as_it_is_alone(runtime, subjects, options):
     together = runtime.generate(PROMPTS, subjects, **options)
     assert len(together) == 3
     for result, prompt, subject in zip(together, PROMPTS, subjects, strict=True):
-        own = {name: value for name, value in options.items() if subject or name != "kappa"}
+        own = options if subject else without_subject(options, runtime.bundle.defaults.guidance_scale)
         alone = runtime.generate(prompt, subject, **own)
         np.testing.assert_allclose(result.latents, alone.latents, rtol=2e-4, atol=2e-5)
         assert np.abs(result.images.astype(int) - alone.images).max() <= 1
         assert result.recipe == alone.recipe and result.seeds == alone.seeds
+
+
+def without_subject(options, usual):
+    """Options that draw the base model as these do beside subjects: its CFG is of twice the scale."""
+    own = {name: value for name, value in options.items() if name not in ("kappa", "cfg")}
+    return own | {"guidance_scale": options.get("guidance_scale", 2 * usual) / 2} if "cfg" in options else own
 
 
 def test_the_rows_of_all_pairs_share_one_call_of_a_step(runtime, subjects):
@@ -121,6 +132,58 @@ def test_a_list_of_prompts_needs_a_list_of_subjects(runtime, subjects):
 def test_one_bad_pair_refuses_all(runtime, subjects):
     with pytest.raises(BadPrompt):
         runtime.steps(["a robot", PROMPT], subjects[:2])
+
+
+# plain CFG
+
+
+def test_plain_guidance_is_of_the_personalised_model_on_both_rows(runtime, subjects):
+    """The same bits as a job of eq. 20 at kappa 2 and half the scale, whose empty prompt is the subject's."""
+    more = {"image_scale": 0.0} if runtime.bundle.image_prompt else {}
+    found = runtime.generate(PROMPT, subjects[0], cfg=True, guidance_scale=5.0, **more)
+    hybrid = {"kappa": 2.0, "guidance_scale": 2.5, **more}
+    asked = SamplingConfig(**hybrid)
+    job = plan(runtime.bundle, runtime.backend, [PROMPT], [subjects[0]], asked)
+    branches = tuple(Branch("subject", branch.weight) for branch in job.branches)
+    *_, last = runtime._run(dataclasses.replace(job, branches=branches), several=False)
+    np.testing.assert_array_equal(found.latents, last.latents)
+    assert (found.latents != runtime.generate(PROMPT, subjects[0], **hybrid).latents).any()
+    np.testing.assert_array_equal(plan_of_cfg(runtime, subjects).gate, [1, 1])
+
+
+def plan_of_cfg(runtime, subjects, **options):
+    asked = SamplingConfig(cfg=True, **options)
+    return plan(runtime.bundle, runtime.backend, [PROMPT], subjects[:1], asked)
+
+
+def test_plain_guidance_has_by_default_the_scale_that_pulls_as_the_bundle_s(runtime, subjects):
+    usual = runtime.bundle.defaults.guidance_scale
+    np.testing.assert_allclose(plan_of_cfg(runtime, subjects).weights, [1 - 2 * usual, 2 * usual])
+    np.testing.assert_allclose(plan_of_cfg(runtime, subjects, guidance_scale=7.5).weights, [-6.5, 7.5])
+    assert plan_of_cfg(runtime, subjects, guidance_scale=1).texts == ("a sks robot on the beach",)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(runtime, subjects):
+    job = plan_of_cfg(runtime, subjects, negative_prompt="blurry")
+    assert job.texts == ("blurry", "a sks robot on the beach")
+
+
+def test_the_recipe_of_plain_guidance_reproduces_the_picture(runtime, subjects):
+    result = runtime.generate(PROMPT, subjects[0], cfg=True)
+    told = json.loads(json.dumps(result.recipe))
+    again = {name: told[name] for name in ("cfg", "kappa", "guidance_scale", "steps", "solver", "seed")}
+    np.testing.assert_array_equal(runtime.generate(PROMPT, subjects[0], **again).images, result.images)
+    assert "cfg" not in runtime.generate(PROMPT, subjects[0]).recipe
+
+
+def test_plain_guidance_without_a_subject_or_with_kappa_is_refused(runtime, subjects):
+    for subject, options, words in (
+        (None, {}, "cfg is on, but there is no subject"),
+        (subjects[0], {"kappa": 1.0}, "cfg is on, but kappa is 1"),
+    ):
+        with pytest.raises(UsageError, match=words) as caught:
+            runtime.steps(PROMPT, subject, cfg=True, **options)
+        assert len(str(caught.value).splitlines()) == 3
 
 
 # options that change nothing, and what is refused before photos are read

@@ -20,8 +20,8 @@ from PIL import Image
 
 from hyperrt import images
 from hyperrt.bundle import packaged
-from hyperrt.errors import NotFound
-from training import drawn, evaluate, evaluation_report, identity_encoder, pretrain, prompts, scenes
+from hyperrt.errors import BadInput, NotFound
+from training import drawn, evaluate, identity_encoder, pretrain, prompts, scenes
 from training.scorers import Clip, Dino
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def report_of(out: Path) -> dict:
 @pytest.fixture(scope="module")
 def options(subjects, networks) -> list[object]:
     return [
-        "--protocol", "dreambench", "--subjects", subjects, "--steps", 1, "--cpu",
+        "--protocol", "dreambench", "--subjects", subjects, "--steps", 1, "--cpu", "--guidance", 3.5,
         "--clip", networks.clip, "--dino", networks.dino, "--threads", 1,
     ]  # fmt: skip
 
@@ -130,7 +130,16 @@ def test_the_report_says_what_was_done_and_what_was_not(out):
     ]
     assert report["bundle"]["family"] == "tiny" and report["commit"]
     assert [one["pictures"] for one in report["prompts"]] == [4] * NUMBER
-    assert report["paper"]["tables"][0]["rows"][-1][2:] == [0.739, 0.846, 0.293, 0.626]
+    cfg, hm_cfg = report["paper"]["tables"]
+    assert cfg["rows"][-1][2:] == [0.739, 0.846, 0.293, 0.626]
+    assert cfg["doubt"].endswith("HM-CFG at w + 1 = 3.5, κ = 1, and the table with CFG at w + 1 = 5")
+    assert hm_cfg["doubt"] == ""
+
+
+def test_of_a_protocol_without_a_folder_the_one_that_has_no_pictures_is_that_of_the_output(tmp_path):
+    config = evaluate.EvaluateConfig(protocol="drawn", output=tmp_path / "out", bundle="tiny")
+    with pytest.raises(BadInput, match=r"nothing in .*out can be scored"):
+        evaluate._refuse_nothing(config, [{"name": "robot", "reason": "flat", "pictures": []}])
 
 
 def test_real_photos_are_the_calibration_beside_the_published_figures(out, subjects, networks):
@@ -154,29 +163,13 @@ def test_real_photos_can_be_scored_without_pictures(out, options, tmp_path):
     assert (report["figures"], report["pictures"], report["missing_pictures"]) == ({}, 0, 0)
 
 
-@pytest.mark.parametrize(("measured", "agrees"), [(0.7741, True), (0.70, False)])
-def test_on_all_thirty_subjects_the_scorer_agrees_or_does_not(measured, agrees):
-    rows = [
-        {"name": name, "photos": ["1.png"], "real": {"dino": measured, "dino_with_self": 0.9}}
-        for name in prompts.DREAMBENCH
-    ]
-    entries = [
-        evaluate.Entry(name, noun, prompts.PACKS["drawn-v1"]) for name, noun in prompts.DREAMBENCH.items()
-    ]
-    listing = evaluate.protocols.Listing(tuple(entries))
-    config = evaluate.EvaluateConfig(protocol="dreambench", output=Path("."), bundle="tiny")
-    found = evaluation_report._calibration(config, listing, rows, {"dino": 0.774, "clip_i": 0.885})
-    assert found["dino"]["agrees"] is agrees and "clip_i" not in found
-    doubts = evaluation_report._doubts_of_scorers({}, found)
-    assert doubts == ([] if agrees else ["dino of real photos is 0.700, and published is 0.774"])
-
-
 def test_the_page_shows_every_picture_and_photo_by_a_link_that_leads_to_it(out):
     page = (out / "index.html").read_text()
     links = set(evaluate_links(page))
     assert len(links) == 2 * 2 * NUMBER + 4 + 1  # pictures, photos, the plot
     assert all((out / link).is_file() for link in links)
-    assert "PatchDPO" in page and "This run" in page
+    assert "PatchDPO" in page and page.count("<td>This run</td>") == 1
+    assert "This run has no row here: it was drawn with HM-CFG at w + 1 = 3.5" in page
 
 
 def evaluate_links(page: str) -> list[str]:
@@ -261,6 +254,7 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
         (["tiny", "--pictures", "."], 2, "a bundle and --pictures were given"),
         (["tiny", "--fast", "--images-per-prompt", "2"], 2, "do not go together"),
         (["tiny", "--kappa", "3"], 2, "kappa is 3"),
+        (["tiny", "--kappa", "1", "--cfg"], 2, "cfg is on, but kappa is 1"),
         (["tiny", "--solver", "magic"], 2, "solver is 'magic'"),
         (["nothing-like-it"], 4, "nothing-like-it"),
         (["tiny", "--subjects", "nowhere"], 4, "there is no folder nowhere"),

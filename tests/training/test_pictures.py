@@ -78,7 +78,8 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(runtime, robot, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "change", [{"kappa": 1.5}, {"guidance": 1.0}, {"steps": 2}, {"solver": "ddim"}, {"seed": 9}]
+    "change",
+    [{"kappa": 1.5}, {"cfg": True}, {"guidance": 1.0}, {"steps": 2}, {"solver": "ddim"}, {"seed": 9}],
 )
 def test_a_picture_of_another_recipe_is_drawn_anew(runtime, robot, whole, tmp_path, change):
     for path in whole.iterdir():

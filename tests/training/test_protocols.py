@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from hyperrt.errors import BadInput, NotFound
-from training import drawn, protocols, scenes
+from training import drawn, folders, protocols, scenes
 from training.protocols import PROTOCOLS, subjects
+from training.subjects import Options
 
 
 def photo(path: Path, colour: int = 90) -> Path:
@@ -59,6 +60,39 @@ def test_every_file_and_folder_is_a_face(tmp_path):
     assert names(found) == ["2.jpg", "10.jpg", "anna"]
     assert [len(entry.photos().images) for entry in found.entries] == [1, 1, 2]
     assert {entry.pack.name for entry in found.entries} == {"hyperrt-faces-v1"}
+
+
+def test_of_celeba_hq_the_faces_are_those_that_no_training_sees(tmp_path):
+    for number in ("0", "99", "29799", "29850", "29900", "029950", "29999", "30000"):
+        photo(tmp_path / f"{number}.jpg")
+    (tmp_path / "29901").mkdir()
+    found = subjects(PROTOCOLS["faces"], tmp_path)
+    assert names(found) == ["29900.jpg", "029950.jpg", "29999.jpg"]
+    trained = [subject.views[0].name for subject in folders.celeba(tmp_path, Options()).subjects]
+    assert trained == ["0.jpg", "99.jpg", "29799.jpg"]
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_of_afhq_the_animals_are_those_of_the_test(tmp_path, split):
+    for part, number in (("train", 1), (split, 2)):
+        for kind in ("cat", "dog", "wild"):
+            photo(tmp_path / part / kind / f"{number}.png")
+    found = subjects(PROTOCOLS["afhq"], tmp_path)
+    assert names(found) == ["cat-2.png", "dog-2.png", "wild-2.png"]
+    assert names(found) == names(subjects(PROTOCOLS["afhq"], tmp_path / split))
+
+
+def test_afhq_s_training_pictures_alone_are_refused(tmp_path):
+    photo(tmp_path / "train" / "cat" / "1.png")
+    with pytest.raises(BadInput, match="no animals to evaluate") as caught:
+        subjects(PROTOCOLS["afhq"], tmp_path)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_animal_may_be_called_as_a_split(tmp_path):
+    photo(tmp_path / "val" / "1.png")
+    photo(tmp_path / "rex.png")
+    assert names(subjects(PROTOCOLS["afhq"], tmp_path)) == ["rex.png", "val"]
 
 
 def test_afhq_is_read_as_it_lies_on_the_disk_and_cut_evenly(tmp_path):

@@ -46,10 +46,13 @@ REPORT = {
     "paper": {
         "tables": [
             {
-                "title": "T 4", "columns": ["method", "dino", "clip_t"],
+                "title": "T 4", "columns": ["method", "dino", "clip_t"], "doubt": "",
                 "rows": [["A & B", 0.7, 0.3], ["Real", 0.8, None]],
             },
-            {"title": "T 10", "columns": ["kappa", "clip_t", "dino"], "rows": [[1.6, 0.297, 0.696]]},
+            {
+                "title": "T 10", "columns": ["kappa", "clip_t", "dino"], "rows": [[1.6, 0.297, 0.696]],
+                "doubt": f"it was drawn with {EVIL}", "note": f"A is of {EVIL}",
+            },
         ]
     },
 }  # fmt: skip
@@ -83,7 +86,7 @@ def page() -> Reader:
 def test_hostile_text_is_text(page):
     assert not [tag for tag, _ in page.tags if tag == "script"]
     assert not page.open
-    assert "".join(page.text).count("<script>alert(1)</script>") == 12
+    assert "".join(page.text).count("<script>alert(1)</script>") == 14
 
 
 def test_links_are_relative_and_lead_to_files_whatever_their_names(page):
@@ -108,7 +111,8 @@ def test_figures_stand_beside_the_papers_and_beside_real_photos(page):
         "vase",
     ):
         assert said in text
-    assert text.count("This run") == 2  # in both tables of the paper
+    assert text.count("This run") == text.count("This run has no row here: it was drawn with") + 1 == 2
+    assert "A is of " in text
     assert "a " + REPORT["subjects"][0]["noun"] + " on a cobblestone street" in "".join(page.text)
 
 
