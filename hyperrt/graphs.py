@@ -89,7 +89,7 @@ class Graphs:
         path = self.bundle.graph(name)
         try:
             engine = engines.open(
-                path, self.backend, self._threads, fixed, self._device, **options | self._options
+                path, self.backend, self._threads, fixed, device=self._device, **options | self._options
             )
         except engines.EngineLoadError as error:
             if plan is None:

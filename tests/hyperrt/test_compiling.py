@@ -129,8 +129,8 @@ def test_an_unknown_graph_or_backend_is_refused(bundle, cache, options, said):
 
 @pytest.fixture
 def here(monkeypatch):
-    """As if there were a GPU of sm89."""
-    module = SimpleNamespace(target=lambda vendor: "sm89")
+    """As if there were a GPU of sm89, and a second one of sm120."""
+    module = SimpleNamespace(target=lambda vendor, device=0: ("sm89", "sm120")[device])
     monkeypatch.setattr(compiling.engines, "load", lambda backend: module)
 
 
@@ -148,9 +148,11 @@ def test_a_plan_is_found_for_the_gpu_that_is_here(bundle, cache, compiler, here)
 
 
 def test_a_plan_for_another_gpu_is_named_with_both(bundle, cache, compiler, here):
-    compiled(bundle, cache, ("sm120",), ("denoiser",))
+    made = compiled(bundle, cache, ("sm120",), ("denoiser",))[0].plan
+    sizes = compiling.sizes_of(bundle, 1, 3)
     with pytest.raises(Incompatible, match=r"sm120(?s:.*)sm89"):
-        compiling.find(bundle, "denoiser", RTX, compiling.sizes_of(bundle, 1, 3))
+        compiling.find(bundle, "denoiser", RTX, sizes)
+    assert compiling.find(bundle, "denoiser", RTX, sizes, device=1) == made
 
 
 @pytest.mark.parametrize(("gain", "kept"), [(1.0, True), (1.2, False)])

@@ -169,7 +169,7 @@ def of_another_version(monkeypatch):
 
 
 def of_another_card(monkeypatch):
-    monkeypatch.setattr("engines.tensorrt.target", lambda vendor: "sm90 NVIDIA H200")
+    monkeypatch.setattr("engines.tensorrt.target", lambda vendor, device=0: "sm90 NVIDIA H200")
     return "sm89 Fake RTX", "sm90 NVIDIA H200"
 
 
