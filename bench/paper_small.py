@@ -1,6 +1,6 @@
 """The tables of the paper at small scale: are the rows in the order in which the paper has them?
 
-    python bench/paper_small.py --table 3|5|9|10|photos|all --model BASE --data CACHE [--hypernet RUN]
+    python bench/paper_small.py --table 3|5|9|10|photos|all --model BASE --data CACHE [--start RUN]
 
     orderings        things that the paper's tables say, of the tables that were run
     orderings_held   how many of them hold here; each is a figure of its own, 1 or 0
@@ -46,6 +46,7 @@ from hyperrt import Runtime, files
 from hyperrt.bundle import Bundle
 from training import base as bases
 from training import device
+from training.config import TrainConfig
 from training.dreambooth import DreamBoothConfig
 
 OUTPUT = report.ROOT / "docs" / "results"
@@ -67,18 +68,18 @@ def main() -> None:
     parser.add_argument(
         "--hypernet", type=Path, metavar="RUN", help="a run of training.train for tables but 3"
     )
-    parser.add_argument(
-        "--start", type=Path, metavar="RUN", help="a run that those of table 3 go on from"
-    )
+    parser.add_argument("--start", type=Path, metavar="RUN", help="a run that the hypernetworks go on from")
     parser.add_argument("--output", type=Path, help=f"folder (default: {OUTPUT.relative_to(report.ROOT)})")
     parser.add_argument("--work", type=Path, help="what is kept (default: a folder beside the model)")
-    parser.add_argument("--subjects", type=int, default=40)
+    parser.add_argument("--subjects", type=int, default=100)
     parser.add_argument("--scenes", type=int, default=1, help="scenes of a subject beside the white one")
     parser.add_argument("--steps", type=int, default=15, help="of the solver")
-    parser.add_argument("--train-steps", type=int, default=600, help="of a hypernetwork of table 3")
+    parser.add_argument("--train-steps", type=int, default=300, help="of a hypernetwork of these tables")
     parser.add_argument("--train-batch", type=int, default=64)
     parser.add_argument("--lambdas", type=float, nargs="+", default=paper_tables.LAMBDAS)
-    parser.add_argument("--lambda", type=float, default=1.0, dest="usual", help="of the other tables")
+    parser.add_argument(
+        "--lambda", type=float, default=TrainConfig.lambda_, dest="usual", help="of the other tables"
+    )
     parser.add_argument("--dreambooth-steps", type=int, default=DreamBoothConfig.steps)
     parser.add_argument("--lr", type=float, default=DreamBoothConfig.lr, help="of DreamBooth")
     parser.add_argument("--seed", type=int, default=2, help="other subjects")

@@ -19,7 +19,8 @@ from paper_subjects import Lab, Made
 from scoring import COLOURS, PROMPT, SUBJECT
 from small_drawing import Guidance
 
-LAMBDAS = (0.0, 1.0, 10.0, 100.0)
+# The default of training/config.py, 0.05, is 0.0003 of the loss: what it does is not seen beside 0.
+LAMBDAS = (0.0, 2.0, 5.0, 20.0)
 KAPPAS = {"table9": (0.4, 0.6, 0.8, 1.0, 1.2, 1.6), "table10": (0.4, 0.8, 1.0, 1.2, 1.4, 1.6)}
 SCALES = {"table5": 1.0, "table9": 1.0, "table10": 0.5}  # of HM-CFG, in those of the bundle
 PULL = 2.0  # CFG's scale in those of the bundle
