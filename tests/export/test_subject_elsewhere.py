@@ -80,7 +80,7 @@ def test_diffusers_draws_the_picture_of_the_runtime_from_the_same_file(
         pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", source, subject, format)))
     latents = draw(pipeline, source, "latent")
     scale = np.abs(latents).max()
-    assert np.abs(latents - of_the_base).max() / scale > 1e-2  # the subject does something
+    assert np.abs(latents - of_the_base).max() / scale > 2e-3  # the subject does something
     assert np.abs(latents - ours.latents).max() / scale < 1e-4
     assert np.abs(draw(pipeline, source, "np") - ours.images).max() <= 1
 
