@@ -39,7 +39,7 @@ def _scores(axes: Axes, table: Table) -> None:
     axes.set_xticks(range(len(table.rows)), [row.label for row in table.rows], rotation=25, ha="right")
     axes.grid(alpha=0.3)
     axes.set_ylim(top=axes.get_ylim()[1] + 0.3 * (axes.get_ylim()[1] - axes.get_ylim()[0]))
-    axes.legend(loc="upper center", ncols=2)  # in the room above the lines
+    axes.legend(loc="upper center", ncols=2, fontsize="x-small")  # in the room above the lines
 
 
 def _trade_off(axes: Axes, table: Table) -> None:
