@@ -11,6 +11,7 @@ on with --resume, with the loss curve that it would have had; what it may be tol
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import time
@@ -238,6 +239,17 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
+    def close(self) -> None:
+        """Leaves the other processes; nothing is trained afterwards.
+
+        What shares the gradients goes before the group of processes: if it were the last to hold the group,
+        that would end its threads under Python's lock, for which one of them may wait (gloo, torch 2.13.0).
+        """
+        self.decode = self.descent.model = self.decoder
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
+
 
 def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) -> Path:
     """Trains to the end, or to SIGTERM or SIGINT, at which the state is saved; returns the run's folder.
@@ -270,7 +282,7 @@ def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) 
     processes.check_start(trainer.accelerator, start, out)
     with stopping(launched=trainer.accelerator.num_processes > 1) as stopped:
         _loop(trainer, out, start, window, stopped)
-        trainer.accelerator.end_training()
+        trainer.close()
     return out
 
 
@@ -342,7 +354,7 @@ def main(preset: str, file: Path | None, resume: bool, allow_changes: bool, dry:
         found = dry_run.measure(trainer, LOSSES)
         if trainer.accelerator.is_main_process:
             click.echo(json.dumps(found, indent=1))
-        trainer.accelerator.end_training()
+        trainer.close()
 
 
 _options(main)
