@@ -63,7 +63,7 @@ class Cutouts:
         pixels = np.asarray(self.subject(index, DESCRIBED_SIZE)).reshape(-1, 4)
         names = Counter(scenes.colour_name(tuple(pixel)) for pixel in pixels[pixels[:, 3] > 127, :3].tolist())
         colours = " and ".join(name for name, _ in names.most_common(2))
-        return f"{colours} {self.noun(index)}"
+        return f"{colours} {self.noun(index)}".lstrip()  # what is nearly transparent shows no colours
 
     @property
     def fingerprint(self) -> str:

@@ -90,6 +90,12 @@ def test_a_description_has_the_colours_that_a_picture_shows(folder):
         assert found.describe(index) == f"{shown} {found.noun(index)}"
 
 
+def test_what_is_nearly_transparent_is_described_by_its_noun(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 60)).save(tmp_path / "veil.png")
+    found = cutouts.Cutouts("train", (tmp_path / "veil.png",), ("veil",), {})
+    assert found.describe(0) == "veil"
+
+
 def test_bad_files_are_left_out_counted_and_named(tmp_path, cutout_folder, caplog):
     bad = ["broken.png", "opaque.png", "clear.png", "absent.png", "../red.png", "pipe.png", "text.png"]
     folder = cutout_folder(
