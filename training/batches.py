@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,8 @@ from training.config import TrainConfig
 from training.data import SceneCache
 from training.features import CaptionTable
 from training.loop import warn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,25 @@ class Batches:
         same = np.flatnonzero(self.nouns[: self.count] == self.nouns[row])
         others = same[same != row]
         return int(rng.choice(others)) if len(others) else int(row)
+
+
+class Ahead(Generic[T]):
+    """What a step needs, drawn in a thread while a GPU computes the step before.
+
+    Args:
+        draw: a function of the step alone.
+    """
+
+    def __init__(self, draw: Callable[[int], T]) -> None:
+        self._draw = draw
+        self._thread = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[T]] | None = None
+
+    def __call__(self, step: int) -> T:
+        known = self._next
+        drawn = known[1].result() if known and known[0] == step else self._draw(step)
+        self._next = step + 1, self._thread.submit(self._draw, step + 1)
+        return drawn
 
 
 def spread_timesteps(rng: np.random.Generator, rows: int, shift: float, train_steps: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 from hyperrt.errors import Incompatible, UsageError
 from training import base as bases
 from training import checkpoint, device, dry_run, features, image_prompt, processes
-from training.batches import Batch, Batches
+from training.batches import Ahead, Batch, Batches
 from training.config import TrainConfig, resolve
 from training.data import SceneCache
 from training.hypernet import Packed, decoder_of
@@ -82,6 +82,8 @@ class Trainer:
         decoder = decoder_of(self.layout, self.features.shape[-1], config.decoder)
         decoder.set_feature_statistics(*features.feature_statistics(self.features))
         self.decoder = decoder.to(self.device)
+        # A processor has no time of its own to draw in.
+        self.draw = Ahead(self._drawn) if self.device.type == "cuda" else self._drawn
         self.regulariser = Regulariser(self.layout, config.reduction, config.regularised, self.device)
         self.schedule = Schedule(
             steps=config.steps,
@@ -215,15 +217,18 @@ class Trainer:
         Raises:
             NumericError: the loss is not a finite number.
         """
-        batch = self.batches.at(step)
-        terms = self.losses(batch, self._prior(step, batch) if self.config.gamma else None)
+        batch, prior = self.draw(step)
+        terms = self.losses(batch, prior)
         return self.descent.step(step, terms, f"identities {self.batches.identities(step).tolist()}")
 
-    def _prior(self, step: int, batch: Batch) -> Batch:
-        """The rows of L_reg; for matching they are the batch's own, captioned without the token."""
+    def _drawn(self, step: int) -> tuple[Batch, Batch | None]:
+        """The rows of L_ft, and if asked for those of L_reg: for matching the same, without the token."""
+        batch = self.batches.at(step)
+        if not self.config.gamma:
+            return batch, None
         if self.config.prior == "matching":
-            return dataclasses.replace(batch, text=batch.generic)
-        return self.batches.prior_at(step)
+            return batch, dataclasses.replace(batch, text=batch.generic)
+        return batch, self.batches.prior_at(step)
 
     def save(self, folder: Path, step: int, window: Tensor) -> None:
         """The EMA for export, and everything that resuming needs; all processes come and wait for it.

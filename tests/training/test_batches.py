@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -30,6 +31,23 @@ def test_a_batch_is_a_function_of_seed_and_step(make):
         equal = np.array_equal if isinstance(value, np.ndarray) else torch.equal
         assert value == getattr(same, name) if name == "photos" else equal(value, getattr(same, name))
     assert not torch.equal(one.noise, other.noise)
+
+
+def test_what_is_drawn_ahead_is_what_each_step_asks_for():
+    asked = []
+
+    def draw(step):
+        asked.append((step, threading.current_thread() is threading.main_thread()))
+        if step == 9:
+            raise ValueError("nine")
+        return 2 * step
+
+    ahead = batches.Ahead(draw)
+    assert [ahead(step) for step in (0, 1, 2, 7, 8)] == [0, 2, 4, 14, 16]
+    with pytest.raises(ValueError, match="nine"):
+        ahead(9)
+    # Only what was not foreseen is drawn when it is asked for, and nothing is drawn twice.
+    assert sorted(asked) == [(k, k in (0, 7)) for k in (0, 1, 2, 3, 7, 8, 9)]
 
 
 def test_an_epoch_has_every_training_identity_once_and_no_held_out_one(make, settings):

@@ -27,8 +27,8 @@ def trainer(settings):
 
 
 def terms_of(trainer, step=0):
-    batch = trainer.batches.at(step)
-    return batch, trainer.losses(batch, trainer._prior(step, batch))
+    batch, prior = trainer.draw(step)
+    return batch, trainer.losses(batch, prior)
 
 
 def predicted(trainer, batch, lora):
@@ -63,8 +63,7 @@ def test_matching_is_the_distance_from_the_base_model_on_the_same_rows(trainer, 
 
 def test_rows_without_a_prior_weigh_nothing(trainer):
     preserving = trainer(gamma=1.0)
-    batch = preserving.batches.at(0)
-    prior = preserving._prior(0, batch)
+    batch, prior = preserving.draw(0)
     found = [
         preserving.losses(batch, dataclasses.replace(prior, weight=torch.tensor(weight)))["prior"].item()
         for weight in ([1.0] * 4, [0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4)
@@ -95,8 +94,7 @@ def test_matching_pulls_the_lora_back_to_the_base_model(trainer):
 def test_the_rows_of_matching_are_the_batchs_own_and_of_preservation_others(trainer):
     for prior, own in (("matching", True), ("preservation", False)):
         one = trainer(gamma=1.0, prior=prior)
-        batch = one.batches.at(0)
-        rows = one._prior(0, batch)
+        batch, rows = one.draw(0)
         assert torch.equal(rows.latents, batch.latents) is own
         assert torch.equal(rows.noise, batch.noise) is own
         assert torch.equal(rows.text, batch.generic) is own
