@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from engines import cores
+from engines import cores, nvidia
 from engines.backends import BACKENDS
 from engines.dlpack import DeviceArray
 from engines.errors import BackendMissing as BackendMissing
@@ -30,6 +30,8 @@ from engines.errors import EngineLoadError as EngineLoadError
 from engines.errors import EngineMemoryError as EngineMemoryError
 from engines.errors import EngineUnusable as EngineUnusable
 from engines.tensors import Array, Tensors, TensorSpec, checked, listed, nearest
+
+CUDA_PROVIDER = "capi/*onnxruntime_providers_cuda.*"  # in the package onnxruntime of onnxruntime-gpu
 
 
 class Engine(ABC):
@@ -286,12 +288,15 @@ def open(
 def resolve(backend: str) -> str:
     """The name of a backend in `BACKENDS`; for "auto" the fastest that is installed.
 
-    That is openvino on processors of Intel and on those that multiply bfloat16, and onnxruntime on others.
+    That is onnxruntime-cuda where its package is installed and an NVIDIA GPU is there; else openvino on
+    processors of Intel and on those that multiply bfloat16, and onnxruntime on others.
 
     Raises:
         BackendMissing: there is no such backend.
     """
     if backend == "auto":
+        if _suits_cuda():
+            return "onnxruntime-cuda"
         cpu = [name for name, one in BACKENDS.items() if one.vendor and not one.nvidia]
         installed = {name for name in cpu if find_spec(BACKENDS[name].vendor)}
         if "openvino" in installed and (cores.suits_openvino() or "onnxruntime" not in installed):
@@ -304,6 +309,18 @@ def resolve(backend: str) -> str:
             nearest(backend, [*BACKENDS, "auto"]),
         )
     return backend
+
+
+def _suits_cuda() -> bool:
+    """Whether ONNX Runtime's package for GPUs is installed, and there is one; its module is not loaded."""
+    spec = find_spec("onnxruntime")
+    folders = (spec and spec.submodule_search_locations) or ()
+    if not any(one for folder in folders for one in Path(folder).glob(CUDA_PROVIDER)):
+        return False
+    try:
+        return bool(nvidia.driver().gpus)
+    except EngineError:
+        return False
 
 
 def load(backend: str) -> Any:

@@ -1,4 +1,4 @@
-"""Names and sizes of an ONNX graph's tensors, read from the file; for backends that keep no names of sizes.
+"""Names, sizes and types of an ONNX graph's tensors, read from the file; for what a backend does not tell.
 
 ONNX is protobuf (onnx.proto3): a message is a row of fields, each with a number and a type.  The way is
 ModelProto.graph, GraphProto.input and .output, ValueInfoProto.type, TypeProto.tensor_type, Tensor.shape,
@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 Dims = tuple[int | str, ...]
 
-GRAPH, INPUT, OUTPUT = 7, 11, 12
+GRAPH, NODE, INITIALIZER, INPUT, OUTPUT = 7, 1, 5, 11, 12
+TAKES, OPERATOR = 1, 4  # of a NodeProto
+DATA_TYPE, TENSOR_NAME = 2, 8  # of a TensorProto
+HALVES = (10, 16)  # float16 and bfloat16, of a TensorProto.DataType
+PRODUCTS = (b"Conv", b"Gemm", b"MatMul")
 NAME, TYPE = 1, 2  # of a ValueInfoProto
 TENSOR, SHAPE, DIM = 1, 2, 1
 SIZE, SYMBOL = 1, 2  # of a dim
@@ -32,21 +37,51 @@ def tensor_dims(path: Path) -> tuple[dict[str, Dims], dict[str, Dims]]:
         ValueError: it is empty, not an ONNX file, or its weights are said to lie in memory.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        graphs = [span for number, span in _fields(content, (0, len(content))) if number == GRAPH]
-        if len(graphs) != 1 or isinstance(graphs[0], int):
-            raise ValueError("it is not an ONNX file: it has no graph")
+    with _opened(path) as (content, graph):
         if content.find(IN_MEMORY) >= 0:
             raise ValueError("it names weights in memory, which no file may")
         sides: dict[int, dict[str, Dims]] = {INPUT: {}, OUTPUT: {}}
-        for number, value in _fields(content, graphs[0]):
+        for number, value in _fields(content, graph):
             if number in sides and not isinstance(value, int):
-                name = b"".join(content[low:high] for low, high in _inside(content, value, NAME)).decode()
+                name = b"".join(_texts(content, value, NAME)).decode()
                 sides[number][name] = tuple(_dims(content, value, name))
     return sides[INPUT], sides[OUTPUT]
 
 
+def multiplies_halves(path: Path) -> bool:
+    """Whether a product of the ONNX file takes its weights in half precision; stored so says little.
+
+    Raises: as `tensor_dims`.
+    """
+    with _opened(path) as (content, graph):
+        halves = {
+            name
+            for tensor in _inside(content, graph, INITIALIZER)
+            if any(number == DATA_TYPE and kind in HALVES for number, kind in _fields(content, tensor))
+            for name in _texts(content, tensor, TENSOR_NAME)
+        }
+        return any(
+            halves.intersection(_texts(content, node, TAKES))
+            for node in _inside(content, graph, NODE)
+            if halves and _texts(content, node, OPERATOR)[0] in PRODUCTS
+        )
+
+
 Span = tuple[int, int]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[mmap.mmap, Span]]:
+    """The mapped file, and where its graph lies."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        graphs = [span for number, span in _fields(content, (0, len(content))) if number == GRAPH]
+        if len(graphs) != 1 or isinstance(graphs[0], int):
+            raise ValueError("it is not an ONNX file: it has no graph")
+        yield content, graphs[0]
+
+
+def _texts(content: mmap.mmap, span: Span, number: int) -> list[bytes]:
+    return [content[low:high] for low, high in _inside(content, span, number)]
 
 
 def _dims(content: mmap.mmap, value: Span, name: str) -> Iterator[int | str]:

@@ -23,7 +23,7 @@ import onnxruntime as ort
 from engines import memory, nvidia
 from engines.base import Engine, EngineError, EngineInputError, EngineLoadError, EngineMemoryError, closed
 from engines.cores import thread_count
-from engines.onnx_dims import tensor_dims
+from engines.onnx_dims import multiplies_halves, tensor_dims
 from engines.tensors import Array, TensorSpec, listed
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -249,8 +249,11 @@ def _gpu_session(
         EngineLoadError, EngineMemoryError: as `open`.
     """
     where = {"device_id": str(device)}
-    # As the graph says: without this, fp32 would be multiplied with the 10 bits of TF32.
-    chosen = {provider: {**where}, CUDA: {**where, "use_tf32": "0"}}
+    # As the graph says: fp32 is not multiplied with the 10 bits of TF32. Half precision has no more bits, and
+    # this option would keep its convolutions from the tensor cores, six times the time (docs/log.md).
+    with _errors(f"cannot open the graph {path}", EngineLoadError):
+        tf32 = "1" if multiplies_halves(path) else "0"
+    chosen = {provider: {**where}, CUDA: {**where, "use_tf32": tf32}}
     if capture:
         chosen[provider][GRAPH_OPTION[provider]] = "1"
     why = ""

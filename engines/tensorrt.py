@@ -24,6 +24,7 @@ from engines.tensors import Array, TensorSpec
 
 RTX = "tensorrt_rtx"
 # In what TensorRT says
+OTHER_GPU = "does not support this compute capability"
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "could not be allocated", "memory allocation failed")
 WARM_UP = 2  # runs before a CUDA graph is recorded: the first ones allocate, and compile kernels
 
@@ -55,6 +56,8 @@ class Log:
         why = self.last()
         if any(sign in why.lower() for sign in OUT_OF_MEMORY):
             return EngineMemoryError(what, why, "use --low-memory, or end other programs on the GPU")
+        if OTHER_GPU in why:  # TensorRT-RTX 1.7.1 on an H100
+            do = "use a backend that does: --backend onnxruntime-cuda"
         return kind(what, why, do)
 
 

@@ -6,6 +6,7 @@ Without a GPU: ONNX Runtime is the CPU's own where values matter, and a stand-in
 from __future__ import annotations
 
 import functools
+import importlib.util
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from tests.engines.fake_cuda import H100, OLD
 ort = pytest.importorskip("onnxruntime")
 backend = pytest.importorskip("engines.onnxruntime")
 GRAPH = Path(__file__).parent / "graphs" / "affine.onnx"
+TINY = Path(__file__).parents[2] / "hyperrt" / "bundles" / "tiny"
 SIZES = {"rows": 2, "subjects": 1}
 GPU_BACKENDS = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 
@@ -191,6 +193,17 @@ def test_the_provider_is_asked_for_with_its_options_and_no_fallback(
     captured = any("graph" in option for _, options in providers for option in options)
     kind = "CudaGraphEngine" if captured else "OnnxRuntimeEngine"
     assert made == [(kind, ("cuda", options.get("device", 0)))]
+
+
+@pytest.mark.parametrize(
+    ("graph", "tf32"),
+    [(GRAPH.with_name("halves.onnx"), "1"), (TINY / "denoiser.onnx", "0")],
+    ids=["computed in half precision", "stored in half precision"],
+)
+def test_only_what_computes_in_half_precision_is_multiplied_with_its_few_bits(wheel, graph, tf32):
+    found = wheel()
+    backend.open(graph, provider=backend.CUDA)
+    assert found.asked == [(backend.CUDA, FIRST | {"use_tf32": tf32})]
 
 
 def test_a_graph_whose_constants_can_be_refitted_is_not_captured(wheel):
@@ -363,6 +376,8 @@ def test_closing_frees_the_buffers_and_ends_runs(graph):
 def on_gpu(request):
     if backend.CUDA not in ort.get_available_providers():
         pytest.skip("this is not the package for GPUs")
+    if request.param == "onnxruntime-tensorrt" and importlib.util.find_spec("tensorrt") is None:
+        pytest.skip("TensorRT's libraries are not installed")
     return request.param
 
 

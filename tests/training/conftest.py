@@ -136,13 +136,14 @@ def finished(straight, settings) -> Path:
 def launch() -> Callable[..., multiprocessing.Process]:
     """Starts a training in a process of its own, see child.py.
 
-    The process is forked off a server that has imported the training once: no test waits for that.
+    The process is forked off a server that has imported the training once: no test waits for that.  Where it
+    is to compute on a GPU it must be a "spawn" instead, since imports use CUDA, which no fork survives.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.train"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["training.train"])
     child = str(Path(__file__).with_name("child.py"))
 
-    def start(config, **options) -> multiprocessing.Process:
+    def start(config, method: str = "forkserver", **options) -> multiprocessing.Process:
+        context = multiprocessing.get_context(method)
         process = context.Process(target=runpy.run_path, args=(child, {"config": config, "options": options}))
         process.start()
         return process

@@ -82,8 +82,8 @@ def test_a_gpu_goes_on_with_moments_that_were_shared(exact, together, tmp_path, 
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     config = TrainConfig(**{**exact, "device": "cuda"}, output=str(tmp_path / "run"), shard_optimizer=True)
-    assert joined(together(1, config)) == [0]
-    assert joined(together(1, replace(config, steps=7), resume=True)) == [0]
+    assert joined(together(1, config, method="spawn")) == [0]
+    assert joined(together(1, replace(config, steps=7), method="spawn", resume=True)) == [0]
     assert entries(config.output)[-1]["step"] == 7
 
 

@@ -88,7 +88,7 @@ def test_matching_pulls_the_lora_back_to_the_base_model(trainer):
         for parameter in matching.decoder.parameters():
             if parameter.grad is not None:
                 parameter -= 0.5 * parameter.grad
-    assert terms_of(matching)[1]["prior"].item() < 0.9 * before
+    assert terms_of(matching)[1]["prior"].item() < 0.95 * before
 
 
 def test_the_rows_of_matching_are_the_batchs_own_and_of_preservation_others(trainer):

@@ -7,6 +7,8 @@ x ["rows", 3], lora ["subjects", 2], step [] int64 -> y ["rows", 2], same ["rows
 
 refittable: y = x w + b, with w [3, 2] of ones and b [1, 2] of zeros, that a refit replaces.
 x ["rows", 3] -> y ["rows", 2].
+
+halves: y = x w in half precision, with w [3, 2] of ones.  x ["rows", 3] -> y ["rows", 2].
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 HERE = Path(__file__).parent
-FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
+FLOAT, HALF, INT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 
 
 def model(nodes, inputs, outputs, constants=()):
@@ -59,7 +61,21 @@ def refittable():
     )
 
 
-GRAPHS = {"affine.onnx": affine, "refittable.onnx": refittable}
+def halves():
+    tensor = helper.make_tensor_value_info
+    return model(
+        [
+            helper.make_node("Cast", ["x"], ["half_x"], to=HALF),
+            helper.make_node("MatMul", ["half_x", "w"], ["half_y"]),
+            helper.make_node("Cast", ["half_y"], ["y"], to=FLOAT),
+        ],
+        [tensor("x", FLOAT, ["rows", 3])],
+        [tensor("y", FLOAT, ["rows", 2])],
+        [numpy_helper.from_array(np.ones((3, 2), np.float16), "w")],
+    )
+
+
+GRAPHS = {"affine.onnx": affine, "refittable.onnx": refittable, "halves.onnx": halves}
 
 if __name__ == "__main__":
     for name, build in GRAPHS.items():
