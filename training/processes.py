@@ -7,6 +7,7 @@ of the whole batch: so how many processes there are is no setting of a run.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 
+from engines import nvidia
 from hyperrt.errors import UsageError
 
 PATIENCE = timedelta(hours=1)  # with a process that encodes the pictures, or draws samples, for the others
@@ -36,6 +38,10 @@ def start(cpu: bool, compress: bool = False) -> Accelerator:
         DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
         InitProcessGroupKwargs(timeout=PATIENCE),
     ]
+    if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # accelerate 1.15.0 meets at a GPU of each process's number, which gloo does not need but PyTorch asks
+        # for: on a machine with one GPU, the second of two processes on its processor ends.
+        os.environ[nvidia.VISIBLE] = ""
     # Precision and devices are training/device.py's.
     found = Accelerator(cpu=cpu, mixed_precision="no", device_placement=False, kwargs_handlers=handlers)
     if compress and found.num_processes > 1 and found.device.type != "cuda":

@@ -129,6 +129,15 @@ def test_processors_that_cannot_compress_gradients_say_so(monkeypatch):
         processes.start(True, compress=True)
 
 
+@pytest.mark.parametrize(("count", "seen"), [("2", ""), ("1", "0")])
+def test_processes_that_share_a_processor_see_no_gpu(monkeypatch, count, seen):
+    monkeypatch.setattr(processes, "Accelerator", lambda **options: SimpleNamespace(num_processes=int(count)))
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    processes.start(True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step(exact, together, tmp_path, entries):
     config = TrainConfig(**{**exact, "steps": 100_000}, output=str(tmp_path / "run"))
     started = together(2, config)
