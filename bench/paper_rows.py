@@ -1,7 +1,9 @@
 """Rows of a table with their intervals, and whether they are ordered as the paper says.
 
 An ordering along a sweep is held when the means are in order and the intervals at its ends do not touch; one
-of two rows when their means are in order.
+of two rows when their means are in order.  All rows are of the same subjects with the same noise, and most of
+an interval is how subjects differ.  So a sweep also says whether it holds in pairs: it is in order, and the
+interval of a subject's difference between the ends is above zero.
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Ordering:
-    """One thing that the paper's table says, and whether ours says it, too."""
+    """One thing that the paper's table says, and whether ours says it, too; if not, whether in pairs."""
 
     name: str
     held: bool
+    in_pairs: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +67,17 @@ class Table:
             "settings": dict(self.settings),
             "rows": [row.to_json() for row in self.rows],
             "orderings": {one.name: one.held for one in self.orderings},
+            "orderings_in_pairs": {one.name: one.in_pairs for one in self.orderings},
         }
 
 
 def rises(name: str, rows: Sequence[Row], score: str) -> Ordering:
     """The score rises along the rows, from end to end by more than the intervals."""
-    means = [row.interval(score).mean for row in rows]
-    apart = rows[0].interval(score).apart_from(rows[-1].interval(score))
-    return Ordering(name, all(np.diff(means) > 0) and apart)
+    first, last = rows[0], rows[-1]
+    ordered = all(np.diff([row.interval(score).mean for row in rows]) > 0)
+    apart = first.interval(score).apart_from(last.interval(score))
+    differ = mean_interval(last.scores[score] - first.scores[score]).low > 0
+    return Ordering(name, ordered and apart, ordered and differ)
 
 
 def falls(name: str, rows: Sequence[Row], score: str) -> Ordering:
@@ -79,16 +85,21 @@ def falls(name: str, rows: Sequence[Row], score: str) -> Ordering:
     return rises(name, rows[::-1], score)
 
 
+def compared(name: str, held: bool) -> Ordering:
+    """An ordering of two rows, whose means are the same in pairs."""
+    return Ordering(name, held, held)
+
+
 def above(name: str, higher: Row, lower: Row, score: str) -> Ordering:
     """The mean score of one row is above another's."""
-    return Ordering(name, higher.interval(score).mean > lower.interval(score).mean)
+    return compared(name, higher.interval(score).mean > lower.interval(score).mean)
 
 
 def all_above(name: str, pairs: Iterable[tuple[Row, Row]], score: str) -> Ordering:
     """In every pair the mean score of the first row is above the second's."""
-    return Ordering(name, all(above(name, *pair, score).held for pair in pairs))
+    return compared(name, all(above(name, *pair, score).held for pair in pairs))
 
 
 def not_below(name: str, row: Row, other: Row, score: str) -> Ordering:
     """Nothing is lost: over the same cases, the interval of the difference reaches zero or lies above it."""
-    return Ordering(name, mean_interval(row.scores[score] - other.scores[score]).high >= 0)
+    return compared(name, mean_interval(row.scores[score] - other.scores[score]).high >= 0)

@@ -4,6 +4,7 @@
 
     orderings        things that the paper's tables say, of the tables that were run
     orderings_held   how many of them hold here; each is a figure of its own, 1 or 0
+    orderings_held_in_pairs    the same, each subject being compared with itself
 
 Table 3: λ trades likeness for the prompt, and without it the prompt is followed least.  Tables 9 and 10: so
 does κ of HM-CFG, the other way.  Table 5: HM-CFG against CFG, for the hypernetwork and for DreamBooth.
@@ -129,7 +130,11 @@ def write(args: argparse.Namespace, found: Lab) -> None:
             show(table, ceiling)
             keep(args, table, ceiling)
             orderings += table.orderings
-    figures = {"orderings_held": sum(one.held for one in orderings), "orderings": len(orderings)}
+    figures = {
+        "orderings_held": sum(one.held for one in orderings),
+        "orderings_held_in_pairs": sum(one.in_pairs for one in orderings),
+        "orderings": len(orderings),
+    }
     report.finish(__file__, figures | {one.name: int(one.held) for one in orderings})
 
 

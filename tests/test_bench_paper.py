@@ -51,6 +51,17 @@ def test_a_sweep_rises_when_means_do_and_its_ends_do_not_touch(load, rows):
     assert not falls("", rows(LOW, MIDDLE, HIGH), "subject").held
 
 
+def test_a_sweep_holds_in_pairs_when_each_subject_rises(load, rows):
+    rises = load("paper_rows").rises
+    subjects = np.array([0.1, 0.9, 0.3, 0.7])
+    small = rises("", rows(subjects, subjects + np.array([0.01, 0.02, 0.01, 0.03])), "subject")
+    assert small.in_pairs and not small.held  # subjects differ by more than they rise
+    one_of_them = rises("", rows(subjects, subjects + np.array([0.2, 0, 0, -0.01])), "subject")
+    assert not one_of_them.in_pairs
+    assert not rises("", rows(subjects, subjects + 0.02, subjects + 0.01), "subject").in_pairs  # not in order
+    assert rises("", rows(LOW, MIDDLE, HIGH), "subject").in_pairs
+
+
 def test_nothing_is_lost_if_the_difference_reaches_zero(load, rows):
     not_below = load("paper_rows").not_below
     low, middle, high = rows(LOW, MIDDLE, HIGH)
@@ -64,10 +75,11 @@ def test_a_table_is_kept_with_intervals_and_drawn(load, rows, tmp_path):
     scores = {name: np.array(LOW) for name in scoring.NAMES}
     table = paper_rows.Table(
         "table9", "Table 9", [paper_rows.Row("κ 1", {"kappa": 1}, scores)] * 2,
-        [paper_rows.Ordering("table9_rises", True)], {"photos": 1},
+        [paper_rows.Ordering("table9_rises", False, True)], {"photos": 1},
     )  # fmt: skip
     kept = json.loads(json.dumps(table.to_json()))
-    assert kept["orderings"] == {"table9_rises": True}
+    assert kept["orderings"] == {"table9_rises": False}
+    assert kept["orderings_in_pairs"] == {"table9_rises": True}
     found = kept["rows"][0]["scores"]["prompt"]
     assert found["low"] < found["mean"] < found["high"] and kept["rows"][0]["kappa"] == 1
     load("paper_plots").write(table, tmp_path / "plots" / "table9.png")
