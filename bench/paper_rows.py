@@ -86,7 +86,7 @@ def falls(name: str, rows: Sequence[Row], score: str) -> Ordering:
 
 
 def compared(name: str, held: bool) -> Ordering:
-    """An ordering of two rows, whose means are the same in pairs."""
+    """An ordering of two rows: which mean is higher does not change in pairs."""
     return Ordering(name, held, held)
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from engines import cores, nvidia
+from engines import cores
 from engines.backends import BACKENDS
 from engines.dlpack import DeviceArray
 from engines.errors import BackendMissing as BackendMissing
@@ -312,15 +312,19 @@ def resolve(backend: str) -> str:
 
 
 def _suits_cuda() -> bool:
-    """Whether ONNX Runtime's package for GPUs is installed, and there is one; its module is not loaded."""
+    """Whether ONNX Runtime's package for GPUs is installed, with a driver and a GPU for it.
+
+    Where only the package for processors is, its module is not loaded for that.
+    """
     spec = find_spec("onnxruntime")
     folders = (spec and spec.submodule_search_locations) or ()
     if not any(one for folder in folders for one in Path(folder).glob(CUDA_PROVIDER)):
         return False
     try:
-        return bool(nvidia.driver().gpus)
+        load("onnxruntime-cuda").check(**BACKENDS["onnxruntime-cuda"].options)
     except EngineError:
         return False
+    return True
 
 
 def load(backend: str) -> Any:

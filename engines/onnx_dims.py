@@ -19,7 +19,7 @@ GRAPH, NODE, INITIALIZER, INPUT, OUTPUT = 7, 1, 5, 11, 12
 TAKES, OPERATOR = 1, 4  # of a NodeProto
 DATA_TYPE, TENSOR_NAME = 2, 8  # of a TensorProto
 HALVES = (10, 16)  # float16 and bfloat16, of a TensorProto.DataType
-PRODUCTS = (b"Conv", b"Gemm", b"MatMul")
+PRODUCTS = {b"Conv", b"Gemm", b"MatMul"}
 NAME, TYPE = 1, 2  # of a ValueInfoProto
 TENSOR, SHAPE, DIM = 1, 2, 1
 SIZE, SYMBOL = 1, 2  # of a dim
@@ -49,9 +49,14 @@ def tensor_dims(path: Path) -> tuple[dict[str, Dims], dict[str, Dims]]:
 
 
 def multiplies_halves(path: Path) -> bool:
-    """Whether a product of the ONNX file takes its weights in half precision; stored so says little.
+    """Whether a product of the ONNX file takes a weight or a bias in half precision.
 
-    Raises: as `tensor_dims`.
+    That weights are stored so says little: graphs that compute in fp32 keep theirs so behind a Cast.  Those
+    that compute in half precision may have int8 weights, but then their biases tell.
+
+    Raises:
+        ValueError: it is empty, or not an ONNX file.
+        OSError: it cannot be read.
     """
     with _opened(path) as (content, graph):
         halves = {
@@ -63,7 +68,7 @@ def multiplies_halves(path: Path) -> bool:
         return any(
             halves.intersection(_texts(content, node, TAKES))
             for node in _inside(content, graph, NODE)
-            if halves and _texts(content, node, OPERATOR)[0] in PRODUCTS
+            if halves and PRODUCTS.intersection(_texts(content, node, OPERATOR))
         )
 
 

@@ -250,7 +250,7 @@ def _gpu_session(
     """
     where = {"device_id": str(device)}
     # As the graph says: fp32 is not multiplied with the 10 bits of TF32. Half precision has no more bits, and
-    # this option would keep its convolutions from the tensor cores, six times the time (docs/log.md).
+    # without TF32 its convolutions would not run on the tensor cores: six times the time (docs/log.md).
     with _errors(f"cannot open the graph {path}", EngineLoadError):
         tf32 = "1" if multiplies_halves(path) else "0"
     chosen = {provider: {**where}, CUDA: {**where, "use_tf32": tf32}}
@@ -269,7 +269,7 @@ def _gpu_session(
         f"{provider} does not start",
         _missing_library(provider) or why or "ONNX Runtime does not say why",
         "install NVIDIA's libraries: pip install 'hyperrt[cuda]'"
-        + (" 'tensorrt<11'" if provider == TENSORRT else ""),
+        + (" 'tensorrt<11'" if provider == TENSORRT else "; or use --backend onnxruntime"),
     )
 
 

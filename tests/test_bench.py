@@ -41,7 +41,7 @@ KEYS = {
         ),
         "times_faster",
     },
-    "paper_small": {"orderings_held", "orderings"},
+    "paper_small": {"orderings_held", "orderings_held_in_pairs", "orderings"},
     "switch": {"switch_ms", "aba_max_diff", "a_base_max_diff", "row_alone_max_rel"},
     "fidelity": {
         f"{key}{way}"

@@ -51,7 +51,7 @@ def test_a_sweep_rises_when_means_do_and_its_ends_do_not_touch(load, rows):
     assert not falls("", rows(LOW, MIDDLE, HIGH), "subject").held
 
 
-def test_a_sweep_holds_in_pairs_when_each_subject_rises(load, rows):
+def test_a_sweep_holds_in_pairs_when_the_differences_are_above_zero(load, rows):
     rises = load("paper_rows").rises
     subjects = np.array([0.1, 0.9, 0.3, 0.7])
     small = rises("", rows(subjects, subjects + np.array([0.01, 0.02, 0.01, 0.03])), "subject")

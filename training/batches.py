@@ -213,6 +213,11 @@ class Ahead(Generic[T]):
         self._next = step + 1, self._thread.submit(self._draw, step + 1)
         return drawn
 
+    def close(self) -> None:
+        """Ends the thread; what it has drawn is dropped."""
+        self._next = None
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
 
 def spread_timesteps(rng: np.random.Generator, rows: int, shift: float, train_steps: int) -> np.ndarray:
     """Timesteps [rows], one from each of `rows` equal parts of the schedule, shuffled.

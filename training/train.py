@@ -250,6 +250,8 @@ class Trainer:
         What shares the gradients goes before the group of processes: if it were the last to hold the group,
         that would end its threads under Python's lock, for which one of them may wait (gloo, torch 2.13.0).
         """
+        if isinstance(self.draw, Ahead):
+            self.draw.close()
         self.decode = self.descent.model = self.decoder
         self.accelerator.free_memory()
         gc.collect()

@@ -13,7 +13,6 @@ import pytest
 
 import engines
 from engines import BackendMissing, EngineError, EngineInputError
-from tests.engines import fake_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {
@@ -111,25 +110,6 @@ def test_auto_is_the_fastest_backend_that_is_installed(monkeypatch, installed, s
         "engines.base.find_spec", lambda name: ModuleSpec(name, None) if name in installed else None
     )
     monkeypatch.setattr("engines.cores.suits_openvino", lambda: suits)
-    assert engines.resolve("auto") == chosen
-
-
-@pytest.mark.parametrize(
-    ("gpus", "provider", "chosen"),
-    [
-        ([fake_cuda.H100], "libonnxruntime_providers_cuda.so", "onnxruntime-cuda"),
-        ([], "libonnxruntime_providers_cuda.so", "onnxruntime"),
-        ([fake_cuda.H100], "libonnxruntime.so", "onnxruntime"),
-    ],
-    ids=["a GPU and its package", "the package alone", "the GPU alone"],
-)
-def test_auto_is_the_gpu_where_there_is_one_for_the_package(monkeypatch, tmp_path, gpus, provider, chosen):
-    (tmp_path / "capi").mkdir()
-    (tmp_path / "capi" / provider).touch()
-    found = ModuleSpec("onnxruntime", None, is_package=True)
-    found.submodule_search_locations.append(str(tmp_path))
-    monkeypatch.setattr("engines.base.find_spec", lambda name: found if name == "onnxruntime" else None)
-    fake_cuda.install(monkeypatch, tmp_path, *gpus)
     assert engines.resolve("auto") == chosen
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import engines
 from engines import EngineClosed, EngineError, EngineInputError, EngineLoadError
 from tests.backends import FEEDS, LORA, STEP, W, X, Y
 from tests.engines import fake_cuda
-from tests.engines.fake_cuda import H100, OLD
+from tests.engines.fake_cuda import H100, NEW, OLD
 
 ort = pytest.importorskip("onnxruntime")
 backend = pytest.importorskip("engines.onnxruntime")
@@ -143,6 +144,29 @@ def test_a_graph_that_the_provider_refuses_is_not_called_a_missing_library(wheel
     )
     with pytest.raises(EngineLoadError, match="have not been partitioned"):
         engines.open(GRAPH, "onnxruntime-cuda")
+
+
+AUTO = {
+    "a GPU and its package": ({}, (H100,), NEW, "onnxruntime-cuda"),
+    "no GPU": ({}, (), NEW, "onnxruntime"),
+    "a driver too old": ({}, (H100,), OLD, "onnxruntime"),
+    "the processors' package over the other": ({"has": [backend.CPU]}, (H100,), NEW, "onnxruntime"),
+}
+
+
+@pytest.mark.parametrize(("options", "gpus", "driver", "chosen"), AUTO.values(), ids=AUTO)
+def test_auto_is_the_gpu_where_its_package_can_use_one(
+    wheel, monkeypatch, tmp_path, options, gpus, driver, chosen
+):
+    wheel(**options)
+    fake_cuda.install(monkeypatch, tmp_path, *gpus, cuda=driver)
+    package = ModuleSpec("onnxruntime", None, is_package=True)
+    package.submodule_search_locations.append(str(tmp_path))
+    monkeypatch.setattr("engines.base.find_spec", lambda name: package if name == "onnxruntime" else None)
+    assert engines.resolve("auto") == "onnxruntime"  # without the provider's library
+    (tmp_path / "capi").mkdir()
+    (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").touch()
+    assert engines.resolve("auto") == chosen
 
 
 FIRST = {"device_id": "0"}

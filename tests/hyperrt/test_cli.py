@@ -122,7 +122,7 @@ def test_a_bad_photo_is_said_and_left_out(run, photos, tmp_path):
         (["-p", "a robot", "-n", "2", "-o", "-"], 2, "a pipe takes one PNG"),
         (["-p", "a robot", "--backend", "abacus"], 4, "abacus"),
         (["-p", "a robot", "--threads", "0"], 2, "threads is 0"),
-        (["-p", "a robot", "--device", "1"], 2, "runs on the processor"),
+        (["-p", "a robot", "--backend", "onnxruntime", "--device", "1"], 2, "runs on the processor"),
         (["-p", "x" * 1_000_000], 3, "too long"),
         (["-p", "a\0robot"], 3, "U+0000"),
         ([], 2, "--prompt"),

@@ -46,6 +46,7 @@ def test_what_is_drawn_ahead_is_what_each_step_asks_for():
     assert [ahead(step) for step in (0, 1, 2, 7, 8)] == [0, 2, 4, 14, 16]
     with pytest.raises(ValueError, match="nine"):
         ahead(9)
+    ahead.close()
     # Only what was not foreseen is drawn when it is asked for, and nothing is drawn twice.
     assert sorted(asked) == [(k, k in (0, 7)) for k in (0, 1, 2, 3, 7, 8, 9)]
 
