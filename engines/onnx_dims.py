@@ -51,8 +51,8 @@ def tensor_dims(path: Path) -> tuple[dict[str, Dims], dict[str, Dims]]:
 def multiplies_halves(path: Path) -> bool:
     """Whether a product of the ONNX file takes a weight or a bias in half precision.
 
-    That weights are stored so says little: graphs that compute in fp32 keep theirs so behind a Cast.  Those
-    that compute in half precision may have int8 weights, but then their biases tell.
+    That weights are stored so says little: graphs that compute in fp32 keep theirs so behind a Cast.  Graphs
+    with int8 weights tell by the biases, which convolutions have.
 
     Raises:
         ValueError: it is empty, or not an ONNX file.
