@@ -52,12 +52,12 @@ class Log:
         return " ".join(said[0].split()) if said else "TensorRT does not say why"
 
     def error(self, what: str, kind: type[EngineError] = EngineError, do: str = "") -> EngineError:
-        """The error of a function that has failed: of that kind, or of memory where that is the cause."""
+        """The error of a function that has failed: of that kind, or of memory or of the GPU where that is why."""
         why = self.last()
         if any(sign in why.lower() for sign in OUT_OF_MEMORY):
             return EngineMemoryError(what, why, "use --low-memory, or end other programs on the GPU")
-        if OTHER_GPU in why:  # TensorRT-RTX 1.7.1 on an H100
-            do = "use a backend that does: --backend onnxruntime-cuda"
+        if OTHER_GPU in why:  # TensorRT-RTX 1.7.1 on an H100; no plan would load
+            return EngineError(what, why, "use a backend that does: --backend onnxruntime-cuda")
         return kind(what, why, do)
 
 

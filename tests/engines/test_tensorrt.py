@@ -225,8 +225,9 @@ def test_a_plan_that_does_not_load_says_what_tensorrt_says(opened):
 def test_a_gpu_that_tensorrt_does_not_support_is_for_another_backend(opened, nvidia):
     nvidia[1].says = "TensorRT-RTX does not support this compute capability, so the engine cannot be rebuilt."
     nvidia[1].fail.add("deserialize")
-    with pytest.raises(EngineLoadError, match=r"compute capability(?s:.*)--backend onnxruntime-cuda"):
+    with pytest.raises(EngineError, match=r"compute capability(?s:.*)--backend onnxruntime-cuda") as caught:
         opened(FIXED)
+    assert caught.value.code == 7  # not of the plan: another one would not help
 
 
 def test_no_plan_is_said_with_the_command_that_makes_one(nvidia, tmp_path):
