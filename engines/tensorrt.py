@@ -52,7 +52,7 @@ class Log:
         return " ".join(said[0].split()) if said else "TensorRT does not say why"
 
     def error(self, what: str, kind: type[EngineError] = EngineError, do: str = "") -> EngineError:
-        """The error of a function that has failed: of that kind, or of memory or of the GPU where that is why."""
+        """The error of a function that has failed: of that kind; where memory or the GPU is why, of that."""
         why = self.last()
         if any(sign in why.lower() for sign in OUT_OF_MEMORY):
             return EngineMemoryError(what, why, "use --low-memory, or end other programs on the GPU")
@@ -260,7 +260,7 @@ def target(vendor: str, device: int = 0) -> str:
     """What a plan for a GPU of this machine is for: TensorRT-RTX's runs on all of one capability.
 
     Raises:
-        EngineError: there is no such GPU, or no driver.
+        EngineError: there is no such GPU, or no driver, or TensorRT does not support it.
     """
     found = cuda.device(device)
     return found.sm if vendor == RTX else f"{found.sm} {found.name}"
@@ -291,7 +291,7 @@ def open(
     Raises:
         EngineLoadError: there is no plan, it is of another version or card, or has other weights.
         EngineMemoryError: the GPU has no room for it.
-        EngineError: there is no such GPU, or no driver.
+        EngineError: there is no such GPU, or no driver, or TensorRT does not support it.
     """
     if plan is None:
         why = "TensorRT runs compiled plans"
