@@ -154,7 +154,7 @@ def keep(args: argparse.Namespace, table: Table, ceiling: Row) -> None:
     about = {
         **table.to_json(), "real": ceiling.to_json()["scores"],
         "hypernet": "one for each lambda" if table.name == "table3" else one,
-        "subjects": args.subjects, "seed": args.seed, "solver_steps": args.steps,
+        "subjects": args.subjects, "scenes": args.scenes, "seed": args.seed, "solver_steps": args.steps,
         "commit": report.commit(), "machine": report.machine(),
     }  # fmt: skip
     content = json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"
