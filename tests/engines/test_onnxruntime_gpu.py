@@ -6,7 +6,6 @@ Without a GPU: ONNX Runtime is the CPU's own where values matter, and a stand-in
 from __future__ import annotations
 
 import functools
-import importlib.util
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -391,38 +390,3 @@ def test_closing_frees_the_buffers_and_ends_runs(graph):
     assert not graph._into and not graph._out_of and not graph._held
     with pytest.raises(EngineClosed):
         graph.run({})
-
-
-# On a GPU
-
-
-@pytest.fixture(params=GPU_BACKENDS)
-def on_gpu(request):
-    if backend.CUDA not in ort.get_available_providers():
-        pytest.skip("this is not the package for GPUs")
-    if request.param == "onnxruntime-tensorrt" and importlib.util.find_spec("tensorrt") is None:
-        pytest.skip("TensorRT's libraries are not installed")
-    return request.param
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_computes_what_a_plain_one_does(on_gpu):
-    with (
-        engines.open(GRAPH, on_gpu, sizes=SIZES) as plain,
-        engines.open(GRAPH, on_gpu, sizes=SIZES, cuda_graph=True) as captured,
-    ):
-        assert isinstance(captured, backend.CudaGraphEngine)
-        for k in range(4):  # the first run captures, the others replay
-            feeds = FEEDS | {"x": X + k, "lora": LORA * k}
-            expected = plain.run(feeds)
-            for name, found in captured.run(feeds).items():
-                np.testing.assert_array_equal(found, expected[name])
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_sees_another_binding(on_gpu):
-    with engines.open(GRAPH, on_gpu, sizes=SIZES, cuda_graph=True) as engine:
-        engine.bind({"x": X, "step": STEP})
-        for lora in (LORA, LORA * 0, LORA):
-            engine.bind({"lora": lora})
-            np.testing.assert_array_equal(engine.run({})["y"], X @ W + 2 * lora)
