@@ -260,7 +260,7 @@ def target(vendor: str, device: int = 0) -> str:
     """What a plan for a GPU of this machine is for: TensorRT-RTX's runs on all of one capability.
 
     Raises:
-        EngineError: there is no such GPU, or no driver, or TensorRT does not support it.
+        EngineError: there is no such GPU, or no driver.
     """
     found = cuda.device(device)
     return found.sm if vendor == RTX else f"{found.sm} {found.name}"
