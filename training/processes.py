@@ -40,7 +40,7 @@ def start(cpu: bool, compress: bool = False) -> Accelerator:
     ]
     if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # accelerate 1.15.0 lets processes wait for each other at a GPU of their number, also those on a
-        # processor; on a machine with one GPU, the second of two ends.
+        # processor, and on a machine with one GPU the second of two ended (docs/log.md).
         os.environ[nvidia.VISIBLE] = ""
     # Precision and devices are training/device.py's.
     found = Accelerator(cpu=cpu, mixed_precision="no", device_placement=False, kwargs_handlers=handlers)
