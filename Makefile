@@ -1,13 +1,16 @@
 # One word per chore; CI calls these and nothing else. PYTHON=... chooses the interpreter.
 PYTHON ?= python
 RUNTIME_TESTS = $(wildcard tests/engines tests/hyperrt) $(wildcard tests/test_*.py)
+INSTALLED = .mypy_cache/installed
 MEASUREMENTS = coldstart parity fused_step switch fidelity
 
 .PHONY: check test test-runtime bench wheel clean
 
 check:  ## style and types
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy
+	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)/hyperrt
+	ln -s $(CURDIR)/hyperrt/* $(CURDIR)/engines $(INSTALLED)/hyperrt/
+	cd $(INSTALLED) && $(PYTHON) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 test:  ## everything; needs .[dev]
 	$(PYTHON) -m pytest

@@ -40,10 +40,10 @@ from small_drawing import Guidance, Studio
 
 from hyperrt import Runtime
 from hyperrt.subject import Subject
-from training import base as bases
-from training import checkpoint, device, scenes
-from training.dreambooth import DreamBoothConfig, Finetuned, finetune
-from training.intervals import mean_interval
+from hyperrt.training import base as bases
+from hyperrt.training import checkpoint, device, scenes
+from hyperrt.training.dreambooth import DreamBoothConfig, Finetuned, finetune
+from hyperrt.training.intervals import mean_interval
 
 STOPS = (50, 100, 200, 400, 800)
 METHODS = ("hypernet", "dreambooth")
@@ -72,7 +72,7 @@ class Tuner:
 
 def main() -> None:
     parser = small_world.options(__doc__)
-    parser.add_argument("--hypernet", type=Path, metavar="RUN", help="a run of training.train; else --bundle")
+    parser.add_argument("--hypernet", type=Path, metavar="RUN", help="run of `hyperrt train`; else --bundle")
     parser.add_argument("--work", type=Path, help="where a bundle of it is kept (default: beside the model)")
     parser.add_argument("--subjects", type=int, default=24, help="of the comparison")
     parser.add_argument("--sweep-subjects", type=int, default=8)

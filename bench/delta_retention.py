@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import report
 
-import engines
+from hyperrt import engines
 from hyperrt.bundle import Bundle
 from hyperrt.lora import VECTORS
 

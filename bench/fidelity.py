@@ -28,8 +28,8 @@ from PIL import Image
 
 from hyperrt import Runtime
 from hyperrt.subject import Subject
-from training import cutouts, drawn, judges, scenes
-from training.drawn import CANDIDATES, FIRST_INDEX, PHOTO_SIZE, SEED_STRIDE, VIEW_SIZE, WHITE, Case
+from hyperrt.training import cutouts, drawn, judges, scenes
+from hyperrt.training.drawn import CANDIDATES, FIRST_INDEX, PHOTO_SIZE, SEED_STRIDE, VIEW_SIZE, WHITE, Case
 
 SCENES_EACH = 2
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0

@@ -111,8 +111,8 @@ def export(args: argparse.Namespace, precision: str) -> dict[str, float]:
 
 def parity(args: argparse.Namespace) -> dict[str, float]:
     """Every graph of both bundles against PyTorch; one network in memory at a time."""
-    from export import families, graphs, verify
-    from export.source import Inputs
+    from hyperrt.export import families, graphs, verify
+    from hyperrt.export.source import Inputs
 
     errors: dict[str, dict[str, float]] = {precision: {} for precision in PARITY_OF}
     family = families.get(args.family)
@@ -133,7 +133,7 @@ def step(args: argparse.Namespace, backend: str) -> dict[str, float]:
     """Three rows of the fp32 denoiser, with everything bound that stays over a loop."""
     from fused_step import random_constants, random_latents
 
-    import engines
+    from hyperrt import engines
     from hyperrt.bundle import Bundle
 
     bundle = Bundle.open(bundle_of(args, "fp32"))

@@ -27,8 +27,7 @@ import onnx_ir as ir
 import report
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-import engines
-from hyperrt import guidance
+from hyperrt import engines, guidance
 from hyperrt.bundle import Bundle
 
 BARS = {"fused_over_two_calls": "< 0.95", "lora_overhead": "< 0.05"}

@@ -44,7 +44,7 @@ import gpu_results
 import gpu_timing
 import report
 
-from engines import EngineError, nvidia
+from hyperrt.engines import EngineError, nvidia
 from hyperrt.errors import HyperRTError
 
 FAMILIES = ("sd15", "sdxl")

@@ -60,8 +60,8 @@ def rate(device: str, dtype: torch.dtype, args: argparse.Namespace) -> float:
 
 def counted(family: str) -> int:
     """Operations of a step with three rows, one picture; a multiplication and an addition are two."""
-    from export import families, graphs
-    from export.parts import FAKE
+    from hyperrt.export import families, graphs
+    from hyperrt.export.parts import FAKE
 
     source = families.get(family).random(0)
     graph: Any = next(graph for graph in graphs.build(source) if graph.name == "denoiser")

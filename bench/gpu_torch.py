@@ -24,9 +24,9 @@ import numpy as np
 try:
     import torch
 
-    from export import families, graphs, precision
-    from export.source import Source
-    from training import lora_layers
+    from hyperrt.export import families, graphs, precision
+    from hyperrt.export.source import Source
+    from hyperrt.training import lora_layers
 except ModuleNotFoundError as error:
     raise gpu_timing.Absent(f"PyTorch's kinds need the package {error.name!r}") from error
 

@@ -25,8 +25,8 @@ from statistics import median
 import numpy as np
 import report
 
-import engines
-from engines.base import Engine
+from hyperrt import engines
+from hyperrt.engines.base import Engine
 
 BARS = {"time_ratio": "<= 1", "memory_ratio": "< 1"}
 WAYS = ("hoisted", "in_step")
@@ -74,11 +74,11 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
 
     from torch import Tensor
 
-    from engines.tensors import TensorSpec
-    from export import families, graphs, modules, onnx_graph
-    from export.source import Inputs
-    from training import lora_layers
-    from training.lora_layers import Rows
+    from hyperrt.engines.tensors import TensorSpec
+    from hyperrt.export import families, graphs, modules, onnx_graph
+    from hyperrt.export.source import Inputs
+    from hyperrt.training import lora_layers
+    from hyperrt.training.lora_layers import Rows
 
     class InStep(modules.Denoiser):
         """The denoiser that projects the text itself, site by site as diffusers does."""
@@ -125,13 +125,13 @@ class Projected(Mapping):
     """Path of an attn2 -> its K and V, computed when it is asked for."""
 
     def __init__(self, unet: object, hidden_states: object, rows: object) -> None:
-        from training import lora_layers
+        from hyperrt.training import lora_layers
 
         self.modules = dict(lora_layers.attentions(unet, "attn2"))
         self.hidden_states, self.rows = hidden_states, rows
 
     def __getitem__(self, path: str) -> tuple[object, object]:
-        from training.lora_layers import project
+        from hyperrt.training.lora_layers import project
 
         key, value = (
             project(getattr(self.modules[path], name), f"{path}.{name}", self.hidden_states, self.rows)

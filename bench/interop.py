@@ -38,8 +38,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from parity import NOUN, PHOTOS, SCENE, reference_of, relative, scheduler_of
 
-import engines
-from hyperrt import Runtime, lora, sampling
+from hyperrt import Runtime, engines, lora, sampling
 from hyperrt.bundle import Bundle
 from hyperrt.lora_names import FORMATS
 

@@ -12,7 +12,7 @@ photos: one, two and four photos of a subject.  What each row is, is said in ben
 ordering holds in bench/paper_rows.py, how pictures are scored in bench/scoring.py.
 
 Every point is drawn of the same unseen subjects with the same noise.  A table goes to --output, as JSON and
-as a plot.  Table 3 trains a hypernetwork for each λ by training.train; these, DreamBooth's subjects and the
+as a plot.  Table 3 trains a hypernetwork for each λ by `hyperrt train`; these, DreamBooth's subjects and the
 exported bundle are kept in --work and used again.
 
 The hypernetworks of table 3 are trained as the paper's of the closed category, which is what makes them
@@ -45,10 +45,10 @@ from paper_subjects import Lab
 
 from hyperrt import Runtime, files
 from hyperrt.bundle import Bundle
-from training import base as bases
-from training import device
-from training.config import TrainConfig
-from training.dreambooth import DreamBoothConfig
+from hyperrt.training import base as bases
+from hyperrt.training import device
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.dreambooth import DreamBoothConfig
 
 OUTPUT = report.ROOT / "docs" / "results"
 TABLES: dict[str, Callable[[Lab], Table]] = {
@@ -67,7 +67,7 @@ def main() -> None:
     parser = small_world.options(__doc__)
     parser.add_argument("--table", choices=[*TABLES, "all"], default="all")
     parser.add_argument(
-        "--hypernet", type=Path, metavar="RUN", help="a run of training.train for tables but 3"
+        "--hypernet", type=Path, metavar="RUN", help="a run of `hyperrt train` for tables but 3"
     )
     parser.add_argument("--start", type=Path, metavar="RUN", help="a run that the hypernetworks go on from")
     parser.add_argument("--output", type=Path, help=f"folder (default: {OUTPUT.relative_to(report.ROOT)})")

@@ -25,12 +25,12 @@ from small_world import World
 
 from hyperrt import files, lora
 from hyperrt.subject import Subject
-from training import base as bases
-from training import checkpoint, train
-from training.config import to_json
-from training.dreambooth import DreamBoothConfig, finetune
-from training.features import encode_images
-from training.hypernet import Decoder
+from hyperrt.training import base as bases
+from hyperrt.training import checkpoint, train
+from hyperrt.training.config import to_json
+from hyperrt.training.dreambooth import DreamBoothConfig, finetune
+from hyperrt.training.features import encode_images
+from hyperrt.training.hypernet import Decoder
 
 # How a hypernetwork goes on from another: at a rate that stays, and its EMA forgets the other soon.
 GOING_ON = {"lr": 3e-4, "final_lr": 1.0, "ema": 0.98}

@@ -32,14 +32,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-import engines
-from export import storage
-from hyperrt import Runtime, lora, sampling, solvers
+from hyperrt import Runtime, engines, lora, sampling, solvers
 from hyperrt.bundle import Bundle
+from hyperrt.export import storage
 from hyperrt.subject import Subject
 from hyperrt.tokenizer import Tokenizer
-from training import base as tiny
-from training.features import encode_text
+from hyperrt.training import base as tiny
+from hyperrt.training.features import encode_text
 
 KAPPAS = (0.4, 1.0, 2.0)
 SOLVERS = sorted(solvers.SOLVERS)

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
-from engines.memory import peak_bytes as peak_bytes
+from hyperrt.engines.memory import peak_bytes as peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_INFO = Path("/proc/cpuinfo")

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hyperrt.bundle import Bundle
-from training import drawn, identity_encoder, judges, scenes
+from hyperrt.training import drawn, identity_encoder, judges, scenes
 
 Case = drawn.Case
 Picture = np.ndarray  # [H, W, 3] uint8

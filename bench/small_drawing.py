@@ -21,7 +21,7 @@ from hyperrt.bundle import Bundle
 from hyperrt.errors import Incompatible
 from hyperrt.subject import Subject
 
-TRAIN = "python -m training.train --model BASE --data CACHE --output RUN; then say --hypernet RUN"
+TRAIN = "hyperrt train --model BASE --data CACHE --output RUN; then say --hypernet RUN"
 NOISE_STRIDE = 10  # between the seeds of two cases
 
 
@@ -93,10 +93,10 @@ def bundle_of(args: argparse.Namespace, world: World, base_hash: Callable[[], st
 
 def exported(world: World, hypernet: Path, work: Path) -> Path:
     """A bundle of the base model and a hypernetwork; made once for the same weights."""
-    from export import export_bundle
-    from export.assemble import Options
-    from export.source import Inputs
-    from training.checkpoint import HYPERNET
+    from hyperrt.export import export_bundle
+    from hyperrt.export.assemble import Options
+    from hyperrt.export.source import Inputs
+    from hyperrt.training.checkpoint import HYPERNET
 
     weights = hypernet / f"{HYPERNET}.safetensors" if hypernet.is_dir() else hypernet
     if not weights.is_file():

@@ -22,11 +22,11 @@ import torch
 
 from hyperrt import files
 from hyperrt.errors import HyperRTError, NotFound
-from training import base as bases
-from training import clip_tokenizer, data
-from training.config import TrainConfig
+from hyperrt.training import base as bases
+from hyperrt.training import clip_tokenizer, data
+from hyperrt.training.config import TrainConfig
 
-MAKE = "python -m training.pretrain --out RUN; then say --model RUN/base --data RUN/cache"
+MAKE = "hyperrt pretrain --out RUN; then say --model RUN/base --data RUN/cache"
 OF_CAPTIONS = ("text-", "pooled-")  # files that hold what the text encoders make of them
 IDENTITIES, FEW_IDENTITIES, VIEWS = 96, 16, 4  # of a random cache, and of that of a quick run
 

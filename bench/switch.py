@@ -38,11 +38,10 @@ import peer_environment
 import peer_ours
 import report
 
-import engines
-from engines.base import Engine
-from hyperrt import Runtime
+from hyperrt import Runtime, engines
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
+from hyperrt.engines.base import Engine
 from hyperrt.subject import Subject
 
 BARS = {"switch_ms": "< 2", "aba_max_diff": "0", "a_base_max_diff": "0", "row_alone_max_rel": "< 1e-5"}

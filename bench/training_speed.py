@@ -1,7 +1,7 @@
-"""How fast does a hypernetwork train?  A step of `training.train` against one with diffusers and PEFT.
+"""How fast does a hypernetwork train?  A step of `hyperrt train` against one with diffusers and PEFT.
 
     vs_plain       samples a second of ours, over those of the faster plain loop
-    ours_per_s     samples a second of `training.train.Trainer.step`: every row of a batch has its own LoRA
+    ours_per_s     samples a second of `Trainer.step`: every row of a batch has its own LoRA
     alone_per_s    plain: subject by subject, hypernetwork, UNet and backward; gradients add up
     shared_per_s   plain: the hypernetwork once for the whole batch, the UNet subject by subject
     mb_per_sample  peak memory of our step that one more row costs, in 10^6 bytes
@@ -26,15 +26,15 @@ import small_world
 import torch
 from torch import Tensor, nn
 
-from training import base as bases
-from training import device
-from training.batches import Batch
-from training.config import TrainConfig
-from training.dreambooth import ADAPTER, adapted
-from training.loop import Descent
-from training.lora_layers import unpack
-from training.losses import row_loss
-from training.train import Trainer
+from hyperrt.training import base as bases
+from hyperrt.training import device
+from hyperrt.training.batches import Batch
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.dreambooth import ADAPTER, adapted
+from hyperrt.training.loop import Descent
+from hyperrt.training.lora_layers import unpack
+from hyperrt.training.losses import row_loss
+from hyperrt.training.train import Trainer
 
 BARS = {"vs_plain": ">= 5"}
 SMALLER = 4  # for the growth of memory: a batch of a quarter is compared
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def trained(world: small_world.World, args: argparse.Namespace) -> tuple[Trainer, float]:
-    """What `python -m training.train` trains with at its defaults, after a first step or two; and how much
+    """What `hyperrt train` trains with at its defaults, after a first step or two; and how much
     this process's peak of memory, in 10^6 bytes, grew for each row more than in a smaller batch.
     """
     few, peaks = max(1, args.batch // SMALLER), []

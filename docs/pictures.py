@@ -11,7 +11,7 @@ from PIL import Image
 
 from hyperrt import Runtime
 from hyperrt.subject import Subject
-from training.scenes import NOUNS
+from hyperrt.training.scenes import NOUNS
 
 Picture = NDArray[np.uint8]
 

@@ -1,14 +1,15 @@
 """Engines: open one graph on one backend and run it.
 
+    from hyperrt import engines
     with engines.open("unet.onnx", backend="onnxruntime", threads=2) as engine:
         outputs = engine.run({"x": x})
 
 Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
-is opened.  Contract: `engines.base`; feed checks: `engines.tensors`.  Errors: `engines.errors`.
+is opened.  Contract: engines/base.py; feed checks: engines/tensors.py; errors: engines/errors.py.
 """
 
-from engines.backends import BACKENDS
-from engines.base import (
+from hyperrt.engines.backends import BACKENDS
+from hyperrt.engines.base import (
     BackendMissing,
     Engine,
     EngineClosed,
@@ -21,7 +22,7 @@ from engines.base import (
     open,
     resolve,
 )
-from engines.tensors import TensorSpec
+from hyperrt.engines.tensors import TensorSpec
 
 __all__ = [
     "BACKENDS",

@@ -1,7 +1,7 @@
 """Engine contract: one open graph with named tensors; its checks, its errors, and how a backend is opened.
 
-In a shape a number is a fixed size, and a name stands for any size.  Tensors: `engines.tensors`.
-To add a backend: a module here with `open(path, **options) -> Engine`, one entry in `engines.backends`, one
+In a shape a number is a fixed size, and a name stands for any size.  Tensors: engines/tensors.py.
+To add a backend: a module here with `open(path, **options) -> Engine`, one entry in engines/backends.py, one
 extra in pyproject.toml, and its file in tests/test_backend_contract.py.
 """
 
@@ -19,17 +19,17 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from engines import cores
-from engines.backends import BACKENDS
-from engines.dlpack import DeviceArray
-from engines.errors import BackendMissing as BackendMissing
-from engines.errors import EngineClosed as EngineClosed
-from engines.errors import EngineError as EngineError
-from engines.errors import EngineInputError as EngineInputError
-from engines.errors import EngineLoadError as EngineLoadError
-from engines.errors import EngineMemoryError as EngineMemoryError
-from engines.errors import EngineUnusable as EngineUnusable
-from engines.tensors import Array, Tensors, TensorSpec, checked, listed, nearest
+from hyperrt.engines import cores
+from hyperrt.engines.backends import BACKENDS
+from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.engines.errors import BackendMissing as BackendMissing
+from hyperrt.engines.errors import EngineClosed as EngineClosed
+from hyperrt.engines.errors import EngineError as EngineError
+from hyperrt.engines.errors import EngineInputError as EngineInputError
+from hyperrt.engines.errors import EngineLoadError as EngineLoadError
+from hyperrt.engines.errors import EngineMemoryError as EngineMemoryError
+from hyperrt.engines.errors import EngineUnusable as EngineUnusable
+from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked, listed, nearest
 
 CUDA_PROVIDER = "capi/*onnxruntime_providers_cuda.*"  # in the package onnxruntime of onnxruntime-gpu
 
@@ -341,7 +341,7 @@ def load(backend: str) -> Any:
     try:
         if about.vendor:
             importlib.import_module(about.vendor)
-        return importlib.import_module(f"engines.{about.module}")
+        return importlib.import_module(f"hyperrt.engines.{about.module}")
     except (ImportError, OSError) as error:  # OSError: packages that load their libraries themselves
         if isinstance(error, ModuleNotFoundError) and error.name == about.vendor:
             raise BackendMissing(

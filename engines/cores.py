@@ -12,7 +12,7 @@ import os
 import platform
 from pathlib import Path
 
-from engines.errors import EngineInputError
+from hyperrt.engines.errors import EngineInputError
 
 CPU_INFO = Path("/proc/cpuinfo")
 BF16 = {"avx512_bf16", "amx_bf16"}  # what Linux calls processors that multiply bfloat16

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from cuda.bindings import runtime as cudart
 
-from engines import dlpack, nvidia
-from engines.base import EngineError, EngineMemoryError
-from engines.dlpack import DeviceArray
-from engines.tensors import Array
+from hyperrt.engines import dlpack, nvidia
+from hyperrt.engines.base import EngineError, EngineMemoryError
+from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.engines.tensors import Array
 
 NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
 NO_TIMING = 2  # cudaEventDisableTiming

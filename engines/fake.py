@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Engine, EngineError, EngineLoadError
-from engines.cores import thread_count
-from engines.tensors import Array, Tensors, TensorSpec, checked, listed
+from hyperrt.engines.base import Engine, EngineError, EngineLoadError
+from hyperrt.engines.cores import thread_count
+from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked, listed
 
 Function = Callable[[dict[str, Array]], Tensors]
 

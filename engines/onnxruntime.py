@@ -20,11 +20,18 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from engines import memory, nvidia
-from engines.base import Engine, EngineError, EngineInputError, EngineLoadError, EngineMemoryError, closed
-from engines.cores import thread_count
-from engines.onnx_dims import multiplies_halves, tensor_dims
-from engines.tensors import Array, TensorSpec, listed
+from hyperrt.engines import memory, nvidia
+from hyperrt.engines.base import (
+    Engine,
+    EngineError,
+    EngineInputError,
+    EngineLoadError,
+    EngineMemoryError,
+    closed,
+)
+from hyperrt.engines.cores import thread_count
+from hyperrt.engines.onnx_dims import multiplies_halves, tensor_dims
+from hyperrt.engines.tensors import Array, TensorSpec, listed
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GRAPH_OPTION = {CUDA: "enable_cuda_graph", TENSORRT: "trt_cuda_graph_enable"}

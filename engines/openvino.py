@@ -1,6 +1,6 @@
 """The OpenVINO backend, on the CPU: compiles the graph when it is opened; bf16 where the processor has it.
 
-OpenVINO forgets what the sizes of a graph are called, so they are read from the file (engines.onnx_dims).
+OpenVINO forgets what the sizes of a graph are called, so they are read from the file (engines/onnx_dims.py).
 Results are new arrays.  Figures behind the options: docs/log.md.
 """
 
@@ -22,10 +22,17 @@ import openvino as ov
 import openvino.opset13 as opset
 from openvino.frontend import FrontEndManager
 
-from engines.base import Engine, EngineError, EngineInputError, EngineLoadError, EngineMemoryError, closed
-from engines.cores import thread_count
-from engines.onnx_dims import Dims, tensor_dims
-from engines.tensors import Array, TensorSpec
+from hyperrt.engines.base import (
+    Engine,
+    EngineError,
+    EngineInputError,
+    EngineLoadError,
+    EngineMemoryError,
+    closed,
+)
+from hyperrt.engines.cores import thread_count
+from hyperrt.engines.onnx_dims import Dims, tensor_dims
+from hyperrt.engines.tensors import Array, TensorSpec
 
 DTYPES = {
     "f32": "float32",

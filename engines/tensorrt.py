@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from engines import cuda
-from engines.base import Engine, EngineError, EngineLoadError, EngineMemoryError, closed
-from engines.dlpack import DeviceArray
-from engines.tensors import Array, TensorSpec
+from hyperrt.engines import cuda
+from hyperrt.engines.base import Engine, EngineError, EngineLoadError, EngineMemoryError, closed
+from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.engines.tensors import Array, TensorSpec
 
 RTX = "tensorrt_rtx"
 # In what TensorRT says
@@ -220,7 +220,7 @@ class _Weights:
     ) -> None:
         self._log, self._stream = log, stream
         self._refitter = trt.Refitter(engine, log.logger)
-        self._refitter.weights_validation = False  # engines.base has checked names, shapes and types
+        self._refitter.weights_validation = False  # hyperrt.engines.base has checked names, shapes and types
         self._places: dict[str, cuda.Buffer] = {}
         differing = {spec.name for spec in wanted} ^ set(self._refitter.get_all_weights())
         if differing:

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines import memory
-from engines.base import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
-from engines.onnx_dims import Dims, tensor_dims
+from hyperrt.engines import memory
+from hyperrt.engines.base import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
+from hyperrt.engines.onnx_dims import Dims, tensor_dims
 
 RTX = "tensorrt_rtx"
 CURRENT = "current"  # the GPU of this machine
@@ -91,7 +91,7 @@ def build(recipe: Recipe, progress: Callable[[float], None] | None = None) -> Bu
         EngineMemoryError: the compiler ran out of memory, or the system killed it.
         EngineError: it crashed, or the vendor's package does not start.
     """
-    command = [sys.executable, "-m", "engines.tensorrt_build"]
+    command = [sys.executable, "-m", "hyperrt.engines.tensorrt_build"]
     home = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([home, os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(
@@ -163,7 +163,7 @@ class _Voice:
 
 
 def _compiled(recipe: Recipe, say: _Voice) -> Built:
-    from engines.tensorrt import Log
+    from hyperrt.engines.tensorrt import Log
 
     began = time.perf_counter()
     try:

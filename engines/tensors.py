@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.dlpack import DeviceArray
-from engines.errors import EngineInputError
+from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.engines.errors import EngineInputError
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array | DeviceArray]

@@ -12,7 +12,7 @@ __all__ = ["export_bundle"]
 
 def __getattr__(name: str) -> Any:
     if name != "export_bundle":
-        raise AttributeError(f"module 'export' has no attribute {name!r}")
-    from export.assemble import export_bundle
+        raise AttributeError(f"module 'hyperrt.export' has no attribute {name!r}")
+    from hyperrt.export.assemble import export_bundle
 
     return export_bundle

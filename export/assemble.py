@@ -15,15 +15,15 @@ from typing import Literal
 
 from torch import nn
 
-from export import families, graphs, onnx_graph, source, verify
-from export.families import Family
-from export.graphs import Graph
-from export.onnx_graph import Written
-from export.parts import numbers_of
-from export.precision import Precision
-from export.source import Inputs, Source
 from hyperrt import __version__, bundle, files, memory
 from hyperrt.errors import ResourceError, UsageError
+from hyperrt.export import families, graphs, onnx_graph, source, verify
+from hyperrt.export.families import Family
+from hyperrt.export.graphs import Graph
+from hyperrt.export.onnx_graph import Written
+from hyperrt.export.parts import numbers_of
+from hyperrt.export.precision import Precision
+from hyperrt.export.source import Inputs, Source
 
 Progress = Callable[[int, int, str], None]  # stages done, stages in all, what comes now
 

@@ -12,16 +12,16 @@ from hyperrt.bundle import MANIFEST, Bundle
 from hyperrt.errors import UsageError
 
 if TYPE_CHECKING:
-    from export.assemble import Options
-    from export.source import Inputs
     from hyperrt.cli_output import Output
     from hyperrt.config import ExportConfig
+    from hyperrt.export.assemble import Options
+    from hyperrt.export.source import Inputs
 
 
 def run(config: ExportConfig, output: Output) -> None:
     """Export as `config` says; progress and parity go to stderr, the bundle's folder to stdout."""
     files.check_folder(config.output, MANIFEST, config.force)  # before seconds are spent on PyTorch
-    from export import assemble
+    from hyperrt.export import assemble
 
     _silence_libraries()
     family, inputs = _family_and_inputs(config, assemble.families.FAMILIES)
@@ -38,7 +38,7 @@ def run(config: ExportConfig, output: Output) -> None:
 
 
 def _export(family: str, inputs: Inputs, options: Options, config: ExportConfig, output: Output) -> Path:
-    from export import assemble
+    from hyperrt.export import assemble
 
     with output.progress("export", 100) as advance_to:
         path = assemble.export_bundle(
@@ -53,7 +53,7 @@ def _tell_needs(
     family: str, inputs: Inputs, options: Options, config: ExportConfig, output: Output
 ) -> None:
     """What an export would take of disk and memory; nothing is written."""
-    from export import assemble, families, graphs
+    from hyperrt.export import assemble, families, graphs
 
     known = families.get(family)
     with families.opened(known, inputs) as source:
@@ -66,7 +66,7 @@ def _tell_needs(
 
 def _family_and_inputs(config: ExportConfig, families: Container[str]) -> tuple[str, Inputs]:
     """`--model` is a family, or the folder of a base model, whose family its configuration tells."""
-    from export.source import Inputs
+    from hyperrt.export.source import Inputs
 
     family, base = config.model, config.base
     if family not in families and Path(family).is_dir():
@@ -94,7 +94,7 @@ def _family_of(folder: Path) -> str:
 
 
 def _silence_libraries() -> None:
-    """What diffusers and transformers warn about is an error of training.base.load, or of no interest."""
+    """What diffusers and transformers warn about is an error of `training.base.load`, or of no interest."""
     import diffusers
     import transformers
     from huggingface_hub.utils import logging

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
-from export import architectures, loading
-from export.errors import ExportError
-from export.loading import Found
-from export.parts import Part, random_part
-from export.source import Inputs, Source, sized, vae_factor
 from hyperrt.bundle import Defaults, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
-from training import base as tiny
-from training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
-from training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
-from training.hypernet import decoder_of
-from training.loop import first_line
+from hyperrt.export import architectures, loading
+from hyperrt.export.errors import ExportError
+from hyperrt.export.loading import Found
+from hyperrt.export.parts import Part, random_part
+from hyperrt.export.source import Inputs, Source, sized, vae_factor
+from hyperrt.training import base as tiny
+from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
+from hyperrt.training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
+from hyperrt.training.hypernet import decoder_of
+from hyperrt.training.loop import first_line
 
 RANDOM_RANK = 4  # of tiny
 TOKEN = "sks"

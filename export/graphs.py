@@ -16,13 +16,13 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from engines.tensors import TensorSpec
-from export import modules, operators, row_unet
-from export.parts import FAKE
-from export.source import Source
 from hyperrt import parity
+from hyperrt.engines.tensors import TensorSpec
+from hyperrt.export import modules, operators, row_unet
+from hyperrt.export.parts import FAKE
+from hyperrt.export.source import Source
 from hyperrt.lora import LoraLayout
-from training import lora_layers, resampler
+from hyperrt.training import lora_layers, resampler
 
 Modules = Mapping[str, nn.Module]
 

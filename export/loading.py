@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from export import single_file
-from export.parts import Part
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
-from training import base
-from training.loop import first_line
+from hyperrt.export import single_file
+from hyperrt.export.parts import Part
+from hyperrt.training import base
+from hyperrt.training.loop import first_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 CONFIGURATION = ("*.json", "*.txt", "*.model", "LICENSE*")

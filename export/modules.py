@@ -13,10 +13,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from export import operators, row_unet
+from hyperrt.export import operators, row_unet
 from hyperrt.lora import LoraLayout
-from training import features, lora_layers
-from training.lora_layers import Rows
+from hyperrt.training import features, lora_layers
+from hyperrt.training.lora_layers import Rows
 
 
 class GraphModule(nn.Module):

@@ -23,12 +23,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 
-from export import operators, precision, refit_form, storage
-from export.errors import ExportError
-from export.graphs import Graph
-from export.parts import FAKE
-from export.precision import Precision
-from export.storage import Weight
+from hyperrt.export import operators, precision, refit_form, storage
+from hyperrt.export.errors import ExportError
+from hyperrt.export.graphs import Graph
+from hyperrt.export.parts import FAKE
+from hyperrt.export.precision import Precision
+from hyperrt.export.storage import Weight
 
 # GroupNormalization (21) has no CPU kernel in ONNX Runtime; below 18 the exporter converts down, and badly.
 OPSET = 20

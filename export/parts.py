@@ -20,8 +20,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from export.errors import ExportError
-from training import checkpoint
+from hyperrt.export.errors import ExportError
+from hyperrt.training import checkpoint
 
 # What a graph is traced with must be fake in one and the same mode; buffers that are computed stay real.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)

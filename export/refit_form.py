@@ -18,8 +18,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from engines.tensors import TensorSpec
-from export.errors import ExportError
+from hyperrt.engines.tensors import TensorSpec
+from hyperrt.export.errors import ExportError
 from hyperrt.lora import LoraLayout
 
 

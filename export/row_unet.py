@@ -24,8 +24,8 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from export import operators
-from training.lora_layers import Rows
+from hyperrt.export import operators
+from hyperrt.training.lora_layers import Rows
 
 Tile = Callable[[Tensor], Tensor]  # [images, C, h, w] to [rows, C, h, w]
 

@@ -24,10 +24,10 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from export.errors import ExportError
-from export.parts import Part
 from hyperrt.errors import BadInput, IntegrityError
-from training.loop import first_line
+from hyperrt.export.errors import ExportError
+from hyperrt.export.parts import Part
+from hyperrt.training.loop import first_line
 
 Tensors = Mapping[str, Tensor]
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from transformers import CLIPTokenizer
 
-from export.errors import ExportError
-from export.parts import Part
 from hyperrt.bundle import Betas, ImagePrompt, Preprocess
 from hyperrt.errors import UsageError
+from hyperrt.export.errors import ExportError
+from hyperrt.export.parts import Part
 from hyperrt.lora import LoraLayout
 from hyperrt.solvers import BETA_SCHEDULES, PREDICTION_TYPES
-from training import features, image_prompt, lora_layers
+from hyperrt.training import features, image_prompt, lora_layers
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import engines
-from engines.base import Engine
-from export import reference, refit_form
-from export.errors import ParityError
-from export.graphs import Graph
-from export.source import Source, betas, prediction_type
-from hyperrt import guidance, sampling, solvers
+from hyperrt import engines, guidance, sampling, solvers
 from hyperrt.bundle import Defaults
+from hyperrt.engines.base import Engine
+from hyperrt.export import reference, refit_form
+from hyperrt.export.errors import ParityError
+from hyperrt.export.graphs import Graph
+from hyperrt.export.source import Source, betas, prediction_type
 from hyperrt.graphs import REFITTING
 from hyperrt.lora import LoraLayout
 from hyperrt.parity import relative
-from training.base import tokens
+from hyperrt.training.base import tokens
 
 LEVELS = ("none", "graphs", "full")
 # rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU

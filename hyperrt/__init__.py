@@ -11,6 +11,7 @@ The names below are imported on first use, so that `hyperrt --help` need not wai
 from __future__ import annotations
 
 import importlib
+import os.path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ __all__ = [
     "load_subject",
     "save_subject",
 ]
+
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_FOLDER, "engines")):
+    # In the repository `hyperrt.engines`, `.training` and `.export` lie beside this folder, not in it.
+    __path__.append(os.path.dirname(_FOLDER))
 
 _HOME = {
     "Bundle": "bundle",

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine, EngineUnusable
-from engines.dlpack import DeviceArray, concatenate
+from hyperrt.engines.base import Engine, EngineUnusable
+from hyperrt.engines.dlpack import DeviceArray, concatenate
 from hyperrt.errors import BundleMismatch, LoraMismatch, UsageError
 from hyperrt.lora import LoraLayout
 from hyperrt.subject import LoraOnDevice, Subject, Vector

@@ -110,8 +110,9 @@ class _Bug(HyperRTError):
 
 def _explained(error: BaseException) -> Any:
     """The error as one with what, why, do and code."""
-    if isinstance(error, HyperRTError) or _is_engine_error(error):
-        return error
+    for known in (error, error.__cause__):  # the training commands wrap theirs for click
+        if isinstance(known, HyperRTError) or _is_engine_error(known):
+            return known
     if isinstance(error, MemoryError):
         return ResourceError(
             "memory ran out", str(error), "close other programs, or use a smaller --batch-size"
@@ -136,8 +137,8 @@ def _explained(error: BaseException) -> Any:
     )
 
 
-def _is_engine_error(error: BaseException) -> bool:
-    base = sys.modules.get("engines.base")  # not imported here: it loads NumPy
+def _is_engine_error(error: BaseException | None) -> bool:
+    base = sys.modules.get("hyperrt.engines.base")  # not imported here: it loads NumPy
     return base is not None and isinstance(error, base.EngineError)
 
 

@@ -8,7 +8,6 @@ else the default.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from hyperrt.cli_config import default_map, user_config
 from hyperrt.cli_lora import lora
 from hyperrt.cli_output import Output, with_json
 from hyperrt.cli_plans import plans
+from hyperrt.cli_training import COMMANDS, TrainingCommand, require
 from hyperrt.config import (
     ADAPTED,
     COMBINED,
@@ -35,7 +35,7 @@ from hyperrt.config import (
     GenerateConfig,
     PersonalizeConfig,
 )
-from hyperrt.errors import Incompatible, UsageError
+from hyperrt.errors import UsageError
 
 ENV = "HYPERRT"
 EXPORT_NEEDS = ("accelerate", "torch", "diffusers", "transformers", "onnx", "onnxscript")
@@ -266,11 +266,8 @@ def export(context: click.Context, /, **options: Any) -> None:
       hyperrt generate --bundle my-bundle -p "a house in the snow"
     """
     config = _config(context, ExportConfig, options)
-    missing = [name for name in EXPORT_NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        why = f"export needs PyTorch and the ONNX exporter; there is no {', no '.join(missing)}"
-        raise Incompatible("export is not installed", why, "pip install 'hyperrt[export]'")
-    importlib.import_module("export.cli").run(config, context.obj)
+    require("export", "export", EXPORT_NEEDS)
+    importlib.import_module("hyperrt.export.cli").run(config, context.obj)
 
 
 @hyperrt.command()
@@ -320,6 +317,8 @@ def doctor(output: Output, bundle: str, backend: str) -> None:
 hyperrt.add_command(compile_)
 hyperrt.add_command(plans)
 hyperrt.add_command(lora)
+for name, summary in COMMANDS.items():
+    hyperrt.add_command(TrainingCommand(name, summary))
 
 
 def _config(context: click.Context, kind: type[Config], options: dict[str, Any]) -> Config:

@@ -11,6 +11,7 @@ current folder, where somebody else may have put it.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +51,36 @@ def _defaults(path: Path, tables: dict[str, Any], group: click.Group, above: str
             raise UsageError(f"the config file {path} has {name!r} {where}", f"it takes the tables {known}")
         if isinstance(command, click.Group):
             found[name] = _defaults(path, table, command, f"{above}{name}.")
-        else:
-            found[name] = _options(path, table, command, above + name)
+            continue
+        found[name] = {key.replace("-", "_"): value for key, value in table.items()}
+        if command.params:  # those of the training commands are not known before PyTorch is loaded
+            _check(path, table, command, above + name)
     return found
 
 
-def _options(path: Path, table: dict[str, Any], command: click.Command, where: str) -> dict[str, Any]:
+def check_options(group: click.Context, command: click.Command, name: str) -> None:
+    """Refuse what the config file sets of a training command, once its options are known.
+
+    Args:
+        group: the context of `hyperrt`.
+        command: the command as its module has it.
+        name: of the command, and of its table.
+
+    Raises:
+        UsageError: the table sets something that is no option of the command.
+    """
+    table = (group.default_map or {}).get(name, {})
+    _check(Path(group.meta.get("hyperrt.config", "")), table, command, name)
+
+
+def _check(path: Path, table: Mapping[str, Any], command: click.Command, where: str) -> None:
     known = {option.name for option in command.params}
-    found = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in known:
+    for key in table:
+        if key.replace("-", "_") not in known:
             options = ", ".join(sorted(str(option) for option in known))
             raise UsageError(
                 f"the config file {path} sets {key!r} in [{where}]", f"its options are {options}"
             )
-        found[name] = value
-    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

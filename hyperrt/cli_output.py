@@ -141,14 +141,15 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _ToOutput(logging.Handler):
-    """Warnings of the library become warnings of the command."""
+    """Warnings of the library become warnings of the command, what a training tells becomes notes."""
 
     def __init__(self, output: Output) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._output.warning(record.getMessage())
+        say = self._output.warning if record.levelno >= logging.WARNING else self._output.note
+        say(record.getMessage())
 
 
 def escaped(text: str) -> str:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
-import engines
-from engines import tensorrt_build
-from engines.backends import BACKENDS
-from engines.base import Engine
-from engines.tensorrt_build import CURRENT, Built, Recipe
-from hyperrt import plan_parity, tiling
+from hyperrt import engines, plan_parity, tiling
 from hyperrt.bundle import PACKAGED, Bundle
+from hyperrt.engines import tensorrt_build
+from hyperrt.engines.backends import BACKENDS
+from hyperrt.engines.base import Engine
+from hyperrt.engines.tensorrt_build import CURRENT, Built, Recipe
 from hyperrt.errors import HyperRTError, UsageError
 from hyperrt.plan_parity import Parity
 from hyperrt.plan_words import rebuild_command
@@ -46,7 +45,7 @@ def key_of(bundle: Bundle, name: str, backend: str, target: str, sizes: Sizes) -
     """The key of a graph's plan.
 
     Args:
-        target: as `tensorrt_build.Recipe` has it, or `engines.tensorrt.target`.
+        target: as `tensorrt_build.Recipe` has it, or `hyperrt.engines.tensorrt.target`.
         sizes: of the call; those that the plan of this graph does not fix are left out.
     """
     graph = bundle.graphs[name]

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.dlpack import DeviceArray, concatenate
-from engines.tensors import Tensors
 from hyperrt import prompts
 from hyperrt.adapt import packed, write_context
+from hyperrt.engines.dlpack import DeviceArray, concatenate
+from hyperrt.engines.tensors import Tensors
 from hyperrt.graphs import Graphs
 from hyperrt.job import Job
 from hyperrt.personalize import check_finite

@@ -13,15 +13,12 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import engines
-from engines import nvidia
-from hyperrt import __version__
+from hyperrt import __version__, engines
+from hyperrt.engines import nvidia
 from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
 
-PACKAGES = ("engines", "hyperrt", "training", "export")  # what the distribution installs; generic names
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # both install the module `onnxruntime`
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
@@ -68,7 +65,6 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     yield Check(
         "hyperrt", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     )
-    yield _guarded("packages", _packages)
     yield _guarded("dependencies", _dependencies)
     yield _guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))
     for name in engines.BACKENDS:
@@ -106,23 +102,6 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         return check()
     except (HyperRTError, engines.EngineError) as error:
         return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
-
-
-def _packages() -> Check:
-    """`import engines` must find this distribution's: the name is generic, others may bring one."""
-    home = Path(__file__).resolve().parents[1]
-    strangers = []
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        found = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec else []
-        if spec is None or found != [home / name]:
-            strangers.append(name)
-    if not strangers:
-        return Check("packages", "ok", ", ".join(PACKAGES))
-    detail = (
-        f"{', '.join(strangers)}: not HyperRT's own (another distribution, or a folder beside your program)"
-    )
-    return Check("packages", "warn", detail, "run in a virtual environment of its own, from another folder")
 
 
 def _dependencies() -> Check:

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import engines
-from engines.base import Engine
-from engines.tensors import listed
-from hyperrt import compiling, home
+from hyperrt import compiling, engines, home
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
 from hyperrt.compiling import PLANNED
+from hyperrt.engines.base import Engine
+from hyperrt.engines.tensors import listed
 from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
 from hyperrt.manifest import shown
 from hyperrt.plans import Plan

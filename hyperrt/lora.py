@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engines.dlpack import DeviceArray
-from engines.tensors import TensorSpec
 from hyperrt import lora_metadata, lora_names, lora_writer, subject_file
+from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.engines.tensors import TensorSpec
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
 from hyperrt.safetensors_file import REDO, Stored
 from hyperrt.subject import Subject, Vector

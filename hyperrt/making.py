@@ -13,9 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-import engines
-from engines.base import Engine
-from hyperrt import memory
+from hyperrt import engines, memory
+from hyperrt.engines.base import Engine
 from hyperrt.graphs import Graphs
 from hyperrt.personalize import Features, encode_photos, lora_of, tokens_of
 from hyperrt.subject import Vector

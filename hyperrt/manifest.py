@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from engines.tensors import TensorSpec
+from hyperrt.engines.tensors import TensorSpec
 from hyperrt.lora import LoraLayout, Site
 
 GRAPHS = ("image_encoder", "weight_decoder", "text_encoder", "context", "denoiser", "vae_decoder")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.tensors import TensorSpec
+from hyperrt.engines.tensors import TensorSpec
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine
-from engines.dlpack import DeviceArray
 from hyperrt import combine as combining
 from hyperrt import images as photo_files
+from hyperrt.engines.base import Engine
+from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import BadImage, BadInput, NumericError
 from hyperrt.lora import LoraLayout
 from hyperrt.manifest import Manifest

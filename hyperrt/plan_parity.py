@@ -18,12 +18,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-import engines
-from engines.backends import BACKENDS
-from engines.base import Engine, EngineError
-from engines.tensors import Array
-from hyperrt import files, home, memory, parity, strict_json
+from hyperrt import engines, files, home, memory, parity, strict_json
 from hyperrt.bundle import Bundle
+from hyperrt.engines.backends import BACKENDS
+from hyperrt.engines.base import Engine, EngineError
+from hyperrt.engines.tensors import Array
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError
 from hyperrt.plans import Plan
 

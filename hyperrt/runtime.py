@@ -24,13 +24,12 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-import engines
-from engines.base import Engine
-from hyperrt import lora, memory, sampling, tiling
+from hyperrt import engines, lora, memory, sampling, tiling
 from hyperrt.bundle import Bundle
 from hyperrt.combine import check_way
 from hyperrt.conditioning import Conditioning
 from hyperrt.config import SamplingConfig
+from hyperrt.engines.base import Engine
 from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess

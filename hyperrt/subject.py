@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.dlpack import DeviceArray
+from hyperrt.engines.dlpack import DeviceArray
 
 Vector = NDArray[np.float32]
 

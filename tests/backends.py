@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines
-from engines import TensorSpec, tensorrt_build
+from hyperrt import engines
+from hyperrt.engines import TensorSpec, tensorrt_build
 
 GRAPHS = Path(__file__).parent / "engines" / "graphs"
 ONNX = "affine.onnx"
@@ -66,7 +66,7 @@ def ready(backend, monkeypatch):
         if about.options.get("provider", "") not in ("", *getattr(vendor, "get_available_providers", list)()):
             pytest.skip(f"this {about.vendor} is not the one for GPUs")
     else:
-        functions = pytest.importorskip("engines.fake").FUNCTIONS
+        functions = pytest.importorskip("hyperrt.engines.fake").FUNCTIONS
         monkeypatch.setitem(functions, "affine", affine)
         monkeypatch.setitem(functions, "refittable", refittable)
     return backend

@@ -43,7 +43,7 @@ def drawn_photos() -> list[Any]:
     """Four photos [96, 96, 3] uint8 of one drawn robot that is not in training, before four scenes."""
     import numpy as np
 
-    from training import scenes
+    from hyperrt.training import scenes
 
     rng = np.random.default_rng(0)
     robot = scenes.identity("robot", "test", 0)

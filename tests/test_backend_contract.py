@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-import engines
-from engines import EngineClosed, EngineError, EngineInputError, EngineLoadError, TensorSpec
+from hyperrt import engines
+from hyperrt.engines import EngineClosed, EngineError, EngineInputError, EngineLoadError, TensorSpec
 from tests.backends import FEEDS, FILES, LORA, STEP, W, X, Y, marked, opened, ready
 
 

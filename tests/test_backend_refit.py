@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from engines import EngineError, EngineInputError
+from hyperrt.engines import EngineError, EngineInputError
 from tests.backends import FILES, FROZEN, REFITTABLE, WEIGHTS, X, marked, opened, ready
 
 FIRST = {"w": np.ones((3, 2), np.float32), "b": np.zeros((1, 2), np.float32)}

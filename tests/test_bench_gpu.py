@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from engines import nvidia
 from hyperrt import compiling
 from hyperrt.bundle import Bundle, packaged
+from hyperrt.engines import nvidia
 from tests.conftest import has_gpu
 from tests.engines import fake_nvidia
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hyperrt.bundle import packaged
-from training.drawn import WHITE
+from hyperrt.training.drawn import WHITE
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -158,7 +158,7 @@ def test_the_plain_loop_takes_the_same_steps_as_ours(load, tmp_path):
     """Equal losses and equal gradients; then what is compared is time alone."""
     torch = pytest.importorskip("torch")
     small_world, speed = load("small_world"), load("training_speed")
-    from training.train import Trainer
+    from hyperrt.training.train import Trainer
 
     world = small_world.make(tmp_path, identities=8)
     settings = {"batch": 4, "photos": 2, "holdout": 2, "dim": 16, "lambda_": 3.0, "threads": 1}
@@ -171,7 +171,7 @@ def test_the_plain_loop_takes_the_same_steps_as_ours(load, tmp_path):
     ours = trainer.losses(batch, None)["loss"]
     ours.backward()
     wanted = {name: p.grad.clone() for name, p in trainer.decoder.named_parameters() if p.grad is not None}
-    tolerance = 0.05 if load("training.device").has_bf16(trainer.device) else 1e-3
+    tolerance = 0.05 if load("hyperrt.training.device").has_bf16(trainer.device) else 1e-3
     for way in (plain.alone, plain.shared):
         plain.decoder.zero_grad(set_to_none=True)
         assert way(batch) == pytest.approx(ours.item(), rel=tolerance)
@@ -215,7 +215,7 @@ def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
 
 def test_a_cache_is_captioned_by_noun(load, tmp_path):
     small_world = load("small_world")
-    from training import data
+    from hyperrt.training import data
 
     data.build(tmp_path / "cache", 9, 2, 64, workers=1)
     np.save(tmp_path / "cache" / data.LATENTS, np.zeros((9, 2, 1), np.float16))
@@ -238,7 +238,7 @@ def test_a_missing_world_is_one_message_that_says_how_to_make_it(load, script, m
     with pytest.raises(SystemExit) as ended:
         load(script).main()
     assert ended.value.code == 4
-    assert "python -m training.pretrain --out RUN" in capsys.readouterr().err
+    assert "hyperrt pretrain --out RUN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["against_dreambooth", "paper_small"])
@@ -263,7 +263,7 @@ def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
 
 
 def test_a_margin_is_from_minus_one_to_one(load):
-    scoring, judges = load("scoring"), importlib.import_module("training.judges")
+    scoring, judges = load("scoring"), importlib.import_module("hyperrt.training.judges")
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200)))
     judge = judges.Scenes([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
     assert scoring.margin(judge, red, "red") == pytest.approx(1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("engines", "hyperrt", "training", "export")
+LAYERS = ("engines", "hyperrt", "training", "export")  # folders; installed as hyperrt.engines, hyperrt, ...
 RUNTIME = ("engines", "hyperrt")
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnxscript"}
 VENDORS = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cupy"}
@@ -54,27 +54,31 @@ def nodes(path: Path, at_import: bool = False) -> Iterator[ast.AST]:
 
 
 def imports(path: Path, at_import: bool = False) -> set[str]:
-    """Top-level names of the modules that a file imports with an import statement."""
+    """What a file imports with an import statement, as layers of ours and names of other packages."""
     found = set()
     for node in nodes(path, at_import):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {part_of(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(path.relative_to(ROOT).parts[0] if node.level else node.module or "")
-    return {module.split(".")[0] for module in found}
-
-
-def imports_by_name(path: Path) -> set[str]:
-    """Top-level names of the modules that a file loads with `import_module("…")` or `__import__("…")`."""
-    found = set()
-    for node in nodes(path):
-        if isinstance(node, ast.Call) and called(node) in {"import_module", "__import__"}:
-            found |= {arg.value.split(".")[0] for arg in node.args[:1] if is_text(arg)}
+            assert not node.level, "imports are absolute"
+            found |= {part_of(f"{node.module}.{alias.name}") for alias in node.names}
     return found
 
 
-def is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def part_of(module: str) -> str:
+    """A module of ours => its layer, as the folder is called; another's => its package."""
+    package, _, rest = module.partition(".")
+    inside = rest.partition(".")[0]
+    return inside if package == "hyperrt" and inside in LAYERS else package
+
+
+def imports_by_name(path: Path) -> set[str]:
+    """The same of what a file loads with `import_module("…")` or `__import__("…")`, f-strings too."""
+    found = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Call) and called(node) in {"import_module", "__import__"} and node.args:
+            found.add(part_of(ast.unparse(node.args[0]).lstrip("f").strip("\"'")))
+    return found
 
 
 def called(node: ast.Call) -> str:
@@ -110,8 +114,8 @@ def test_the_runtime_names_no_training_framework_not_even_lazily(path):
 
 
 @each(*RUNTIME)
-def test_only_the_export_command_reaches_to_the_right_and_only_by_name(path):
-    allowed = {"export"} if path.relative_to(ROOT).parts[0] == "hyperrt" else set()
+def test_only_commands_reach_to_the_right_and_only_by_name(path):
+    allowed = set(LAYERS[2:]) if is_command_line(path) else set()
     assert not (set(LAYERS[2:]) - allowed) & imports_by_name(path)
 
 
@@ -131,6 +135,7 @@ def test_importing_every_module_of_the_runtime_loads_nothing_heavy(layer):
     backends = VENDORS | {"__main__"}
     paths = [path.relative_to(ROOT).with_suffix("") for path in sources(layer) if path.stem not in backends]
     modules = [".".join(path.parts).removesuffix(".__init__") for path in paths]
+    modules = [module if layer == "hyperrt" else f"hyperrt.{module}" for module in modules]
     code = f"import importlib\nfor module in {modules!r}: importlib.import_module(module)"
     assert modules
     assert loaded_after(code, HEAVY | VENDORS) == set()

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from hyperrt.errors import UsageError
-from training.config import TrainConfig
-from training.data import SceneCache
-from training.features import CaptionTable
-from training.loop import warn
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.data import SceneCache
+from hyperrt.training.features import CaptionTable
+from hyperrt.training.loop import warn
 
 T = TypeVar("T")
 

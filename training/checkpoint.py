@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from hyperrt import files
 from hyperrt.errors import Incompatible, IntegrityError, UsageError
 from hyperrt.lora import LoraLayout
-from training.config import FIXED, DecoderConfig, TrainConfig, differences, to_json
-from training.hypernet import Decoder, decoder_of
-from training.loop import Descent
+from hyperrt.training.config import FIXED, DecoderConfig, TrainConfig, differences, to_json
+from hyperrt.training.hypernet import Decoder, decoder_of
+from hyperrt.training.loop import Descent
 
 FORMAT = 1
 HYPERNET, STATE = "hypernet", "state.safetensors"

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from training import scenes
+from hyperrt.training import scenes
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt.manifest import MAX_IMAGE_SCALE
-from training.presets import PRESETS
+from hyperrt.training.presets import PRESETS
 
-REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # training.losses.Regulariser
+REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # hyperrt.training.losses.Regulariser
 REGULARISED = ("factors", "product")
 PRIORS = ("preservation", "matching")
 KINDS = ("hyperdreambooth", "resampler")
@@ -21,7 +21,7 @@ PRECISIONS = (None, "fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of the weight decoder; `training.hypernet.decoder_of` makes it.
+    """Shape of the weight decoder; `hyperrt.training.hypernet.decoder_of` makes it.
 
     Raises:
         ValueError: a number is out of range, a word is unknown, or an option is of the other kind.
@@ -68,7 +68,7 @@ OPEN_VARIANTS = {  # smaller heads, and other readings of the paper's section B.
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One `python -m training.train`.
+    """One `hyperrt train`.
 
     Raises:
         ValueError: a number is out of range.

@@ -24,9 +24,9 @@ from PIL import Image
 
 from hyperrt.errors import BadImage, BadInput, NotFound
 from hyperrt.images import printable
-from training import scenes
+from hyperrt.training import scenes
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 TABLE, FAMILY, THING = "metadata.csv", "core", "thing"
 SUFFIXES = (".png", ".webp")

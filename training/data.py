@@ -35,12 +35,12 @@ from PIL import Image
 
 from hyperrt import files
 from hyperrt.errors import IntegrityError, ResourceError
-from training import cutouts as cutouts_of
-from training import scenes
-from training.cutouts import Cutouts
-from training.subjects import PLACEHOLDER, Captions, Found, Options, Subject, View
+from hyperrt.training import cutouts as cutouts_of
+from hyperrt.training import scenes
+from hyperrt.training.cutouts import Cutouts
+from hyperrt.training.subjects import PLACEHOLDER, Captions, Found, Options, Subject, View
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 RECIPE, LATENTS, CAPTIONS = "cache.json", "latents.npy", "captions.json"
 IMAGES, NOUNS = "images.npy", "nouns.npy"

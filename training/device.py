@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engines import memory
+from hyperrt.engines import memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 BF16_UNITS = ("avx512_bf16", "amx_bf16", "amx_tile")  # any of them

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from training import judges, scenes
+from hyperrt.training import judges, scenes
 
 WHITE = "on a plain white background"
 PER_NOUN, CANDIDATES = 5, 20

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt.errors import UsageError
-from training import drawn, identity_encoder, judges, scenes, scores
-from training.drawn import WHITE, Case, Lineup
-from training.protocols import Entry
-from training.scorers import Columns, Picture
-from training.scores import Score
+from hyperrt.training import drawn, identity_encoder, judges, scenes, scores
+from hyperrt.training.drawn import WHITE, Case, Lineup
+from hyperrt.training.protocols import Entry
+from hyperrt.training.scorers import Columns, Picture
+from hyperrt.training.scores import Score
 
 REAL_NUMBER = 500  # of the views of which the ceilings are; photos and what judges know have others
 

@@ -33,17 +33,17 @@ from hyperrt.lora import LoraLayout
 from hyperrt.personalize import Photos, read_photos
 from hyperrt.prompts import split_prompt
 from hyperrt.subject import Subject
-from training import base as bases
-from training import checkpoint, device, scenes
-from training.base import Base
-from training.batches import spread_timesteps
-from training.features import HALVES, encode_latents, encode_text, latents_of_pixels
-from training.loop import Descent, Schedule, reported
-from training.lora_layers import layout_of
-from training.losses import Noising, row_loss
-from training.sample import sample
+from hyperrt.training import base as bases
+from hyperrt.training import checkpoint, device, scenes
+from hyperrt.training.base import Base
+from hyperrt.training.batches import spread_timesteps
+from hyperrt.training.features import HALVES, encode_latents, encode_text, latents_of_pixels
+from hyperrt.training.loop import Descent, Schedule, reported
+from hyperrt.training.lora_layers import layout_of
+from hyperrt.training.losses import Noising, row_loss
+from hyperrt.training.sample import sample
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 VAE_FACTOR = 8  # pixels of a picture's side to a latent's
 ADAPTER = "default"  # PEFT's name for the only one

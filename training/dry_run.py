@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from training import device
-from training.config import to_json
+from hyperrt.training import device
+from hyperrt.training.config import to_json
 
 if TYPE_CHECKING:
-    from training.train import Trainer
+    from hyperrt.training.train import Trainer
 
 MB = 1e6
 

@@ -1,13 +1,13 @@
 """Draws and scores pictures of many subjects, and writes a report.
 
-    python -m training.evaluate BUNDLE --protocol dreambench --subjects DIR --output OUT --clip DIR --dino DIR
-    python -m training.evaluate --pictures DIR ...     scores what is there, and draws nothing
-    python -m training.evaluate --calibrate ...        scores the real photos alone
+    hyperrt evaluate BUNDLE --protocol dreambench --subjects DIR --output OUT --clip DIR --dino DIR
+    hyperrt evaluate --pictures DIR ...     scores what is there, and draws nothing
+    hyperrt evaluate --calibrate ...        scores the real photos alone
 
 OUT gets pictures/SUBJECT/*.png, photos/SUBJECT/*.png (small, for the page), report.json and index.html. The
 pictures come from the runtime, the scores from training/scorers.py; the protocols are those of
-training/protocols.py. Started by accelerate (`accelerate launch -m training.evaluate ...`), every process
-takes its part of the subjects; the figures are the same. A run that was killed goes on with --resume.
+training/protocols.py. Started by `accelerate launch -m hyperrt.training.evaluate ...`, every process takes its
+part of the subjects; the figures are the same. A run that was killed goes on with --resume.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
-from engines import BACKENDS, resolve
 from hyperrt import Runtime, files, images
 from hyperrt.config import SamplingConfig
+from hyperrt.engines import BACKENDS, resolve
 from hyperrt.errors import BadInput, UsageError
-from training import drawn_scorers, evaluation_report, pictures, protocols, scores
-from training.evaluation_report import PHOTOS, PICTURES, REPORT
-from training.loop import reported, stopping
-from training.pictures import Drawing, Found, Made
-from training.protocols import PROTOCOLS, Entry
-from training.scorers import Absent, Clip, Dino, Face, Scorer
+from hyperrt.training import drawn_scorers, evaluation_report, pictures, protocols, scores
+from hyperrt.training.evaluation_report import PHOTOS, PICTURES, REPORT
+from hyperrt.training.loop import reported, stopping
+from hyperrt.training.pictures import Drawing, Found, Made
+from hyperrt.training.protocols import PROTOCOLS, Entry
+from hyperrt.training.scorers import Absent, Clip, Dino, Face, Scorer
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 SCORERS = ("clip", "dino", "face", "identity", "colours", "background")
 THUMBNAIL = 256  # pixels
@@ -343,7 +343,14 @@ def main(
     fast: bool, seed: int, steps: int, kappa: float | None, cfg: bool, guidance: float | None,
     solver: str | None, batch: int, scorers: str | None, **others: Any,
 ) -> None:  # fmt: skip
-    """Draw and score pictures of many subjects with BUNDLE (a name or a folder), and write a report."""
+    """Draw and score pictures of many subjects with BUNDLE (a name or a folder), and write a report.
+
+    \b
+    Examples:
+      hyperrt evaluate tiny --protocol drawn --output report --limit 8
+      hyperrt evaluate sdxl --protocol dreambench --subjects dreambench --output report
+      hyperrt evaluate --protocol drawn --pictures report/pictures --output scores
+    """
     with reported():
         if fast and images_per_prompt not in (None, 1):
             why = f"--fast is one image of each prompt, and --images-per-prompt is {images_per_prompt}"

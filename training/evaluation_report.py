@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 from hyperrt import Runtime, files
 from hyperrt.config import SamplingConfig
 from hyperrt.job import settings_of
-from training import protocols, report_page, report_plots, scores
-from training.prompts import PACKS
-from training.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, Listing
-from training.scorers import Scorer
+from hyperrt.training import protocols, report_page, report_plots, scores
+from hyperrt.training.prompts import PACKS
+from hyperrt.training.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, Listing
+from hyperrt.training.scorers import Scorer
 
 if TYPE_CHECKING:
-    from training.evaluate import EvaluateConfig, Row
+    from hyperrt.training.evaluate import EvaluateConfig, Row
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 REPORT, PAGE, PLOT = "report.json", "index.html", "figures.png"
 PICTURES, PHOTOS = "pictures", "photos"  # folders beside it

@@ -11,7 +11,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from training import scenes
+from hyperrt.training import scenes
 
 PHOTO_SIZE = 256
 PLACES = ("on a plain white background", "in a forest", "in a city", "in the snow")

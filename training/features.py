@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from hyperrt import files, images
 from hyperrt.bundle import Preprocess
 from hyperrt.errors import Incompatible, NumericError, ResourceError
-from training.base import Encoders, tokens
-from training.checkpoint import hash_of
-from training.data import SceneCache
-from training.loop import warn
+from hyperrt.training.base import Encoders, tokens
+from hyperrt.training.checkpoint import hash_of
+from hyperrt.training.data import SceneCache
+from hyperrt.training.loop import warn
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with projection or not
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -84,7 +84,7 @@ def encode_latents(base: Encoders, pictures: np.ndarray, mirrored: bool = False)
 
 @torch.no_grad()
 def latents_of_pixels(base: Encoders, pixels: Tensor) -> Tensor:
-    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of training.sample.decode."""
+    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of hyperrt.training.sample.decode."""
     encoded = base.vae.encode(pixels.to(next(base.vae.parameters()).device))
     mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     config = base.vae.config
@@ -194,7 +194,7 @@ def latents(base: Encoders, cache: SceneCache, mirrored: bool = False) -> np.mem
 def check_latents(base: Encoders, cache: SceneCache) -> None:
     """That the latents of a cache are those of this VAE.
 
-    Those of training.prepare are told by their name. Of others a few are made again and compared; if they
+    Those of training/prepare.py are told by their name. Of others a few are made again and compared; if they
     differ, a warning says so: a script may train on latents that are no pictures', to see how fast it is.
 
     Raises:
@@ -206,10 +206,10 @@ def check_latents(base: Encoders, cache: SceneCache) -> None:
     if name is None:
         if not (error := _latents_error(base, cache)) <= MOST_LATENTS_ERROR:
             why = f"its latents are {error:.0%} off what the VAE makes of its pictures; {meaning}"
-            warn(what, why, "give --model the base that training.pretrain made with it, or make both anew")
+            warn(what, why, "give --model the base that hyperrt pretrain made with it, or make both anew")
     elif name != f"latents-{fingerprint(base.vae, cache)}.npy":
         why = f"it was prepared for a base model with another VAE, and {meaning}"
-        raise Incompatible(what, why, "prepare it again: python -m training.prepare --force --model BASE")
+        raise Incompatible(what, why, "prepare it again: hyperrt prepare --force")
 
 
 def _latents_error(base: Encoders, cache: SceneCache) -> float:

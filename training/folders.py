@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hyperrt import images, prompts
 from hyperrt.errors import BadInput, BadPrompt, NotFound
-from training.subjects import Captions, Found, LeftOut, Options, Subject, View, captions_of_noun
+from hyperrt.training.subjects import Captions, Found, LeftOut, Options, Subject, View, captions_of_noun
 
 MOST_VIEWS = 8  # of one subject, where the user says nothing else
 CLASS_FILE, METADATA, TABLE = "class.txt", "metadata.json", "prompts_and_classes.txt"

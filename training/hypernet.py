@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperrt.lora import VECTORS, LoraLayout, Site
-from training.attention import attention
-from training.config import DecoderConfig
-from training.resampler import Resampler
+from hyperrt.training.attention import attention
+from hyperrt.training.config import DecoderConfig
+from hyperrt.training.resampler import Resampler
 
 Packed = dict[str, Tensor]  # "lora_q" [B, Nq], "lora_kv" [B, Nkv]
 

@@ -27,10 +27,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hyperrt import files, home
 from hyperrt.errors import IntegrityError
-from training import data, device, pretrain
-from training.loop import Schedule, first_line, reported
+from hyperrt.training import data, device, pretrain
+from hyperrt.training.loop import Schedule, first_line, reported
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 SIZE = 64  # pixels of a picture's side
 SPLIT, IDENTITIES, VIEWS = "judge", 3000, 4

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hyperrt.errors import BadInput, Incompatible, IntegrityError, NotFound
-from training import features as image_features
-from training.lora_layers import KeyValues, attentions
-from training.resampler import Resampler
+from hyperrt.training import features as image_features
+from hyperrt.training.lora_layers import KeyValues, attentions
+from hyperrt.training.resampler import Resampler
 
 PARTS = ("image_proj.", "ip_adapter.")
 TOKENS = 16

@@ -21,10 +21,10 @@ import numpy as np
 
 from hyperrt import files, images
 from hyperrt.errors import BadInput, IntegrityError
-from training.data import CAPTIONS, IMAGES, NOUNS, in_processes
-from training.subjects import Captions, Found, LeftOut, Pictures, Subject, read
+from hyperrt.training.data import CAPTIONS, IMAGES, NOUNS, in_processes
+from hyperrt.training.subjects import Captions, Found, LeftOut, Pictures, Subject, read
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 5  # photos that are left out and named in a message

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from training import device, monitors, preview
-from training.config import to_json
-from training.loop import RunLog
+from hyperrt.training import device, monitors, preview
+from hyperrt.training.config import to_json
+from hyperrt.training.loop import RunLog
 
 if TYPE_CHECKING:
-    from training.train import Trainer
+    from hyperrt.training.train import Trainer
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 LOSSES = ("loss", "ft", "reg", "prior", "grad_norm")  # what `Trainer.step` returns
 SAID_COST = 0.01  # of the regulariser, a tenth of a usual loss: what lambda means is said by it

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-import engines
+from hyperrt import engines
 from hyperrt.bundle import Bundle
 from hyperrt.images import preprocess
 

@@ -25,12 +25,12 @@ from torch import Generator, Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from engines.errors import EngineError
 from hyperrt import files
+from hyperrt.engines.errors import EngineError
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError
-from training import device, processes
+from hyperrt.training import device, processes
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 Loss = Callable[[int, Generator], Mapping[str, Tensor]]
 Report = Callable[[int, nn.Module], Mapping[str, float]]

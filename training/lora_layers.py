@@ -26,7 +26,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from hyperrt.lora import LoraLayout, Site
-from training.attention import attention
+from hyperrt.training.attention import attention
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # path of an attn2 -> (K, V), each [rows, tokens, inner]

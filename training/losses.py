@@ -20,9 +20,9 @@ from torch import Tensor
 
 from hyperrt.lora import VECTORS, LoraLayout
 from hyperrt.solvers import PREDICTION_TYPES
-from training.config import REDUCTIONS, REGULARISED
-from training.hypernet import Packed
-from training.lora_layers import unpack
+from hyperrt.training.config import REDUCTIONS, REGULARISED
+from hyperrt.training.hypernet import Packed
+from hyperrt.training.lora_layers import unpack
 
 
 class Noising:

@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import TrainConfig
-from training.data import SceneCache
-from training.features import CaptionTable
-from training.hypernet import Decoder, Packed
-from training.loop import warn
-from training.lora_layers import unpack
-from training.losses import Noising, product_squares, row_loss
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.data import SceneCache
+from hyperrt.training.features import CaptionTable
+from hyperrt.training.hypernet import Decoder, Packed
+from hyperrt.training.loop import warn
+from hyperrt.training.lora_layers import unpack
+from hyperrt.training.losses import Noising, product_squares, row_loss
 
 Predict = Callable[
     [Tensor, Tensor, Tensor, Packed | None], Tensor

@@ -23,7 +23,7 @@ from hyperrt.job import plan
 from hyperrt.prompts import shortened
 from hyperrt.subject import Subject
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 NAME = re.compile(r"(\d{1,6})-(\d{1,6})\.(?:png|jpe?g|webp)", re.IGNORECASE)
 

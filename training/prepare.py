@@ -1,6 +1,6 @@
-"""Makes of a data set the cache that training/train.py reads: python -m training.prepare
+"""Makes of a data set the cache that training/train.py reads.
 
-    python -m training.prepare --layout folders --source DIR --model BASE --output CACHE
+    hyperrt prepare --layout folders --source DIR --model BASE --output CACHE
 
 Stages, each of which is kept when a later one is stopped:
 
@@ -31,10 +31,10 @@ import torch
 
 from hyperrt import files, images
 from hyperrt.errors import IntegrityError, NotFound, UsageError
-from training import base as bases
-from training import device, features, ingest, scenes
-from training.checkpoint import hash_of
-from training.data import (
+from hyperrt.training import base as bases
+from hyperrt.training import device, features, ingest, scenes
+from hyperrt.training.checkpoint import hash_of
+from hyperrt.training.data import (
     BACKGROUNDS,
     CAPTIONS,
     DESCRIPTIONS,
@@ -46,13 +46,13 @@ from training.data import (
     cutout_subjects,
     read_json,
 )
-from training.folders import afhq, celeba, folders
-from training.loop import reported
-from training.shards import webdataset
-from training.subjects import Found, Options
-from training.subjects200k import subjects200k
+from hyperrt.training.folders import afhq, celeba, folders
+from hyperrt.training.loop import reported
+from hyperrt.training.shards import webdataset
+from hyperrt.training.subjects import Found, Options
+from hyperrt.training.subjects200k import subjects200k
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 VERSION = 2  # of the cache; 1 and 3 are those of drawn scenes
 ENCODED = ("latents", "mirrored", "features", "text", "pooled")
@@ -82,7 +82,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """One `python -m training.prepare`.
+    """One `hyperrt prepare`.
 
     Raises:
         UsageError: a number is out of range, or an option is of another layout.
@@ -186,7 +186,7 @@ def _encoders(config: PrepareConfig) -> bases.Encoders:
     try:
         base = bases.load_encoders(config.model)
     except ValueError as error:
-        do = "copy it again, or make it anew: python -m training.pretrain"
+        do = "copy it again, or make it anew: hyperrt pretrain --out runs/world"
         raise IntegrityError(f"{config.model} is no base model", str(error), do) from error
     where = device.pick(config.device)
     if where.type == "cuda":  # TF32 is as exact as the float16 that the files have
@@ -299,7 +299,13 @@ COUNT = click.IntRange(1)
 @click.option("--force", is_flag=True, help="Replace a finished cache of another make-up.")
 @click.option("--device", help="Of the encoders [default: a GPU if there is one].")
 def main(**flags: Any) -> None:
-    """Make of a data set the cache that training.train reads."""
+    """Turn a data set into the cache that hyperrt train reads.
+
+    \b
+    Examples:
+      hyperrt prepare --layout folders --source photos --model base --output cache
+      hyperrt prepare --layout celeba --source CelebA-HQ --model stable-diffusion-v1-5 --output cache
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     with reported():

@@ -1,4 +1,4 @@
-"""Settings by name: fields of `training.config.TrainConfig`, the rest are its defaults.
+"""Settings by name: fields of `hyperrt.training.config.TrainConfig`, the rest are its defaults.
 
 The paper's (arXiv 2511.03156, tables 6 and 8) are the numbers that it prints. It prints two weights of R(h)
 for the closed category, 0.15 or 0.5 in the text and 100 in the table, and no reduction: 0.15 and 0.5 bind as

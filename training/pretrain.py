@@ -1,4 +1,4 @@
-"""Trains the `tiny` base model from nothing: `python -m training.pretrain --out RUN`.
+"""Trains the `tiny` base model from nothing: `hyperrt pretrain --out RUN`.
 
 Stages, each resumable, in RUN/<stage>/ with log.jsonl, state.pt and sample sheets:
 
@@ -28,13 +28,13 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from hyperrt.pictures import pictures_from_pixels
-from training import base as bases
-from training import clip_tokenizer, cutouts, data, device, scenes
-from training.loop import Schedule, fit, reported
-from training.lora_layers import install
-from training.sample import sample, sheet
+from hyperrt.training import base as bases
+from hyperrt.training import clip_tokenizer, cutouts, data, device, scenes
+from hyperrt.training.loop import Schedule, fit, reported
+from hyperrt.training.lora_layers import install
+from hyperrt.training.sample import sample, sheet
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 VAE = Schedule(
     steps=26000, lr=2e-3, warmup=100, ema=0.995, weight_decay=0.0, log_every=100, report_every=1000
@@ -314,7 +314,13 @@ def main(
     out: Path, cache_path: Path | None, identities: int, views: int, cutouts_path: Path | None,
     cutout_share: float, scale: float, batch: int, seed: int, threads: int | None, workers: int, until: str,
 ) -> None:  # fmt: skip
-    """Train the tiny base model from nothing and write OUT/base. Started again, it goes on where it was."""
+    """Train the tiny base model from nothing and write OUT/base. Started again, it goes on where it was.
+
+    \b
+    Examples:
+      hyperrt pretrain --out runs/world
+      hyperrt pretrain --out runs/quick --scale 0.02 --identities 200
+    """
     with reported():
         device.prepare(threads)
         found = cutouts.load(cutouts_path) if cutouts_path else None

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training import scenes
-from training.sample import sample, sheet
+from hyperrt.training import scenes
+from hyperrt.training.sample import sample, sheet
 
 if TYPE_CHECKING:
-    from training.train import Trainer
+    from hyperrt.training.train import Trainer
 
 SUBJECTS, STEPS, GUIDANCE_SCALE, KAPPA = 8, 16, 1.5, 1.2
 

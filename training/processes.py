@@ -1,4 +1,4 @@
-"""Several processes as one training, by accelerate: `accelerate launch -m training.train`, or torchrun.
+"""Several processes as one training, by `accelerate launch -m hyperrt.training.train`, or torchrun.
 
 Only the decoder and its optimizer go through it; the frozen parts have no gradients to share, and each
 process holds a copy. Every process computes its rows of the same batch, and the mean of the gradients is that
@@ -17,7 +17,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import AdamW, Optimizer
 
-from engines import nvidia
+from hyperrt.engines import nvidia
 from hyperrt.errors import UsageError
 
 PATIENCE = timedelta(hours=1)  # with a process that encodes the pictures, or draws samples, for the others

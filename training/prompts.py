@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hyperrt.prompts import split_prompt
-from training import scenes
+from hyperrt.training import scenes
 
 DREAMBENCH_SOURCE = "google/dreambooth on GitHub, dataset/prompts_and_classes.txt, 4f887af (CC BY 4.0)"
 

@@ -21,9 +21,9 @@ from urllib.parse import quote
 
 from hyperrt import images
 from hyperrt.errors import BadInput, NotFound
-from training import drawn, folders, prompts
-from training.drawn import Case
-from training.prompts import Pack
+from hyperrt.training import drawn, folders, prompts
+from hyperrt.training.drawn import Case
+from hyperrt.training.prompts import Pack
 
 TABLE = "metadata.csv"
 DREAMBENCH_SETTINGS = {  # pictures of a subject and prompt -> the setting's name

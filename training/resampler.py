@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.lora_layers import Attend, attend
+from hyperrt.training.lora_layers import Attend, attend
 
 
 class PerceiverAttention(nn.Module):

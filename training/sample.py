@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hyperrt import guidance, sampling, solvers
 from hyperrt.pictures import pictures_from_pixels
-from training.base import Base
-from training.features import encode_text
-from training.lora_layers import Rows, install, layout_of, unpack
+from hyperrt.training.base import Base
+from hyperrt.training.features import encode_text
+from hyperrt.training.lora_layers import Rows, install, layout_of, unpack
 
 GAP, ZOOM = 2, 2  # of a sheet: pixels between its pictures, and how much larger it is made
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from training import backgrounds
+from hyperrt.training import backgrounds
 
 OVERSAMPLE = 4
 TOKEN = "sks"  # stands for [V] in training captions

@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from hyperrt.errors import IntegrityError, NotFound
-from training import scores
-from training.checkpoint import hash_of
-from training.features import CLIP_MEAN, CLIP_STD
-from training.protocols import Entry
-from training.scores import Score
+from hyperrt.training import scores
+from hyperrt.training.checkpoint import hash_of
+from hyperrt.training.features import CLIP_MEAN, CLIP_STD
+from hyperrt.training.protocols import Entry
+from hyperrt.training.scores import Score
 
 Picture = np.ndarray  # [H, W, 3] uint8
 Columns = Mapping[str, Sequence[Score]]  # score -> one value of each picture

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from training.intervals import mean_interval
+from hyperrt.training.intervals import mean_interval
 
 Score = float | None
 

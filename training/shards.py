@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 
 from hyperrt import images, prompts
 from hyperrt.errors import BadInput, BadPrompt, HyperRTError, IntegrityError, NotFound
-from training.folders import MOST_VIEWS
-from training.subjects import (
+from hyperrt.training.folders import MOST_VIEWS
+from hyperrt.training.subjects import (
     Captions,
     Found,
     LeftOut,

@@ -21,8 +21,8 @@ import numpy as np
 from hyperrt import images
 from hyperrt.errors import BadImage, BadInput, BadPrompt, IntegrityError, NotFound, UsageError
 from hyperrt.srgb import Picture
-from training import shards
-from training.subjects import Found, LeftOut, Options, Subject, View, captions_of_text
+from hyperrt.training import shards
+from hyperrt.training.subjects import Found, LeftOut, Options, Subject, View, captions_of_text
 
 PADDING = 8  # pixels
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")

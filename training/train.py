@@ -1,11 +1,12 @@
 """Trains the hypernetwork end to end through the frozen UNet, a different LoRA for every row (paper eq. 5).
 
-    python -m training.train --preset celeba --model DIR --data CACHE --output OUT [--lambda 1 ...]
-    accelerate launch -m training.train ...       several GPUs, several machines: the same run, sooner
+    hyperrt train --preset celeba --model DIR --data CACHE --output OUT [--lambda 1 ...]
+    python -m training.train ...                          the same, in the repository
+    accelerate launch -m hyperrt.training.train ...       several GPUs, several machines: the same run, sooner
 
 OUT gets log.jsonl, samples/*.png, and the checkpoints of training/checkpoint.py. A run that was killed goes
 on with --resume, with the loss curve that it would have had; what it may be told otherwise then is
-`training.config.FREE`.
+`hyperrt.training.config.FREE`.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from hyperrt.errors import Incompatible, UsageError
-from training import base as bases
-from training import checkpoint, device, dry_run, features, image_prompt, processes
-from training.batches import Ahead, Batch, Batches
-from training.config import TrainConfig, resolve
-from training.data import SceneCache
-from training.hypernet import Packed, decoder_of
-from training.journal import LOSSES, Journal
-from training.loop import LOG, Descent, Schedule, reported, stopping, warn
-from training.lora_layers import Rows, install, layout_of, unpack
-from training.losses import Noising, Regulariser, row_loss
-from training.presets import PRESETS
+from hyperrt.training import base as bases
+from hyperrt.training import checkpoint, device, dry_run, features, image_prompt, processes
+from hyperrt.training.batches import Ahead, Batch, Batches
+from hyperrt.training.config import TrainConfig, resolve
+from hyperrt.training.data import SceneCache
+from hyperrt.training.hypernet import Packed, decoder_of
+from hyperrt.training.journal import LOSSES, Journal
+from hyperrt.training.loop import LOG, Descent, Schedule, reported, stopping, warn
+from hyperrt.training.lora_layers import Rows, install, layout_of, unpack
+from hyperrt.training.losses import Noising, Regulariser, row_loss
+from hyperrt.training.presets import PRESETS
 
-log = logging.getLogger("training")
+log = logging.getLogger("hyperrt.training")
 
 NO_IMAGE_PROMPT = (
     "the decoder of the open category is trained without an image prompt",
@@ -347,7 +348,14 @@ def _options(command: click.Command) -> click.Command:
     "--dry-run", "dry", is_flag=True, help="Two steps: print memory and shapes, write nothing to --output."
 )
 def main(preset: str, file: Path | None, resume: bool, allow_changes: bool, dry: bool, **flags: Any) -> None:
-    """Train the hypernetwork on a frozen base model."""
+    """Train a hypernetwork on a frozen base model.
+
+    \b
+    Examples:
+      hyperrt train --model runs/world/base --data runs/world/cache --output runs/hypernet
+      hyperrt train --model runs/world/base --data runs/world/cache --output runs/hypernet --resume
+      accelerate launch -m hyperrt.training.train --model base --data cache --output runs/faces
+    """
     with reported():
         try:
             settings = resolve(flags, preset, file)

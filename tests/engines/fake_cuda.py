@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engines import nvidia
+from hyperrt.engines import nvidia
 
 OLD, NEW = 12040, 13000  # CUDA 12.4 and 13.0, as cuDriverGetVersion says them
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)

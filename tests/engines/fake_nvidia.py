@@ -4,7 +4,7 @@ A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be
 
     {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}, "weights": {"w": 2}}
 
-or, as `build` writes it in place of engines.tensorrt_build's, a graph that ONNX Runtime computes:
+or, as `build` writes it in place of hyperrt.engines.tensorrt_build's, a graph that ONNX Runtime computes:
 
     {"onnx": "denoiser.onnx", "sizes": {"rows": 3}}
 
@@ -22,7 +22,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-import engines
+from hyperrt import engines
 from tests.engines.fake_cudart import Code, Cuda
 
 __all__ = ["Code", "Cuda", "TensorRT", "build", "install", "machine", "open_plan"]
@@ -240,7 +240,7 @@ OnnxEngine.context = OnnxContext  # defined after it
 
 def build(recipe, progress=None, **more):
     """In place of the compiler."""
-    from engines.tensorrt_build import Built
+    from hyperrt.engines.tensorrt_build import Built
 
     with open(recipe.output, "w") as file:
         json.dump({"onnx": recipe.onnx, "sizes": dict(recipe.sizes), **more}, file)
@@ -290,7 +290,7 @@ def install(monkeypatch, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
     bindings.runtime = cuda
     package.bindings = bindings
     for name in ("cuda", "tensorrt"):
-        monkeypatch.delitem(sys.modules, f"engines.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"hyperrt.engines.{name}", raising=False)
         monkeypatch.delattr(engines, name, raising=False)
     for name, module in {"cuda": package, "cuda.bindings": bindings, vendor: trt}.items():
         monkeypatch.setitem(sys.modules, name, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engines import onnxruntime as backend
+from hyperrt.engines import onnxruntime as backend
 
 
 def install(monkeypatch) -> list[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import engines
-from engines import BackendMissing, EngineError, EngineInputError
+from hyperrt import engines
+from hyperrt.engines import BackendMissing, EngineError, EngineInputError
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = {
@@ -61,7 +61,7 @@ def blocked(monkeypatch, error):
 
     for name in [name for name in sys.modules if name.split(".")[0] == "onnxruntime"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "engines.onnxruntime", raising=False)
+    monkeypatch.delitem(sys.modules, "hyperrt.engines.onnxruntime", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
 
 
@@ -89,7 +89,10 @@ def test_a_broken_vendor_package_is_not_called_missing(monkeypatch, tmp_path, er
 
 
 def test_importing_engines_loads_no_backend_and_no_vendor():
-    code = "import sys, engines; print(*[n for n in sys.modules if 'onnx' in n or n == 'engines.fake'])"
+    code = (
+        "import sys, hyperrt.engines\n"
+        "print(*[name for name in sys.modules if 'onnx' in name or name == 'hyperrt.engines.fake'])"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -107,9 +110,9 @@ AUTO = {
 @pytest.mark.parametrize(("installed", "suits", "chosen"), AUTO.values(), ids=AUTO)
 def test_auto_is_the_fastest_backend_that_is_installed(monkeypatch, installed, suits, chosen):
     monkeypatch.setattr(
-        "engines.base.find_spec", lambda name: ModuleSpec(name, None) if name in installed else None
+        "hyperrt.engines.base.find_spec", lambda name: ModuleSpec(name, None) if name in installed else None
     )
-    monkeypatch.setattr("engines.cores.suits_openvino", lambda: suits)
+    monkeypatch.setattr("hyperrt.engines.cores.suits_openvino", lambda: suits)
     assert engines.resolve("auto") == chosen
 
 
@@ -132,7 +135,7 @@ def test_backends_of_one_module_differ_in_what_they_fix():
 def test_what_a_backend_fixes_reaches_its_module(monkeypatch, tmp_path):
     given = {}
     module = types.SimpleNamespace(open=lambda path, **options: given.update(options, path=path))
-    monkeypatch.setattr("engines.base.load", lambda name: module)
+    monkeypatch.setattr("hyperrt.engines.base.load", lambda name: module)
     (tmp_path / "graph").touch()
     engines.open(tmp_path / "graph", "tensorrt-rtx", threads=3, sizes={"rows": 2}, other=1)
     assert given == {

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from engines.cores import available_cores, suits_openvino, thread_count
+from hyperrt.engines.cores import available_cores, suits_openvino, thread_count
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from engines import EngineError, TensorSpec, dlpack
+from hyperrt.engines import EngineError, TensorSpec, dlpack
 from tests.engines import fake_cuda, fake_nvidia
 
 PLAN = {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}, "weights": {"w": 2}}

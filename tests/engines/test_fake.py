@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines import EngineError, EngineInputError, EngineMemoryError, EngineUnusable, TensorSpec
-from engines.fake import FakeEngine
+from hyperrt.engines import EngineError, EngineInputError, EngineMemoryError, EngineUnusable, TensorSpec
+from hyperrt.engines.fake import FakeEngine
 
 X, Y, GAIN = (TensorSpec(name, ("n",), "float32") for name in ("x", "y", "gain"))
 ONES = np.ones(2, np.float32)

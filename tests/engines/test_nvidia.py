@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines import EngineError, nvidia
+from hyperrt.engines import EngineError, nvidia
 from tests.engines import fake_cuda
 from tests.engines.fake_cuda import H100, OLD, SLICE
 

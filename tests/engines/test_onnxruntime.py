@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines
-from engines import EngineError, EngineLoadError, EngineMemoryError, memory
+from hyperrt import engines
+from hyperrt.engines import EngineError, EngineLoadError, EngineMemoryError, memory
 
 pytest.importorskip("onnxruntime")
 HERE = Path(__file__).parent / "graphs"

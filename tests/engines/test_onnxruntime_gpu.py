@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines
-from engines import EngineClosed, EngineError, EngineInputError, EngineLoadError
+from hyperrt import engines
+from hyperrt.engines import EngineClosed, EngineError, EngineInputError, EngineLoadError
 from tests.backends import FEEDS, LORA, STEP, W, X, Y
 from tests.engines import fake_cuda
 from tests.engines.fake_cuda import H100, NEW, OLD
 
 ort = pytest.importorskip("onnxruntime")
-backend = pytest.importorskip("engines.onnxruntime")
+backend = pytest.importorskip("hyperrt.engines.onnxruntime")
 GRAPH = Path(__file__).parent / "graphs" / "affine.onnx"
 TINY = Path(__file__).parents[2] / "hyperrt" / "bundles" / "tiny"
 SIZES = {"rows": 2, "subjects": 1}
@@ -161,7 +161,9 @@ def test_auto_is_the_gpu_where_its_package_can_use_one(
     fake_cuda.install(monkeypatch, tmp_path, *gpus, cuda=driver)
     package = ModuleSpec("onnxruntime", None, is_package=True)
     package.submodule_search_locations.append(str(tmp_path))
-    monkeypatch.setattr("engines.base.find_spec", lambda name: package if name == "onnxruntime" else None)
+    monkeypatch.setattr(
+        "hyperrt.engines.base.find_spec", lambda name: package if name == "onnxruntime" else None
+    )
     assert engines.resolve("auto") == "onnxruntime"  # without the provider's library
     (tmp_path / "capi").mkdir()
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").touch()

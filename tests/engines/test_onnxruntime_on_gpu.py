@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines
+from hyperrt import engines
 from tests.backends import FEEDS, LORA, STEP, W, X
 
 ort = pytest.importorskip("onnxruntime")
-backend = pytest.importorskip("engines.onnxruntime")
+backend = pytest.importorskip("hyperrt.engines.onnxruntime")
 GRAPH = Path(__file__).parent / "graphs" / "affine.onnx"
 SIZES = {"rows": 2, "subjects": 1}
 

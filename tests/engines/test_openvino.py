@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines
-from engines import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
-from engines.cores import multiplies_bf16
+from hyperrt import engines
+from hyperrt.engines import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
+from hyperrt.engines.cores import multiplies_bf16
 
 pytest.importorskip("openvino")
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def test_an_unknown_precision_is_refused():
 
 @pytest.mark.parametrize(("capabilities", "precision"), [(["FP32"], "f32"), (["FP32", "BF16"], "bf16")])
 def test_auto_is_bf16_where_the_processor_multiplies_it(capabilities, precision):
-    from engines import openvino
+    from hyperrt.engines import openvino
 
     class Core:
         def get_property(self, device, name):
@@ -221,7 +221,7 @@ def test_files_of_other_formats_are_refused_without_a_word_on_stderr(tmp_path, c
 OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np
-import engines
+from hyperrt import engines
 engine = engines.open(sys.argv[1], "openvino", threads=1)
 feeds = {"one": np.ones(1, np.float32)}
 print(engine.run(feeds | {"n": np.array([1000])})["y"].shape)
@@ -271,7 +271,7 @@ def test_angles_and_coefficients_are_not_rounded_to_bf16(save, onnx):
 
 SIGNALLED = """
 import os, signal, sys
-import engines
+from hyperrt import engines
 first, second = (engines.open(sys.argv[1], "openvino", threads=1) for _ in range(2))
 first.close()
 del first

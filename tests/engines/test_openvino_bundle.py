@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines
+from hyperrt import engines
 
 pytest.importorskip("openvino")
 BUNDLE = Path(engines.__file__).parents[1] / "hyperrt" / "bundles" / "tiny"

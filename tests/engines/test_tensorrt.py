@@ -8,9 +8,16 @@ import pickle
 import numpy as np
 import pytest
 
-import engines
-from engines import EngineError, EngineLoadError, EngineMemoryError, EngineUnusable, TensorSpec, dlpack
-from engines.fake import FakeEngine
+from hyperrt import engines
+from hyperrt.engines import (
+    EngineError,
+    EngineLoadError,
+    EngineMemoryError,
+    EngineUnusable,
+    TensorSpec,
+    dlpack,
+)
+from hyperrt.engines.fake import FakeEngine
 from tests.engines import fake_cuda, fake_nvidia
 
 FIXED = {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}}
@@ -331,7 +338,7 @@ def test_without_a_gpu_the_error_is_one_of_the_device(opened, nvidia, monkeypatc
 
 
 def test_results_on_the_device_are_taken_by_dlpack_and_freed(opened, nvidia, monkeypatch):
-    from engines import cuda
+    from hyperrt.engines import cuda
 
     monkeypatch.setattr(cuda.Buffer, "__dlpack_device__", lambda self: (dlpack.CPU, 0))
     with opened(FIXED) as engine:

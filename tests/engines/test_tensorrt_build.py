@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engines import EngineError, EngineInputError, EngineLoadError, EngineMemoryError, tensorrt_build
-from engines.tensorrt_build import Recipe
+from hyperrt.engines import EngineError, EngineInputError, EngineLoadError, EngineMemoryError, tensorrt_build
+from hyperrt.engines.tensorrt_build import Recipe
 
 HERE = Path(__file__).parent / "graphs"
 SIZES = {"rows": 2, "subjects": 1}
@@ -62,7 +62,7 @@ def test_progress_and_errors_come_from_the_child(child, tmp_path):
 
 def test_tensorrt_11_3_is_not_used_for_refitting(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.3.0.99"))
-    monkeypatch.setitem(sys.modules, "engines.tensorrt", SimpleNamespace(Log=None))
+    monkeypatch.setitem(sys.modules, "hyperrt.engines.tensorrt", SimpleNamespace(Log=None))
     asked = recipe(tmp_path, vendor="tensorrt", target="current", refit=("w",))
     with pytest.raises(EngineLoadError, match=r"11.3.0.99(?s:.*)may lack a bias"):
         tensorrt_build._compiled(asked, lambda **_: None)

@@ -17,9 +17,9 @@ TINY_BASE = Path(__file__).resolve().parents[1] / "training" / "tiny_base.py"
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Folders of a base model and of a hypernetwork that fits it: `base`, `hypernet`."""
-    from training import base, checkpoint, lora_layers
-    from training.config import TrainConfig
-    from training.hypernet import decoder_of
+    from hyperrt.training import base, checkpoint, lora_layers
+    from hyperrt.training.config import TrainConfig
+    from hyperrt.training.hypernet import decoder_of
 
     spec = importlib.util.spec_from_file_location("tiny_base", TINY_BASE)
     tiny_base = importlib.util.module_from_spec(spec)
@@ -46,8 +46,8 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def exported(trained, tmp_path_factory) -> Path:
     """A bundle, made by the real export."""
-    from export import export_bundle
-    from export.source import Inputs
+    from hyperrt.export import export_bundle
+    from hyperrt.export.source import Inputs
 
     output = tmp_path_factory.mktemp("exported") / "small"
     return export_bundle("tiny", Inputs(trained.base, trained.hypernet), output)
@@ -56,8 +56,8 @@ def exported(trained, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def source(trained):
     """What `exported` was made from."""
-    from export import families
-    from export.source import Inputs
+    from hyperrt.export import families
+    from hyperrt.export.source import Inputs
 
     with families.opened(families.get("tiny"), Inputs(trained.base, trained.hypernet)) as source:
         yield source
@@ -72,7 +72,7 @@ def modules(source):
 @pytest.fixture(scope="session")
 def parts(source):
     """Its graphs by name."""
-    from export import graphs
+    from hyperrt.export import graphs
 
     return {graph.name: graph for graph in graphs.build(source)}
 
@@ -80,7 +80,7 @@ def parts(source):
 @pytest.fixture(scope="session")
 def write(source, modules):
     """Writes NAME.onnx of a graph into a folder, and returns its path."""
-    from export import onnx_graph
+    from hyperrt.export import onnx_graph
 
     def write(graph, folder, **options):
         skeletons = {name: part.skeleton for name, part in source.parts.items()}

@@ -19,12 +19,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from export.families import _random
-from export.parts import random_part
-from export.source import Source
-from training import checkpoint, clip_tokenizer, image_prompt, lora_layers
-from training.config import DecoderConfig, TrainConfig
-from training.hypernet import decoder_of
+from hyperrt.export.families import _random
+from hyperrt.export.parts import random_part
+from hyperrt.export.source import Source
+from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers
+from hyperrt.training.config import DecoderConfig, TrainConfig
+from hyperrt.training.hypernet import decoder_of
 
 SCHEDULER = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon",

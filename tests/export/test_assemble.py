@@ -9,20 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from export import export_bundle, families, onnx_graph, verify
-from export.errors import ExportError, ParityError
-from export.source import Inputs
 from hyperrt import bundle, memory
 from hyperrt.bundle import Bundle
 from hyperrt.errors import NotFound, ResourceError, UsageError
+from hyperrt.export import export_bundle, families, onnx_graph, verify
+from hyperrt.export.errors import ExportError, ParityError
+from hyperrt.export.source import Inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from export import export_bundle, onnx_graph, verify
-from export.source import Inputs
+from hyperrt.export import export_bundle, onnx_graph, verify
+from hyperrt.export.source import Inputs
 from hyperrt import bundle
 
 def write(graph, skeletons, modules, folder, *options):

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from export import assemble, verify
-from export.errors import ParityError
 from hyperrt import cli as command
+from hyperrt.export import assemble, verify
+from hyperrt.export.errors import ParityError
 from tests.export.command_line import arguments, three_lines
 
 

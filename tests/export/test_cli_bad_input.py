@@ -11,9 +11,9 @@ from collections import namedtuple
 import pytest
 from safetensors.torch import load_file, save_file
 
-from export import onnx_graph
 from hyperrt import cli as command
 from hyperrt import memory
+from hyperrt.export import onnx_graph
 from tests.export import small_models
 from tests.export.command_line import arguments, three_lines
 

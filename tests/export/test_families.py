@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from export import families
-from export.errors import ExportError
-from export.source import Inputs, betas, image_prompt_section
+from hyperrt.export import families
+from hyperrt.export.errors import ExportError
+from hyperrt.export.source import Inputs, betas, image_prompt_section
+from hyperrt.training import checkpoint, image_prompt
 from tests.export import small_models
-from training import checkpoint, image_prompt
 
 
 def hashes(seed):

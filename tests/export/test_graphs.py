@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderTiny
 from onnx import numpy_helper
 
-import engines
-from export import graphs, onnx_graph
-from export.parts import Part
+from hyperrt import engines
 from hyperrt.bundle import GRAPHS
-from training import lora_layers
+from hyperrt.export import graphs, onnx_graph
+from hyperrt.export.parts import Part
+from hyperrt.training import lora_layers
 
 
 @pytest.fixture(scope="session")

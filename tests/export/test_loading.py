@@ -9,11 +9,11 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from export import assemble, export_bundle, families, loading
-from export.errors import ExportError
-from export.source import Inputs
 from hyperrt.bundle import Bundle
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
+from hyperrt.export import assemble, export_bundle, families, loading
+from hyperrt.export.errors import ExportError
+from hyperrt.export.source import Inputs
 from tests.export import small_models
 from tests.export.small_models import SDXL
 

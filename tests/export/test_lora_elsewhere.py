@@ -20,14 +20,14 @@ from diffusers import (
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
-from export import architectures
 from hyperrt import lora_writer
 from hyperrt.errors import LoraMismatch
+from hyperrt.export import architectures
 from hyperrt.lora import load_subject, save_subject
 from hyperrt.lora_names import FORMATS
 from hyperrt.subject_file import open_lora
+from hyperrt.training import clip_tokenizer, lora_layers
 from tests.export import small_models
-from training import clip_tokenizer, lora_layers
 
 peft = pytest.importorskip("peft")
 

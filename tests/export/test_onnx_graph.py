@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-import engines
-from export import onnx_graph
-from export.errors import ExportError
-from export.modules import GraphModule
+from hyperrt import engines
 from hyperrt.bundle import GRAPHS
+from hyperrt.export import onnx_graph
+from hyperrt.export.errors import ExportError
+from hyperrt.export.modules import GraphModule
 
 ROOT = Path(__file__).resolve().parents[2]
 each_graph = pytest.mark.parametrize("name", GRAPHS)

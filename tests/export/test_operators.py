@@ -1,9 +1,9 @@
 import numpy as np
 import torch
 
-from export import operators
 from hyperrt import guidance
-from training import lora_layers
+from hyperrt.export import operators
+from hyperrt.training import lora_layers
 
 
 def test_rows_are_branch_major():

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from export.errors import ExportError
-from export.parts import Part, numbers_of, random_part
+from hyperrt.export.errors import ExportError
+from hyperrt.export.parts import Part, numbers_of, random_part
 
 
 class Tied(nn.Module):

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines import EngineUnusable
-from export import export_bundle, onnx_graph
-from export.assemble import Options
-from export.source import Inputs
 from hyperrt import Runtime, compiling
 from hyperrt.bundle import Bundle
+from hyperrt.engines import EngineUnusable
 from hyperrt.errors import BundleMismatch, NumericError
+from hyperrt.export import export_bundle, onnx_graph
+from hyperrt.export.assemble import Options
+from hyperrt.export.source import Inputs
 from hyperrt.plans import PlanCache
 from tests.engines import fake_nvidia, fake_ort_gpu
 

@@ -5,9 +5,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-import engines
-from export import refit_form, verify
-from export.errors import ExportError
+from hyperrt import engines
+from hyperrt.export import refit_form, verify
+from hyperrt.export.errors import ExportError
 from hyperrt.lora import LoraLayout
 
 SIZES = {"images": 2, "branches": 3, "rows": 6, "subjects": 1}

@@ -11,14 +11,14 @@ from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from export import architectures, families, loading, single_file
-from export.errors import ExportError
-from export.source import Inputs
 from hyperrt import cli as command
 from hyperrt.errors import BadInput, IntegrityError
+from hyperrt.export import architectures, families, loading, single_file
+from hyperrt.export.errors import ExportError
+from hyperrt.export.source import Inputs
+from hyperrt.training import checkpoint
 from tests.export import original_layout, small_models
 from tests.export.command_line import three_lines
-from training import checkpoint
 
 MODELS = {"sd15": small_models.SD15, "sdxl": small_models.SDXL}
 UNET, VAE = original_layout.UNET, original_layout.VAE

@@ -8,12 +8,12 @@ import onnx
 import pytest
 import torch
 
-from export import assemble, export_bundle, families, verify
-from export.errors import ParityError
-from export.source import Inputs
 from hyperrt import Runtime, compiling
 from hyperrt import cli as command
 from hyperrt.bundle import Bundle
+from hyperrt.export import assemble, export_bundle, families, verify
+from hyperrt.export.errors import ParityError
+from hyperrt.export.source import Inputs
 from hyperrt.plans import PlanCache
 from tests.engines import fake_nvidia
 from tests.export import small_models
@@ -127,7 +127,7 @@ REFITTED = [("fp32", False), ("fp32", True), pytest.param("bf16", False, marks=n
 
 @pytest.mark.parametrize(("precision", "int8"), REFITTED)
 def test_the_lora_may_enter_by_refit(family, precision, int8, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.storage.SMALLEST_INT8", 256)
+    monkeypatch.setattr("hyperrt.export.storage.SMALLEST_INT8", 256)
     path = exported(family, tmp_path / "b", precision=precision, int8=int8, adapt="refit")
     bundle = Bundle.open(path)
     kind = "int8" if int8 else precision
@@ -142,7 +142,7 @@ def test_the_lora_may_enter_by_refit(family, precision, int8, tmp_path, monkeypa
 
 
 def test_eight_bits_halve_the_denoiser_and_stay_close(family, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.storage.SMALLEST_INT8", 256)
+    monkeypatch.setattr("hyperrt.export.storage.SMALLEST_INT8", 256)
     full, small = plain, exported(family, tmp_path / "small", int8=True)
     assert Bundle.open(small).storage == "int8"
     weights = [

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from engines.base import Engine
-from export import assemble, export_bundle, families, onnx_graph, reference, verify
-from export.source import Inputs
 from hyperrt import Runtime, sampling
 from hyperrt.bundle import Bundle
+from hyperrt.engines.base import Engine
+from hyperrt.export import assemble, export_bundle, families, onnx_graph, reference, verify
+from hyperrt.export.source import Inputs
 from hyperrt.lora import save_subject
 from hyperrt.runtime import pictures_from_pixels
+from hyperrt.training.base import tokens
 from tests.export import small_models
-from training.base import tokens
 
 SEED = 3
 PROMPTS = {"uncond": "", "subject": "a sks toy on a beach", "generic": "a toy on a beach"}

@@ -3,8 +3,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from export import storage
-from export.storage import Weight
+from hyperrt.export import storage
+from hyperrt.export.storage import Weight
 
 
 def filled(tensor, op="MatMul", int8=False, dtype=ir.DataType.FLOAT):

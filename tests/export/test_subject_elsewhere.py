@@ -21,7 +21,7 @@ PROMPT, STEPS, SEED = "a [V] robot on a beach", 6, 11
 @pytest.fixture
 def unet(modules):
     """The base model's UNet as diffusers would load it, the test's own."""
-    from export import reference
+    from hyperrt.export import reference
 
     return reference.plain(modules["unet"])
 
@@ -111,7 +111,7 @@ def load_in_peft(unet, path, layout):
 
 @pytest.mark.parametrize(("format", "load"), [("diffusers", load_in_diffusers), ("peft", load_in_peft)])
 def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, made, format, load):
-    from export import reference
+    from hyperrt.export import reference
 
     layout, subject = source.layout, made[0]
     expected = run(reference.personalised(unet, layout, subject.lora))
@@ -122,7 +122,7 @@ def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, 
 
 
 def test_peft_loads_the_folder(tmp_path, unet, source, made):
-    from export import reference
+    from hyperrt.export import reference
 
     expected = run(reference.personalised(unet, source.layout, made[0].lora))
     folder = save(tmp_path / "robot", source, made[0], "peft")
@@ -131,7 +131,7 @@ def test_peft_loads_the_folder(tmp_path, unet, source, made):
 
 
 def test_photos_side_by_side_are_in_diffusers_the_mean_of_what_each_changes(tmp_path, unet, source, made):
-    from export import reference
+    from hyperrt.export import reference
 
     layout, subject = source.layout, made[0]
     photos = [subject.lora, {name: vector[::-1].copy() for name, vector in subject.lora.items()}]

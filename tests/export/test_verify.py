@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import engines
-from export import verify
-from export.errors import ParityError
+from hyperrt import engines
+from hyperrt.export import verify
+from hyperrt.export.errors import ParityError
 
 
 def test_the_manifest_holds_the_figure_of_every_rung(exported):

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from engines import fake
 from hyperrt import solvers
 from hyperrt.adapt import write_context
+from hyperrt.engines import fake
 from hyperrt.lora import LoraLayout, Site
 
 S, T, F, L, D, W, C, SIZE, IMAGE = 8, 2, 3, 8, 4, 12, 4, 4, 16

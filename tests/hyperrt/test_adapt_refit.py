@@ -7,12 +7,11 @@ import json
 import numpy as np
 import pytest
 
-import engines
-from engines import EngineError, EngineUnusable, TensorSpec
-from engines.fake import FakeEngine
-from hyperrt import graphs
+from hyperrt import engines, graphs
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import MANIFEST, Bundle
+from hyperrt.engines import EngineError, EngineUnusable, TensorSpec
+from hyperrt.engines.fake import FakeEngine
 from hyperrt.errors import BundleError, BundleMismatch, LoraMismatch, UsageError
 from hyperrt.lora import LoraLayout, Site
 from hyperrt.runtime import Runtime

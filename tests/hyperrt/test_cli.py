@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from hyperrt import cli, config, recipe
 from hyperrt.cli_commands import hyperrt as group
+from hyperrt.cli_training import COMMANDS
 from tests.hyperrt import fake_bundle
 from tests.hyperrt.command_line import PROMPT, ROOT, events, is_three_lines
 
@@ -348,7 +349,21 @@ def test_export_without_pytorch_says_what_to_install(monkeypatch, capsys):
 
 def test_help_of_every_command_has_examples_and_needs_no_numpy():
     code = "import sys; from hyperrt import cli; cli.run(sys.argv[1:]); print('numpy' in sys.modules)"
-    for arguments in ([], *([name] for name in group.commands)):
+    for arguments in ([], *([name] for name in group.commands if name not in COMMANDS)):
         command = [sys.executable, "-c", code, *arguments, "--help"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert "Examples:" in out and out.endswith("False\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_training_command_is_that_of_its_module(name, run):
+    pytest.importorskip("torch")
+    code, out, _ = run(name, "--help", here=())
+    assert code == 0 and out.startswith(f"Usage: hyperrt {name} ") and "Examples:" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_without_pytorch_a_training_command_says_what_to_install(name, run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(name, here=())
+    assert code == 5 and err.endswith("do:  pip install 'hyperrt[train]'\n")

@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import engines
-from engines import EngineLoadError, EngineMemoryError, TensorSpec
-from engines.fake import FakeEngine
-from engines.tensorrt_build import Built
-from hyperrt import cli, compiling
+from hyperrt import cli, compiling, engines
 from hyperrt.bundle import Bundle
+from hyperrt.engines import EngineLoadError, EngineMemoryError, TensorSpec
+from hyperrt.engines.fake import FakeEngine
+from hyperrt.engines.tensorrt_build import Built
 from hyperrt.errors import Incompatible, IntegrityError, NotFound, NumericError, UsageError
 from hyperrt.plans import PlanCache
 

@@ -22,7 +22,7 @@ def checks(bundle, backend="fake"):
 def test_a_sound_machine_passes_every_check(pretend):
     found = checks(pretend)
     assert "fail" not in {check.status for check in found.values()}
-    assert {"hyperrt", "packages", "dependencies", "one ONNX Runtime", "test run"} <= set(found)
+    assert {"hyperrt", "dependencies", "one ONNX Runtime", "test run"} <= set(found)
     assert "base model comes back" in found["test run"].detail
 
 
@@ -53,7 +53,7 @@ def test_a_damaged_bundle_fails_with_its_code_and_is_not_run(run, tmp_path):
 def test_a_bundle_that_is_not_there_hides_no_other_check(run):
     code, out, err = run("doctor", "--bundle", "nothing")
     assert code == 4 and "nothing" in err
-    assert "ok    packages" in out
+    assert "ok    dependencies" in out
 
 
 def test_a_backend_that_is_not_installed_fails_only_when_it_is_wanted(pretend, monkeypatch):
@@ -90,22 +90,6 @@ def test_a_missing_dependency_is_named(pretend, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", without_pillow)
     check = checks(pretend)["dependencies"]
     assert (check.status, check.code, check.detail) == ("fail", 4, "missing: pillow")
-
-
-def test_a_package_of_another_distribution_is_a_warning(pretend, monkeypatch, tmp_path):
-    find = importlib.util.find_spec
-    (tmp_path / "training").mkdir()
-    (tmp_path / "training" / "__init__.py").touch()
-    stranger = importlib.util.spec_from_file_location(
-        "training",
-        tmp_path / "training" / "__init__.py",
-        submodule_search_locations=[str(tmp_path / "training")],
-    )
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: stranger if name == "training" else find(name)
-    )
-    check = checks(pretend)["packages"]
-    assert check.status == "warn" and check.detail.startswith("training: ") and check.do
 
 
 def test_a_base_model_that_does_not_come_back_is_found(pretend):

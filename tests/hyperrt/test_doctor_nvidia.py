@@ -10,9 +10,8 @@ import types
 
 import pytest
 
-import engines
-from engines import nvidia
-from hyperrt import doctor
+from hyperrt import doctor, engines
+from hyperrt.engines import nvidia
 from tests.engines import fake_cuda
 from tests.engines.fake_cuda import H100, OLD, SLICE
 from tests.hyperrt.command_line import is_three_lines
@@ -41,7 +40,7 @@ def machine(monkeypatch, tmp_path):
         return None if name in ("tensorrt", RTX) else find(name)
 
     def loaded(name, package=None):
-        if name == "engines.tensorrt":
+        if name == "hyperrt.engines.tensorrt":
             return types.SimpleNamespace(open=does_not_open, target=does_not_open)
         if packages.get(name):
             raise packages[name]

@@ -7,8 +7,7 @@ import stat
 
 import pytest
 
-import engines
-from hyperrt import graphs
+from hyperrt import engines, graphs
 from hyperrt.errors import UsageError
 from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle

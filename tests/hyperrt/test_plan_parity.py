@@ -13,8 +13,7 @@ import logging
 import numpy as np
 import pytest
 
-import engines
-from hyperrt import cli, compiling, files, memory, plan_parity
+from hyperrt import cli, compiling, engines, files, memory, plan_parity
 from hyperrt.bundle import Bundle
 from hyperrt.errors import NumericError, UsageError
 from hyperrt.graphs import Graphs
@@ -166,7 +165,7 @@ def test_where_the_graph_cannot_be_run_the_plan_is_used_with_a_warning(trt, monk
                 raise engines.BackendMissing("the backend 'onnxruntime' is not installed")
             return really(backend)
 
-        monkeypatch.setattr("engines.base.load", load)
+        monkeypatch.setattr("hyperrt.engines.base.load", load)
         said = "the backend 'onnxruntime' is not installed"
     with caplog.at_level(logging.WARNING, "hyperrt"):
         graphs = Graphs(bundle, RTX, 1)

@@ -13,9 +13,9 @@ import sys
 
 import pytest
 
-from engines import EngineMemoryError
 from hyperrt import Runtime, cli, compiling, home
 from hyperrt.bundle import Bundle
+from hyperrt.engines import EngineMemoryError
 from hyperrt.plans import PlanCache
 from tests.engines import fake_cuda, fake_nvidia
 from tests.engines.fake_cuda import H100, NEW, OLD
@@ -169,7 +169,7 @@ def of_another_version(monkeypatch):
 
 
 def of_another_card(monkeypatch):
-    monkeypatch.setattr("engines.tensorrt.target", lambda vendor, device=0: "sm90 NVIDIA H200")
+    monkeypatch.setattr("hyperrt.engines.tensorrt.target", lambda vendor, device=0: "sm90 NVIDIA H200")
     return "sm89 Fake RTX", "sm90 NVIDIA H200"
 
 

@@ -7,8 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-import engines
-from hyperrt import guidance, sampling, solvers
+from hyperrt import engines, guidance, sampling, solvers
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
 from hyperrt.pictures import pictures_from_pixels
 from hyperrt.runtime import Runtime

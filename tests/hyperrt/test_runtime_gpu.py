@@ -7,7 +7,7 @@ import pytest
 
 from hyperrt import Runtime
 
-backend = pytest.importorskip("engines.onnxruntime")
+backend = pytest.importorskip("hyperrt.engines.onnxruntime")
 fake_ort_gpu = pytest.importorskip("tests.engines.fake_ort_gpu")
 PROMPTS = ("a [V] mug on a beach", "a [V] mug in the snow")
 

@@ -12,9 +12,9 @@ import shutil
 import numpy as np
 import pytest
 
-from engines.dlpack import DeviceArray
 from hyperrt import Runtime, compiling
 from hyperrt.bundle import Bundle
+from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import Incompatible, NotFound, NumericError
 from hyperrt.lora import VECTORS, save_subject
 from tests.engines import fake_nvidia

@@ -29,7 +29,7 @@ TEXTS = [
 def clip(tmp_path_factory):
     """transformers' tokenizer and the folder that it was saved in."""
     pytest.importorskip("transformers")
-    from training import clip_tokenizer
+    from hyperrt.training import clip_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     return clip_tokenizer.build(folder, LENGTH), folder

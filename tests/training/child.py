@@ -12,7 +12,7 @@ import signal
 import torch
 
 from hyperrt import files
-from training import preview, train
+from hyperrt.training import preview, train
 
 
 def die_in_publishing(count: int, when: str) -> None:

@@ -35,7 +35,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def parts(world):
     """The loaded base model."""
-    from training import base
+    from hyperrt.training import base
 
     return base.load(world.base)
 
@@ -71,9 +71,9 @@ def settings(short_run, tmp_path) -> dict:
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory) -> SimpleNamespace:
     """A small SDXL and a cache that was prepared for it: `model`, its folder; `base`, `cache`, `table`."""
+    from hyperrt.training import base, features, prepare
     from tests.export import small_models
     from tests.training import data_sets
-    from training import base, features, prepare
 
     folder = tmp_path_factory.mktemp("sdxl")
     model = folder / "base"
@@ -109,7 +109,7 @@ def curve() -> Callable[[Path | str], list[dict]]:
 @pytest.fixture
 def no_sheets(monkeypatch):
     """Sample sheets are tested once; they are the longest part of a short run."""
-    from training import preview
+    from hyperrt.training import preview
 
     monkeypatch.setattr(preview, "write", lambda path, trainer: None)
 
@@ -117,8 +117,8 @@ def no_sheets(monkeypatch):
 @pytest.fixture(scope="session")
 def straight(short_run, tmp_path_factory) -> Path:
     """A run of `short_run` that nothing interrupted."""
-    from training import preview, train
-    from training.config import TrainConfig
+    from hyperrt.training import preview, train
+    from hyperrt.training.config import TrainConfig
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "write", lambda path, trainer: None)
@@ -139,7 +139,7 @@ def launch() -> Callable[..., multiprocessing.Process]:
     The process is forked off a server that has imported the training once: no test waits for that.  Where it
     is to compute on a GPU it must be a "spawn" instead, since imports use CUDA, which no fork survives.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["training.train"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hyperrt.training.train"])
     child = str(Path(__file__).with_name("child.py"))
 
     def start(config, method: str = "forkserver", **options) -> multiprocessing.Process:
@@ -194,7 +194,7 @@ def networks(tmp_path_factory) -> SimpleNamespace:
     """Folders of a small CLIP and a small ViT of random weights, as scorers read them: `clip`, `dino`."""
     from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-    from training import clip_tokenizer
+    from hyperrt.training import clip_tokenizer
 
     folder = tmp_path_factory.mktemp("networks")
     (folder / "clip").mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training import scenes
+from hyperrt.training import scenes
 
 SIZE = 64
 

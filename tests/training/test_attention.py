@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import attention as module
-from training.attention import attention
+from hyperrt.training import attention as module
+from hyperrt.training.attention import attention
 
 
 def inputs(queries, keys, learns):

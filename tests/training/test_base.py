@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from training import base as bases
+from hyperrt.training import base as bases
 
 
 def modules(base):

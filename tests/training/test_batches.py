@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hyperrt.errors import UsageError
-from training import batches, features, monitors
-from training.config import TrainConfig
-from training.data import SceneCache
+from hyperrt.training import batches, features, monitors
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.data import SceneCache
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,9 @@ def test_another_subject_has_the_same_noun_where_there_is_one():
 
 
 def test_the_relative_change_is_that_of_the_products(parts):
-    from training.config import DecoderConfig
-    from training.hypernet import WeightDecoder
-    from training.lora_layers import layout_of, unpack
+    from hyperrt.training.config import DecoderConfig
+    from hyperrt.training.hypernet import WeightDecoder
+    from hyperrt.training.lora_layers import layout_of, unpack
 
     decoder = WeightDecoder(layout_of(parts.unet, 2), 4, DecoderConfig(dim=16, layers=1))
     lora = {name: torch.randn(3, decoder.layout.size(name)) for name in ("lora_q", "lora_kv")}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from training import checkpoint
-from training.config import DecoderConfig, TrainConfig
-from training.hypernet import ResamplerDecoder, WeightDecoder
-from training.lora_layers import layout_of
+from hyperrt.training import checkpoint
+from hyperrt.training.config import DecoderConfig, TrainConfig
+from hyperrt.training.hypernet import ResamplerDecoder, WeightDecoder
+from hyperrt.training.lora_layers import layout_of
 
 FEATURES = 32
 

@@ -4,8 +4,16 @@ import json
 
 import pytest
 
-from training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig, TrainConfig, differences, resolve, to_json
-from training.presets import PRESETS
+from hyperrt.training.config import (
+    FULL_CLOSED,
+    FULL_OPEN,
+    DecoderConfig,
+    TrainConfig,
+    differences,
+    resolve,
+    to_json,
+)
+from hyperrt.training.presets import PRESETS
 
 PATHS = {"model": "b", "data": "c", "output": "o"}
 
@@ -62,7 +70,7 @@ def test_a_number_out_of_range_is_refused_by_name(wrong):
 
 def test_the_papers_presets_have_its_numbers():
     """Tables 6 and 8; the rate is constant after the warm-up."""
-    from training.loop import Schedule
+    from hyperrt.training.loop import Schedule
 
     known = {"celeba": (3, 1e-5, 30_000), "afhq": (3, 1e-5, 4000), "open": (2, 1e-6, 4000)}
     for name, (rank, lr, steps) in known.items():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hyperrt.errors import BadInput, NotFound
-from training import cutouts, scenes
+from hyperrt.training import cutouts, scenes
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "yellow")
 

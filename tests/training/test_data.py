@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from training import clip_tokenizer, cutouts, data, scenes
+from hyperrt.training import clip_tokenizer, cutouts, data, scenes
 
 SIZE, VIEWS = 16, 3
 

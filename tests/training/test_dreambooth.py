@@ -13,9 +13,9 @@ from PIL import Image
 
 from hyperrt.errors import BadInput, BadPrompt, Incompatible, UsageError
 from hyperrt.lora import LoraLayout, Site, load_subject
-from training import checkpoint, dreambooth
-from training.dreambooth import DreamBoothConfig, finetune
-from training.lora_layers import Rows, install, layout_of, unpack
+from hyperrt.training import checkpoint, dreambooth
+from hyperrt.training.dreambooth import DreamBoothConfig, finetune
+from hyperrt.training.lora_layers import Rows, install, layout_of, unpack
 
 CONFIG = DreamBoothConfig(steps=6, batch=2, lr=0.02, warmup=0)
 

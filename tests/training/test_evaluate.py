@@ -21,8 +21,8 @@ from PIL import Image
 from hyperrt import images
 from hyperrt.bundle import packaged
 from hyperrt.errors import BadInput, NotFound
-from training import drawn, evaluate, identity_encoder, pretrain, prompts, scenes
-from training.scorers import Clip, Dino
+from hyperrt.training import drawn, evaluate, identity_encoder, pretrain, prompts, scenes
+from hyperrt.training.scorers import Clip, Dino
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -313,7 +313,7 @@ def test_each_process_of_a_machine_draws_on_its_own_gpu(subjects, tmp_path, monk
     def opened(bundle, backend, threads, device):
         raise NotFound(f"{backend} on the device {device}")
 
-    monkeypatch.setattr("engines.base._suits_cuda", lambda: False)
+    monkeypatch.setattr("hyperrt.engines.base._suits_cuda", lambda: False)
     monkeypatch.setattr(evaluate.Runtime, "open", opened)
     monkeypatch.setattr(PartialState(cpu=True), "local_process_index", 3)
     asked = ["tiny", "--protocol", "dreambench", "--subjects", subjects, "--cpu", "--scorers", "face"]
@@ -335,7 +335,7 @@ def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "training.evaluate", *options, "--pictures", out / "pictures"]
+    command = [sys.executable, "-m", "hyperrt.training.evaluate", *options, "--pictures", out / "pictures"]
     command += ["--images-per-prompt", 2, "--output", tmp_path / "two"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     shared |= {"PYTHONPATH": ROOT, "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from training import prompts
-from training.prompts import PACKS
+from hyperrt.training import prompts
+from hyperrt.training.prompts import PACKS
 
 
 @pytest.mark.parametrize(

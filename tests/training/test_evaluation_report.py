@@ -9,10 +9,10 @@ import pytest
 
 from hyperrt import Runtime
 from hyperrt.bundle import packaged
-from training import evaluation_report, prompts, scores
-from training.evaluate import EvaluateConfig
-from training.pictures import Drawing
-from training.protocols import Entry, Listing
+from hyperrt.training import evaluation_report, prompts, scores
+from hyperrt.training.evaluate import EvaluateConfig
+from hyperrt.training.pictures import Drawing
+from hyperrt.training.protocols import Entry, Listing
 
 
 def tables_of(protocol: str, **drawn: object) -> list[str]:

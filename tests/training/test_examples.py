@@ -6,7 +6,7 @@ import numpy as np
 from click.testing import CliRunner
 from PIL import Image
 
-from training import examples, scenes
+from hyperrt.training import examples, scenes
 
 SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "subjects"
 

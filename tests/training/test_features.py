@@ -11,12 +11,12 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from hyperrt.errors import Incompatible, NumericError
+from hyperrt.training import base as bases
+from hyperrt.training import features, prepare, train
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.data import SceneCache
 from tests.export import small_models
 from tests.training import data_sets
-from training import base as bases
-from training import features, prepare, train
-from training.config import TrainConfig
-from training.data import SceneCache
 
 PADDED = 77
 

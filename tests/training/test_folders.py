@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from hyperrt.errors import BadInput, NotFound
+from hyperrt.training import folders
+from hyperrt.training.subjects import LeftOut, Options, Subject
 from tests.training import data_sets
-from training import folders
-from training.subjects import LeftOut, Options, Subject
 
 
 def found(layout, source, **options):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hyperrt.lora import LoraLayout, Site
+from hyperrt.training.config import FULL_CLOSED, FULL_OPEN, OPEN_VARIANTS, DecoderConfig
+from hyperrt.training.hypernet import ResamplerDecoder, WeightDecoder, decoder_of
+from hyperrt.training.lora_layers import layout_of, unpack
 from tests.training import full_size
-from training.config import FULL_CLOSED, FULL_OPEN, OPEN_VARIANTS, DecoderConfig
-from training.hypernet import ResamplerDecoder, WeightDecoder, decoder_of
-from training.lora_layers import layout_of, unpack
 
 PATH = "blocks.{}.attn2.to_{}"
 LAYOUT = LoraLayout(

@@ -6,9 +6,9 @@ import torch
 from click.testing import CliRunner
 
 from hyperrt.errors import IntegrityError, UsageError
-from training import drawn, drawn_scorers, identity_encoder, pretrain, prompts, scenes
-from training.loop import Schedule
-from training.protocols import Entry
+from hyperrt.training import drawn, drawn_scorers, identity_encoder, pretrain, prompts, scenes
+from hyperrt.training.loop import Schedule
+from hyperrt.training.protocols import Entry
 
 SCHEDULE = Schedule(steps=12, lr=3e-3, warmup=2, ema=0.8, report_every=6)
 

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from hyperrt.errors import BadInput, Incompatible, IntegrityError, NotFound
+from hyperrt.training import image_prompt, lora_layers
+from hyperrt.training.image_prompt import ImagePrompt
+from hyperrt.training.lora_layers import Rows
 from tests.training import full_size
-from training import image_prompt, lora_layers
-from training.image_prompt import ImagePrompt
-from training.lora_layers import Rows
 
 FEATURES, TOKENS, DIM, ROWS = 12, 3, 16, 2
 

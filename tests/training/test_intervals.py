@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.intervals import Interval, mean_interval
+from hyperrt.training.intervals import Interval, mean_interval
 
 
 def test_covers_the_true_mean_as_often_as_it_says() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hyperrt.errors import IntegrityError, NumericError
-from training.loop import Descent, Schedule, first_line, fit
+from hyperrt.training.loop import Descent, Schedule, first_line, fit
 
 SCHEDULE = Schedule(steps=12, lr=0.1, warmup=2, log_every=1, report_every=4)
 

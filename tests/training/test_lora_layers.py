@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from hyperrt.training import lora_layers
+from hyperrt.training.lora_layers import Rows
 from tests.training import full_size
-from training import lora_layers
-from training.lora_layers import Rows
 
 RANK, ROWS, TOKENS, WIDTH = 2, 3, 16, 32
 

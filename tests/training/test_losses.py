@@ -5,10 +5,10 @@ import torch
 from diffusers import DDIMScheduler
 
 from hyperrt.lora import LoraLayout, Site
+from hyperrt.training.config import REDUCTIONS, REGULARISED
+from hyperrt.training.lora_layers import layout_of, unpack
+from hyperrt.training.losses import Noising, Regulariser, row_loss
 from tests.training import full_size
-from training.config import REDUCTIONS, REGULARISED
-from training.lora_layers import layout_of, unpack
-from training.losses import Noising, Regulariser, row_loss
 
 TIMESTEPS = torch.tensor([0, 300, 999])
 

@@ -13,12 +13,12 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from hyperrt.lora import LoraLayout, Site
-from training import monitors
-from training.config import DecoderConfig
-from training.hypernet import WeightDecoder
-from training.loop import Descent, Schedule
-from training.lora_layers import unpack
-from training.losses import Noising, Regulariser, row_loss
+from hyperrt.training import monitors
+from hyperrt.training.config import DecoderConfig
+from hyperrt.training.hypernet import WeightDecoder
+from hyperrt.training.loop import Descent, Schedule
+from hyperrt.training.lora_layers import unpack
+from hyperrt.training.losses import Noising, Regulariser, row_loss
 
 LAYOUT = LoraLayout((Site("attn.to_q", 8, 8), Site("attn.to_k", 4, 8)), rank=2)
 CONFIG = DecoderConfig(dim=16, layers=1, iterations=1, head_dim=0)

@@ -11,8 +11,8 @@ from PIL import Image
 from hyperrt import Runtime, recipe
 from hyperrt.bundle import packaged
 from hyperrt.errors import NumericError
-from training import pictures
-from training.pictures import Drawing, Made
+from hyperrt.training import pictures
+from hyperrt.training.pictures import Drawing, Made
 
 PROMPTS = ["a [V] robot on a beach", "a [V] robot in the snow", "a [V] robot in a forest"]
 DRAWING = Drawing(images=2, seed=7, steps=1, batch=4)

@@ -1,4 +1,4 @@
-"""python -m training.prepare: every layout becomes a cache that a training step can be made of."""
+"""hyperrt prepare: every layout becomes a cache that a training step can be made of."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import torch
 from click.testing import CliRunner
 
 from hyperrt.errors import BadInput, Incompatible, NotFound, ResourceError, UsageError
+from hyperrt.training import data, features, prepare, train
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.data import SceneCache
+from hyperrt.training.prepare import PrepareConfig
 from tests.training import data_sets
-from training import data, features, prepare, train
-from training.config import TrainConfig
-from training.data import SceneCache
-from training.prepare import PrepareConfig
 
 SHAPES = {  # layout -> subjects, views
     "folders": (4, 3),

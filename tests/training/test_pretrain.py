@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
 
-from training import base as bases
-from training import data, pretrain
-from training.features import encode_text
-from training.loop import Schedule
-from training.sample import sample
+from hyperrt.training import base as bases
+from hyperrt.training import data, pretrain
+from hyperrt.training.features import encode_text
+from hyperrt.training.loop import Schedule
+from hyperrt.training.sample import sample
 
 SCHEDULE = Schedule(steps=4, lr=1e-3, warmup=2, log_every=1, report_every=2)
 STAGES = pretrain.STAGES

@@ -19,9 +19,9 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from hyperrt.errors import UsageError
-from training import checkpoint, preview, processes, train
-from training.config import TrainConfig
-from training.loop import Descent
+from hyperrt.training import checkpoint, preview, processes, train
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.loop import Descent
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,7 +158,7 @@ def test_two_processes_have_the_curve_of_one(exact, alone, tmp_path, entries):
     config = {**exact, "output": str(tmp_path / "run")}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in config.items()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launcher, "-m", "training.train", *arguments], cwd=ROOT, check=True)
+    subprocess.run([*launcher, "-m", "hyperrt.training.train", *arguments], cwd=ROOT, check=True)
     assert_same_curve(entries, tmp_path / "run", alone, 1e-4)
 
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from hyperrt.errors import BadInput, NotFound
-from training import drawn, folders, protocols, scenes
-from training.protocols import PROTOCOLS, subjects
-from training.subjects import Options
+from hyperrt.training import drawn, folders, protocols, scenes
+from hyperrt.training.protocols import PROTOCOLS, subjects
+from hyperrt.training.subjects import Options
 
 
 def photo(path: Path, colour: int = 90) -> Path:

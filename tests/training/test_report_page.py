@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from training import report_page, report_plots
+from hyperrt.training import report_page, report_plots
 
 EVIL = '"><script>alert(1)</script>'
 REPORT = {

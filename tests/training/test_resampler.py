@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
 
-from training.resampler import PerceiverAttention, Resampler, use_attention
+from hyperrt.training.resampler import PerceiverAttention, Resampler, use_attention
 
 FEATURES, OUTPUT, QUERIES, DIM, HEADS, DIM_HEAD, DEPTH = 20, 24, 3, 16, 2, 8, 2
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from training import backgrounds, scenes
+from hyperrt.training import backgrounds, scenes
 
 SIZE = 32
 WHITE = "on a plain white background"
@@ -16,7 +16,7 @@ IDENTITIES = range(40)
 
 PRINT_HASH = """
 import hashlib, numpy
-from training import scenes
+from hyperrt.training import scenes
 who = scenes.identity("fish", "test", 3)
 picture = scenes.scene(who, "in a city", numpy.random.default_rng(5), 32)
 print(hashlib.sha256(picture.tobytes()).hexdigest())

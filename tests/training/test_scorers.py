@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hyperrt.errors import IntegrityError, NotFound
-from training import scorers
-from training.prompts import PACKS
-from training.protocols import Entry
-from training.scorers import Absent, Clip, Dino, Face
+from hyperrt.training import scorers
+from hyperrt.training.prompts import PACKS
+from hyperrt.training.protocols import Entry
+from hyperrt.training.scorers import Absent, Clip, Dino, Face
 
 CPU = torch.device("cpu")
 ENTRY = Entry("can", "can", PACKS["dreambench-objects"])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training import scores
+from hyperrt.training import scores
 
 
 def features(count: int, seed: int) -> np.ndarray:

@@ -10,9 +10,9 @@ import tarfile
 import pytest
 
 from hyperrt.errors import BadInput, IntegrityError, NotFound
+from hyperrt.training import shards
+from hyperrt.training.subjects import LeftOut, Options, Subject
 from tests.training import data_sets
-from training import shards
-from training.subjects import LeftOut, Options, Subject
 
 PNG = data_sets.encoded(next(data_sets.drawn(1)))
 

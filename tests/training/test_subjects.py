@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import BadImage, BadPrompt
+from hyperrt.training.subjects import Subject, View, captions_of_text, read
 from tests.training.data_sets import drawn, encoded
-from training.subjects import Subject, View, captions_of_text, read
 
 CAPTIONS = ("a [V] toy", "a toy")
 

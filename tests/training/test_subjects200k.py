@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import BadImage, BadInput, IntegrityError, NotFound, UsageError
+from hyperrt.training.subjects import LeftOut, Options, Subject, read
+from hyperrt.training.subjects200k import half, subject_of, subjects200k
 from tests.training import data_sets
-from training.subjects import LeftOut, Options, Subject, read
-from training.subjects200k import half, subject_of, subjects200k
 
 PICTURES = list(data_sets.drawn(2))
 PNG = data_sets.encoded(data_sets.composite(*PICTURES))

@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from training import checkpoint, lora_layers, preview, train
-from training.config import TrainConfig
-from training.sample import sample
+from hyperrt.training import checkpoint, lora_layers, preview, train
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.sample import sample
 
 
 def test_the_smoke_preset_logs_monitors_from_step_0_and_writes_a_sheet_and_a_hypernetwork(

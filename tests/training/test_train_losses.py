@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from training.config import PRIORS, REGULARISED, TrainConfig
-from training.train import Trainer
+from hyperrt.training.config import PRIORS, REGULARISED, TrainConfig
+from hyperrt.training.train import Trainer
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from hyperrt.errors import Incompatible, UsageError
-from training import base as bases
-from training import checkpoint, train
-from training.config import TrainConfig
-from training.image_prompt import ImagePrompt
-from training.lora_layers import Rows, unpack
+from hyperrt.training import base as bases
+from hyperrt.training import checkpoint, train
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.image_prompt import ImagePrompt
+from hyperrt.training.lora_layers import Rows, unpack
 
 TOKENS = 3
 
@@ -133,7 +133,7 @@ def test_the_pictures_of_the_prior_have_no_image_prompt(open_settings, monkeypat
 def test_the_open_categorys_decoder_without_an_image_prompt_is_warned_about(open_settings, caplog):
     for prompt in (open_settings["image_prompt"], None):
         train.Trainer(TrainConfig(**{**open_settings, "image_prompt": prompt}))
-    ours = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "training"]
+    ours = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "hyperrt.training"]
     [(level, said)] = [one for one in ours if one[0] != "INFO"]
     assert level == "WARNING"
     what, why, do = said.split("\n")

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from hyperrt import files
 from hyperrt.errors import NumericError
-from training import checkpoint, train
-from training.config import TrainConfig
-from training.loop import RunLog
+from hyperrt.training import checkpoint, train
+from hyperrt.training.config import TrainConfig
+from hyperrt.training.loop import RunLog
 
 KILLS = 20
 

@@ -1,7 +1,7 @@
 """A base model of the right classes with random weights, and a small scene cache for it: seconds to make.
 
-make(folder)              a base model's folder, for training.base.load
-make_cache(folder, base)  drawn scenes with its latents, as training.data.SceneCache.open reads it
+make(folder)              a base model's folder, for hyperrt.training.base.load
+make_cache(folder, base)  drawn scenes with its latents, as hyperrt.training.data.SceneCache.open reads it
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
-from training import base as bases
-from training import clip_tokenizer, data, features
+from hyperrt.training import base as bases
+from hyperrt.training import clip_tokenizer, data, features
 
 IMAGE_SIZE = 64
 LATENTS = (8, 8, 8)  # channels, height, width
@@ -43,7 +43,7 @@ def make(folder: Path, seed: int = 0) -> Path:
 
 
 def make_cache(folder: Path, base: Path, identities: int = 40, views: int = 3) -> Path:
-    """Draws the scenes and encodes them, as training.pretrain does."""
+    """Draws the scenes and encodes them, as hyperrt.training.pretrain does."""
     pictures = np.concatenate(data.build(folder, identities, views, IMAGE_SIZE, workers=1).images)
     latents = features.encode_latents(bases.load_encoders(base), pictures)
     np.save(folder / "latents.npy", latents.numpy().reshape(identities, views, *LATENTS).astype(np.float16))
