@@ -6,7 +6,7 @@
 
 OUT gets pictures/SUBJECT/*.png, photos/SUBJECT/*.png (small, for the page), report.json and index.html. The
 pictures come from the runtime, the scores from training/scorers.py; the protocols are those of
-training/protocols.py. Started by `accelerate launch -m hyperrt.training.evaluate ...`, every process takes its
+training/protocols.py. Started by `accelerate launch -m hyperrt.training.evaluate ...`, each process takes its
 part of the subjects; the figures are the same. A run that was killed goes on with --resume.
 """
 
