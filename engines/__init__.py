@@ -8,12 +8,14 @@ Importing this package loads NumPy and nothing of any vendor: a vendor's package
 is opened.  Contract: engines/base.py; feed checks: engines/tensors.py; errors: engines/errors.py.
 """
 
+from hyperrt.engines import telemetry
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.base import (
     BackendMissing,
     Engine,
     EngineClosed,
     EngineError,
+    EngineForked,
     EngineInputError,
     EngineLoadError,
     EngineMemoryError,
@@ -24,12 +26,15 @@ from hyperrt.engines.base import (
 )
 from hyperrt.engines.tensors import TensorSpec
 
+telemetry.switch_off()
+
 __all__ = [
     "BACKENDS",
     "BackendMissing",
     "Engine",
     "EngineClosed",
     "EngineError",
+    "EngineForked",
     "EngineInputError",
     "EngineLoadError",
     "EngineMemoryError",

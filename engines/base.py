@@ -19,12 +19,13 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from hyperrt.engines import cores
+from hyperrt.engines import cores, forks, telemetry
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.engines.errors import BackendMissing as BackendMissing
 from hyperrt.engines.errors import EngineClosed as EngineClosed
 from hyperrt.engines.errors import EngineError as EngineError
+from hyperrt.engines.errors import EngineForked as EngineForked
 from hyperrt.engines.errors import EngineInputError as EngineInputError
 from hyperrt.engines.errors import EngineLoadError as EngineLoadError
 from hyperrt.engines.errors import EngineMemoryError as EngineMemoryError
@@ -61,6 +62,7 @@ class Engine(ABC):
         self._unusable = ""  # or why the graph holds constants of two sets
         self._lock = threading.Lock()
         self._closed = False
+        self._process = forks.watch(self)
 
     def run(self, feeds: Tensors, host: bool = True) -> dict[str, Any]:
         """Compute all outputs; the results belong to the caller.
@@ -75,6 +77,7 @@ class Engine(ABC):
             EngineMemoryError: memory ran out.
             EngineError: the backend failed.
             EngineUnusable: the last `refit` failed, and left constants of two sets.
+            EngineForked: this process was forked off the one that opened the engine.
             EngineClosed: after `close`.
         """
         resident = self._open_resident()
@@ -174,7 +177,9 @@ class Engine(ABC):
         self._unusable = ""
 
     def close(self) -> None:
-        """Free the graph and all that is bound; closing again does nothing."""
+        """Free the graph and all that is bound; closing again, or in a forked process, does nothing."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             if self._closed:
                 return
@@ -219,6 +224,7 @@ class Engine(ABC):
         return arrays if self.on_device else {name: np.asarray(array) for name, array in arrays.items()}
 
     def _open_resident(self) -> dict[str, Any]:
+        forks.check(self._process)
         if self._closed:
             raise closed()
         return self._resident
@@ -340,7 +346,7 @@ def load(backend: str) -> Any:
     about = BACKENDS[backend]
     try:
         if about.vendor:
-            importlib.import_module(about.vendor)
+            telemetry.import_vendor(about.vendor)
         return importlib.import_module(f"hyperrt.engines.{about.module}")
     except (ImportError, OSError) as error:  # OSError: packages that load their libraries themselves
         if isinstance(error, ModuleNotFoundError) and error.name == about.vendor:

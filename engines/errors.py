@@ -65,5 +65,9 @@ class EngineMemoryError(EngineError):
     code: ClassVar[int] = 6
 
 
+class EngineForked(EngineError):
+    """This process was forked after the engine was opened: the threads that compute are not in it."""
+
+
 class EngineUnusable(EngineError):
     """A refit failed half way, and the old constants could not be written back; the next refit writes all."""

@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hyperrt.engines import forks, telemetry
+
+telemetry.import_vendor("openvino")
+
+# ruff: noqa: E402 - what follows finds OpenVINO imported
 import openvino as ov
 import openvino.opset13 as opset
 from openvino.frontend import FrontEndManager
@@ -140,6 +146,7 @@ def open(
         EngineLoadError: not an ONNX graph, an unknown operator or type, missing external data, sizes that do
             not fit together, or a cache that others can write to.
         EngineMemoryError: memory ran out.
+        EngineForked: OpenVINO was used before this process was forked.
     """
     core = _core()
     settings = {
@@ -162,15 +169,26 @@ def open(
     return OpenVinoEngine(compile, inputs, outputs)
 
 
-@functools.cache
 def _core() -> ov.Core:
-    """One for the process, and never closed.
+    """The process's own.
+
+    Raises:
+        EngineForked: it was made before this process was forked: its threads are not here.
+    """
+    core, process = _first_core()
+    forks.check(process)
+    return core
+
+
+@functools.cache
+def _first_core() -> tuple[ov.Core, int]:
+    """One for the process, which is given with it, and never closed.
 
     Each gives its thread another stack for signal handlers, and when it goes puts back the one that it found:
     of two that end in the order in which they began, the second puts back one that is gone, and the next
     Ctrl-C ends in a segmentation fault.
     """
-    return ov.Core()
+    return ov.Core(), os.getpid()
 
 
 def _read(path: Path, inputs: Mapping[str, Dims]) -> ov.Model:

@@ -4,7 +4,7 @@ The compiler takes minutes and gigabytes, and may be killed for them or crash: n
 program that asked. TensorRT-RTX compiles for GPUs that are not there (`target`), on a machine that has none;
 TensorRT for the one that is.
 
-    python -m engines.tensorrt_build
+    python -m hyperrt.engines.tensorrt_build
 
 takes a `Recipe` as JSON on stdin, and says one JSON object a line on stdout: {"done": share} while it works,
 then {"built": {…}} or {"error": {…}}.

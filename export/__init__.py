@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import hyperrt.engines  # noqa: F401 - switches telemetry off before PyTorch's libraries are imported
+
 __all__ = ["export_bundle"]
 
 

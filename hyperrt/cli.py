@@ -70,6 +70,9 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except BaseException as error:
         return _end(error, output, "--debug" in arguments or bool(os.environ.get("HYPERRT_DEBUG")))
+    finally:
+        if output is not None:
+            output.release()
 
 
 def _end(error: BaseException, output: Output | None, debug: bool) -> int:

@@ -35,9 +35,9 @@ class Output:
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
             if hasattr(getattr(sys, name), "reconfigure"):
                 getattr(sys, name).reconfigure(errors="backslashreplace")
-        logger = logging.getLogger("hyperrt")
-        logger.handlers = [_ToOutput(self)]
-        logger.propagate = False
+        self._logger = logging.getLogger("hyperrt")
+        self._before = self._logger.handlers, self._logger.propagate
+        self._logger.handlers, self._logger.propagate = [_ToOutput(self)], False
         logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a photo, we say
 
     def event(self, name: str, /, **fields: Any) -> None:
@@ -84,6 +84,10 @@ class Output:
     def flush(self) -> None:
         """Write out what is buffered, so that a full disk or a closed pipe is seen in time."""
         sys.stdout.flush()
+
+    def release(self) -> None:
+        """Let the library log where it did before: a program that runs a command goes on after it."""
+        self._logger.handlers, self._logger.propagate = self._before
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:

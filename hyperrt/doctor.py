@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hyperrt import __version__, engines
-from hyperrt.engines import nvidia
+from hyperrt.engines import nvidia, telemetry
 from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
 
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # both install the module `onnxruntime`
@@ -71,6 +71,7 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
         if name != "fake":
             yield _guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
     yield _guarded("one ONNX Runtime", _one_onnxruntime)
+    yield _guarded("telemetry", _telemetry)
     hashes = _guarded(f"bundle {bundle}", functools.partial(_bundle, bundle))
     yield hashes
     if hashes.status != "fail":
@@ -200,6 +201,14 @@ def _one_onnxruntime() -> Check:
         f"{' and '.join(found)} overwrite each other's files",
         f"pip uninstall {' '.join(found)}; then install the one you need",
     )
+
+
+def _telemetry() -> Check:
+    """The vendors' packages report nothing; after the backends, which load them."""
+    if left := telemetry.left_on():
+        do = "start hyperrt by itself: another program in this process has switched it on"
+        return Check("telemetry", "warn", f"on: {', '.join(left)}", do)
+    return Check("telemetry", "ok", f"off: {', '.join([*telemetry.VARIABLES, telemetry.OPENVINO])}")
 
 
 def _bundle(name: str) -> Check:

@@ -258,7 +258,7 @@ def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
     with pytest.raises(Incompatible, match="--hypernet RUN"):
         drawing.bundle_of(args, None, lambda: "another", tmp_path)
     args.hypernet = tmp_path
-    with pytest.raises(FileNotFoundError, match=r"training\.train"):
+    with pytest.raises(FileNotFoundError, match=r"hyperrt train"):
         drawing.bundle_of(args, None, lambda: "another", tmp_path)
 
 

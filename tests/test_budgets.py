@@ -1,4 +1,4 @@
-"""How long things may get, what must be documented, and what the wheel holds.
+"""How long things may get, and what must be documented.
 
 Exceptions stand here by name, with the reason.
 """
@@ -6,21 +6,16 @@ Exceptions stand here by name, with the reason.
 from __future__ import annotations
 
 import ast
-import importlib.metadata
-import shutil
-import subprocess
-import sys
+import re
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("engines", "hyperrt", "training", "export")
-FILE_LINES, FUNCTION_LINES, README_LINES = 400, 60, 360  # of the README a half is the tree
+FILE_LINES, FUNCTION_LINES, README_LINES = 400, 60, 185  # the README's without its tree
 RUNTIME_DEPENDENCIES = 7
-WHEEL_MB = 25
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 LONG_FUNCTIONS: dict[str, str] = {}  # "training/loop.py:train" -> why it is better in one piece
 
@@ -95,61 +90,11 @@ def test_a_file_is_named_for_what_it_holds(path):
 
 
 def test_the_readme_is_read_in_one_sitting():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    without_tree = re.sub(r"<!-- tree -->\n```text\n.*?```", "", text, flags=re.DOTALL)
+    assert len(without_tree.splitlines()) <= README_LINES
 
 
 def test_the_runtime_needs_few_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert len(project["dependencies"]) <= RUNTIME_DEPENDENCIES
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel, built from a copy: a build in the checkout would leave a build/ behind."""
-    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
-        pytest.skip("needs setuptools 77: pip install '.[test]'")
-    copy = tmp_path_factory.mktemp("source")
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, copy)
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
-    subprocess.run(command, cwd=copy, check=True, capture_output=True)
-    with zipfile.ZipFile(next((copy / "dist").glob("*.whl"))) as archive:
-        yield archive
-
-
-def files_of(folder: Path) -> set[str]:
-    return {name(path) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-
-
-def installed(path: Path) -> str:
-    """Where a file of the repository lies in site-packages: engines/base.py => hyperrt/engines/base.py."""
-    return name(path) if name(path).startswith("hyperrt/") else f"hyperrt/{name(path)}"
-
-
-def test_the_wheel_holds_every_module(wheel):
-    assert {installed(path) for path in python_files(*PACKAGES)} <= set(wheel.namelist())
-
-
-def test_the_wheel_holds_the_default_bundle(wheel):
-    bundles = files_of(ROOT / "hyperrt" / "bundles")
-    assert "hyperrt/bundles/tiny/bundle.json" in bundles
-    assert bundles <= set(wheel.namelist())
-
-
-def test_the_wheel_holds_the_licence_and_the_command(wheel):
-    members = wheel.namelist()
-    assert any(member.endswith("licenses/LICENSE") for member in members)
-    entry_points = next(member for member in members if member.endswith("entry_points.txt"))
-    assert "hyperrt = hyperrt.cli:main" in wheel.read(entry_points).decode()
-
-
-def test_the_wheel_installs_one_name(wheel):
-    """`engines`, `training` and `export` are names that others install, too (open_clip_torch 2.19.0)."""
-    assert {member.split("/")[0] for member in wheel.namelist() if "dist-info" not in member} == {"hyperrt"}
-
-
-def test_the_wheel_holds_no_tests_and_is_small(wheel):
-    assert not [member for member in wheel.namelist() if "test" in member]
-    assert Path(wheel.filename).stat().st_size <= WHEEL_MB * 1e6

@@ -237,14 +237,22 @@ def _by_prompt(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def commit() -> str:
     """Short hash of the checkout, "-dirty" where files differ from it; "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    known = _git("rev-parse", "--short", "HEAD")
+    # Not `describe --dirty`, which writes the index anew.
+    changed = known and _git("status", "--porcelain", "--untracked-files=no")
+    return f"{known}-dirty" if changed else known or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the folder of this file; "" where there is no git, or no checkout."""
+    command = ["git", "--no-optional-locks", *arguments]
     try:
         result = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         )
-    except OSError:  # no git
-        return "unknown"
-    return result.stdout.strip() or "unknown"
+    except OSError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def versions() -> dict[str, str]:

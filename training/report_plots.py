@@ -6,11 +6,13 @@ Drawn where matplotlib is installed, which only the extra `train` brings.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hyperrt import files
+from hyperrt import files, home
 
 ACROSS, UP = "clip_t", "dino"  # what the prompt asks for, and who it is
 
@@ -20,8 +22,9 @@ def write(path: Path, report: Mapping[str, Any]) -> bool:
     if not report["figures"]:
         return False
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        with _own_folder():
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
     except ImportError:
         return False
     parts = (_scores, _methods) if report["paper"]["tables"] else (_scores,)
@@ -33,6 +36,22 @@ def write(path: Path, report: Mapping[str, Any]) -> bool:
     figure.savefig(content, format="png", dpi=110)
     files.publish(path, lambda file: file.write(content.getvalue()), force=True)
     return True
+
+
+@contextmanager
+def _own_folder() -> Iterator[None]:
+    """While matplotlib is imported: its list of fonts goes to HyperRT's cache, not to two folders at home.
+
+    Without a PATH it does not find fc-list either, which would write to the system's font cache.
+    """
+    before = {name: os.environ.get(name) for name in ("MPLCONFIGDIR", "PATH")}
+    folder = before["MPLCONFIGDIR"] or str(home.base_folder() / "matplotlib")
+    os.environ |= {"MPLCONFIGDIR": folder, "PATH": ""}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _scores(axes: Any, report: Mapping[str, Any]) -> None:

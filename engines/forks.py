@@ -1,0 +1,47 @@
+"""Engines in a process that was forked, which has none of the threads that compute: waiting for one hangs.
+
+So an engine from before the fork is refused with an error that says "spawn".  It is not freed either, since
+vendors wait for their threads when they free a graph.  A forked process can open graphs of its own with ONNX
+Runtime, and with OpenVINO unless that was used before the fork.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+
+from hyperrt.engines.errors import EngineForked
+
+_OPEN: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def watch(engine: object) -> int:
+    """Note an engine that is being opened; returns the process that it belongs to, for `check`."""
+    _OPEN.add(engine)
+    return os.getpid()
+
+
+def check(process: int) -> None:
+    """Refuse what was opened in another process.
+
+    Args:
+        process: what `watch` returned, or `os.getpid()`, when it was opened.
+
+    Raises:
+        EngineForked: this process was forked since.
+    """
+    if process != (here := os.getpid()):
+        why = f"it was opened in process {process}; this is {here}, and a fork copies no threads"
+        do = "start processes by spawn, multiprocessing.get_context('spawn'), and open it in each of them"
+        raise EngineForked("the engine cannot be used in a forked process", why, do)
+
+
+def _keep() -> None:
+    """Hold what the engines hold until the process ends, whatever else is freed."""
+    for engine in _OPEN:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(vars(engine)))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_keep)

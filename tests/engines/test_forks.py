@@ -1,0 +1,77 @@
+"""A forked process gets an error that says "spawn", where it would wait for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hyperrt.engines import EngineForked, forks
+
+ROOT = Path(__file__).resolve().parents[2]
+GRAPH = ROOT / "tests" / "engines" / "graphs" / "affine.onnx"
+BACKENDS = [name for name in ("onnxruntime", "openvino") if find_spec(name)]
+# What the child does after "fork" is in IN_CHILD; SIGALRM ends one that hangs.
+CODE = """
+import gc, os, signal, sys
+import numpy as np
+from hyperrt import engines
+def ones(engine):
+    return {spec.name: np.ones([n if isinstance(n, int) else 2 for n in spec.shape], spec.dtype)
+            for spec in engine.inputs}
+engine = engines.open(sys.argv[1], sys.argv[2], threads=2)
+before = engine.run(ones(engine))
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    try:
+        IN_CHILD
+        print("done")
+    except engines.EngineForked as error:
+        print(error)
+    sys.stdout.flush()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+after = engine.run(ones(engine))
+assert all(np.array_equal(before[name], after[name]) for name in before)
+"""
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def in_child(backend: str, code: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", CODE.replace("IN_CHILD", code), str(GRAPH), backend]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use", ["engine.run(ones(engine))", "engine.bind({})", "engine.refit({})"])
+def test_an_engine_from_before_the_fork_says_spawn(backend, use):
+    out = in_child(backend, use)
+    assert out.startswith("the engine cannot be used in a forked process") and "spawn" in out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("end", ["engine.close()", "engine = None; gc.collect()", "del engine; gc.collect()"])
+def test_an_engine_from_before_the_fork_is_left_without_waiting(backend, end):
+    assert in_child(backend, end) == "done\n"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forked_process_opens_a_graph_of_its_own_or_is_told_to_spawn(backend):
+    out = in_child(backend, "own = engines.open(sys.argv[1], sys.argv[2]); own.run(ones(own))")
+    assert out == "done\n" if backend == "onnxruntime" else "spawn" in out
+
+
+def test_an_engine_belongs_to_the_process_that_opened_it():
+    forks.check(os.getpid())
+    with pytest.raises(EngineForked, match="opened in process 0"):
+        forks.check(0)
+    assert EngineForked.code == 7
