@@ -252,5 +252,5 @@ def _call(function: Any, *arguments: Any) -> Any:
         if code == cudart.cudaError_t.cudaErrorMemoryAllocation:
             do = "use a smaller batch, --low-memory, or end other programs on the GPU"
             raise EngineMemoryError(FULL, why, do)
-        raise EngineError(FAILED, why, "hyperrt doctor says what is missing")
+        raise EngineError(FAILED, why, "see what is missing: hyperrt doctor")
     return results[0] if len(results) == 1 else tuple(results)

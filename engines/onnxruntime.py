@@ -236,7 +236,7 @@ def check(provider: str = CPU, device: int = 0) -> None:
         raise EngineError(
             f"ONNX Runtime {ort.__version__} has no {provider}",
             f"it has: {listed(there)}",
-            "run: pip uninstall onnxruntime; then: pip install 'hyperrt[cuda]'",
+            "run: pip uninstall --yes onnxruntime && pip install 'hyperrt[cuda]'",
         )
     if provider != CPU:
         built_with = getattr(ort, "cuda_version", "").split(".")[0]

@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import re
+import shlex
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -290,7 +291,7 @@ def _private(cache: Path, path: Path) -> Path:
     if os.name == "posix" and (found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077):
         raise EngineLoadError(
             f"the cache {cache} is not this user's alone", "a compiled graph that others wrote would be run",
-            f"run: chmod 700 {cache}; or choose another folder",
+            f"choose another folder, or run: chmod 700 {shlex.quote(str(cache))}",
         )  # fmt: skip
     return cache
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shlex
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -225,7 +226,7 @@ class _Weights:
         differing = {spec.name for spec in wanted} ^ set(self._refitter.get_all_weights())
         if differing:
             why = f"the bundle and the plan differ in {len(differing)} weights, such as {min(differing)!r}"
-            raise EngineLoadError("the plan is of another graph", why, "compile it again: hyperrt compile")
+            raise EngineLoadError("the plan is of another graph", why, "compile the bundle again")
         for spec in wanted:
             self._tell(trt, spec)
         # A refit reads all places, also of weights that it does not replace.
@@ -233,7 +234,7 @@ class _Weights:
         missing = self._refitter.get_missing_weights()
         if missing:
             why = f"TensorRT wants {missing[0]!r} with them, which was folded into them"
-            raise EngineLoadError("the plan cannot be refitted", why, "compile it again: hyperrt compile")
+            raise EngineLoadError("the plan cannot be refitted", why, "compile the bundle again")
 
     def _tell(self, trt: Any, spec: TensorSpec) -> None:
         """Give a weight its place."""
@@ -295,7 +296,7 @@ def open(
     """
     if plan is None:
         why = "TensorRT runs compiled plans"
-        raise EngineLoadError(f"there is no plan of {path}", why, "compile one: hyperrt compile")
+        raise EngineLoadError(f"there is no plan of {path}", why, _compile(path))
     trt = importlib.import_module(vendor)
     cuda.device(device)  # without it, what TensorRT says is hard to read
     with cuda.explained(f"the graph {path} cannot be opened"):
@@ -305,13 +306,18 @@ def open(
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         what = f"{vendor} {trt.__version__} does not load the plan of {path.name}"
-        raise log.error(what, EngineLoadError, "compile it again: hyperrt compile")
+        raise log.error(what, EngineLoadError, _compile(path))
     try:
         return TensorRTEngine(trt, log, engine, weights, recording, stream)
     except EngineError:
         raise
     except Exception as error:  # pybind11 turns C++ exceptions into any of Python's
         raise EngineLoadError(f"the plan of {path.name} cannot be used", str(error)) from error
+
+
+def _compile(path: Path) -> str:
+    """The command that compiles the bundle of a graph."""
+    return f"compile it: {shlex.join(['hyperrt', 'compile', str(path.parent)])}"
 
 
 def _context(trt: Any, log: Log, engine: Any, recording: bool) -> Any:

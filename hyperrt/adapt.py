@@ -98,7 +98,7 @@ def the_one(subjects: Iterable[Subject | None]) -> Subject | None:
         raise UsageError(
             f"{len(different)} subjects cannot share a call of this bundle",
             "its LoRA is part of the graph, one for all rows (adapt is 'refit')",
-            "draw them one after the other, or use a bundle of hyperrt export --adapt inputs",
+            "draw them one after the other, or export the bundle with --adapt inputs",
         )
     return different[0] if different else None
 
@@ -122,7 +122,7 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
         raise LoraMismatch(
             "the subject does not fit the bundle",
             f"its {name} holds {math.prod(vector.shape)} weights, the bundle's {size}",
-            "make it again with this bundle: hyperrt personalize",
+            "make it again from its photos, with this bundle",
         )
     return vector
 

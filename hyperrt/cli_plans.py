@@ -55,9 +55,9 @@ def list_(output: Output) -> None:
     found = [plan for _, plan in entries if isinstance(plan, Plan)]
     damaged = [path for path, plan in entries if not isinstance(plan, Plan)]
     if damaged:
-        output.warning(f"{_count(len(damaged), 'more plan')} cannot be read: hyperrt plans verify")
+        output.warning(f"{_count(len(damaged), 'more plan')} cannot be read; see: hyperrt plans verify")
     if not entries:
-        output.note(f"there are no plans in {cache.folder}: hyperrt compile BUNDLE")
+        output.note(f"there are no plans in {cache.folder}; hyperrt compile builds them")
     total = sum(plan.bytes for plan in found)
     facts = [_facts(plan) for plan in found]
     output.result(

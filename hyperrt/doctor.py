@@ -11,8 +11,10 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hyperrt import __version__, engines
@@ -111,7 +113,10 @@ def _dependencies() -> Check:
         wanted = importlib.metadata.requires("hyperrt") or []
     except importlib.metadata.PackageNotFoundError:
         return Check(
-            "dependencies", "warn", "HyperRT runs from a folder and is not installed", "pip install '.[cpu]'"
+            "dependencies",
+            "warn",
+            "HyperRT runs from a folder and is not installed",
+            shlex.join(["pip", "install", f"{Path(__file__).parents[1]}[cpu]"]),
         )
     names = [re.split(r"[^A-Za-z0-9._-]", entry)[0] for entry in wanted if "extra ==" not in entry]
     versions = {name: _version(name) for name in names}
@@ -199,7 +204,7 @@ def _one_onnxruntime() -> Check:
     raise Incompatible(
         "two ONNX Runtimes are installed",
         f"{' and '.join(found)} overwrite each other's files",
-        f"pip uninstall {' '.join(found)}; then install the one you need",
+        f"remove both, then install the one you need: {shlex.join(['pip', 'uninstall', '--yes', *found])}",
     )
 
 

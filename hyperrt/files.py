@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -170,7 +171,8 @@ def remove(path: str | os.PathLike[str]) -> None:
             os.rename(target, old)
             shutil.rmtree(old, ignore_errors=True)
         if os.path.lexists(old):
-            raise ResourceError(f"{target} was not wholly removed", f"the rest is {old}", f"rm -r {old}")
+            do = shlex.join(["rm", "-r", str(old)])
+            raise ResourceError(f"{target} was not wholly removed", f"the rest is {old}", do)
 
 
 def sweep(folder: Path, dry_run: bool = False) -> list[Path]:
@@ -342,7 +344,7 @@ def _sync_folder(folder: Path) -> None:
 def _check_parent(target: Path) -> None:
     parent, why = target.parent, f"{target.name} is to be written there"
     if not parent.exists():
-        raise NotFound(f"the folder {parent} does not exist", why, f"mkdir -p {parent}")
+        raise NotFound(f"the folder {parent} does not exist", why, shlex.join(["mkdir", "-p", str(parent)]))
     if not parent.is_dir():
         raise UsageError(f"{parent} is not a folder", why, "choose another name")
     if not os.access(parent, os.W_OK | os.X_OK):

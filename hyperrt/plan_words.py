@@ -12,8 +12,13 @@ USUAL = {"images": 1, "branches": 3}  # what `hyperrt compile` takes where it is
 
 
 def compile_command(key: PlanKey, bundle: str = "") -> str:
-    """The command that builds the plan of a key; TensorRT's for the GPU of the machine where it is run."""
-    words = ["hyperrt", "compile", bundle or "BUNDLE", "--backend", key.backend]
+    """The command that builds the plan of a key; TensorRT's for the GPU of the machine where it is run.
+
+    Words in place of it where it is not known which bundle the plan is for.
+    """
+    if not bundle:
+        return f"compile its bundle with --backend {key.backend}"
+    words = ["hyperrt", "compile", bundle, "--backend", key.backend]
     if key.backend != "tensorrt":
         words += ["--target", key.target.split()[0]]
     sizes = dict(key.sizes)
@@ -26,8 +31,13 @@ def compile_command(key: PlanKey, bundle: str = "") -> str:
 
 
 def rebuild_command(key: PlanKey, bundle: str = "") -> str:
-    """The command that builds a plan that is there again."""
-    return f"hyperrt plans rm {key.id[:SHOWN]} && {compile_command(key, bundle)}"
+    """The commands that remove a plan and build it again."""
+    return again(shlex.join(["hyperrt", "plans", "rm", key.id[:SHOWN]]), key, bundle)
+
+
+def again(first: str, key: PlanKey, bundle: str = "") -> str:
+    """A command, and then the one that builds the plan of a key."""
+    return f"{first} && {compile_command(key, bundle)}" if bundle else first
 
 
 def maker(key: PlanKey) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from hyperrt import files, home, plan_file
 from hyperrt.errors import HyperRTError, Incompatible, IntegrityError, NotFound, UsageError
 from hyperrt.plan_file import PlanKey
-from hyperrt.plan_words import SHOWN, builder, compile_command, differing, maker
+from hyperrt.plan_words import SHOWN, again, builder, compile_command, differing, maker
 
 if TYPE_CHECKING:
     from hyperrt.manifest import Graph
@@ -341,7 +341,7 @@ def _plan(folder: Path, record: plan_file.Record) -> Plan:
 
 
 def _rebuild(error: IntegrityError, key: PlanKey, bundle: str) -> IntegrityError:
-    return IntegrityError(error.what, error.why, f"{error.do} && {compile_command(key, bundle)}")
+    return IntegrityError(error.what, error.why, again(error.do, key, bundle))
 
 
 def _outdated(plan: Plan, newest: dict[str, PlanKey], older_than: float | None) -> str:

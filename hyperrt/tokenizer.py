@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hyperrt.errors import BundleError
 
-REBUILD = "write the bundle anew: hyperrt export"
+REBUILD = "export the bundle again"
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,8 +114,7 @@ class SceneCache:
         path = Path(path)
         if not (path / RECIPE).is_file():
             raise FileNotFoundError(
-                f"{path} is not a finished scene cache; python -m training.pretrain and python -m "
-                "training.prepare make one"
+                f"{path} is not a finished scene cache; hyperrt pretrain and hyperrt prepare make one"
             )
         return cls.read(path, read_json(path / RECIPE))
 
@@ -153,9 +152,7 @@ class SceneCache:
         """Raises FileNotFoundError before they have been written."""
         path = self.path / self.recipe.get("latents", LATENTS)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{self.path} has no latents yet; python -m training.pretrain writes them"
-            )
+            raise FileNotFoundError(f"{self.path} has no latents yet; hyperrt pretrain writes them")
         return np.load(path, mmap_mode="r")
 
     @property

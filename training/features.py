@@ -209,7 +209,7 @@ def check_latents(base: Encoders, cache: SceneCache) -> None:
             warn(what, why, "give --model the base that hyperrt pretrain made with it, or make both anew")
     elif name != f"latents-{fingerprint(base.vae, cache)}.npy":
         why = f"it was prepared for a base model with another VAE, and {meaning}"
-        raise Incompatible(what, why, "prepare it again: hyperrt prepare --force")
+        raise Incompatible(what, why, "prepare it again with hyperrt prepare --force")
 
 
 def _latents_error(base: Encoders, cache: SceneCache) -> float:

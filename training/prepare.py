@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _encoders(config: PrepareConfig) -> bases.Encoders:
     try:
         base = bases.load_encoders(config.model)
     except ValueError as error:
-        do = "copy it again, or make it anew: hyperrt pretrain --out runs/world"
+        do = "copy it again, or make it again with hyperrt pretrain"
         raise IntegrityError(f"{config.model} is no base model", str(error), do) from error
     where = device.pick(config.device)
     if where.type == "cuda":  # TF32 is as exact as the float16 that the files have
@@ -242,8 +243,8 @@ def _claimed(output: Path, source: Path) -> Iterator[None]:
         why = f"{source} is read, and what is written there would be read, too"
         raise UsageError(f"{output} lies in the data set", why, "choose another --output")
     if not output.parent.is_dir():
-        why = f"{output.name} is to be written there"
-        raise NotFound(f"the folder {output.parent} does not exist", why, f"mkdir -p {output.parent}")
+        why, do = f"{output.name} is to be written there", shlex.join(["mkdir", "-p", str(output.parent)])
+        raise NotFound(f"the folder {output.parent} does not exist", why, do)
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is no folder", "the cache is one", "choose another name")
     output.mkdir(exist_ok=True)

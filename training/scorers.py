@@ -149,7 +149,7 @@ class Face:
             facenet = importlib.import_module("facenet_pytorch")
         except ImportError as error:
             # Its metadata asks for an old PyTorch, with which nothing here would work.
-            raise Absent(f"{error}; pip install --no-deps facenet-pytorch") from error
+            raise Absent(f"{error}; to install it: pip install --no-deps facenet-pytorch") from error
         weights = _torch_home() / "checkpoints" / FACE_WEIGHTS
         if offline and not weights.is_file():
             raise Absent(f"{FACE_WEIGHTS} is not in {weights.parent}, and nothing is fetched offline")

@@ -48,7 +48,7 @@ def three_lines(error: HyperRTError) -> bool:
 def refused(cache: PlanCache, words: str, wanted: PlanKey = KEY) -> IntegrityError:
     """The error of `load`, which says these words, and how to rebuild."""
     with pytest.raises(IntegrityError, match=words) as caught:
-        cache.load(wanted)
+        cache.load(wanted, bundle="tiny")
     assert three_lines(caught.value) and caught.value.code == 8
     assert "hyperrt compile" in caught.value.do and "--backend tensorrt" in caught.value.do
     return caught.value

@@ -102,7 +102,7 @@ def test_the_list_warns_of_plans_that_cannot_be_read(run, plans):
     (plans[0].folder / "plan.json").write_text("")
     code, out, err = run("list")
     assert code == 0 and len(out.splitlines()) == 4
-    assert err == "warning: 1 more plan cannot be read: hyperrt plans verify\n"
+    assert err == "warning: 1 more plan cannot be read; see: hyperrt plans verify\n"
     assert events(run("list", "--json")[1])[-1]["damaged"] == [str(plans[0].folder)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hyperrt import files
 from hyperrt.errors import Incompatible, IntegrityError, NotFound, UsageError
 from hyperrt.manifest import Graph
-from hyperrt.plan_words import compile_command
+from hyperrt.plan_words import compile_command, rebuild_command
 from hyperrt.plans import PlanCache, graph_hash
 from tests.hyperrt.some_plans import COMPILE, KEY, OTHER, content, flip, key, publish, three_lines
 
@@ -42,7 +42,12 @@ def test_the_command_that_rebuilds_can_be_pasted_into_a_shell():
     wanted = key(target="sm90 NVIDIA H200")
     assert compile_command(wanted, "my bundle") == "hyperrt compile 'my bundle' --backend tensorrt"
     rtx = key(backend="tensorrt-rtx")
-    assert compile_command(rtx) == "hyperrt compile BUNDLE --backend tensorrt-rtx --target sm89"
+    assert compile_command(rtx, "tiny") == "hyperrt compile tiny --backend tensorrt-rtx --target sm89"
+
+
+def test_without_its_bundle_words_stand_where_a_command_would_not_run():
+    assert compile_command(key()) == "compile its bundle with --backend tensorrt"
+    assert rebuild_command(key()) == f"hyperrt plans rm {key().id[:12]}"
 
 
 def test_the_command_that_rebuilds_has_the_sizes_of_the_call():
@@ -212,7 +217,7 @@ def test_a_plan_of_another_bundle_is_refused_and_both_bundles_are_named(cache):
 
 def test_another_bundle_is_noticed_without_its_name(cache):
     publish(cache, OTHER, bundle="robots")
-    with pytest.raises(Incompatible, match=r"of robots .*; this is this graph, .*\n.*compile BUNDLE"):
+    with pytest.raises(Incompatible, match=r"of robots .*; this is this graph, .*\n.*compile its bundle"):
         cache.load(KEY)
 
 
