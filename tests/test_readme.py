@@ -90,8 +90,8 @@ def test_the_readme_runs_from_top_to_bottom(environment, tmp_path):
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The `hyperrt X` and `python -m X` commands of a bash block, each as its words."""
-    lines = re.split(r"\n|&&", block.code.replace("\\\n", " "))
+    """The `hyperrt X` and `python -m X` commands of a bash block, also launched ones, each as its words."""
+    lines = re.split(r"\n|&&", block.code.replace("\\\n", " ").replace("accelerate launch", "python"))
     words = [shlex.split(line, comments=True) for line in lines]
     return [w for w in words if w[:1] == ["hyperrt"] or w[:2] == ["python", "-m"]]
 

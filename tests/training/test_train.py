@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from PIL import Image
 from hyperrt.training import checkpoint, lora_layers, preview, train
 from hyperrt.training.config import TrainConfig
 from hyperrt.training.sample import sample
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_smoke_preset_logs_monitors_from_step_0_and_writes_a_sheet_and_a_hypernetwork(
@@ -36,6 +41,13 @@ def test_the_smoke_preset_logs_monitors_from_step_0_and_writes_a_sheet_and_a_hyp
     decoder, about = checkpoint.load_hypernet(out)
     assert (about["step"], about["token"]) == (4, "sks")
     assert not any(parameter.requires_grad for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("module", ["training.train", "hyperrt.training.train"])
+def test_it_is_a_module_of_the_repository_as_well_as_of_the_installation(module):
+    command = [sys.executable, "-m", module, "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(f"Usage: python -m {module} ")
 
 
 def test_a_dry_run_prints_memory_and_shapes_and_writes_nothing(settings, tmp_path):
