@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from hyperrt import __version__
 from hyperrt.cli_compile import compile_
 from hyperrt.cli_config import default_map, user_config
+from hyperrt.cli_images import PhotosCommand
 from hyperrt.cli_lora import lora
 from hyperrt.cli_output import Output, with_json
 from hyperrt.cli_plans import plans
@@ -83,12 +84,16 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
         click.echo(context.get_help())
 
 
-@hyperrt.command()
+@hyperrt.command(cls=PhotosCommand)
 @click.option(
     "--prompt", "-p", required=True, help="What to draw; [V] stands for the subject: 'a [V] mug on a beach'."
 )
 @click.option(
-    "--images", "-i", multiple=True, metavar="DIR|FILE", help="Photos of the subject; may be repeated."
+    "--images",
+    "-i",
+    multiple=True,
+    metavar="DIR|FILE...",
+    help="Photos of the subject: photos/ or photos/*.jpg.",
 )
 @click.option(
     "--subject", "-s", metavar="FILE", help="Subject file of `hyperrt personalize`, instead of photos."
@@ -161,9 +166,14 @@ def generate(context: click.Context, /, **options: Any) -> None:
     command(_config(context, GenerateConfig, options), context.obj)
 
 
-@hyperrt.command()
+@hyperrt.command(cls=PhotosCommand)
 @click.option(
-    "--images", "-i", multiple=True, required=True, metavar="DIR|FILE", help="Photos; may be repeated."
+    "--images",
+    "-i",
+    multiple=True,
+    required=True,
+    metavar="DIR|FILE...",
+    help="Photos of the subject: photos/ or photos/*.jpg.",
 )
 @click.option(
     "--output", "-o", required=True, metavar="FILE", help="Subject file to write, such as mug.safetensors."
@@ -206,7 +216,7 @@ def personalize(context: click.Context, /, **options: Any) -> None:
     \b
     Examples:
       hyperrt personalize --images photos/ -o mug.safetensors
-      hyperrt personalize -i front.jpg -i side.jpg --class mug -o mug.safetensors --format kohya
+      hyperrt personalize -i front.jpg side.jpg --class mug -o mug.safetensors --format kohya
     """
     from hyperrt.cli_generate import personalize as command
 

@@ -65,6 +65,24 @@ class BadImage(BadInput):
         self.reason = reason
 
 
+class LinkedPhotos(BadInput):
+    """A folder of photos holds links, which are not followed there.
+
+    Args:
+        what, why, do: as in every error.
+        folder: the folder, as it was named.
+        files: its photos, each of which may be named, and is then followed.
+    """
+
+    def __init__(
+        self, what: str, why: str = "", do: str = "", folder: str = "", files: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(what, why, do)
+        self.args = (what, why, do, folder, files)  # for pickling
+        self.folder = folder
+        self.files = files
+
+
 class BadPrompt(BadInput):
     """The prompt is empty, malformed, or lacks the placeholder of the subject."""
 

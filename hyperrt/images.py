@@ -1,8 +1,8 @@
 """Photos in: untrusted files => [H, W, 3] uint8 pictures => pixels [n, 3, S, S] for the image encoder.
 
-A photo is JPEG, PNG, WebP, GIF, BMP or TIFF, told by its contents and not by its name.  Pictures are upright
-(EXIF orientation applied), in sRGB, 8 bits, transparency composited on white; of several frames the first; at
-most `KEEP_SIDE` pixels on the longer side, which bounds memory.  Nothing of a file's metadata is kept.
+Pictures are upright (EXIF orientation applied), in sRGB, 8 bits, transparency composited on white; at most
+`KEEP_SIDE` pixels on the longer side, which bounds memory.  Nothing of a file's metadata is kept.  What kinds
+of files are read, and of which size: hyperrt/image_formats.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import stat
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt.errors import BadImage, BadInput, BundleMismatch, NotFound
+from hyperrt.errors import BadImage, BadInput, BundleMismatch, LinkedPhotos, NotFound
+from hyperrt.image_formats import (
+    AGAIN,
+    CONVERT,
+    HEAD_BYTES,
+    READABLE,
+    SUFFIXES,
+    check_size,
+    damage_as_bad_image,
+    is_photo,
+    opened,
+    printable,
+)
 from hyperrt.srgb import Picture, upright_srgb
 
 if TYPE_CHECKING:
@@ -30,28 +42,11 @@ if TYPE_CHECKING:
 
 MAX_PHOTOS = 16  # of one folder; more add nothing to the mean, and each takes time
 MAX_ENTRIES = 100_000  # of one folder; more is no folder of photos
-MAX_FILE_BYTES = 64 << 20
-MAX_PIXELS = 64_000_000
-MIN_SIDE, MAX_SIDE = 32, 16_384  # pixels
-MAX_ASPECT = 20  # longer side over shorter; beyond it a square picture shows nothing of the subject
+MAX_FILE_BYTES = 128 << 20
 KEEP_SIDE = 1024  # pixels; several times what an image encoder sees
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-CONVERT, AGAIN = "convert it to PNG or JPEG", "copy or save it again"
-
-# Names by which a file that cannot be read is still a photo that the user meant.
-SUFFIXES = (
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg",
-    ".jpg", ".jxl", ".mpo", ".png", ".psd", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-SIGNATURES = (  # offset, bytes, what the file is
-    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftyphei", "HEIC"),
-    (4, b"ftypmif1", "HEIC"), (4, b"ftypavi", "AVIF"), (4, b"jP  ", "JPEG 2000"), (0, b"8BPS", "Photoshop"),
-    (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"),
-)  # fmt: skip
-HEAD_BYTES = 16
+WANTED = "give a file name, an open binary file, bytes, an array or a PIL image"
+BINARY = "open it for reading, with mode 'rb'"
+BLANK = 8  # levels of 255, a channel's standard deviation over the photo in 32 x 32 pixels
 CROPS = {"pad": max, "center": min}  # side of the square, of height and width
 
 
@@ -81,32 +76,49 @@ class Photos:
 
 
 def load_image(
-    source: str | os.PathLike[str] | bytes | Picture | PilImage,
+    source: str | os.PathLike[str] | bytes | BinaryIO | Picture | PilImage,
     *,
     keep_side: int = KEEP_SIDE,
     follow: bool = True,
+    name: str = "image",
 ) -> Picture:
     """One photo => [H, W, 3] uint8.
 
     Args:
-        source: a file, the contents of one, an array [H, W], [H, W, 3] or [H, W, 4] of uint8, or a PIL image
-            (left as it is).
+        source: a file's name, its contents, an open binary file (read from its beginning), an array [H, W],
+            [H, W, 3] or [H, W, 4] of uint8, or a PIL image (left as it is).
         keep_side: of a file, pixels that are kept on the longer side.
         follow: read a file that is reached by a link.
+        name: what errors call a photo that has no file name.
 
     Raises:
         BadImage: it cannot be read, or is too small, too large or too narrow.
         NotFound: there is no such file.
     """
-    if isinstance(source, bytes):
-        _check_bytes(len(source), "image")
-        return _decode(io.BytesIO(source), "image", keep_side)
     if isinstance(source, (str, os.PathLike)):
-        return _load_file(Path(source), printable(os.fspath(source)), follow, keep_side)
-    with _damage_as_bad_image("image", b""):
-        image = _image_in_memory(source)
-        _check_size(image.size, "image")
+        path = os.fsdecode(source)
+        name = printable(path)
+        with _open_regular(Path(path), name, follow) as file:
+            return _decode(file, name, keep_side)
+    content = _contents(source, name)
+    if content is not None:
+        _check_bytes(len(content), name)
+        return _decode(io.BytesIO(content), name, keep_side)
+    with damage_as_bad_image(name):
+        image = _image_in_memory(source, name)
+        check_size(image.size, name)
         return upright_srgb(image.copy(), KEEP_SIDE)
+
+
+def is_blank(picture: Picture) -> bool:
+    """Whether [H, W, 3] is nearly one colour, as behind a lens cap: `BLANK` says what is nearly.
+
+    Reduced to 32 x 32 pixels, which removes a sensor's noise, no channel deviates by `BLANK` levels.
+    """
+    from PIL import Image
+
+    small = Image.fromarray(picture).resize((32, 32), Image.Resampling.BOX)
+    return bool(np.std(np.asarray(small), axis=(0, 1)).max() < BLANK)
 
 
 def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
@@ -121,6 +133,7 @@ def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
 
     Raises:
         BadImage: a photo cannot be read and `strict` is on.
+        LinkedPhotos: as the next, or with `strict`; the reason is that photos are links.
         BadInput: no photo is left, or it is no folder of photos.
         NotFound: there is no such folder.
     """
@@ -138,10 +151,12 @@ def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
                 kind = "a folder" if entry.is_dir(follow_symlinks=False) else "no picture"
                 photos.ignored.append((name, kind))
                 continue
-            picture = _load_file(Path(entry.path), name, follow=False)
+            with _open_regular(Path(entry.path), name, follow=False) as file:
+                picture = _decode(file, name, KEEP_SIDE)
         except (BadImage, NotFound) as error:  # NotFound: removed since it was listed
             if strict:
-                raise
+                linked = entry.is_symlink() and _linked(folder, found, error.what, error.why)
+                raise (linked or error) from None
             photos.rejected.append((name, error.why))
             continue
         content = repr(picture.shape).encode() + picture.tobytes()
@@ -152,7 +167,7 @@ def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
         photos.images.append(picture)
         photos.names.append(name)
     if not photos.images:
-        raise _no_photos(folder, photos)
+        raise _no_photos(folder, photos, found)
     return photos
 
 
@@ -192,11 +207,6 @@ def natural_key(name: str) -> tuple[Any, ...]:
     return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
-def printable(name: str) -> str:
-    """A file name with control characters and undecodable bytes written out: it may be hostile."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
 def entries(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder holds, in natural order, without hidden files.
 
@@ -227,7 +237,7 @@ def _is_photo(entry: os.DirEntry[str]) -> bool:
         return False
     try:
         with _open_regular(Path(entry.path), "", follow=False) as file:
-            return _signature(file.read(HEAD_BYTES)) in FORMATS
+            return is_photo(file.read(HEAD_BYTES))
     except BadImage:
         return False
 
@@ -239,30 +249,28 @@ def _count_rest(photos: Photos, rest: Sequence[os.DirEntry[str]]) -> None:
         photos.rejected.append((name, f"only the first {MAX_PHOTOS} photos of a folder are used"))
 
 
-def _no_photos(folder: Path, photos: Photos) -> BadInput:
+def _no_photos(folder: Path, photos: Photos, found: Sequence[os.DirEntry[str]]) -> BadInput:
     if not photos.rejected:
         why = f"it holds {len(photos.ignored):,} files or folders of other kinds"
         return BadInput(f"{folder} holds no photos", why, f"name a folder that itself holds {READABLE}")
     first = "; ".join(f"{name}: {reason}" for name, reason in photos.rejected[:3])
     more = f"; and {len(photos.rejected) - 3:,} more" if len(photos.rejected) > 3 else ""
     what = f"none of the {len(photos.rejected):,} photos in {folder} can be used"
-    return BadInput(what, first + more, "add others, as PNG or JPEG")
+    linked = _linked(folder, found, what, first + more)
+    return linked or BadInput(what, first + more, "add others, as PNG or JPEG")
 
 
-def _load_file(path: Path, name: str, follow: bool, keep_side: int = KEEP_SIDE) -> Picture:
-    with _open_regular(path, name, follow) as file:
-        return _decode(file, name, keep_side)
+def _linked(folder: Path, found: Sequence[os.DirEntry[str]], what: str, why: str) -> LinkedPhotos | None:
+    """An error that names the files themselves, if the reason may be that they are links."""
+    photos = [e for e in found if Path(e.name).suffix.lower() in SUFFIXES and os.path.isfile(e.path)]
+    if not any(entry.is_symlink() for entry in photos):
+        return None
+    files = tuple(entry.path for entry in photos[:MAX_PHOTOS])
+    return LinkedPhotos(what, why, f"name the files: {shlex.join(files)}", str(folder), files)
 
 
 def _decode(file: BinaryIO, name: str, keep_side: int) -> Picture:
-    # Readers imported here: for one that is missing, Pillow would import all its forty.
-    from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
-
-    head = file.read(HEAD_BYTES)
-    file.seek(0)
-    with _damage_as_bad_image(name, head), Image.open(file, formats=FORMATS) as image:
-        _check_size(image.size, name)
-        image.draft(None, (keep_side, keep_side))  # a large JPEG: decode it at a half, fourth ...
+    with opened(file, name, keep_side) as image:
         image.load()
         return upright_srgb(image, keep_side)
 
@@ -290,6 +298,9 @@ def _open_regular(path: Path, name: str, follow: bool) -> Iterator[io.BufferedRe
 
 
 def _check_regular(info: os.stat_result, name: str) -> None:
+    if stat.S_ISLNK(info.st_mode):
+        why = "it is a symbolic link, which is not followed in a folder"
+        raise BadImage(name, why, "name the file itself")
     if not stat.S_ISREG(info.st_mode):
         raise BadImage(name, f"it is {_kind(info.st_mode)}, not a file", "name a plain file")
     _check_bytes(info.st_size, name)
@@ -304,64 +315,35 @@ def _check_bytes(count: int, name: str) -> None:
 
 
 def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a named pipe"}
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
     return kinds.get(stat.S_IFMT(mode), "a socket or device")
 
 
-@contextlib.contextmanager
-def _damage_as_bad_image(name: str, head: bytes) -> Iterator[None]:
-    """Whatever a decoder raises on a malformed file becomes a BadImage; its warnings are dropped."""
+def _contents(source: Any, name: str) -> bytes | None:
+    """What is in an open file, as far as its size is allowed; None for other things."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if not hasattr(source, "read"):
+        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except BadImage:
-        raise
-    # Decoders let nearly everything escape: OSError, ValueError, SyntaxError, struct.error, MemoryError ...
-    except Exception as error:
-        raise _bad_image(name, head, error) from error
+        if source.seekable():
+            source.seek(0)
+        content = source.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError, AttributeError) as error:  # ValueError: it is closed
+        raise BadImage(name, f"it cannot be read: {error}", BINARY) from error
+    if not isinstance(content, bytes):
+        raise BadImage(name, f"reading it gave {type(content).__name__}, not bytes", BINARY)
+    return content
 
 
-def _bad_image(name: str, head: bytes, error: Exception) -> BadImage:
-    from PIL import Image, UnidentifiedImageError
-
-    kind = _signature(head)
-    if kind and kind not in FORMATS:
-        return BadImage(name, f"it is {kind}; readable are {READABLE}", CONVERT)
-    if isinstance(error, Image.DecompressionBombError):
-        return BadImage(name, f"it has more than {MAX_PIXELS // 10**6} million pixels", "make it smaller")
-    if isinstance(error, UnidentifiedImageError):
-        why = f"it begins like {kind}, but is damaged" if kind else f"it is not {READABLE}"
-        return BadImage(name, why, AGAIN if kind else CONVERT)
-    return BadImage(name, f"it is damaged: {printable(str(error)) or type(error).__name__}", AGAIN)
-
-
-def _signature(head: bytes) -> str | None:
-    return next((kind for at, magic, kind in SIGNATURES if head[at:].startswith(magic)), None)
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    short, long = min(size), max(size)
-    if short < MIN_SIDE:
-        why = f"it has {width} x {height} pixels; each side needs at least {MIN_SIDE}"
-        raise BadImage(name, why, "use a larger one")
-    if long > MAX_SIDE or width * height > MAX_PIXELS:
-        limit = f"at most {MAX_SIDE:,} a side and {MAX_PIXELS // 10**6} million in all"
-        raise BadImage(name, f"it has {width} x {height} pixels; {limit}", "make it smaller")
-    if long > MAX_ASPECT * short:
-        why = f"it has {width} x {height} pixels; one side is over {MAX_ASPECT} times the other"
-        raise BadImage(name, why, "crop it")
-
-
-def _image_in_memory(source: object) -> PilImage:
+def _image_in_memory(source: object, name: str) -> PilImage:
     from PIL import Image
 
     if isinstance(source, Image.Image):
         return source
     if not isinstance(source, np.ndarray):
-        raise BadImage("image", f"it is a {type(source).__name__}; wanted is a file name, array or PIL image")
+        raise BadImage(name, f"it is of type {type(source).__name__}", WANTED)
     if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:
-        have = f"it is an array {list(source.shape)} of {source.dtype}"
-        raise BadImage("image", f"{have}; wanted is [height, width, 3] of uint8")
+        why = f"it is an array {list(source.shape)} of {source.dtype}; wanted is [height, width, 3] of uint8"
+        raise BadImage(name, why, "convert it")
     return Image.fromarray(np.ascontiguousarray(source))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,51 +24,57 @@ from hyperrt import images as photo_files
 from hyperrt.engines.base import Engine
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import BadImage, BadInput, NumericError
+from hyperrt.image_formats import printable
 from hyperrt.lora import LoraLayout
 from hyperrt.manifest import Manifest
 from hyperrt.subject import LoraOnDevice, Vector
 
 log = logging.getLogger("hyperrt")
 
-MOST_SAID = 10  # photos that are left out with a line each; a folder may hold thousands
+MOST_SAID = 10  # photos that have a line each of what is wrong with them; a folder may hold thousands
 
-Photo = Any  # path, [H, W, 3] uint8, or PIL image
-Photos = str | os.PathLike[str] | Sequence[Photo]
+Photo = Any  # path, bytes, open binary file, [H, W, 3] uint8, or PIL image
+Photos = str | os.PathLike[str] | Iterable[Photo]
 Features = Vector | DeviceArray
 
 
 def read_photos(photos: Photos, strict: bool = False) -> list[NDArray[np.uint8]]:
     """Every usable photo as [H, W, 3] uint8; one that is not is logged as a warning and left out.
 
+    A photo that is nearly one colour is used, with a warning.
+
     Args:
-        photos: a folder, a file, or a sequence of folders, files, arrays and PIL images.
+        photos: a folder, a photo (a file's name, its contents, an open binary file, an array [H, W, 3] of
+            uint8, a PIL image), an array [n, H, W, 3], or several of all these: a list, set or generator.
         strict: raise on the first photo that cannot be used.
 
     Raises:
-        BadInput: no photo is left, or one is bad and `strict` is on.
+        BadInput: no photo is left, or one is bad and `strict` is on, or these are no photos.
         NotFound: the folder or a file does not exist.
     """
-    sequence = _as_sequence(photos)
     usable: list[NDArray[np.uint8]] = []
+    names: list[str] = []
     bad: list[BadImage] = []
-    for photo in sequence:
+    for number, photo in enumerate(_each(photos), start=1):
         if isinstance(photo, (str, os.PathLike)) and os.path.isdir(photo):
             folder = photo_files.load_folder(Path(photo), strict=strict)
             bad += [BadImage(name, reason) for name, reason in folder.rejected]
             usable += folder.images
+            names += folder.names
             continue
+        name = _name(photo, number)
         try:
-            usable.append(photo_files.load_image(photo))
+            usable.append(photo_files.load_image(photo, name=name))
+            names.append(name)
         except BadImage as error:
             if strict:
                 raise
             bad.append(error)
-    if bad and not usable:
+    if not usable:
         raise bad[0] if len(bad) == 1 else _none_left(bad)
-    for left_out in bad[:MOST_SAID]:
-        log.warning("left out %s: %s", left_out.name, left_out.reason)
-    if len(bad) > MOST_SAID:
-        log.warning("left out %s more photos", f"{len(bad) - MOST_SAID:,}")
+    blank = [name for name, image in zip(names, usable, strict=True) if photo_files.is_blank(image)]
+    _warn([f"left out {error.name}: {error.reason}" for error in bad], "left out %s more photos")
+    _warn([f"{name} shows no subject: it is nearly one colour" for name in blank], "and so do %s more photos")
     return usable
 
 
@@ -178,17 +184,34 @@ def check_finite(tensors: Mapping[str, NDArray[Any] | DeviceArray], what: str) -
             )
 
 
-def _as_sequence(photos: Photos) -> Sequence[Photo]:
-    single = isinstance(photos, (str, os.PathLike)) or not isinstance(photos, Sequence)
-    several: Sequence[Photo] = [photos] if single else photos  # type: ignore[assignment]
-    if not several:
-        raise BadInput(
-            "no photos were given", "a subject needs at least one", "three to five photos are a good number"
-        )
-    return several
+def _each(photos: Photos) -> Iterable[Photo]:
+    """The photos one by one, of whatever holds them."""
+    if isinstance(photos, np.ndarray):
+        return photos if photos.ndim == 4 else [photos]
+    single = isinstance(photos, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(photos, "read")
+    if single or not isinstance(photos, Iterable):
+        return [photos]
+    # The order of a set of names differs from run to run, and with it the last digits of a sum.
+    return sorted(photos, key=str) if isinstance(photos, Set) else photos
+
+
+def _name(photo: Photo, number: int) -> str:
+    """What a warning calls a photo: the file's name, else its place among the photos."""
+    name = photo if isinstance(photo, (str, os.PathLike)) else getattr(photo, "name", None)
+    return printable(os.fsdecode(name)) if isinstance(name, (str, os.PathLike)) else f"photo {number}"
+
+
+def _warn(messages: Sequence[str], more: str) -> None:
+    for message in messages[:MOST_SAID]:
+        log.warning("%s", message)
+    if len(messages) > MOST_SAID:
+        log.warning(more, f"{len(messages) - MOST_SAID:,}")
 
 
 def _none_left(bad: Sequence[BadImage]) -> BadInput:
+    if not bad:
+        do = "three to five photos are a good number"
+        return BadInput("no photos were given", "a subject needs at least one", do)
     first = "; ".join(f"{error.name}: {error.reason}" for error in bad[:3])
     return BadInput(
         f"none of the {len(bad)} photos could be used", first, "convert them to PNG, JPEG or WebP"

@@ -130,7 +130,8 @@ class Runtime:
         """Photos of one subject to its LoRA.
 
         Args:
-            images: a folder, a file, or a sequence of files, [H, W, 3] uint8 arrays and PIL images.
+            images: a folder, a photo (a file, open or not, its bytes, an array [H, W, 3] of uint8, a PIL
+                image), or a list, set or generator of these; also an array [n, H, W, 3].
             class_noun: what the subject is ("mug"), for prompts that do not say; None: the bundle's default.
             strict: refuse if one photo cannot be used, instead of leaving it out with a warning.
             combine: of several photos take the "mean" of the factors (the paper's), the "product" closest to

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 ORIENTATION = 0x0112  # EXIF tag
+SAME_COLOUR = 2  # levels of 255; published sRGB profiles differ from Little CMS's by 1
+# [81, 9, 3]: every colour of nine levels a channel
+_TEST_COLOURS = (np.indices((9, 9, 9)).reshape(3, 81, 9).transpose(1, 2, 0) * 31.875).astype(np.uint8)
 
 
 def upright_srgb(image: PilImage, keep_side: int) -> Picture:
@@ -45,25 +49,33 @@ def _colour_and_alpha(image: PilImage) -> tuple[PilImage, PilImage | None]:
         clear = image.info.get("transparency")
         alpha = None if clear is None else Image.fromarray(np.uint8(255) * (samples != clear))
         return Image.fromarray((samples >> 8).astype(np.uint8)), alpha
+    colour = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return rgba.convert("RGB"), rgba.getchannel("A")
-    return (image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")), None
+        both = image.convert(f"{colour}A")
+        return both.convert(colour), both.getchannel("A")
+    return (image if image.mode in ("CMYK", colour) else image.convert(colour)), None
 
 
 def _to_srgb(image: PilImage, profile: bytes | None) -> PilImage:
-    """RGB; a profile that cannot be read or does not fit is left out of account."""
+    """RGB; a profile that cannot be read or does not fit is ignored."""
     if profile:
         with contextlib.suppress(Exception):
             from PIL import ImageCms
 
-            source = ImageCms.getOpenProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(source):  # the way there and back costs exactness
-                target = ImageCms.createProfile("sRGB")
-                converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-                if converted is not None:
-                    return converted
+            source, target = ImageCms.getOpenProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            convert = ImageCms.buildTransform(source, target, image.mode, "RGB").apply
+            if not _changes_nothing(convert, image.mode):
+                return convert(image)
     return image.convert("RGB")
+
+
+def _changes_nothing(convert: Callable[[PilImage], PilImage], mode: str) -> bool:
+    """Whether a profile is sRGB, whatever it calls itself: the way there and back would cost exactness."""
+    from PIL import Image
+
+    colours = Image.fromarray(_TEST_COLOURS).convert(mode)
+    change = np.asarray(convert(colours), int) - np.asarray(colours.convert("RGB"), int)
+    return bool(abs(change).max() <= SAME_COLOUR)
 
 
 def _turn(image: PilImage) -> Transpose | None:

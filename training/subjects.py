@@ -20,6 +20,7 @@ import numpy as np
 
 from hyperrt import images, prompts
 from hyperrt.errors import BadImage, BadPrompt, NotFound
+from hyperrt.image_formats import MAX_SIDE
 from hyperrt.srgb import Picture
 
 PLACEHOLDER = "[V]"
@@ -128,7 +129,7 @@ def read(subject: Subject, size: int) -> Pictures:
 def _load(content: Content) -> np.ndarray:
     if isinstance(content, bytes | Path):
         # Whole: what is cut out of it is measured in its own pixels.
-        return images.load_image(content, keep_side=images.MAX_SIDE, follow=False)
+        return images.load_image(content, keep_side=MAX_SIDE, follow=False)
     return content()
 
 

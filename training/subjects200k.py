@@ -20,6 +20,7 @@ import numpy as np
 
 from hyperrt import images
 from hyperrt.errors import BadImage, BadInput, BadPrompt, IntegrityError, NotFound, UsageError
+from hyperrt.image_formats import MIN_SIDE
 from hyperrt.srgb import Picture
 from hyperrt.training import shards
 from hyperrt.training.subjects import Found, LeftOut, Options, Subject, View, captions_of_text
@@ -82,7 +83,7 @@ def half(picture: np.ndarray, number: int) -> Picture:
     """
     height, width = picture.shape[:2]
     side = height - 2 * PADDING
-    if side < images.MIN_SIDE or width != 2 * side + 3 * PADDING:
+    if side < MIN_SIDE or width != 2 * side + 3 * PADDING:
         raise BadImage("image", f"it has {width} x {height} pixels, which is not two squares in a border")
     left = PADDING + number * (side + PADDING)
     return picture[PADDING : PADDING + side, left : left + side]

@@ -16,6 +16,7 @@ CODES = {
     "BadInput": 3,
     "BadImage": 3,
     "BadPrompt": 3,
+    "LinkedPhotos": 3,
     "LoraError": 3,
     "NotFound": 4,
     "Incompatible": 5,

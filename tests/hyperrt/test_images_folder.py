@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hyperrt import images
-from hyperrt.errors import BadImage, BadInput, NotFound
+from hyperrt import images, personalize
+from hyperrt.errors import BadImage, BadInput, LinkedPhotos, NotFound
 from tests.hyperrt.pictures import half_and_half
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +80,31 @@ def test_pipes_sockets_links_and_folders_do_not_stop_the_good_photos(subject_fol
     assert "a named pipe" in reasons["pipe.png"]
     assert all("a symbolic link" in reasons[name] for name in ("link.png", "self.png", "zero.png"))
     assert sorted(dict(photos.ignored)) == ["folder.png", "loop", "pipe"]
+
+
+def linked(subject_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "my links"
+    folder.mkdir()
+    for path in subject_folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "gone.png").symlink_to("nowhere")
+    return folder
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_folder_of_links_says_so_and_names_the_files_which_are_followed(subject_folder, tmp_path, strict):
+    folder = linked(subject_folder, tmp_path)
+    with pytest.raises(LinkedPhotos, match=r"symbolic link.*\n.*name the files: '") as caught:
+        images.load_folder(folder, strict=strict)
+    assert caught.value.files == tuple(f"{folder}/{number}.png" for number in (1, 2, 3, 4))
+    assert len(personalize.read_photos(caught.value.files)) == 4
+
+
+def test_a_bad_photo_beside_links_is_refused_for_its_own_reason(subject_folder, tmp_path):
+    folder = linked(subject_folder, tmp_path)
+    (folder / "0.png").touch()
+    with pytest.raises(BadImage, match="empty"):
+        images.load_folder(folder, strict=True)
 
 
 def test_the_folder_itself_may_be_a_link(subject_folder, tmp_path):
