@@ -66,7 +66,10 @@ REDO = "export it again (hyperrt export); if it came with hyperrt, install hyper
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle(Manifest):
-    """An opened bundle: its manifest, and its files by way of `graph` and `tokenizer`."""
+    """An opened bundle: its manifest, and its files by way of `graph` and `tokenizer`.
+
+    `name` is the folder's name, by which the bundle is opened; the manifest's is the one of its export.
+    """
 
     path: Path
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)
@@ -82,7 +85,8 @@ class Bundle(Manifest):
         """
         folder = find(bundle)
         manifest = read_manifest(folder)
-        opened = cls(**{f.name: getattr(manifest, f.name) for f in fields(manifest)}, path=folder)
+        told = {f.name: getattr(manifest, f.name) for f in fields(manifest)}
+        opened = cls(**{**told, "name": _name_of(folder) or manifest.name}, path=folder)
         for name in [TOKENIZER, *(name for graph in opened.graphs.values() for name, _ in graph.files())]:
             if not (folder / name).is_file():
                 raise BundleError(f"the bundle {opened.name} is not complete", f"{name} is missing", REDO)
@@ -169,6 +173,12 @@ def find(bundle: str | os.PathLike[str]) -> Path:
     if not (folder / MANIFEST).is_file():
         raise NotFound(f"{folder} is not a bundle", f"it holds no {MANIFEST}", "make one: hyperrt export")
     return folder
+
+
+def _name_of(folder: Path) -> str:
+    """The last part of the folder's path, as text that every file can hold; empty for a root."""
+    name = os.path.basename(os.path.abspath(folder))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def packaged() -> list[str]:
