@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from hyperrt import strict_json
+from hyperrt.arguments import checked
 from hyperrt.errors import BundleError, BundleMismatch, NotFound, UsageError
 from hyperrt.manifest import (
     GRAPHS,
@@ -75,6 +76,7 @@ class Bundle(Manifest):
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
+    @checked
     def open(cls, bundle: str | os.PathLike[str] = "tiny") -> Bundle:
         """Read the manifest of a packaged bundle (by name) or of a folder.
 

@@ -6,14 +6,14 @@ and filled in by `hyperrt.job`.  `output_paths` names the pictures of one reques
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hyperrt.arguments import Checked, shown
 from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
@@ -28,6 +28,8 @@ MAX_IMAGE_SCALE = 10
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
 MAX_RANK = 1024
+MAX_THREADS = 1024
+MAX_DEVICE = 1023
 MAX_SEED = 2**63 - 1
 STDOUT = "-"
 SOLVER_NAMES = (
@@ -39,11 +41,11 @@ SOLVER_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """What `Runtime.steps` takes beside the prompt and the subject; None means the bundle's default.
 
     Raises:
-        UsageError: a value is out of range, naming it and the range.
+        UsageError: a value has the wrong type or is out of range, naming it and what is taken.
     """
 
     generic_prompt: str | None = None  # None: the prompt without the placeholder
@@ -60,19 +62,32 @@ class SamplingConfig:
     image_scale: float | None = None  # of the image tokens, open category
 
     def __post_init__(self) -> None:
-        _in_range("kappa", self.kappa, 0, 2)
-        _in_range("image scale", self.image_scale, 0, MAX_IMAGE_SCALE)
-        _in_range("guidance scale", self.guidance_scale, 0, 100)
-        _in_range("steps", self.steps, 1, MAX_STEPS)
-        _in_range("n", self.n, 1, MAX_IMAGES)
-        _in_range("batch size", self.batch_size, 1, MAX_IMAGES)
-        _in_range("seed", self.seed, 0, MAX_SEED - self.n)
-        _in_range("strength", self.strength, -10, 10)
+        super().__post_init__()
+        in_range("kappa", self.kappa, 0, 2)
+        in_range("image scale", self.image_scale, 0, MAX_IMAGE_SCALE)
+        in_range("guidance scale", self.guidance_scale, 0, 100)
+        in_range("steps", self.steps, 1, MAX_STEPS)
+        in_range("n", self.n, 1, MAX_IMAGES)
+        in_range("batch size", self.batch_size, 1, MAX_IMAGES)
+        in_range("seed", self.seed, 0, MAX_SEED - self.n)
+        in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
             _one_of("solver", self.solver, SOLVER_NAMES)
         if self.cfg and self.kappa is not None:
             why = "plain CFG draws with the personalised model alone, and has no share to set"
             raise UsageError(f"cfg is on, but kappa is {self.kappa:g}", why, "leave one of them out")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
+        """The config of these options.
+
+        Raises:
+            UsageError: there is no such option, or as for the config itself.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise UsageError(f"there is no option {unknown[0]!r}", f"the options are {', '.join(known)}")
+        return cls(**options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +115,8 @@ class GenerateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _in_range("threads", self.threads, 1, 1024)
-        _in_range("device", self.device, 0, 1023)
+        in_range("threads", self.threads, 1, MAX_THREADS)
+        in_range("device", self.device, 0, MAX_DEVICE)
         _one_of("combine", self.combine, COMBINED)
         if self.images and self.subject:
             raise UsageError(
@@ -130,7 +145,7 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PersonalizeConfig:
+class PersonalizeConfig(Checked):
     """One `hyperrt personalize`.
 
     Raises:
@@ -150,8 +165,9 @@ class PersonalizeConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _in_range("threads", self.threads, 1, 1024)
-        _in_range("device", self.device, 0, 1023)
+        super().__post_init__()
+        in_range("threads", self.threads, 1, MAX_THREADS)
+        in_range("device", self.device, 0, MAX_DEVICE)
         _one_of("format", self.format, SUBJECT_FORMATS)
         _one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
@@ -161,7 +177,7 @@ class PersonalizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Checked):
     """One `hyperrt export`; the `export` package reads it.
 
     Raises:
@@ -188,8 +204,9 @@ class ExportConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _in_range("random_weights", self.random_weights, 0, MAX_SEED)
-        _in_range("size", self.size, 8, MAX_SIZE)
+        super().__post_init__()
+        in_range("random_weights", self.random_weights, 0, MAX_SEED)
+        in_range("size", self.size, 8, MAX_SIZE)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("quantize", self.quantize, QUANTIZED)
         _one_of("adapt", self.adapt, ADAPTED)
@@ -198,7 +215,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileConfig:
+class CompileConfig(Checked):
     """One `hyperrt compile`.
 
     Raises:
@@ -216,8 +233,9 @@ class CompileConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _in_range("images", self.images, 1, MAX_IMAGES)
-        _in_range("branches", self.branches, 1, 3)
+        super().__post_init__()
+        in_range("images", self.images, 1, MAX_IMAGES)
+        in_range("branches", self.branches, 1, 3)
         _named("target", *self.targets)
 
     @property
@@ -227,7 +245,7 @@ class CompileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Checked):
     """One `hyperrt lora convert`.
 
     Raises:
@@ -243,8 +261,9 @@ class ConvertConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("format", self.format, SUBJECT_FORMATS)
-        _in_range("rank", self.rank, 1, MAX_RANK)
+        in_range("rank", self.rank, 1, MAX_RANK)
         _named("source", self.source)
         _named("output", self.output)
 
@@ -310,14 +329,19 @@ def _file_names(target: Path, seeds: Sequence[int]) -> list[Path]:
     return [target.with_name(f"{target.stem}-{seed}{target.suffix}") for seed in seeds]
 
 
-def _in_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"{name} is {value}", f"it must be from {low} to {high}")
+def in_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Refuse a number beyond these; None is not looked at.
+
+    Raises:
+        UsageError: naming the value and the range.
+    """
+    if value is not None and not low <= value <= high:  # NaN is in no range
+        raise UsageError(f"{name} is {shown(value)}", f"it must be from {low} to {high}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} is {value!r}", f"it must be one of {', '.join(allowed)}")
+        raise UsageError(f"{name} is {shown(value)}", f"it must be one of {', '.join(allowed)}")
 
 
 def _named(name: str, *values: str | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hyperrt import guidance, prompts, solvers
 from hyperrt.adapt import packed, the_one
+from hyperrt.arguments import taken
 from hyperrt.bundle import Bundle
 from hyperrt.config import SamplingConfig, check_needs_subject
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
@@ -27,8 +28,6 @@ from hyperrt.lora import VECTORS, check_tokens
 from hyperrt.subject import Subject
 
 log = logging.getLogger("hyperrt")
-
-CFG_PULL = 2  # scale of CFG that pulls as HM-CFG of 1 where both prompts agree
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,6 +97,33 @@ class Job:
         if len(different) < 2:  # the base model's rows have a gate of 0, whatever they hold
             return (different[0] if different else None,)
         return tuple(subject for subject in self.subjects for _ in range(images)) * len(self.branches)
+
+
+def pairs_of(prompt: Any, subject: Any) -> tuple[list[str], list[Subject | None], bool]:
+    """The prompts [pairs] and subjects [pairs] of a call, and whether they came as sequences.
+
+    Raises:
+        UsageError: one of them is a sequence and the other is not, or a value has another type.
+    """
+    one_prompt, one_subject = _is_one(prompt), _is_one(subject)
+    if one_prompt and one_subject:
+        asked, subjects = [prompt], [subject]
+    elif one_prompt or one_subject:
+        raise UsageError(
+            "the prompt and the subject do not go together",
+            "one is a sequence and the other is not",
+            "pass one prompt and one subject or None, or a list of each, of one length",
+        )
+    else:
+        asked, subjects = list(prompt), list(subject)
+    texts = [taken("prompt", one, str) for one in asked]
+    return texts, [taken("subject", one, Subject | None) for one in subjects], not one_prompt
+
+
+def _is_one(value: Any) -> bool:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return True
+    return getattr(value, "ndim", 1) == 0  # an array without axes
 
 
 def plan(
@@ -189,7 +215,7 @@ def settings_of(bundle: Bundle, has_subject: bool, options: SamplingConfig) -> d
         "strength": options.strength,
     }
     if options.cfg:
-        usual = CFG_PULL * defaults.guidance_scale
+        usual = guidance.CFG_PULL * defaults.guidance_scale
         settings |= {"cfg": True, "kappa": None, "guidance_scale": usual if scale is None else scale}
     if image and has_subject:
         settings["image_scale"] = image.scale if options.image_scale is None else options.image_scale
@@ -232,7 +258,7 @@ def _recipe(
         settings = {
             **{name: value for name, value in settings.items() if name not in ("image_scale", "cfg")},
             "kappa": 0.0,
-            "guidance_scale": scale / CFG_PULL if settings.get("cfg") else scale,
+            "guidance_scale": scale / guidance.CFG_PULL if settings.get("cfg") else scale,
         }
     return {
         "prompt": prompt,
@@ -274,6 +300,7 @@ def _check_subject(subject: Subject, bundle: Bundle) -> None:
     for name in VECTORS:
         packed(subject, name, bundle.layout.size(name), there=True)
     check_tokens("the subject", subject.image_tokens, bundle.token_shape)
+    prompts.check_text(subject.metadata.get("trigger", ""), "subject's trigger")
     found, wanted = subject.metadata.get("base_model"), bundle.hashes.base_model
     if found not in (None, wanted):
         why = f"its base model is {found[:12]!r}, the bundle's {wanted[:12]!r}"

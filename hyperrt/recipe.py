@@ -2,7 +2,7 @@
 
 Three chunks before the pixels:
 
-    parameters          the text that AUTOMATIC1111's web UI writes, and many programs read
+    parameters          the text that AUTOMATIC1111's web UI writes, and many programs read (`infotext`)
     hyperrt             the recipe as JSON, iTXt; `read` gives it back
     XML:com.adobe.xmp   IPTC's marker of generated media, DigitalSourceType trainedAlgorithmicMedia, iTXt
 
@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt import __version__, files, strict_json
-from hyperrt.errors import BadImage, NotFound
+from hyperrt import __version__, files, infotext, strict_json
+from hyperrt.arguments import checked
+from hyperrt.errors import BadImage, NotFound, UsageError
 
 SCHEMA = 1
 JSON_CHUNK, TEXT_CHUNK, XMP_CHUNK = "hyperrt", "parameters", "XML:com.adobe.xmp"
 MAX_JSON = 1 << 20  # bytes; a recipe has some hundred
 MAX_PIXELS = 64_000_000  # of a picture that is decoded to find a chunk behind its pixels
-SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
@@ -46,6 +46,7 @@ XMP = (
 )
 
 
+@checked
 def save_png(
     path: str | os.PathLike[str], image: NDArray[np.uint8], recipe: Mapping[str, Any], force: bool = False
 ) -> None:
@@ -58,29 +59,38 @@ def save_png(
         force: replace a file that is there.
 
     Raises:
-        ValueError: the recipe holds something that JSON has no form for.
+        UsageError: the image is no picture, or the recipe holds something that JSON has no form for.
         HyperRTError: what `files.publish` raises.
     """
     content = encode_png(image, recipe)
     files.publish(path, lambda file: file.write(content), force=force)
 
 
+@checked
 def encode_png(image: NDArray[np.uint8], recipe: Mapping[str, Any]) -> bytes:
-    """The PNG of `save_png` as bytes, for a pipe."""
+    """The PNG of `save_png` as bytes, for a pipe; the same arguments and errors."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        what = f"the image is {image.dtype} {list(image.shape)}"
+        raise UsageError(what, "a picture is uint8 [H, W, 3]", "pass one of Result.images")
     height, width = image.shape[:2]
     full = {"schema": SCHEMA, "version": __version__, "size": [width, height], **recipe}
     chunks = PngInfo()
-    chunks.add_text(TEXT_CHUNK, infotext(full))  # tEXt, or iTXt where Latin-1 is not enough
-    chunks.add_itxt(JSON_CHUNK, json.dumps(full, default=_plain, allow_nan=False))
+    try:
+        chunks.add_text(TEXT_CHUNK, infotext.write(full))  # tEXt, or iTXt where Latin-1 is not enough
+        chunks.add_itxt(JSON_CHUNK, json.dumps(full, default=_plain, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        do = "pass a recipe of Result.recipe_of, or plain JSON values"
+        raise UsageError("the recipe cannot be written", str(error), do) from error
     chunks.add_itxt(XMP_CHUNK, XMP)
     content = io.BytesIO()
     Image.fromarray(image).save(content, "PNG", pnginfo=chunks)
     return content.getvalue()
 
 
+@checked
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe of a picture that HyperRT made. Its values are as untrusted as the file.
 
@@ -105,40 +115,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if recipe.get("schema") != SCHEMA:
         raise BadImage(name, f"its recipe is not of schema {SCHEMA}", "update: pip install -U hyperrt")
     return recipe
-
-
-def infotext(recipe: Mapping[str, Any]) -> str:
-    """The recipe as AUTOMATIC1111's web UI writes it: prompt, negative prompt, and one line of settings."""
-    size = recipe.get("size")
-    settings = {
-        "Steps": recipe.get("steps"),
-        "Sampler": SAMPLERS.get(str(recipe.get("solver")), recipe.get("solver")),
-        "CFG scale": recipe.get("guidance_scale"),
-        "Seed": recipe.get("seed"),
-        "Size": f"{size[0]}x{size[1]}" if size else None,
-        "Model hash": str(recipe.get("base_model") or "")[:10] or None,
-        "Model": recipe.get("bundle"),
-        "Kappa": recipe.get("kappa"),
-        "Subject": recipe.get("class_noun"),
-        "Subject strength": recipe.get("strength"),
-        "Version": f"hyperrt {recipe.get('version', __version__)}",
-    }
-    lines = [_one_line(recipe.get("prompt"))]
-    if recipe.get("negative_prompt"):
-        lines.append(f"Negative prompt: {_one_line(recipe['negative_prompt'])}")
-    pairs = [f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None]
-    lines.append(", ".join(pairs))
-    return "\n".join(lines)
-
-
-def _one_line(text: Any) -> str:
-    # A line break would let a prompt pass for the lines below it; to the tokenizer it is a space anyway.
-    return " ".join(str(text or "").split())
-
-
-def _quoted(value: Any) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
 
 
 def _plain(value: Any) -> Any:

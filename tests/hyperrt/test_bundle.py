@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -371,28 +370,6 @@ def test_a_packaged_bundle_is_found_by_its_name(folder, monkeypatch):
     monkeypatch.setattr(bundles, "PACKAGED", folder.parent)
     assert folder.name in bundles.packaged()
     assert Bundle.open(folder.name).path == folder
-
-
-def test_a_bundle_has_the_name_by_which_it_is_opened_again(folder, tmp_path_factory, monkeypatch):
-    moved = Path(shutil.copytree(folder, tmp_path_factory.mktemp("bundles") / "renamed"))
-    monkeypatch.chdir(moved)
-    assert {Bundle.open(path).name for path in (moved, ".", "../renamed/", moved / ".." / "renamed")} == {
-        "renamed"
-    }
-    monkeypatch.chdir("..")
-    assert Bundle.open(Bundle.open(moved).name).path == Path("renamed")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
-def test_a_folder_s_name_that_is_no_text_makes_a_name_that_is(folder, tmp_path_factory):
-    target = os.fsencode(tmp_path_factory.mktemp("bundles")) + b"/a\xff\nb"
-    moved = Path(shutil.copytree(folder, os.fsdecode(target)))
-    assert Bundle.open(moved).name == "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}b"
-
-
-@pytest.mark.parametrize("name", bundles.packaged())
-def test_a_bundle_in_the_wheel_says_the_name_by_which_it_is_asked_for(name):
-    assert Bundle.open(name).name == bundles.read_manifest(bundles.PACKAGED / name).name == name
 
 
 @pytest.mark.parametrize("name", ["no-such-bundle", "..", "", "a\0b", "x" * 5000])
