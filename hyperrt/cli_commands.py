@@ -28,6 +28,7 @@ from hyperrt.config import (
     COMBINED_TO_SAVE,
     PRECISIONS,
     QUANTIZED,
+    RANDOM,
     SOLVER_NAMES,
     SUBJECT_FORMATS,
     VERIFIED,
@@ -116,7 +117,13 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 @click.option("--guidance-scale", "-g", type=float, help="How hard to follow the prompt (s = w + 1).")
 @click.option("--steps", type=int, help="Denoising steps.")
 @click.option("--solver", metavar="NAME", help=f"One of {', '.join(SOLVER_NAMES)}.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
+@click.option(
+    "--seed",
+    type=int,
+    default=RANDOM,
+    show_default="-1, a random one",
+    help="Of the noise; picture k uses seed + k.",
+)
 @click.option("--n", "-n", type=int, default=1, show_default=True, help="How many pictures.")
 @click.option(
     "--strength", type=float, default=1.0, show_default=True, help="Factor on the subject's weights."

@@ -34,6 +34,8 @@ def generate(config: GenerateConfig, output: Output) -> None:
         config.bundle, config.backend, config.threads, low_memory=config.low_memory, device=config.device
     ) as runtime:
         for result in _drawn(runtime, config, output):
+            if not pictures:
+                output.note(_seeds(seeds), seed=config.seed)
             if to_stdout:
                 output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
                 return
@@ -45,6 +47,10 @@ def generate(config: GenerateConfig, output: Output) -> None:
                 output.event("picture", **pictures[-1])
     first = {**result.recipe, "seed": config.seed}  # that of the result is its batch's
     output.result("\n".join(map(str, paths)), pictures=pictures, recipe=first)
+
+
+def _seeds(seeds: range) -> str:
+    return f"seed: {seeds[0]}" if len(seeds) == 1 else f"seeds: {seeds[0]} to {seeds[-1]}"
 
 
 def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator[Result]:

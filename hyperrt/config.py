@@ -31,6 +31,8 @@ MAX_RANK = 1024
 MAX_THREADS = 1024
 MAX_DEVICE = 1023
 MAX_SEED = 2**63 - 1
+RANDOM = -1  # as a seed
+RANDOM_SEEDS = 2**32  # what other programs take, too
 STDOUT = "-"
 SOLVER_NAMES = (
     "ddim",
@@ -55,7 +57,7 @@ class SamplingConfig(Checked):
     guidance_scale: float | None = None  # s = w + 1; None of CFG: twice the bundle's
     steps: int | None = None  # denoising steps
     solver: str | None = None
-    seed: int = 0  # picture k uses seed + k
+    seed: int = RANDOM  # picture k uses seed + k; RANDOM: one that is chosen here
     n: int = 1  # pictures
     strength: float = 1.0  # of the LoRA
     batch_size: int = 1  # pictures per engine call
@@ -69,6 +71,8 @@ class SamplingConfig(Checked):
         in_range("steps", self.steps, 1, MAX_STEPS)
         in_range("n", self.n, 1, MAX_IMAGES)
         in_range("batch size", self.batch_size, 1, MAX_IMAGES)
+        if self.seed == RANDOM:
+            object.__setattr__(self, "seed", random_seed(self.n))
         in_range("seed", self.seed, 0, MAX_SEED - self.n)
         in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
@@ -266,6 +270,13 @@ class ConvertConfig(Checked):
         in_range("rank", self.rank, 1, MAX_RANK)
         _named("source", self.source)
         _named("output", self.output)
+
+
+def random_seed(pictures: int) -> int:
+    """A seed for so many pictures that nobody can foresee; their own are below RANDOM_SEEDS, too."""
+    import secrets
+
+    return secrets.randbelow(RANDOM_SEEDS - pictures + 1)
 
 
 def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:

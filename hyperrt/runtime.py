@@ -224,7 +224,8 @@ class Runtime:
                 guidance_scale: s = w + 1; CFG has by default twice the bundle's, and pulls as strongly.
                 steps: model evaluations.
                 solver: one of `solvers.SOLVERS`.
-                seed: picture k uses seed + k, whatever n and batch_size are.
+                seed: picture k uses seed + k, whatever n and batch_size are; None or -1 chooses a random one
+                    (see `Result.seeds`).
                 n: pictures of each pair.
                 strength: factor on the LoRA; 0 leaves it out.
                 image_scale: weight of the photos' image tokens beside the text (open category); 0 leaves

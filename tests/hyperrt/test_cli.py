@@ -93,6 +93,16 @@ def test_a_bad_photo_is_said_and_left_out(run, photos, tmp_path):
     assert run("generate", "--images", folder, "-p", PROMPT, "--strict-images", "--force")[0] == 3
 
 
+@pytest.mark.parametrize("seed", [[], ["--seed", -1]], ids=str)
+def test_a_random_seed_is_on_stderr_and_in_the_name_and_recipe(run, monkeypatch, seed):
+    monkeypatch.setattr(config, "random_seed", lambda pictures: 1234)
+    code, out, err = run("generate", "-p", "a robot", "-n", 2, *seed)
+    assert (code, out) == (0, "a-robot-1234.png\na-robot-1235.png\n") and "seeds: 1234 to 1235\n" in err
+    assert recipe.read("a-robot-1235.png")["seed"] == 1235
+    run("generate", "-p", "a robot", "--seed", 1235, "-o", "again.png")
+    assert Path("again.png").read_bytes() == Path("a-robot-1235.png").read_bytes()
+
+
 # what is refused
 
 

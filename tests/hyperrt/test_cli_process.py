@@ -21,7 +21,8 @@ MOMENTS = random.Random(0)
 
 
 def fake(pretend, *arguments):
-    return ["generate", "--bundle", pretend, "--backend", "fake", "-p", "a robot", *arguments]
+    where = ["--bundle", pretend, "--backend", "fake", "--seed", "0"]
+    return ["generate", *where, "-p", "a robot", *arguments]
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=["Ctrl-C", "SIGTERM"])

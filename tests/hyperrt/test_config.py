@@ -9,12 +9,14 @@ import pytest
 
 from hyperrt import combine, config, solvers
 from hyperrt.config import (
+    RANDOM,
     ConvertConfig,
     ExportConfig,
     GenerateConfig,
     PersonalizeConfig,
     SamplingConfig,
     output_paths,
+    random_seed,
 )
 from hyperrt.errors import NotFound, UsageError
 
@@ -33,7 +35,7 @@ def here(tmp_path, monkeypatch):
         ("steps", [1, 1000], [0, 1001]),
         ("n", [1, 1000], [0, 1001]),
         ("batch_size", [1, 1000], [0, 1001]),
-        ("seed", [0, 2**63 - 2], [-1, 2**63 - 1]),
+        ("seed", [0, 2**63 - 2], [-2, 2**63 - 1]),
         ("strength", [-10, 0, 10], [11, float("nan")]),
         ("solver", sorted(solvers.SOLVERS), ["magic", ""]),
     ],
@@ -45,6 +47,19 @@ def test_a_value_out_of_range_is_refused_and_named(field, good, bad):
         with pytest.raises(UsageError, match=f"{field.replace('_', ' ')} is ") as caught:
             SamplingConfig(**{field: value})
         assert caught.value.why
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": None}, {"seed": RANDOM}], ids=str)
+def test_no_seed_is_a_random_one_that_the_config_tells(monkeypatch, options):
+    monkeypatch.setattr(config, "random_seed", random_seed)
+    seeds = {SamplingConfig(n=1000, **options).seed for _ in range(20)}
+    assert len(seeds) > 15 and all(seed >= 0 and seed + 999 < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("chance", [0, 1])
+def test_a_random_seed_leaves_room_for_every_picture(monkeypatch, chance):
+    monkeypatch.setattr("secrets.randbelow", lambda most: chance * (most - 1))
+    assert random_seed(1000) == chance * (2**32 - 1000)
 
 
 def test_the_solvers_of_the_command_line_are_those_of_the_runtime():
