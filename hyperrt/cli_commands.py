@@ -161,6 +161,9 @@ def generate(context: click.Context, /, **options: Any) -> None:
       hyperrt generate -p "a red house in the snow" --seed 7 -o house.png
       hyperrt generate -s mug.safetensors -p "a [V] mug" -o - | display
 
+    In a folder a picture is called after its prompt and seed: a-red-house-7.png. Where that name is taken a
+    number follows, a-red-house-7-2.png, or with -f the old picture is replaced.
+
     The settings are stored in each PNG: hyperrt info FILE. Options without a default take the model's.
     """
     from hyperrt.cli_generate import generate as command

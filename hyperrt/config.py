@@ -1,16 +1,13 @@
 """What a command was asked to do: frozen dataclasses that mirror the command line option for option.
 
 Each is checked once, on construction, before anything slow starts; what depends on the bundle is None here
-and filled in by `hyperrt.job`.  `output_paths` names the pictures of one request.
+and filled in by `hyperrt.job`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from hyperrt.arguments import Checked, shown
@@ -296,48 +293,6 @@ def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
             why = f"{what}, and would change nothing"
             do = "leave it out, or name a subject"
             raise UsageError(f"{name} is {value:g}, but there is no subject", why, do)
-
-
-def output_paths(output: str | None, prompt: str, seeds: Sequence[int], force: bool = False) -> list[Path]:
-    """Where each picture goes; checked before the work, so that an hour is not lost to a name that is taken.
-
-    `FILE.png` is that file, with `-SEED` before the suffix when there are several; anything without a suffix
-    is a folder, which gets `WORDS-OF-PROMPT-SEED.png` and may be new; None is the current folder.
-
-    Raises:
-        UsageError: another suffix than .png, a name that is taken, no plain file, or not writable.
-        NotFound: the folder of `FILE.png` does not exist.
-    """
-    from hyperrt import files
-
-    target = Path(output or ".")
-    if target.suffix and not os.path.isdir(target) and not (output or "").endswith(("/", os.sep)):
-        paths = _file_names(target, seeds)
-    elif os.path.lexists(target) and not os.path.isdir(target):
-        why = "a name without .png means a folder"
-        raise UsageError(f"{target} is not a folder", why, f"use -o {target}.png")
-    else:
-        words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60].strip("-") or "picture"
-        paths = [target / f"{words}-{seed}.png" for seed in seeds]
-        if not os.path.isdir(target):  # it will be made: look whether it can be
-            parent = next(folder for folder in target.absolute().parents if os.path.exists(folder))
-            files.check_file(parent / target.name, force=True)
-            return paths
-    for path in paths:
-        files.check_file(path, force)
-    return paths
-
-
-def _file_names(target: Path, seeds: Sequence[int]) -> list[Path]:
-    if target.suffix.lower() != ".png":
-        raise UsageError(
-            f"{target} ends in {target.suffix}",
-            "pictures are written as PNG",
-            f"use -o {target.with_suffix('.png')}",
-        )
-    if len(seeds) == 1:
-        return [target]
-    return [target.with_name(f"{target.stem}-{seed}{target.suffix}") for seed in seeds]
 
 
 def in_range(name: str, value: float | None, low: float, high: float) -> None:

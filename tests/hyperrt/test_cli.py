@@ -160,6 +160,23 @@ def test_a_file_that_exists_is_not_overwritten_unasked(run):
     assert run("generate", "-p", "a robot", "-o", "a.png", "--force")[0] == 0
 
 
+def test_the_same_command_twice_makes_two_pictures(run):
+    outs = [run("generate", "-p", "ロボット", "-n", 2, "--json")[1] for _ in range(2)]
+    paths = [picture["path"] for out in outs for picture in events(out)[-1]["pictures"]]
+    assert paths == [f"ロボット-{name}.png" for name in ("0", "1", "0-2", "1-2")]
+    assert [recipe.read(path)["seed"] for path in paths] == [0, 1, 0, 1]
+
+
+def test_a_picture_that_another_command_writes_meanwhile_is_kept(run):
+    def meanwhile(tensors):
+        Path("a-robot-0.png").write_bytes(b"theirs")
+        return fake_bundle.GRAPHS["denoiser"](tensors)
+
+    fake_bundle.register(denoiser=meanwhile)
+    assert run("generate", "-p", "a robot")[:2] == (0, "a-robot-0-2.png\n")
+    assert Path("a-robot-0.png").read_bytes() == b"theirs"
+
+
 def test_a_folder_is_not_replaced_by_a_picture(run):
     Path("a.png").mkdir()
     assert run("generate", "-p", "a robot", "-o", "a.png")[:2] == (0, "a.png/a-robot-0.png\n")

@@ -1,9 +1,8 @@
-"""Configs are checked once, before anything slow; every picture has its path before it is drawn."""
+"""Configs are checked once, before anything slow."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -15,15 +14,9 @@ from hyperrt.config import (
     GenerateConfig,
     PersonalizeConfig,
     SamplingConfig,
-    output_paths,
     random_seed,
 )
-from hyperrt.errors import NotFound, UsageError
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+from hyperrt.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -129,62 +122,3 @@ def test_convert_refuses_what_it_cannot_do(options):
 def test_export_refuses_a_seed_that_is_none():
     with pytest.raises(UsageError, match=r"random.weights"):
         ExportConfig(model="tiny", output="bundle", random_weights=-1)
-
-
-# output_paths
-
-
-@pytest.mark.parametrize(
-    ("output", "seeds", "paths"),
-    [
-        (None, [3], ["a-v-mug-on-the-moon-3.png"]),
-        (".", [3], ["a-v-mug-on-the-moon-3.png"]),
-        ("x.png", [3], ["x.png"]),
-        ("X.PNG", [3], ["X.PNG"]),
-        ("x.png", [3, 4], ["x-3.png", "x-4.png"]),
-        ("new", [3, 4], ["new/a-v-mug-on-the-moon-3.png", "new/a-v-mug-on-the-moon-4.png"]),
-        ("new/er", [3], ["new/er/a-v-mug-on-the-moon-3.png"]),
-        ("v1.5/", [3], ["v1.5/a-v-mug-on-the-moon-3.png"]),
-    ],
-)
-def test_every_picture_has_a_path(output, seeds, paths):
-    found = output_paths(output, "A [V] mug, on the Moon!", seeds)
-    assert [path.as_posix() for path in found] == paths
-    assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(
-    ("prompt", "name"),
-    [("日本", "picture-0.png"), ("../../etc/passwd", "etc-passwd-0.png"), ("x" * 500, "x" * 60 + "-0.png")],
-    ids=["no Latin letters", "a path", "long"],
-)
-def test_a_prompt_makes_a_harmless_file_name(prompt, name):
-    assert [str(path) for path in output_paths(None, prompt, [0])] == [name]
-
-
-@pytest.mark.parametrize(
-    ("output", "error", "words"),
-    [
-        ("x.jpg", UsageError, "use -o x.png"),
-        ("no/x.png", NotFound, "does not exist"),
-        ("file", UsageError, "not a folder"),
-        ("file/x.png", UsageError, "not a folder"),
-        ("taken.png", UsageError, "--force"),
-        ("y" * 300, UsageError, "too long"),
-        ("y" * 300 + ".png", UsageError, "too long"),
-    ],
-)
-def test_where_nothing_can_be_written_is_known_before_the_work(output, error, words):
-    Path("file").touch()
-    Path("taken.png").touch()
-    with pytest.raises(error) as caught:
-        output_paths(output, "a robot", [0])
-    assert words in str(caught.value)
-
-
-def test_force_replaces_files_but_no_folders():
-    Path("taken.png").touch()
-    Path("folder-1.png").mkdir()
-    assert output_paths("taken.png", "a robot", [0], force=True) == [Path("taken.png")]
-    with pytest.raises(UsageError, match="is a folder"):
-        output_paths("folder.png", "a robot", [0, 1], force=True)
