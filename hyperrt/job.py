@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt import guidance, prompts, solvers
+from hyperrt import guidance, prompt_syntax, prompts, solvers
 from hyperrt.adapt import packed, the_one
 from hyperrt.arguments import taken
 from hyperrt.bundle import Bundle
@@ -160,6 +160,7 @@ def plan(
     settings = settings_of(bundle, any(known), options)
     branches = _branches(settings)
     texts = [_texts(bundle, *pair, options) for pair in zip(asked, subjects, known, strict=True)]
+    _warn_of_syntax(bundle, asked, options)
     return Job(
         branches=branches,
         texts=tuple(one[branch.name] for branch in branches for one in texts),
@@ -184,6 +185,13 @@ def check(bundle: Bundle, prompt: str, has_subject: bool, options: SamplingConfi
     """
     _table(bundle, settings_of(bundle, has_subject, options))
     _texts(bundle, prompt, None, has_subject, options)
+    _warn_of_syntax(bundle, [prompt], options)
+
+
+def _warn_of_syntax(bundle: Bundle, asked: Sequence[str], options: SamplingConfig) -> None:
+    texts = (*asked, options.negative_prompt, options.generic_prompt or "")
+    for line in prompt_syntax.advice(texts, bundle.prompts.placeholder):
+        log.warning("%s", line)
 
 
 def noun_in(prompt: str, bundle: Bundle) -> str | None:
