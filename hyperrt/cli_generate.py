@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from hyperrt import cli_recipe, files, lora, picture_files, recipe
 from hyperrt import config as configs
-from hyperrt import files, lora, picture_files, recipe
 from hyperrt.cli_output import Output
 from hyperrt.combine import concat_layout
 from hyperrt.config import GenerateConfig, PersonalizeConfig
@@ -60,6 +60,8 @@ def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator
     has_subject = bool(config.subject or config.images)
     runtime.check(config.prompt, has_subject, **dataclasses.asdict(config.sampling()))
     subject = _subject(runtime, config, output)
+    if config.recipe is not None:
+        cli_recipe.check_subject(config.recipe, runtime, subject)
     per_batch = config.steps or runtime.bundle.defaults.steps
     batches = -(-config.n // config.batch_size)
     size = config.n if config.low_memory else config.batch_size

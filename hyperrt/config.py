@@ -22,6 +22,7 @@ VERIFIED = ("none", "graphs", "full")
 ADAPTED = ("inputs", "refit")
 MAX_SIZE = 2**14  # pixels
 MAX_IMAGE_SCALE = 10
+MAX_GUIDANCE = 100
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
 MAX_RANK = 1024
@@ -64,7 +65,7 @@ class SamplingConfig(Checked):
         super().__post_init__()
         in_range("kappa", self.kappa, 0, 2)
         in_range("image scale", self.image_scale, 0, MAX_IMAGE_SCALE)
-        in_range("guidance scale", self.guidance_scale, 0, 100)
+        in_range("guidance scale", self.guidance_scale, 0, MAX_GUIDANCE)
         in_range("steps", self.steps, 1, MAX_STEPS)
         in_range("n", self.n, 1, MAX_IMAGES)
         in_range("batch size", self.batch_size, 1, MAX_IMAGES)
@@ -100,6 +101,7 @@ class GenerateConfig(SamplingConfig):
     """
 
     prompt: str
+    recipe: Mapping[str, Any] | None = None  # what is drawn again
     images: tuple[str, ...] = ()  # photos: a folder, or files
     subject: str | None = None  # a subject file, instead of photos
     partial: bool = False  # of a LoRA that adapts other modules, too: leave these out

@@ -84,7 +84,7 @@ class Job:
     def recipes(self) -> tuple[dict[str, Any], ...]:
         """[pairs] what reproduces the pictures, as JSON values; read when weights may come to the host."""
         pairs = zip(self.settings, self.subjects, strict=True)
-        return tuple({**settings, **_hash_of(subject)} for settings, subject in pairs)
+        return tuple({**settings, **hash_of(subject)} for settings, subject in pairs)
 
     @property
     def told(self) -> tuple[Any, ...]:
@@ -294,8 +294,8 @@ def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[s
     }
 
 
-def _hash_of(subject: Subject | None) -> dict[str, str]:
-    """What tells a recipe's subject from others."""
+def hash_of(subject: Subject | None) -> dict[str, str]:
+    """What tells a recipe's subject from others, as a part of the recipe; of a GPU's LoRA it makes a copy."""
     if subject is None:
         return {}
     digest = hashlib.sha256(b"".join(subject.lora[name].tobytes() for name in VECTORS))

@@ -3,7 +3,7 @@
 Three chunks before the pixels:
 
     parameters          the text that AUTOMATIC1111's web UI writes, and many programs read (`infotext`)
-    hyperrt             the recipe as JSON, iTXt; `read` gives it back
+    hyperrt             the recipe as JSON, iTXt; `read` gives it back, `options_of` what draws it again
     XML:com.adobe.xmp   IPTC's marker of generated media, DigitalSourceType trainedAlgorithmicMedia, iTXt
 
 A recipe is a dict of JSON values. `parameters` is made of these keys, where they are there: `prompt`,
@@ -21,6 +21,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from numpy.typing import NDArray
 
 from hyperrt import __version__, files, infotext, strict_json
 from hyperrt.arguments import checked
-from hyperrt.errors import BadImage, NotFound, UsageError
+from hyperrt.config import SamplingConfig
+from hyperrt.errors import BadImage, BadInput, NotFound, UsageError
 
 SCHEMA = 1
 JSON_CHUNK, TEXT_CHUNK, XMP_CHUNK = "hyperrt", "parameters", "XML:com.adobe.xmp"
 MAX_JSON = 1 << 20  # bytes; a recipe has some hundred
+MAX_TEXT = 100_000  # characters of AUTOMATIC1111's parameters, prompts included
 MAX_PIXELS = 64_000_000  # of a picture that is decoded to find a chunk behind its pixels
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -98,23 +101,125 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         NotFound: there is no such file.
         BadImage: it is not a PNG, is damaged, or carries no recipe that this version knows.
     """
+    chunks = _read_chunks(_file(path))
+    if JSON_CHUNK not in chunks:
+        raise _none_in(Path(path).name)
+    return _of_json(Path(path).name, chunks[JSON_CHUNK])
+
+
+@checked
+def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe of a picture of any program, or of a text. Its values are as untrusted as the file.
+
+    Args:
+        path: a PNG of HyperRT, a PNG or a text with AUTOMATIC1111's parameters (`infotext.read`), or JSON: a
+            recipe, or what `hyperrt info --json` prints.
+
+    Raises:
+        NotFound: there is no such file.
+        BadImage: as `read`.
+        BadInput: it is a text that holds no recipe.
+    """
+    file = _file(path)
+    if (text := _text_of(file)) is not None:
+        return _of_text(file.name, text)
+    chunks = _read_chunks(file)
+    if JSON_CHUNK in chunks:
+        return _of_json(file.name, chunks[JSON_CHUNK])
+    if (found := _of_parameters(chunks.get(TEXT_CHUNK, ""))) is None:
+        raise _none_in(file.name)
+    return found
+
+
+@checked
+def options_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What draws a recipe again: `runtime.generate(subject=subject, **options_of(recipe))`.
+
+    The same bits come of the same bundle, subject, backend, threads and batch size of 1. What the recipe has
+    of a wrong type or out of range is refused by `generate`.
+
+    Args:
+        recipe: of `read` or `read_any`, or a `Result`'s.
+
+    Returns:
+        `prompt` and the options of `Runtime.steps` that the recipe names; without `kappa`, which is always 0
+        there, if it had no subject.
+
+    Raises:
+        UsageError: the recipe has no prompt.
+    """
+    if recipe.get("prompt") is None:
+        raise UsageError("the recipe has no prompt", "nothing says what to draw", "give a prompt")
+    left_out = {"n", "batch_size"} | (set() if had_subject(recipe) else {"kappa"})
+    names = {"prompt", *(field.name for field in fields(SamplingConfig))} - left_out
+    return {"cfg": False, **{name: recipe[name] for name in names if recipe.get(name) is not None}}
+
+
+def had_subject(recipe: Mapping[str, Any]) -> bool:
+    """Whether the picture is of a subject, and not of the base model alone."""
+    return recipe.get("class_noun") is not None
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
     name = Path(path).name
     if not os.path.exists(path):  # unlike Path.exists it says False of a name that is too long
         raise NotFound(f"there is no file {name[:200]!r}", "", "check the name")
     if not Path(path).is_file():
         raise BadImage(name, "it is not a plain file", "name a PNG file")
-    text = _read_chunk(Path(path))
-    if text is None:
-        raise BadImage(name, "it carries no recipe", "a recipe is in the PNGs that hyperrt generate writes")
+    return Path(path)
+
+
+def _none_in(name: str) -> BadImage:
+    return BadImage(name, "it carries no recipe", "a recipe is in the PNGs that hyperrt generate writes")
+
+
+def _of_parameters(text: str) -> dict[str, Any] | None:
+    return infotext.read(text) if len(text) <= MAX_TEXT else None
+
+
+def _of_text(name: str, text: str) -> dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        try:
+            found = strict_json.loads(text.encode())
+            inner = found.get("recipe", found)
+            return _known(name, {"schema": SCHEMA, **inner})
+        except (strict_json.StrictError, TypeError):  # other programs' prompts begin like this, too
+            pass
+    if (parameters := _of_parameters(text)) is not None:
+        return parameters
+    why = "it is no JSON of a recipe, and no text of AUTOMATIC1111 with its line of settings"
+    raise BadInput(f"{name} holds no recipe", why, "name a picture that hyperrt generate wrote")
+
+
+def _of_json(name: str, text: str) -> dict[str, Any]:
     try:
         recipe = strict_json.loads(text.encode()) if len(text) <= MAX_JSON else None
     except strict_json.StrictError:
         recipe = None
     if not isinstance(recipe, dict):
         raise BadImage(name, "its recipe is no JSON object of at most 1 MB", "use the original file")
+    return _known(name, recipe)
+
+
+def _known(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     if recipe.get("schema") != SCHEMA:
         raise BadImage(name, f"its recipe is not of schema {SCHEMA}", "update: pip install -U hyperrt")
     return recipe
+
+
+def _text_of(path: Path) -> str | None:
+    """What the file holds, if that is text of at most 1 MB."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON + 1)
+    except OSError as error:
+        raise BadImage(path.name, f"it cannot be read: {error.strerror}", "check its permissions") from error
+    if len(content) > MAX_JSON or b"\0" in content or not content.strip():
+        return None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
 
 
 def _plain(value: Any) -> Any:
@@ -124,8 +229,8 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"a recipe cannot hold {type(value).__name__}")
 
 
-def _read_chunk(path: Path) -> str | None:
-    """The text of the `hyperrt` chunk, None where there is none."""
+def _read_chunks(path: Path) -> dict[str, str]:
+    """The texts of a PNG's chunks that may hold a recipe, by their keys."""
     from PIL import Image, UnidentifiedImageError
 
     bomb = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -136,8 +241,8 @@ def _read_chunk(path: Path) -> str | None:
                 # Pillow has read what stands before the pixels; some programs move text behind them.
                 if JSON_CHUNK not in image.info and image.width * image.height <= MAX_PIXELS:
                     image.load()
-                text = image.info.get(JSON_CHUNK)
+                found = {key: image.info.get(key) for key in (JSON_CHUNK, TEXT_CHUNK)}
     except (OSError, ValueError, SyntaxError, struct.error, zlib.error, MemoryError, *bomb) as error:
         reason = "no PNG begins like this" if isinstance(error, UnidentifiedImageError) else str(error)
         raise BadImage(path.name, f"it is not a sound PNG ({reason})", "use the original file") from error
-    return text if isinstance(text, str) else None
+    return {key: text for key, text in found.items() if isinstance(text, str)}

@@ -169,6 +169,7 @@ def test_a_missing_file_is_not_found(tmp_path):
         (png(("hyperrt", '{"schema": 1}'))[:60], "not a sound PNG"),
         (png(), "no recipe"),
         (png(("parameters", "a cat\nSteps: 3")), "no recipe"),
+        (png(("parameters", "a cat" * 30_000 + "\nSteps: 3, Seed: 5, Size: 8x8")), "no recipe"),
         (png(("hyperrt", "")), "no JSON object"),
         (png(("hyperrt", "[1]")), "no JSON object"),
         (png(("hyperrt", "[" * 100_000)), "no JSON object"),
@@ -182,10 +183,41 @@ def test_a_missing_file_is_not_found(tmp_path):
 def test_a_file_without_a_sound_recipe_is_refused_by_name(tmp_path, content, reason):
     path = tmp_path / "picture.png"
     path.write_bytes(content)
-    with pytest.raises(BadImage, match=r"picture\.png") as caught:
-        recipe.read(path)
-    assert reason in caught.value.reason
-    assert str(tmp_path) not in str(caught.value)
+    for read in (recipe.read, recipe.read_any):
+        with pytest.raises(BadImage, match=r"picture\.png") as caught:
+            read(path)
+        assert reason in caught.value.reason
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_any_text_and_any_png_with_parameters_is_a_recipe(tmp_path):
+    text = "a cat\nSteps: 3, Seed: 5, Size: 8x8"
+    files = {
+        "ours.png": png(("hyperrt", '{"schema": 1, "prompt": "a cat", "seed": 5}'), ("parameters", "x")),
+        "theirs.png": png(("parameters", text)),
+        "theirs.txt": text.encode(),
+        "bom.txt": b"\xef\xbb\xbf" + text.encode(),
+        "choice.txt": b"{a|b} cat\nSteps: 3, Seed: 5, Size: 8x8",
+        "ours.json": b'{"seed": 5}',
+        "info.json": b'{"event": "result", "recipe": {"seed": 5}}',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert recipe.read_any(tmp_path / name)["seed"] == 5, name
+        if name != "ours.png":
+            with pytest.raises(BadImage):
+                recipe.read(tmp_path / name)
+
+
+def test_options_are_those_that_the_recipe_names():
+    assert recipe.options_of({**RECIPE, "n": 9, "batch_size": 9, "x": 1}) == {
+        **{name: RECIPE[name] for name in recipe.options_of(RECIPE) if name != "cfg"},
+        "cfg": False,
+    }
+    assert recipe.options_of(RECIPE).keys() >= {"prompt", "generic_prompt", "kappa", "seed", "steps"}
+    assert recipe.options_of({"prompt": "a cat", "kappa": 0.0}) == {"prompt": "a cat", "cfg": False}
+    with pytest.raises(UsageError, match="no prompt"):
+        recipe.options_of({"seed": 1})
 
 
 def test_a_jpeg_is_no_png(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hyperrt import config, engines, guidance, sampling, solvers
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
 from hyperrt.pictures import pictures_from_pixels
+from hyperrt.recipe import options_of
 from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
@@ -258,9 +259,8 @@ def test_the_recipe_is_json_and_reproduces_the_picture(runtime, subject):
     result = runtime.generate(
         PROMPT, subject, n=2, kappa=1.2, solver="euler", negative_prompt="blurry", seed=3
     )
-    recipe = json.loads(json.dumps(result.recipe_of(1)))
-    names = ("negative_prompt", "kappa", "guidance_scale", "steps", "solver", "seed", "strength")
-    again = runtime.generate(recipe["prompt"], subject, **{name: recipe[name] for name in names})
+    told = json.loads(json.dumps(result.recipe_of(1)))
+    again = runtime.generate(subject=subject, **options_of(told))
     np.testing.assert_array_equal(again.images[0], result.images[1])
 
 
