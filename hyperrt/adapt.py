@@ -122,7 +122,7 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
         raise LoraMismatch(
             "the subject does not fit the bundle",
             f"its {name} holds {math.prod(vector.shape)} weights, the bundle's {size}",
-            "make it again with this bundle: hyperrt personalize",
+            "make it again with this bundle",
         )
     return vector
 
@@ -139,7 +139,7 @@ def _on_host(subject: Subject, name: str) -> Vector:
             return found.astype(np.float32, casting="same_kind", copy=False)
     except (TypeError, ValueError) as error:
         why = f"its {name} is no array of floats: {error}"
-        raise LoraMismatch("the subject cannot be used", why, "make it again: hyperrt personalize") from error
+        raise LoraMismatch("the subject cannot be used", why, "make it again with this bundle") from error
 
 
 def write_context(

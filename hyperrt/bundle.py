@@ -62,7 +62,7 @@ PACKAGED = Path(__file__).with_name("bundles")  # the bundles in the wheel
 
 MAX_MANIFEST = 8 * 2**20  # bytes
 CHUNK = 2**20  # bytes hashed at a time
-REDO = "export it again (hyperrt export); if it came with hyperrt, install hyperrt again"
+REDO = "export it again; if it came with hyperrt, install hyperrt again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def find(bundle: str | os.PathLike[str]) -> Path:
         why = f"there is no such folder, and the bundles that came with hyperrt are: {names}"
         raise NotFound(f"there is no bundle {str(bundle)[:200]!r}", why)
     if not (folder / MANIFEST).is_file():
-        raise NotFound(f"{folder} is not a bundle", f"it holds no {MANIFEST}", "make one: hyperrt export")
+        raise NotFound(f"{folder} is not a bundle", f"it holds no {MANIFEST}", "name the folder of a bundle")
     return folder
 
 

@@ -124,8 +124,7 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
     "--seed",
     type=int,
     default=RANDOM,
-    show_default="-1, a random one",
-    help="Of the noise; picture k uses seed + k.",
+    help="Of the noise; picture k uses seed + k, and -1 is a random one.  [default: -1]",
 )
 @click.option("--n", "-n", type=int, default=1, show_default=True, help="How many pictures.")
 @click.option(
@@ -165,11 +164,11 @@ def generate(context: click.Context, /, **options: Any) -> None:
       hyperrt generate -s mug.safetensors -p "a [V] mug" -o - | display
       hyperrt generate --recipe picture.png -s mug.safetensors --steps 50
 
-    In a folder a picture is called after its prompt and seed: a-red-house-7.png. Where that name is taken a
-    number follows, a-red-house-7-2.png, or with -f the old picture is replaced.
+    In a folder a picture is named after its prompt and seed: a-red-house-7.png. If that name is taken, a
+    number is added (a-red-house-7-2.png); with -f the old picture is replaced.
 
-    With --recipe the command line's options win over the recipe's, and these over the environment's and the
-    config file's. The subject must be given again. AUTOMATIC1111's CFG scale is twice --guidance-scale.
+    With --recipe, options of the command line override the recipe, and the recipe overrides the environment
+    and the config file. The subject must be given again. AUTOMATIC1111's CFG scale is twice --guidance-scale.
 
     The settings are stored in each PNG: hyperrt info FILE. Options without a default take the model's.
     """

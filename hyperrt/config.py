@@ -129,12 +129,12 @@ class GenerateConfig(SamplingConfig):
             )
         if self.output == STDOUT and self.n != 1:
             what = f"-o - writes one picture, but -n is {self.n}"
-            raise UsageError(what, "a pipe takes one PNG", "use -o FOLDER")
+            raise UsageError(what, "a pipe takes one PNG", "name a folder with -o")
         _named("images", *self.images)
         _named("subject", self.subject)
         if self.partial and not self.subject:
             why = "it leaves out part of a subject file, and none was named"
-            do = "leave it out, or add --subject FILE"
+            do = "leave it out, or name the file with --subject"
             raise UsageError("--partial was given without --subject", why, do)
         check_needs_subject(bool(self.images or self.subject), self)
         if self.combine != "mean" and not self.images:
@@ -174,7 +174,7 @@ class PersonalizeConfig(Checked):
         _one_of("format", self.format, SUBJECT_FORMATS)
         _one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
-            raise UsageError("no photos were named", "", "add --images FOLDER")
+            raise UsageError("no photos were named", "", "name them with --images")
         _named("images", *self.images)
         _named("output", self.output)
 

@@ -153,7 +153,7 @@ class Graphs:
                 raise BundleMismatch(
                     f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
                     f"it has {shown(found.get(key))}; the manifest says {shown(said.get(key))}",
-                    "export it again (hyperrt export)",
+                    "export it again",
                 )
 
     def _fits(self, name: str, sizes: Sizes) -> bool:

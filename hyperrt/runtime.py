@@ -54,7 +54,7 @@ class Result:
     Attributes:
         images: [n, H, W, 3] uint8.
         seeds: [n]; picture k alone is `generate(..., seed=seeds[k], n=1)`.
-        recipe: what reproduces the pictures, as JSON values; `seed` is that of the first.
+        recipe: what reproduces the pictures (`recipe.options_of`), as JSON values; `seed` is the first one's.
         latents: [n, C, h, w] float32, as the decoder got them.
     """
 

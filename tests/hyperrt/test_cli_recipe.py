@@ -96,6 +96,7 @@ def test_so_does_the_bundle_in_the_wheel(tiny, capsys):
     first = ["-p", "a [V] mug on a beach", "--steps", "2", "--backend", "onnxruntime", "-o", "a.png"]
     assert cli.run(["generate", *mug, *first]) == 0
     assert cli.run(["generate", *mug, "--recipe", "a.png", "-o", "b.png"]) == 0
+    assert recipe.read("b.png")["bundle"] == "tiny"
     assert same("a.png", "b.png") and "warning" not in capsys.readouterr().err
 
 
