@@ -277,10 +277,7 @@ def open(
         if size < 1:
             raise EngineInputError(f"the size {name!r} is {size}", "a size is at least 1")
     about = BACKENDS[backend]
-    known = set(inspect.signature(module.open).parameters) - {*GIVEN, *about.options}
-    if unknown := [name for name in options if name not in known]:
-        why = f"its options are: {listed(known)}"
-        raise EngineInputError(f"the backend {backend!r} has no option {unknown[0]!r}", why, "leave it out")
+    _check_options(backend, module, options)
     if about.nvidia:
         options["device"] = device
     elif device:  # not ignored: two runtimes that were to be apart would share a processor
@@ -289,6 +286,16 @@ def open(
     return cast(Callable[..., Engine], module.open)(
         path, threads=threads, sizes=sizes, **options, **about.options
     )
+
+
+def _check_options(backend: str, module: Any, options: Mapping[str, Any]) -> None:
+    """Refuse an option that the backend's module does not have, or that the backend fixes."""
+    taken = inspect.signature(module.open).parameters
+    known = set(taken) - {*GIVEN, *BACKENDS[backend].options}
+    unknown = [name for name in options if name not in known]
+    if unknown and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        why = f"its options are: {listed(known)}"
+        raise EngineInputError(f"the backend {backend!r} has no option {unknown[0]!r}", why, "leave it out")
 
 
 def resolve(backend: str) -> str:

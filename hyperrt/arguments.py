@@ -22,7 +22,7 @@ from hyperrt.errors import UsageError
 P = ParamSpec("P")
 T = TypeVar("T")
 SCALARS = (bool, int, float, str)
-UNCHECKED = (Sequence, Iterable, Callable)
+UNCHECKED = (Sequence, Iterable, Callable)  # of what they hold or take only the function itself knows
 LONGEST = 60  # characters of a value in an error
 _REQUIRED = inspect.Parameter.empty
 
@@ -49,11 +49,7 @@ class Checked:
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, with arguments that have the annotated types when it is called.
-
-    Raises (the function):
-        UsageError: an argument has another type.
-    """
+    """The function, whose arguments have the annotated types when it runs; else it raises UsageError."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

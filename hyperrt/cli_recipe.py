@@ -57,8 +57,8 @@ def chosen(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]
 def check_subject(recipe: Mapping[str, Any], runtime: Runtime, subject: Subject | None) -> None:
     """Warn where the subject or the backend is another than the recipe's."""
     before, now = recipe.get("subject_sha256"), job.hash_of(subject).get("subject_sha256")
-    if before is not None and before != now:
-        both = _short(now) if now else "none", _short(before)
+    if now is not None and before not in (None, now):
+        both = _short(now), _short(before)
         log.warning("the subject is %s, the recipe's is %s: the picture will differ", *both)
     backend = recipe.get("backend")
     if backend is not None and backend != runtime.backend:

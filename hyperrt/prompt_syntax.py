@@ -36,7 +36,7 @@ def advice(texts: Iterable[str], placeholder: str = "[V]") -> list[str]:
         placeholder: what stands for the subject.
     """
     said: dict[str, str] = {}
-    for text in texts:
+    for text in (" ".join(text.split()) for text in texts):
         for kind, instead in KINDS:
             if kind in IN_CAPITALS and text == text.upper():
                 continue

@@ -135,8 +135,8 @@ def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
 def options_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What draws a recipe again: `runtime.generate(subject=subject, **options_of(recipe))`.
 
-    The same bits come of the same bundle, subject, backend, threads and batch size of 1. What the recipe has
-    of a wrong type or out of range is refused by `generate`.
+    Bundle, subject, backend, threads and low_memory being the same, and the batch size 1, so are the bits.
+    A value of a wrong type or out of range is refused by `generate`.
 
     Args:
         recipe: of `read` or `read_any`, or a `Result`'s.
