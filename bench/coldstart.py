@@ -83,7 +83,7 @@ def main() -> None:
 def generate_options(bundle: str, output: Path) -> tuple[str, ...]:
     """The command line of one picture, without the program."""
     where = ("--bundle", bundle, "--images", str(PHOTOS), "-o", str(output), "--force")
-    return ("generate", "--prompt", PROMPT, "--steps", "30", *where)
+    return ("generate", "--prompt", PROMPT, "--steps", "30", "--seed", "0", *where)
 
 
 def run(command: Sequence[str]) -> tuple[float, float]:

@@ -41,7 +41,7 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
         pair = [peer_ours.random_subject(runtime.bundle, seed) for seed in (0, 1)]
         subjects = cycle(pair[::-1])
         runtime.prepare(PROMPT, pair[0])
-        loop = runtime.steps(PROMPT, pair[0], steps=args.warm_up + args.rounds)
+        loop = runtime.steps(PROMPT, pair[0], steps=args.warm_up + args.rounds, seed=0)
         wait = waiting(backend)
 
         def step() -> None:
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
 
         def picture() -> None:
             # The decoder comes after the last step, when somebody asks for more.
-            steps = runtime.steps(PROMPT, pair[0], steps=args.steps)
+            steps = runtime.steps(PROMPT, pair[0], steps=args.steps, seed=0)
             for _ in range(args.steps):
                 last = next(steps)
             np.asarray(last.latents)

@@ -39,7 +39,7 @@ def main() -> None:
     chosen = {"precision": args.precision.replace("fp", "f")} if args.backend == "openvino" else {}
     with Runtime.open(args.bundle, args.backend, args.threads, backend_options=chosen) as runtime:
         steps = args.warm_up + args.rounds
-        loop = runtime.steps("a [V] on a beach", random_subject(runtime.bundle, 0), steps=steps)
+        loop = runtime.steps("a [V] on a beach", random_subject(runtime.bundle, 0), steps=steps, seed=0)
         for turn in range(steps):
             start = perf_counter()
             next(loop)

@@ -48,7 +48,7 @@ def draw(
 ) -> Iterator[Picture]:
     """A picture of the subject for each scene."""
     for scene in scenes:
-        yield runtime.generate(f"a [V] {noun} {scene}", subject, **options).images[0]
+        yield runtime.generate(f"a [V] {noun} {scene}", subject, seed=0, **options).images[0]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ extra in pyproject.toml, and its file in tests/test_backend_contract.py.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -32,6 +33,7 @@ from hyperrt.engines.errors import EngineMemoryError as EngineMemoryError
 from hyperrt.engines.errors import EngineUnusable as EngineUnusable
 from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked, listed, nearest
 
+GIVEN = ("path", "threads", "sizes", "device")  # arguments of `open` that are no options of a backend's own
 CUDA_PROVIDER = "capi/*onnxruntime_providers_cuda.*"  # in the package onnxruntime of onnxruntime-gpu
 
 
@@ -281,6 +283,7 @@ def open(
         if size < 1:
             raise EngineInputError(f"the size {name!r} is {size}", "a size is at least 1")
     about = BACKENDS[backend]
+    _check_options(backend, module, options)
     if about.nvidia:
         options["device"] = device
     elif device:  # not ignored: two runtimes that were to be apart would share a processor
@@ -289,6 +292,16 @@ def open(
     return cast(Callable[..., Engine], module.open)(
         path, threads=threads, sizes=sizes, **options, **about.options
     )
+
+
+def _check_options(backend: str, module: Any, options: Mapping[str, Any]) -> None:
+    """Refuse an option that the backend's module does not have, or that the backend fixes."""
+    taken = inspect.signature(module.open).parameters
+    known = set(taken) - {*GIVEN, *BACKENDS[backend].options}
+    unknown = [name for name in options if name not in known]
+    if unknown and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        why = f"its options are: {listed(known)}"
+        raise EngineInputError(f"the backend {backend!r} has no option {unknown[0]!r}", why, "leave it out")
 
 
 def resolve(backend: str) -> str:
@@ -310,7 +323,7 @@ def resolve(backend: str) -> str:
         return "onnxruntime"
     if backend not in BACKENDS:
         raise BackendMissing(
-            f"no backend is called {backend!r}",
+            f"no backend is called {backend[:60]!r}",
             f"there are: {listed(BACKENDS)}, auto",
             nearest(backend, [*BACKENDS, "auto"]),
         )

@@ -117,7 +117,7 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
     if there and isinstance(subject.lora, LoraOnDevice):
         vector: Vector | DeviceArray = subject.lora.there[name]
     else:
-        vector = np.asarray(subject.lora[name], dtype=np.float32)
+        vector = _on_host(subject, name)
     if vector.shape != (size,):
         raise LoraMismatch(
             "the subject does not fit the bundle",
@@ -125,6 +125,21 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
             "make it again from its photos, with this bundle",
         )
     return vector
+
+
+def _on_host(subject: Subject, name: str) -> Vector:
+    """A vector of the subject as float32; what is too large becomes infinite.
+
+    Raises:
+        LoraMismatch: it is no array of floats.
+    """
+    try:
+        found = np.asarray(subject.lora.get(name))
+        with np.errstate(over="ignore"):
+            return found.astype(np.float32, casting="same_kind", copy=False)
+    except (TypeError, ValueError) as error:
+        why = f"its {name} is no array of floats: {error}"
+        raise LoraMismatch("the subject cannot be used", why, "make it again with this bundle") from error
 
 
 def write_context(

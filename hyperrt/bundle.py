@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from hyperrt import strict_json
+from hyperrt.arguments import checked
 from hyperrt.errors import BundleError, BundleMismatch, NotFound, UsageError
 from hyperrt.manifest import (
     GRAPHS,
@@ -61,17 +62,21 @@ PACKAGED = Path(__file__).with_name("bundles")  # the bundles in the wheel
 
 MAX_MANIFEST = 8 * 2**20  # bytes
 CHUNK = 2**20  # bytes hashed at a time
-REDO = "export it again (hyperrt export); if it came with hyperrt, install hyperrt again"
+REDO = "export it again; if it came with hyperrt, install hyperrt again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle(Manifest):
-    """An opened bundle: its manifest, and its files by way of `graph` and `tokenizer`."""
+    """An opened bundle: its manifest, and its files by way of `graph` and `tokenizer`.
+
+    `name` is the folder's name, by which the bundle is opened; the manifest's is the one of its export.
+    """
 
     path: Path
     _verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
+    @checked
     def open(cls, bundle: str | os.PathLike[str] = "tiny") -> Bundle:
         """Read the manifest of a packaged bundle (by name) or of a folder.
 
@@ -82,7 +87,8 @@ class Bundle(Manifest):
         """
         folder = find(bundle)
         manifest = read_manifest(folder)
-        opened = cls(**{f.name: getattr(manifest, f.name) for f in fields(manifest)}, path=folder)
+        told = {f.name: getattr(manifest, f.name) for f in fields(manifest)}
+        opened = cls(**{**told, "name": _name_of(folder) or manifest.name}, path=folder)
         for name in [TOKENIZER, *(name for graph in opened.graphs.values() for name, _ in graph.files())]:
             if not (folder / name).is_file():
                 raise BundleError(f"the bundle {opened.name} is not complete", f"{name} is missing", REDO)
@@ -167,8 +173,14 @@ def find(bundle: str | os.PathLike[str]) -> Path:
         why = f"there is no such folder, and the bundles that came with hyperrt are: {names}"
         raise NotFound(f"there is no bundle {str(bundle)[:200]!r}", why)
     if not (folder / MANIFEST).is_file():
-        raise NotFound(f"{folder} is not a bundle", f"it holds no {MANIFEST}", "make one: hyperrt export")
+        raise NotFound(f"{folder} is not a bundle", f"it holds no {MANIFEST}", "name the folder of a bundle")
     return folder
+
+
+def _name_of(folder: Path) -> str:
+    """The last part of the folder's path, as text that every file can hold; empty for a root."""
+    name = os.path.basename(os.path.abspath(folder))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def packaged() -> list[str]:

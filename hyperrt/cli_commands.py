@@ -29,6 +29,7 @@ from hyperrt.config import (
     COMBINED_TO_SAVE,
     PRECISIONS,
     QUANTIZED,
+    RANDOM,
     SOLVER_NAMES,
     SUBJECT_FORMATS,
     VERIFIED,
@@ -85,8 +86,11 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 
 
 @hyperrt.command(cls=PhotosCommand)
+@click.option("--prompt", "-p", help="What to draw; [V] stands for the subject: 'a [V] mug on a beach'.")
 @click.option(
-    "--prompt", "-p", required=True, help="What to draw; [V] stands for the subject: 'a [V] mug on a beach'."
+    "--recipe",
+    metavar="FILE",
+    help="Draw a recipe again: of a PNG, of the JSON of `hyperrt info`, or AUTOMATIC1111's parameters.",
 )
 @click.option(
     "--images",
@@ -121,7 +125,12 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 @click.option("--guidance-scale", "-g", type=float, help="How hard to follow the prompt (s = w + 1).")
 @click.option("--steps", type=int, help="Denoising steps.")
 @click.option("--solver", metavar="NAME", help=f"One of {', '.join(SOLVER_NAMES)}.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
+@click.option(
+    "--seed",
+    type=int,
+    default=RANDOM,
+    help="Of the noise; picture k uses seed + k, and -1 is a random one.  [default: -1]",
+)
 @click.option("--n", "-n", type=int, default=1, show_default=True, help="How many pictures.")
 @click.option(
     "--strength", type=float, default=1.0, show_default=True, help="Factor on the subject's weights."
@@ -158,11 +167,27 @@ def generate(context: click.Context, /, **options: Any) -> None:
       hyperrt generate --subject mug.safetensors -p "a [V] mug at night" -n 4 -o out/
       hyperrt generate -p "a red house in the snow" --seed 7 -o house.png
       hyperrt generate -s mug.safetensors -p "a [V] mug" -o - | display
+      hyperrt generate --recipe picture.png -s mug.safetensors --steps 50
+
+    In a folder a picture is named after its prompt and seed: a-red-house-7.png. If that name is taken, a
+    number is added (a-red-house-7-2.png); with -f the old picture is replaced.
+
+    With --recipe, options of the command line override the recipe, and the recipe overrides the environment
+    and the config file. The subject must be given again. AUTOMATIC1111's CFG scale is twice --guidance-scale.
 
     The settings are stored in each PNG: hyperrt info FILE. Options without a default take the model's.
     """
     from hyperrt.cli_generate import generate as command
 
+    if options["recipe"] is not None:
+        from hyperrt.cli_recipe import chosen
+
+        of_recipe = chosen(options, _given(context))
+        context.meta["hyperrt.recipe"] = options["recipe"], of_recipe
+        options |= of_recipe
+    elif options["prompt"] is None:
+        [missing] = (option for option in context.command.params if option.name == "prompt")
+        raise click.MissingParameter(ctx=context, param=missing)
     command(_config(context, GenerateConfig, options), context.obj)
 
 
@@ -344,8 +369,17 @@ def _config(context: click.Context, kind: type[Config], options: dict[str, Any])
         raise
 
 
+def _given(context: click.Context) -> set[str]:
+    """Names of the options that are on the command line."""
+    source = context.get_parameter_source
+    return {name for name in context.params if source(name) is ParameterSource.COMMANDLINE}
+
+
 def _origin(context: click.Context, name: str) -> str:
     """Where an option's value came from, if not from the command line."""
+    file, names = context.meta.get("hyperrt.recipe", ("", ()))
+    if name in names:
+        return f"the recipe of {file}"
     source = context.get_parameter_source(name)
     if source is ParameterSource.ENVIRONMENT:
         return f"the environment variable {context.auto_envvar_prefix}_{name.upper()}"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from hyperrt import cli_recipe, files, lora, picture_files, recipe
 from hyperrt import config as configs
-from hyperrt import files, lora, recipe
 from hyperrt.cli_output import Output
 from hyperrt.combine import concat_layout
 from hyperrt.config import GenerateConfig, PersonalizeConfig
@@ -28,23 +28,28 @@ def generate(config: GenerateConfig, output: Output) -> None:
             "-o - and --json were both given", "stdout takes the picture or the events", "leave one out"
         )
     seeds = range(config.seed, config.seed + config.n)
-    paths = [] if to_stdout else configs.output_paths(config.output, config.prompt, seeds, config.force)
+    targets = [] if to_stdout else picture_files.targets(config.output, config.prompt, seeds, config.force)
     pictures: list[dict[str, Any]] = []
     with Runtime.open(
         config.bundle, config.backend, config.threads, low_memory=config.low_memory, device=config.device
     ) as runtime:
         for result in _drawn(runtime, config, output):
+            if not pictures:
+                output.note(_seeds(seeds), seed=config.seed)
             if to_stdout:
                 output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
                 return
             for k, image in enumerate(result.images):
-                path, seed = paths[len(pictures)], result.seeds[k]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                recipe.save_png(path, image, result.recipe_of(k), force=config.force)
-                pictures.append({"path": str(path), "seed": seed})
+                target = targets[len(pictures)]
+                path = picture_files.save(target, image, result.recipe_of(k), config.force)
+                pictures.append({"path": str(path), "seed": result.seeds[k]})
                 output.event("picture", **pictures[-1])
     first = {**result.recipe, "seed": config.seed}  # that of the result is its batch's
-    output.result("\n".join(map(str, paths)), pictures=pictures, recipe=first)
+    output.result("\n".join(picture["path"] for picture in pictures), pictures=pictures, recipe=first)
+
+
+def _seeds(seeds: range) -> str:
+    return f"seed: {seeds[0]}" if len(seeds) == 1 else f"seeds: {seeds[0]} to {seeds[-1]}"
 
 
 def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator[Result]:
@@ -55,6 +60,8 @@ def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator
     has_subject = bool(config.subject or config.images)
     runtime.check(config.prompt, has_subject, **dataclasses.asdict(config.sampling()))
     subject = _subject(runtime, config, output)
+    if config.recipe is not None:
+        cli_recipe.check_subject(config.recipe, runtime, subject)
     per_batch = config.steps or runtime.bundle.defaults.steps
     batches = -(-config.n // config.batch_size)
     size = config.n if config.low_memory else config.batch_size

@@ -145,15 +145,20 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _ToOutput(logging.Handler):
-    """Warnings of the library become warnings of the command, what a training tells becomes notes."""
+    """The library's warnings become the command's, each said once; what a training tells becomes notes."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()
         self._output = output
+        self._warned: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        say = self._output.warning if record.levelno >= logging.WARNING else self._output.note
-        say(record.getMessage())
+        text = record.getMessage()
+        if record.levelno < logging.WARNING:
+            self._output.note(text)
+        elif text not in self._warned:  # a command that draws in batches asks the library several times
+            self._warned.add(text)
+            self._output.warning(text)
 
 
 def escaped(text: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperrt.arguments import shown
 from hyperrt.errors import UsageError
 from hyperrt.lora import LoraLayout
 from hyperrt.subject import Vector
@@ -39,7 +40,7 @@ def check_way(way: str) -> None:
         UsageError: it is not.
     """
     if way not in WAYS:
-        raise UsageError(f"combine is {way!r}", f"it must be one of {', '.join(WAYS)}")
+        raise UsageError(f"combine is {shown(way)}", f"it must be one of {', '.join(WAYS)}")
 
 
 def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:

@@ -1,19 +1,16 @@
 """What a command was asked to do: frozen dataclasses that mirror the command line option for option.
 
 Each is checked once, on construction, before anything slow starts; what depends on the bundle is None here
-and filled in by `hyperrt.job`.  `output_paths` names the pictures of one request.
+and filled in by `hyperrt.job`.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
+from hyperrt.arguments import Checked, shown
 from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
@@ -25,10 +22,15 @@ VERIFIED = ("none", "graphs", "full")
 ADAPTED = ("inputs", "refit")
 MAX_SIZE = 2**14  # pixels
 MAX_IMAGE_SCALE = 10
+MAX_GUIDANCE = 100
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
 MAX_RANK = 1024
+MAX_THREADS = 1024
+MAX_DEVICE = 1023
 MAX_SEED = 2**63 - 1
+RANDOM = -1  # as a seed
+RANDOM_SEEDS = 2**32  # what other programs take, too
 STDOUT = "-"
 SOLVER_NAMES = (
     "ddim",
@@ -39,11 +41,11 @@ SOLVER_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """What `Runtime.steps` takes beside the prompt and the subject; None means the bundle's default.
 
     Raises:
-        UsageError: a value is out of range, naming it and the range.
+        UsageError: a value has the wrong type or is out of range, naming it and what is taken.
     """
 
     generic_prompt: str | None = None  # None: the prompt without the placeholder
@@ -53,26 +55,41 @@ class SamplingConfig:
     guidance_scale: float | None = None  # s = w + 1; None of CFG: twice the bundle's
     steps: int | None = None  # denoising steps
     solver: str | None = None
-    seed: int = 0  # picture k uses seed + k
+    seed: int = RANDOM  # picture k uses seed + k; RANDOM: one that is chosen here
     n: int = 1  # pictures
     strength: float = 1.0  # of the LoRA
     batch_size: int = 1  # pictures per engine call
     image_scale: float | None = None  # of the image tokens, open category
 
     def __post_init__(self) -> None:
-        _in_range("kappa", self.kappa, 0, 2)
-        _in_range("image scale", self.image_scale, 0, MAX_IMAGE_SCALE)
-        _in_range("guidance scale", self.guidance_scale, 0, 100)
-        _in_range("steps", self.steps, 1, MAX_STEPS)
-        _in_range("n", self.n, 1, MAX_IMAGES)
-        _in_range("batch size", self.batch_size, 1, MAX_IMAGES)
-        _in_range("seed", self.seed, 0, MAX_SEED - self.n)
-        _in_range("strength", self.strength, -10, 10)
+        super().__post_init__()
+        in_range("kappa", self.kappa, 0, 2)
+        in_range("image scale", self.image_scale, 0, MAX_IMAGE_SCALE)
+        in_range("guidance scale", self.guidance_scale, 0, MAX_GUIDANCE)
+        in_range("steps", self.steps, 1, MAX_STEPS)
+        in_range("n", self.n, 1, MAX_IMAGES)
+        in_range("batch size", self.batch_size, 1, MAX_IMAGES)
+        if self.seed == RANDOM:
+            object.__setattr__(self, "seed", random_seed(self.n))
+        in_range("seed", self.seed, 0, MAX_SEED - self.n)
+        in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
             _one_of("solver", self.solver, SOLVER_NAMES)
         if self.cfg and self.kappa is not None:
             why = "plain CFG draws with the personalised model alone, and has no share to set"
             raise UsageError(f"cfg is on, but kappa is {self.kappa:g}", why, "leave one of them out")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
+        """The config of these options.
+
+        Raises:
+            UsageError: there is no such option, or as for the config itself.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise UsageError(f"there is no option {unknown[0]!r}", f"the options are {', '.join(known)}")
+        return cls(**options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +101,7 @@ class GenerateConfig(SamplingConfig):
     """
 
     prompt: str
+    recipe: Mapping[str, Any] | None = None  # what is drawn again
     images: tuple[str, ...] = ()  # photos: a folder, or files
     subject: str | None = None  # a subject file, instead of photos
     partial: bool = False  # of a LoRA that adapts other modules, too: leave these out
@@ -100,8 +118,8 @@ class GenerateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _in_range("threads", self.threads, 1, 1024)
-        _in_range("device", self.device, 0, 1023)
+        in_range("threads", self.threads, 1, MAX_THREADS)
+        in_range("device", self.device, 0, MAX_DEVICE)
         _one_of("combine", self.combine, COMBINED)
         if self.images and self.subject:
             raise UsageError(
@@ -111,12 +129,12 @@ class GenerateConfig(SamplingConfig):
             )
         if self.output == STDOUT and self.n != 1:
             what = f"-o - writes one picture, but -n is {self.n}"
-            raise UsageError(what, "a pipe takes one PNG", "use -o FOLDER")
+            raise UsageError(what, "a pipe takes one PNG", "name a folder with -o")
         _named("images", *self.images)
         _named("subject", self.subject)
         if self.partial and not self.subject:
             why = "it leaves out part of a subject file, and none was named"
-            do = "leave it out, or add --subject FILE"
+            do = "leave it out, or name the file with --subject"
             raise UsageError("--partial was given without --subject", why, do)
         check_needs_subject(bool(self.images or self.subject), self)
         if self.combine != "mean" and not self.images:
@@ -130,7 +148,7 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PersonalizeConfig:
+class PersonalizeConfig(Checked):
     """One `hyperrt personalize`.
 
     Raises:
@@ -150,18 +168,19 @@ class PersonalizeConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _in_range("threads", self.threads, 1, 1024)
-        _in_range("device", self.device, 0, 1023)
+        super().__post_init__()
+        in_range("threads", self.threads, 1, MAX_THREADS)
+        in_range("device", self.device, 0, MAX_DEVICE)
         _one_of("format", self.format, SUBJECT_FORMATS)
         _one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
-            raise UsageError("no photos were named", "", "add --images FOLDER")
+            raise UsageError("no photos were named", "", "name them with --images")
         _named("images", *self.images)
         _named("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Checked):
     """One `hyperrt export`; the `export` package reads it.
 
     Raises:
@@ -188,8 +207,9 @@ class ExportConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _in_range("random_weights", self.random_weights, 0, MAX_SEED)
-        _in_range("size", self.size, 8, MAX_SIZE)
+        super().__post_init__()
+        in_range("random_weights", self.random_weights, 0, MAX_SEED)
+        in_range("size", self.size, 8, MAX_SIZE)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("quantize", self.quantize, QUANTIZED)
         _one_of("adapt", self.adapt, ADAPTED)
@@ -198,7 +218,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileConfig:
+class CompileConfig(Checked):
     """One `hyperrt compile`.
 
     Raises:
@@ -216,8 +236,9 @@ class CompileConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _in_range("images", self.images, 1, MAX_IMAGES)
-        _in_range("branches", self.branches, 1, 3)
+        super().__post_init__()
+        in_range("images", self.images, 1, MAX_IMAGES)
+        in_range("branches", self.branches, 1, 3)
         _named("target", *self.targets)
 
     @property
@@ -227,7 +248,7 @@ class CompileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Checked):
     """One `hyperrt lora convert`.
 
     Raises:
@@ -243,10 +264,18 @@ class ConvertConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("format", self.format, SUBJECT_FORMATS)
-        _in_range("rank", self.rank, 1, MAX_RANK)
+        in_range("rank", self.rank, 1, MAX_RANK)
         _named("source", self.source)
         _named("output", self.output)
+
+
+def random_seed(pictures: int) -> int:
+    """A seed for so many pictures that nobody can foresee; their own are below RANDOM_SEEDS, too."""
+    import secrets
+
+    return secrets.randbelow(RANDOM_SEEDS - pictures + 1)
 
 
 def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
@@ -268,56 +297,19 @@ def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
             raise UsageError(f"{name} is {value:g}, but there is no subject", why, do)
 
 
-def output_paths(output: str | None, prompt: str, seeds: Sequence[int], force: bool = False) -> list[Path]:
-    """Where each picture goes; checked before the work, so that an hour is not lost to a name that is taken.
-
-    `FILE.png` is that file, with `-SEED` before the suffix when there are several; anything without a suffix
-    is a folder, which gets `WORDS-OF-PROMPT-SEED.png` and may be new; None is the current folder.
+def in_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Refuse a number beyond these; None is not looked at.
 
     Raises:
-        UsageError: another suffix than .png, a name that is taken, no plain file, or not writable.
-        NotFound: the folder of `FILE.png` does not exist.
+        UsageError: naming the value and the range.
     """
-    from hyperrt import files
-
-    target = Path(output or ".")
-    if target.suffix and not os.path.isdir(target) and not (output or "").endswith(("/", os.sep)):
-        paths = _file_names(target, seeds)
-    elif os.path.lexists(target) and not os.path.isdir(target):
-        why = "a name without .png means a folder"
-        raise UsageError(f"{target} is not a folder", why, f"use -o {target}.png")
-    else:
-        words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60].strip("-") or "picture"
-        paths = [target / f"{words}-{seed}.png" for seed in seeds]
-        if not os.path.isdir(target):  # it will be made: look whether it can be
-            parent = next(folder for folder in target.absolute().parents if os.path.exists(folder))
-            files.check_file(parent / target.name, force=True)
-            return paths
-    for path in paths:
-        files.check_file(path, force)
-    return paths
-
-
-def _file_names(target: Path, seeds: Sequence[int]) -> list[Path]:
-    if target.suffix.lower() != ".png":
-        raise UsageError(
-            f"{target} ends in {target.suffix}",
-            "pictures are written as PNG",
-            f"use -o {target.with_suffix('.png')}",
-        )
-    if len(seeds) == 1:
-        return [target]
-    return [target.with_name(f"{target.stem}-{seed}{target.suffix}") for seed in seeds]
-
-
-def _in_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"{name} is {value}", f"it must be from {low} to {high}")
+    if value is not None and not low <= value <= high:  # NaN is in no range
+        raise UsageError(f"{name} is {shown(value)}", f"it must be from {low} to {high}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} is {value!r}", f"it must be one of {', '.join(allowed)}")
+        raise UsageError(f"{name} is {shown(value)}", f"it must be one of {', '.join(allowed)}")
 
 
 def _named(name: str, *values: str | None) -> None:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from hyperrt.errors import HyperRTError, NotFound, ResourceError, UsageError
+from hyperrt.errors import NotFound, ResourceError, UsageError
+from hyperrt.file_errors import EXISTS, already, explained, not_writable
 
 _POSIX = os.name == "posix"
 if _POSIX:
@@ -28,10 +29,6 @@ if _POSIX:
 PREFIX, SUFFIX = ".hyperrt-", ".tmp"
 ATTEMPTS = 10  # two runs that replace one folder at once take turns; more than this is a fault
 
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
-_MISSING = {errno.ENOENT, errno.ENOTDIR}
-_EXISTS = {errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR}
-_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
@@ -118,7 +115,7 @@ def check_file(path: str | os.PathLike[str], force: bool = False) -> Path:
                 why = "only plain files are replaced"
                 raise UsageError(f"{target} is no plain file", why, "choose another name")
             if not force:
-                raise _already(target)
+                raise already(target)
     return target
 
 
@@ -150,7 +147,7 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
             why = "only a folder of the same kind is replaced"
             raise UsageError(f"{target} is not empty and holds no {marker}", why, "name a new folder")
         if not force:
-            raise _already(target)
+            raise already(target)
     return target
 
 
@@ -270,7 +267,7 @@ def _name_folder(aside: Path, target: Path, marker: str, force: bool) -> None:
             try:
                 os.rename(aside, target)
             except OSError as error:
-                if error.errno not in _EXISTS:
+                if error.errno not in EXISTS:
                     raise
                 continue  # another run was quicker: now its folder is the one to replace
             return
@@ -343,12 +340,22 @@ def _sync_folder(folder: Path) -> None:
 
 def _check_parent(target: Path) -> None:
     parent, why = target.parent, f"{target.name} is to be written there"
+    _check_name(target)
     if not parent.exists():
         raise NotFound(f"the folder {parent} does not exist", why, shlex.join(["mkdir", "-p", str(parent)]))
     if not parent.is_dir():
         raise UsageError(f"{parent} is not a folder", why, "choose another name")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise _not_writable(target)
+        raise not_writable(target)
+
+
+def _check_name(target: Path) -> None:
+    try:
+        os.lstat(target)
+    except ValueError as error:  # NUL, or a character that the file system has no bytes for
+        raise UsageError(f"{str(target)!r} is no name", str(error), "choose another name") from error
+    except OSError:  # which whoever uses the name will hear of
+        pass
 
 
 def _is_taken(target: Path) -> bool:
@@ -358,42 +365,3 @@ def _is_taken(target: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _already(target: Path) -> UsageError:
-    why = "nothing is overwritten unasked"
-    return UsageError(f"{target} exists", why, "add --force, or choose another name")
-
-
-def _not_writable(target: Path) -> UsageError:
-    why = f"the folder {target.parent} is not writable for you"
-    return UsageError(f"{target} cannot be written", why, "choose another folder")
-
-
-@contextlib.contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """The system's errors about `target` become ours; others, about a file that `write` reads, pass."""
-    try:
-        yield
-    except OSError as error:
-        named = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else target
-        if error.errno is None or target.parent not in (named, *named.parents):
-            raise
-        raise _explain(error.errno, os.strerror(error.errno), target) from error
-
-
-def _explain(number: int, text: str, target: Path) -> HyperRTError:
-    if number in _NOT_WRITABLE:
-        return _not_writable(target)
-    if number in _EXISTS:
-        return _already(target)
-    if number in _MISSING:
-        return NotFound(f"{target} is not there", "it, or a folder above it, was removed", "make it again")
-    if number == errno.ENAMETOOLONG:
-        return UsageError(f"the name {target.name[:40]}… is too long", text, "choose a shorter one")
-    what = f"{target} could not be written"
-    if number in _FULL:
-        with contextlib.suppress(OSError):
-            text += f"; {shutil.disk_usage(target.parent).free:,} bytes are free"
-        return ResourceError(what, text, "make room on the disk, or choose another folder")
-    return ResourceError(what, text, "check the disk, then try again")

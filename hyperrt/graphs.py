@@ -14,6 +14,7 @@ from hyperrt import compiling, engines, home
 from hyperrt.adapt import Adapter
 from hyperrt.bundle import Bundle
 from hyperrt.compiling import PLANNED
+from hyperrt.config import MAX_DEVICE, MAX_THREADS, in_range
 from hyperrt.engines.base import Engine
 from hyperrt.engines.tensors import listed
 from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
@@ -41,7 +42,8 @@ class Graphs:
     Raises:
         BackendMissing: there is no such backend.
         BundleMismatch: the bundle's LoRA enters by refit, which the backend cannot do.
-        UsageError: `device` is not 0, and the backend runs on the processor.
+        UsageError: `threads` or `device` is out of range, or `device` is not 0 and the backend runs on the
+            processor.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Graphs:
         device: int = 0,
     ) -> None:
         self.bundle = bundle
+        in_range("threads", threads, 1, MAX_THREADS)
+        in_range("device", device, 0, MAX_DEVICE)
         self.backend = _backend(bundle, backend)
         _check_device(self.backend, device)
         self._device = device

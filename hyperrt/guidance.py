@@ -23,6 +23,7 @@ from hyperrt.errors import UsageError
 BranchName = Literal["uncond", "subject", "generic", "subject_uncond"]
 BRANCHES: tuple[BranchName, ...] = ("uncond", "subject", "generic")  # as hm_cfg_weights returns their weights
 CFG_BRANCHES: tuple[BranchName, ...] = ("subject_uncond", "subject")  # as cfg_weights returns theirs
+CFG_PULL = 2  # the scale of CFG that pulls as HM-CFG of 1, where the subject's and the generic prompt agree
 
 
 @dataclass(frozen=True)

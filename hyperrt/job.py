@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt import guidance, prompts, solvers
+from hyperrt import guidance, prompt_syntax, prompts, solvers
 from hyperrt.adapt import packed, the_one
+from hyperrt.arguments import taken
 from hyperrt.bundle import Bundle
 from hyperrt.config import SamplingConfig, check_needs_subject
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
@@ -27,8 +28,6 @@ from hyperrt.lora import VECTORS, check_tokens
 from hyperrt.subject import Subject
 
 log = logging.getLogger("hyperrt")
-
-CFG_PULL = 2  # scale of CFG that pulls as HM-CFG of 1 where both prompts agree
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,7 +84,7 @@ class Job:
     def recipes(self) -> tuple[dict[str, Any], ...]:
         """[pairs] what reproduces the pictures, as JSON values; read when weights may come to the host."""
         pairs = zip(self.settings, self.subjects, strict=True)
-        return tuple({**settings, **_hash_of(subject)} for settings, subject in pairs)
+        return tuple({**settings, **hash_of(subject)} for settings, subject in pairs)
 
     @property
     def told(self) -> tuple[Any, ...]:
@@ -98,6 +97,33 @@ class Job:
         if len(different) < 2:  # the base model's rows have a gate of 0, whatever they hold
             return (different[0] if different else None,)
         return tuple(subject for subject in self.subjects for _ in range(images)) * len(self.branches)
+
+
+def pairs_of(prompt: Any, subject: Any) -> tuple[list[str], list[Subject | None], bool]:
+    """The prompts [pairs] and subjects [pairs] of a call, and whether they came as sequences.
+
+    Raises:
+        UsageError: one of them is a sequence and the other is not, or a value has another type.
+    """
+    one_prompt, one_subject = _is_one(prompt), _is_one(subject)
+    if one_prompt and one_subject:
+        asked, subjects = [prompt], [subject]
+    elif one_prompt or one_subject:
+        raise UsageError(
+            "the prompt and the subject do not go together",
+            "one is a sequence and the other is not",
+            "pass one prompt and one subject or None, or a list of each, of one length",
+        )
+    else:
+        asked, subjects = list(prompt), list(subject)
+    texts = [taken("prompt", one, str) for one in asked]
+    return texts, [taken("subject", one, Subject | None) for one in subjects], not one_prompt
+
+
+def _is_one(value: Any) -> bool:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return True
+    return getattr(value, "ndim", 1) == 0  # an array without axes
 
 
 def plan(
@@ -134,6 +160,7 @@ def plan(
     settings = settings_of(bundle, any(known), options)
     branches = _branches(settings)
     texts = [_texts(bundle, *pair, options) for pair in zip(asked, subjects, known, strict=True)]
+    _warn_of_syntax(bundle, asked, options)
     return Job(
         branches=branches,
         texts=tuple(one[branch.name] for branch in branches for one in texts),
@@ -158,6 +185,13 @@ def check(bundle: Bundle, prompt: str, has_subject: bool, options: SamplingConfi
     """
     _table(bundle, settings_of(bundle, has_subject, options))
     _texts(bundle, prompt, None, has_subject, options)
+    _warn_of_syntax(bundle, [prompt], options)
+
+
+def _warn_of_syntax(bundle: Bundle, asked: Sequence[str], options: SamplingConfig) -> None:
+    texts = (*asked, options.negative_prompt, options.generic_prompt or "")
+    for line in prompt_syntax.advice(texts, bundle.prompts.placeholder):
+        log.warning("%s", line)
 
 
 def noun_in(prompt: str, bundle: Bundle) -> str | None:
@@ -189,7 +223,7 @@ def settings_of(bundle: Bundle, has_subject: bool, options: SamplingConfig) -> d
         "strength": options.strength,
     }
     if options.cfg:
-        usual = CFG_PULL * defaults.guidance_scale
+        usual = guidance.CFG_PULL * defaults.guidance_scale
         settings |= {"cfg": True, "kappa": None, "guidance_scale": usual if scale is None else scale}
     if image and has_subject:
         settings["image_scale"] = image.scale if options.image_scale is None else options.image_scale
@@ -232,7 +266,7 @@ def _recipe(
         settings = {
             **{name: value for name, value in settings.items() if name not in ("image_scale", "cfg")},
             "kappa": 0.0,
-            "guidance_scale": scale / CFG_PULL if settings.get("cfg") else scale,
+            "guidance_scale": scale / guidance.CFG_PULL if settings.get("cfg") else scale,
         }
     return {
         "prompt": prompt,
@@ -260,8 +294,8 @@ def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[s
     }
 
 
-def _hash_of(subject: Subject | None) -> dict[str, str]:
-    """What tells a recipe's subject from others."""
+def hash_of(subject: Subject | None) -> dict[str, str]:
+    """What tells a recipe's subject from others, as a part of the recipe; of a GPU's LoRA it makes a copy."""
     if subject is None:
         return {}
     digest = hashlib.sha256(b"".join(subject.lora[name].tobytes() for name in VECTORS))
@@ -274,6 +308,7 @@ def _check_subject(subject: Subject, bundle: Bundle) -> None:
     for name in VECTORS:
         packed(subject, name, bundle.layout.size(name), there=True)
     check_tokens("the subject", subject.image_tokens, bundle.token_shape)
+    prompts.check_text(subject.metadata.get("trigger", ""), "subject's trigger")
     found, wanted = subject.metadata.get("base_model"), bundle.hashes.base_model
     if found not in (None, wanted):
         why = f"its base model is {found[:12]!r}, the bundle's {wanted[:12]!r}"

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hyperrt import lora_metadata, lora_names, lora_writer, subject_file
+from hyperrt.arguments import checked, shown
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.engines.tensors import TensorSpec
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
@@ -185,6 +186,7 @@ class LoraLayout:
         return cls(tuple(Site(**site) for site in data["sites"]), data["rank"])
 
 
+@checked
 def save_subject(
     path: str | os.PathLike[str],
     packed: Mapping[str, Vector],
@@ -212,12 +214,14 @@ def save_subject(
     """
     if format not in lora_names.FORMATS:
         known = ", ".join(lora_names.FORMATS)
-        raise UsageError(f"there is no subject format {format!r}", f"it must be one of {known}")
+        raise UsageError(f"there is no subject format {shown(format)}", f"it must be one of {known}")
     if fault := lora_metadata.fault(metadata):
         raise UsageError("the subject's metadata cannot be saved", fault)
     if wrong := difference(set(packed), set(VECTORS)):
         raise LoraMismatch("the packed LoRA is not complete", wrong)
     for name, vector in packed.items():
+        if not isinstance(vector, np.ndarray) or vector.dtype.kind != "f":
+            raise UsageError(f"{name} is {shown(vector)}", "it must be an array of floats")
         if not usable(vector):
             raise NumericError(f"{name} cannot be saved", NOT_USABLE)
     tokens = None
@@ -232,6 +236,7 @@ def save_subject(
     lora_writer.write_ours(path, format, sites, origin, tokens, force)
 
 
+@checked
 def load_subject(
     path: str | os.PathLike[str],
     layout: LoraLayout,

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt import engines, lora, memory, sampling, tiling
+from hyperrt.arguments import checked
 from hyperrt.bundle import Bundle
 from hyperrt.combine import check_way
 from hyperrt.conditioning import Conditioning
@@ -33,7 +34,7 @@ from hyperrt.engines.base import Engine
 from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
 from hyperrt.images import preprocess
-from hyperrt.job import Job, check, plan
+from hyperrt.job import Job, check, pairs_of, plan
 from hyperrt.making import Making
 from hyperrt.personalize import Photos, check_finite, origin, read_photos
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
@@ -53,7 +54,7 @@ class Result:
     Attributes:
         images: [n, H, W, 3] uint8.
         seeds: [n]; picture k alone is `generate(..., seed=seeds[k], n=1)`.
-        recipe: what reproduces the pictures, as JSON values; `seed` is that of the first.
+        recipe: what reproduces the pictures (`recipe.options_of`), as JSON values; `seed` is the first one's.
         latents: [n, C, h, w] float32, as the decoder got them.
     """
 
@@ -92,6 +93,7 @@ class Runtime:
         self._lock = threading.RLock()
 
     @classmethod
+    @checked
     def open(
         cls,
         bundle: str | Path = "tiny",
@@ -119,11 +121,13 @@ class Runtime:
             NotFound: there is no such bundle.
             BundleError: the bundle is damaged.
             BundleMismatch: this version cannot run it.
-            UsageError: `device` is not 0, and the backend runs on the processor.
+            UsageError: an argument is not one that is taken, or `device` is not 0 and the backend runs on the
+                processor.
             engines.BackendMissing: there is no such backend.
         """
         return cls(Bundle.open(bundle), backend, threads, low_memory, backend_options, device)
 
+    @checked
     def personalize(
         self, images: Photos, class_noun: str | None = None, strict: bool = False, combine: str = "mean"
     ) -> Subject:
@@ -138,7 +142,7 @@ class Runtime:
                 the mean of A B, or "concat": that mean itself, of a rank that can be saved, not drawn with.
 
         Raises:
-            UsageError: combine is another word.
+            UsageError: an argument has the wrong type, or combine is another word.
             BadInput: no photo is left, or one is bad and `strict` is on.
             NotFound: the folder or a file does not exist.
             NumericError: the predicted weights hold NaN; of a photo on a GPU that is found when it is drawn.
@@ -152,6 +156,7 @@ class Runtime:
             weights, tokens = self._making.lora(pixels, combine)
         return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos), combine), tokens)
 
+    @checked
     def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
         """Read a LoRA file that fits this bundle: a subject file, or one of another program.
 
@@ -166,13 +171,14 @@ class Runtime:
         noun = subject.class_noun or self.bundle.prompts.default_class
         return dataclasses.replace(subject, class_noun=noun)
 
+    @checked
     def check(self, prompt: str, has_subject: bool, **options: Any) -> None:
         """Refuse a prompt or an option that `steps` would refuse, before photos are read for it.
 
         Raises:
             UsageError, BadPrompt: as `steps`.
         """
-        check(self.bundle, prompt, has_subject, SamplingConfig(**options))
+        check(self.bundle, prompt, has_subject, SamplingConfig.of(options))
 
     @overload
     def generate(self, prompt: str, subject: Subject | None = None, **options: Any) -> Result: ...
@@ -219,7 +225,8 @@ class Runtime:
                 guidance_scale: s = w + 1; CFG has by default twice the bundle's, and pulls as strongly.
                 steps: model evaluations.
                 solver: one of `solvers.SOLVERS`.
-                seed: picture k uses seed + k, whatever n and batch_size are.
+                seed: picture k uses seed + k, whatever n and batch_size are; None or -1 chooses a random one
+                    (see `Result.seeds`).
                 n: pictures of each pair.
                 strength: factor on the LoRA; 0 leaves it out.
                 image_scale: weight of the photos' image tokens beside the text (open category); 0 leaves
@@ -228,7 +235,7 @@ class Runtime:
                     n is.
 
         Raises:
-            UsageError: an argument is out of range, or not as many subjects as prompts.
+            UsageError: an argument has the wrong type or is out of range, or not as many subjects as prompts.
             BadPrompt: a prompt cannot be used, or has no placeholder although there is a subject.
             LoraMismatch: a subject was made for another bundle.
             ResourceError: there is not enough memory (at the first step).
@@ -254,16 +261,8 @@ class Runtime:
 
     def _plan(self, prompt: Any, subject: Any, options: Mapping[str, Any]) -> tuple[Job, bool]:
         """The job, and whether its prompt is a sequence; errors as `steps`."""
-        several = not isinstance(prompt, str)
-        if several == (subject is None or isinstance(subject, Subject)):
-            raise UsageError(
-                "the prompt and the subject do not go together",
-                "one is a sequence and the other is not",
-                "pass one prompt and one subject or None, or a list of each, of one length",
-            )
-        asked = list(prompt) if several else [prompt]
-        subjects = list(subject) if several else [subject]
-        return plan(self.bundle, self.backend, asked, subjects, SamplingConfig(**options)), several
+        asked, subjects, several = pairs_of(prompt, subject)
+        return plan(self.bundle, self.backend, asked, subjects, SamplingConfig.of(options)), several
 
     def _run(self, job: Job, several: bool) -> Generator[Step, None, Result | list[Result]]:
         """Every batch of a job through the loop, then through the decoder."""
@@ -357,12 +356,16 @@ class Runtime:
                 self._bound = None
                 self._graphs.free(graph)
 
+    @checked
     def decode(self, latents: Floats) -> Pictures:
         """Latents [n, C, h, w] to pictures [n, H, W, 3] uint8, one at a time.
 
         Raises:
+            UsageError: the latents have another shape.
             NumericError: a pixel is NaN or infinite, or all pixels are the same.
         """
+        if latents.ndim != 4 or not len(latents):
+            raise UsageError(f"the latents are {list(latents.shape)}", "they must be [n, C, h, w]")
         pictures = []
         tile = tiling.tile_of(self.bundle) if self._low_memory else None
         for k in range(len(latents)):

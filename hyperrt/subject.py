@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperrt.arguments import Checked
 from hyperrt.engines.dlpack import DeviceArray
 
 Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class Subject(Checked):
     """One person, animal or thing as the runtime uses it; compared by identity.
 
     Attributes:
@@ -25,6 +26,9 @@ class Subject:
         metadata: base_model, hypernet, class_noun, photos, trigger, as `save_subject` takes them.
         image_tokens: [1 or photos, tokens, width], of the open category: what the image prompt made of the
             photos; None: the LoRA alone.  They may be on a device: `numpy.asarray` copies them to the host.
+
+    Raises:
+        UsageError: a value has another type.
     """
 
     lora: Mapping[str, Vector]

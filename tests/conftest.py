@@ -63,6 +63,16 @@ def subject_folder(tmp_path: Path, drawn_photos: list[Any]) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_chance() -> Iterator[None]:
+    """A seed that a test does not give is 0, not a random one."""
+    from hyperrt import config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "random_seed", lambda pictures: 0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """A test that reaches for the network fails, and says where to."""
 

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from hyperrt import files
 from hyperrt.engines.errors import EngineError
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError
+from hyperrt.file_errors import explained
 from hyperrt.training import device, processes
 
 log = logging.getLogger("hyperrt.training")
@@ -181,7 +182,7 @@ class RunLog:
 
     def write(self, step: int, **values: Any) -> None:
         """Raises ResourceError: the disk is full or broken."""
-        with files.explained(self.path), self.path.open("a") as file:
+        with explained(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if numbers := [f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)]:
             log.info("%s: step %d of %d, %s", self.path.parent.name, step, self.steps, ", ".join(numbers))

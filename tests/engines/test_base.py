@@ -144,6 +144,14 @@ def test_what_a_backend_fixes_reaches_its_module(monkeypatch, tmp_path):
     }  # fmt: skip
 
 
+def test_an_option_that_a_backend_does_not_have_is_refused_by_name(monkeypatch, tmp_path):
+    (tmp_path / "graph").touch()
+    module = types.SimpleNamespace(open=lambda path, threads, sizes, cache, precision: None)
+    monkeypatch.setattr("hyperrt.engines.base.load", lambda name: module)
+    with pytest.raises(EngineInputError, match=r"no option 'other'\n.*its options are: cache, precision\n"):
+        engines.open(tmp_path / "graph", "openvino", precision="f32", other=1)
+
+
 def test_a_device_beside_the_processor_is_refused_and_not_ignored(tmp_path):
     (tmp_path / "graph").touch()
     with pytest.raises(EngineInputError, match=r"the device is 1\n.*'fake' runs on no GPU\n.*leave it out"):

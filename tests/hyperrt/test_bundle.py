@@ -98,7 +98,7 @@ def changed(folder: Path, place: str, value: object) -> Path:
 
 def test_a_bundle_opens_and_says_what_its_manifest_says(folder):
     opened = Bundle.open(folder)
-    assert (opened.name, opened.latent.channels, opened.defaults.solver) == ("small", 4, "ddim")
+    assert (opened.family, opened.latent.channels, opened.defaults.solver) == ("tiny", 4, "ddim")
     assert opened.layout == LAYOUT
     assert opened.graphs["denoiser"].inputs[1].shape == ("subjects", LAYOUT.size("lora_q"))
     assert opened.preprocess.mean == (0.5, 0.5, 0.5)

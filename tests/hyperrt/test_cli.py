@@ -93,6 +93,16 @@ def test_a_bad_photo_is_said_and_left_out(run, photos, tmp_path):
     assert run("generate", "--images", folder, "-p", PROMPT, "--strict-images", "--force")[0] == 3
 
 
+@pytest.mark.parametrize("seed", [[], ["--seed", -1]], ids=str)
+def test_a_random_seed_is_on_stderr_and_in_the_name_and_recipe(run, monkeypatch, seed):
+    monkeypatch.setattr(config, "random_seed", lambda pictures: 1234)
+    code, out, err = run("generate", "-p", "a robot", "-n", 2, *seed)
+    assert (code, out) == (0, "a-robot-1234.png\na-robot-1235.png\n") and "seeds: 1234 to 1235\n" in err
+    assert recipe.read("a-robot-1235.png")["seed"] == 1235
+    run("generate", "-p", "a robot", "--seed", 1235, "-o", "again.png")
+    assert Path("again.png").read_bytes() == Path("a-robot-1235.png").read_bytes()
+
+
 # what is refused
 
 
@@ -148,6 +158,23 @@ def test_a_file_that_exists_is_not_overwritten_unasked(run):
     assert code == 2 and "--force" in err
     assert Path("a.png").read_bytes() == b"mine"
     assert run("generate", "-p", "a robot", "-o", "a.png", "--force")[0] == 0
+
+
+def test_the_same_command_twice_makes_two_pictures(run):
+    outs = [run("generate", "-p", "ロボット", "-n", 2, "--json")[1] for _ in range(2)]
+    paths = [picture["path"] for out in outs for picture in events(out)[-1]["pictures"]]
+    assert paths == [f"ロボット-{name}.png" for name in ("0", "1", "0-2", "1-2")]
+    assert [recipe.read(path)["seed"] for path in paths] == [0, 1, 0, 1]
+
+
+def test_a_picture_that_another_command_writes_meanwhile_is_kept(run):
+    def meanwhile(tensors):
+        Path("a-robot-0.png").write_bytes(b"theirs")
+        return fake_bundle.GRAPHS["denoiser"](tensors)
+
+    fake_bundle.register(denoiser=meanwhile)
+    assert run("generate", "-p", "a robot")[:2] == (0, "a-robot-0-2.png\n")
+    assert Path("a-robot-0.png").read_bytes() == b"theirs"
 
 
 def test_a_folder_is_not_replaced_by_a_picture(run):

@@ -271,10 +271,10 @@ def test_a_file_in_the_way_of_a_folder_is_refused(run):
 
 
 def test_a_picture_of_many_that_exists_stops_the_work_before_it_begins(run):
-    Path("a-robot-2.png").write_bytes(b"mine")
-    code, out, err = run("generate", "-p", "a robot", "-n", 4)
-    assert (code, out) == (2, "") and "a-robot-2.png exists" in err
-    assert [path.name for path in Path().iterdir()] == ["a-robot-2.png"]
+    Path("a-2.png").write_bytes(b"mine")
+    code, out, err = run("generate", "-p", "a robot", "-n", 4, "-o", "a.png")
+    assert (code, out) == (2, "") and "a-2.png exists" in err
+    assert [path.name for path in Path().iterdir()] == ["a-2.png"]
 
 
 def test_at_most_the_photos_of_a_folder_that_help_are_used(run, tmp_path):

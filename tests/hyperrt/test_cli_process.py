@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hyperrt import recipe
 from tests.hyperrt.command_line import PROMPT, ROOT, is_three_lines, start
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -21,7 +22,8 @@ MOMENTS = random.Random(0)
 
 
 def fake(pretend, *arguments):
-    return ["generate", "--bundle", pretend, "--backend", "fake", "-p", "a robot", *arguments]
+    where = ["--bundle", pretend, "--backend", "fake", "--seed", "0"]
+    return ["generate", *where, "-p", "a robot", *arguments]
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=["Ctrl-C", "SIGTERM"])
@@ -110,7 +112,7 @@ def test_a_terminal_without_colours_and_a_locale_without_letters_are_fine(preten
     process = start(fake(pretend, "-p", "a robot é", "-o", "ü"), "0", stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert out == "\\xfc/a-robot-0.png\n"
+    assert out == "\\xfc/a-robot-\\xe9-0.png\n"
     assert "\x1b" not in err
 
 
@@ -133,6 +135,14 @@ def test_a_terminal_gets_a_bar_and_stdout_only_the_path(pretend, monkeypatch, co
     assert process.returncode == 0, shown
     assert out == "a-robot-0.png\n"
     assert b"\x1b[" in shown and b"drawing" in shown and b"%" not in shown
+
+
+def test_commands_that_run_at_once_do_not_overwrite_each_other(pretend):
+    running = [start(fake(pretend, "-n", 5), stdout=subprocess.PIPE) for _ in range(3)]
+    outs = [process.communicate(timeout=60)[0] for process in running]
+    names = sorted(name for out in outs for name in out.splitlines())
+    assert len(set(names)) == 15 and names == sorted(path.name for path in Path().glob("*.png"))
+    assert [recipe.read(name)["seed"] for name in names] == [seed for seed in range(5) for _ in range(3)]
 
 
 @pytest.mark.parametrize("home", [None, "/nowhere/at/all", "/proc"])

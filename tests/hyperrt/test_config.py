@@ -1,27 +1,22 @@
-"""Configs are checked once, before anything slow; every picture has its path before it is drawn."""
+"""Configs are checked once, before anything slow."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from hyperrt import combine, config, solvers
 from hyperrt.config import (
+    RANDOM,
     ConvertConfig,
     ExportConfig,
     GenerateConfig,
     PersonalizeConfig,
     SamplingConfig,
-    output_paths,
+    random_seed,
 )
-from hyperrt.errors import NotFound, UsageError
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+from hyperrt.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -33,7 +28,7 @@ def here(tmp_path, monkeypatch):
         ("steps", [1, 1000], [0, 1001]),
         ("n", [1, 1000], [0, 1001]),
         ("batch_size", [1, 1000], [0, 1001]),
-        ("seed", [0, 2**63 - 2], [-1, 2**63 - 1]),
+        ("seed", [0, 2**63 - 2], [-2, 2**63 - 1]),
         ("strength", [-10, 0, 10], [11, float("nan")]),
         ("solver", sorted(solvers.SOLVERS), ["magic", ""]),
     ],
@@ -45,6 +40,19 @@ def test_a_value_out_of_range_is_refused_and_named(field, good, bad):
         with pytest.raises(UsageError, match=f"{field.replace('_', ' ')} is ") as caught:
             SamplingConfig(**{field: value})
         assert caught.value.why
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": None}, {"seed": RANDOM}], ids=str)
+def test_no_seed_is_a_random_one_that_the_config_tells(monkeypatch, options):
+    monkeypatch.setattr(config, "random_seed", random_seed)
+    seeds = {SamplingConfig(n=1000, **options).seed for _ in range(20)}
+    assert len(seeds) > 15 and all(seed >= 0 and seed + 999 < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("chance", [0, 1])
+def test_a_random_seed_leaves_room_for_every_picture(monkeypatch, chance):
+    monkeypatch.setattr("secrets.randbelow", lambda most: chance * (most - 1))
+    assert random_seed(1000) == chance * (2**32 - 1000)
 
 
 def test_the_solvers_of_the_command_line_are_those_of_the_runtime():
@@ -114,62 +122,3 @@ def test_convert_refuses_what_it_cannot_do(options):
 def test_export_refuses_a_seed_that_is_none():
     with pytest.raises(UsageError, match=r"random.weights"):
         ExportConfig(model="tiny", output="bundle", random_weights=-1)
-
-
-# output_paths
-
-
-@pytest.mark.parametrize(
-    ("output", "seeds", "paths"),
-    [
-        (None, [3], ["a-v-mug-on-the-moon-3.png"]),
-        (".", [3], ["a-v-mug-on-the-moon-3.png"]),
-        ("x.png", [3], ["x.png"]),
-        ("X.PNG", [3], ["X.PNG"]),
-        ("x.png", [3, 4], ["x-3.png", "x-4.png"]),
-        ("new", [3, 4], ["new/a-v-mug-on-the-moon-3.png", "new/a-v-mug-on-the-moon-4.png"]),
-        ("new/er", [3], ["new/er/a-v-mug-on-the-moon-3.png"]),
-        ("v1.5/", [3], ["v1.5/a-v-mug-on-the-moon-3.png"]),
-    ],
-)
-def test_every_picture_has_a_path(output, seeds, paths):
-    found = output_paths(output, "A [V] mug, on the Moon!", seeds)
-    assert [path.as_posix() for path in found] == paths
-    assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(
-    ("prompt", "name"),
-    [("日本", "picture-0.png"), ("../../etc/passwd", "etc-passwd-0.png"), ("x" * 500, "x" * 60 + "-0.png")],
-    ids=["no Latin letters", "a path", "long"],
-)
-def test_a_prompt_makes_a_harmless_file_name(prompt, name):
-    assert [str(path) for path in output_paths(None, prompt, [0])] == [name]
-
-
-@pytest.mark.parametrize(
-    ("output", "error", "words"),
-    [
-        ("x.jpg", UsageError, "use -o x.png"),
-        ("no/x.png", NotFound, "does not exist"),
-        ("file", UsageError, "not a folder"),
-        ("file/x.png", UsageError, "not a folder"),
-        ("taken.png", UsageError, "--force"),
-        ("y" * 300, UsageError, "too long"),
-        ("y" * 300 + ".png", UsageError, "too long"),
-    ],
-)
-def test_where_nothing_can_be_written_is_known_before_the_work(output, error, words):
-    Path("file").touch()
-    Path("taken.png").touch()
-    with pytest.raises(error) as caught:
-        output_paths(output, "a robot", [0])
-    assert words in str(caught.value)
-
-
-def test_force_replaces_files_but_no_folders():
-    Path("taken.png").touch()
-    Path("folder-1.png").mkdir()
-    assert output_paths("taken.png", "a robot", [0], force=True) == [Path("taken.png")]
-    with pytest.raises(UsageError, match="is a folder"):
-        output_paths("folder.png", "a robot", [0, 1], force=True)

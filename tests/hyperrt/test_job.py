@@ -13,6 +13,7 @@ from hyperrt.config import SamplingConfig
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
 from hyperrt.guidance import Branch
 from hyperrt.job import noun_in, plan
+from hyperrt.recipe import options_of
 from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
@@ -170,9 +171,8 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(runtime, subjects):
 
 def test_the_recipe_of_plain_guidance_reproduces_the_picture(runtime, subjects):
     result = runtime.generate(PROMPT, subjects[0], cfg=True)
-    told = json.loads(json.dumps(result.recipe))
-    again = {name: told[name] for name in ("cfg", "kappa", "guidance_scale", "steps", "solver", "seed")}
-    np.testing.assert_array_equal(runtime.generate(PROMPT, subjects[0], **again).images, result.images)
+    again = options_of(json.loads(json.dumps(result.recipe)))
+    np.testing.assert_array_equal(runtime.generate(subject=subjects[0], **again).images, result.images)
     assert "cfg" not in runtime.generate(PROMPT, subjects[0]).recipe
 
 
@@ -184,6 +184,15 @@ def test_plain_guidance_without_a_subject_or_with_kappa_is_refused(runtime, subj
         with pytest.raises(UsageError, match=words) as caught:
             runtime.steps(PROMPT, subject, cfg=True, **options)
         assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_recipe_draws_each_pair_again(runtime, subjects):
+    options = {"strength": 0.5, "negative_prompt": "blurry", "kappa": 0.4, "seed": 7, "steps": 3}
+    for prompt, subject in zip(PROMPTS, subjects, strict=True):
+        result = runtime.generate(prompt, subject, **(options if subject else {**options, "kappa": None}))
+        again = runtime.generate(subject=subject, **options_of(result.recipe))
+        np.testing.assert_array_equal(again.images, result.images)
+        assert again.recipe == result.recipe
 
 
 # options that change nothing, and what is refused before photos are read

@@ -124,7 +124,7 @@ def test_an_open_file_and_its_contents_are_one_photo(photos):
 @pytest.mark.parametrize(
     "wrong",
     [None, 7, 2.5, [7], {"a": 1}.values(), io.StringIO("text"), io.BytesIO(), b"", b"text", np.zeros(3)],
-    ids=str,
+    ids=lambda wrong: type(wrong).__name__,
 )
 def test_what_is_no_photo_is_refused_in_three_lines(wrong):
     with pytest.raises(BadInput) as caught:
@@ -139,7 +139,11 @@ def test_a_closed_file_is_refused_in_three_lines():
         personalize.read_photos([file])
 
 
-@pytest.mark.parametrize("empty", [[], set(), iter(()), np.zeros((0, 40, 40, 3), np.uint8)], ids=str)
+@pytest.mark.parametrize(
+    "empty",
+    [[], set(), iter(()), np.zeros((0, 40, 40, 3), np.uint8)],
+    ids=lambda empty: type(empty).__name__,
+)
 def test_nothing_holds_no_photos(empty):
     with pytest.raises(BadInput, match="no photos were given"):
         personalize.read_photos(empty)

@@ -81,36 +81,10 @@ def test_the_parameters_are_written_as_a1111_does(saved):
         assert image.info["parameters"] == (
             "a [V] cat on a beach\n"
             "Negative prompt: blurry, dark\n"
-            "Steps: 30, Sampler: Euler a, CFG scale: 3.5, Seed: 42, Size: 64x48, Model hash: 0123456789, "
+            "Steps: 30, Sampler: Euler a, CFG scale: 7.0, Seed: 42, Size: 64x48, Model hash: 0123456789, "
             "Model: tiny, Kappa: 1.2, Subject: cat, Subject strength: 1.0, "
             f"Version: hyperrt {hyperrt.__version__}"
         )
-
-
-def test_no_negative_prompt_is_no_line():
-    assert (
-        recipe.infotext({"prompt": "a cat", "negative_prompt": "", "steps": 1})
-        .split("\n")[1]
-        .startswith("Steps: 1,")
-    )
-
-
-@pytest.mark.parametrize(
-    ("value", "written"),
-    [
-        ("a, b", '"a, b"'), ("a: b", '"a: b"'), ("a\nb", r'"a\nb"'), ('say "hi"', r'"say \"hi\""'),
-        ("café", "café"), ("plain name", "plain name"),
-    ],
-)  # fmt: skip
-def test_a_value_that_would_break_the_line_is_quoted_as_json(value, written):
-    settings = recipe.infotext({"prompt": "x", "bundle": value}).split("\n")[-1]
-    assert f"Model: {written}, Version" in settings
-
-
-def test_a_prompt_cannot_pass_for_the_lines_below_it():
-    text = recipe.infotext({"prompt": "a cat\nNegative prompt: x\nSteps: 1, Seed: 2", "steps": 30})
-    assert text.split("\n")[0] == "a cat Negative prompt: x Steps: 1, Seed: 2"
-    assert len(text.split("\n")) == 2
 
 
 @pytest.mark.parametrize(("prompt", "kind"), [("a [V] café", b"tEXt"), ("a [V] 猫 👨‍👩‍👧", b"iTXt")])
@@ -195,6 +169,7 @@ def test_a_missing_file_is_not_found(tmp_path):
         (png(("hyperrt", '{"schema": 1}'))[:60], "not a sound PNG"),
         (png(), "no recipe"),
         (png(("parameters", "a cat\nSteps: 3")), "no recipe"),
+        (png(("parameters", "a cat" * 30_000 + "\nSteps: 3, Seed: 5, Size: 8x8")), "no recipe"),
         (png(("hyperrt", "")), "no JSON object"),
         (png(("hyperrt", "[1]")), "no JSON object"),
         (png(("hyperrt", "[" * 100_000)), "no JSON object"),
@@ -208,10 +183,41 @@ def test_a_missing_file_is_not_found(tmp_path):
 def test_a_file_without_a_sound_recipe_is_refused_by_name(tmp_path, content, reason):
     path = tmp_path / "picture.png"
     path.write_bytes(content)
-    with pytest.raises(BadImage, match=r"picture\.png") as caught:
-        recipe.read(path)
-    assert reason in caught.value.reason
-    assert str(tmp_path) not in str(caught.value)
+    for read in (recipe.read, recipe.read_any):
+        with pytest.raises(BadImage, match=r"picture\.png") as caught:
+            read(path)
+        assert reason in caught.value.reason
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_any_text_and_any_png_with_parameters_is_a_recipe(tmp_path):
+    text = "a cat\nSteps: 3, Seed: 5, Size: 8x8"
+    files = {
+        "ours.png": png(("hyperrt", '{"schema": 1, "prompt": "a cat", "seed": 5}'), ("parameters", "x")),
+        "theirs.png": png(("parameters", text)),
+        "theirs.txt": text.encode(),
+        "bom.txt": b"\xef\xbb\xbf" + text.encode(),
+        "choice.txt": b"{a|b} cat\nSteps: 3, Seed: 5, Size: 8x8",
+        "ours.json": b'{"seed": 5}',
+        "info.json": b'{"event": "result", "recipe": {"seed": 5}}',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert recipe.read_any(tmp_path / name)["seed"] == 5, name
+        if name != "ours.png":
+            with pytest.raises(BadImage):
+                recipe.read(tmp_path / name)
+
+
+def test_options_are_those_that_the_recipe_names():
+    assert recipe.options_of({**RECIPE, "n": 9, "batch_size": 9, "x": 1}) == {
+        **{name: RECIPE[name] for name in recipe.options_of(RECIPE) if name != "cfg"},
+        "cfg": False,
+    }
+    assert recipe.options_of(RECIPE).keys() >= {"prompt", "generic_prompt", "kappa", "seed", "steps"}
+    assert recipe.options_of({"prompt": "a cat", "kappa": 0.0}) == {"prompt": "a cat", "cfg": False}
+    with pytest.raises(UsageError, match="no prompt"):
+        recipe.options_of({"seed": 1})
 
 
 def test_a_jpeg_is_no_png(tmp_path):

@@ -7,9 +7,10 @@ import threading
 import numpy as np
 import pytest
 
-from hyperrt import engines, guidance, sampling, solvers
+from hyperrt import config, engines, guidance, sampling, solvers
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
 from hyperrt.pictures import pictures_from_pixels
+from hyperrt.recipe import options_of
 from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
@@ -83,9 +84,18 @@ def test_a_picture_hardly_depends_on_the_batch_size(runtime, subject):
 
 
 def test_seed_zero_is_a_seed(runtime):
-    first, second = (runtime.generate("a robot", seed=seed).latents for seed in (0, 1))
-    np.testing.assert_array_equal(first, runtime.generate("a robot").latents)
-    assert not np.array_equal(first, second)
+    first, again, other = (runtime.generate("a robot", seed=seed).latents for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": None}, {"seed": -1}], ids=str)
+def test_a_seed_that_was_not_given_is_told_and_draws_the_picture_again(runtime, monkeypatch, options):
+    monkeypatch.setattr(config, "random_seed", lambda pictures: 2**32 - pictures)
+    result = runtime.generate("a robot", n=2, **options)
+    assert result.seeds == (2**32 - 2, 2**32 - 1) and result.recipe["seed"] == 2**32 - 2
+    again = runtime.generate("a robot", seed=result.seeds[1])
+    np.testing.assert_array_equal(again.images[0], result.images[1])
 
 
 def test_a_subject_then_another_then_the_first_gives_the_first_picture(runtime, subject, other):
@@ -249,9 +259,8 @@ def test_the_recipe_is_json_and_reproduces_the_picture(runtime, subject):
     result = runtime.generate(
         PROMPT, subject, n=2, kappa=1.2, solver="euler", negative_prompt="blurry", seed=3
     )
-    recipe = json.loads(json.dumps(result.recipe_of(1)))
-    names = ("negative_prompt", "kappa", "guidance_scale", "steps", "solver", "seed", "strength")
-    again = runtime.generate(recipe["prompt"], subject, **{name: recipe[name] for name in names})
+    told = json.loads(json.dumps(result.recipe_of(1)))
+    again = runtime.generate(subject=subject, **options_of(told))
     np.testing.assert_array_equal(again.images[0], result.images[1])
 
 
@@ -328,7 +337,7 @@ def test_a_subject_of_another_size_is_refused_before_anything_runs(runtime, subj
         {"kappa": 3},
         {"kappa": float("nan")},
         {"steps": 0},
-        {"seed": -1},
+        {"seed": -2},
         {"n": 0},
         {"batch_size": 0},
         {"solver": "magic"},
