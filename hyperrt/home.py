@@ -100,7 +100,7 @@ def open_file(path: Path, inside: int | None = None) -> Iterator[io.BufferedRead
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise IntegrityError(f"{path} is no plain file", _CODE, f"rm -r {shlex.quote(str(path))}")
+            raise IntegrityError(f"{path} is no plain file", _CODE, shlex.join(["rm", "-r", str(path)]))
         _judge(path, found)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             yield file
@@ -120,7 +120,7 @@ def _open(path: Path, inside: int | None, flags: int = 0) -> int:
             raise
         if not os.path.lexists(path):  # a file where a folder above it should be
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-        fix = f"rm -r {shlex.quote(str(path))}"
+        fix = shlex.join(["rm", "-r", str(path)])
         if path.is_symlink():
             raise IntegrityError(f"{path} is a link", f"{_CODE}, and no link is followed", fix) from error
         raise IntegrityError(f"{path} cannot be opened", error.strerror or str(error), fix) from error
@@ -131,5 +131,6 @@ def _judge(path: Path, found: os.stat_result) -> None:
     if not why:
         return
     ours = not _POSIX or found.st_uid == os.geteuid()
-    fix = f"{'chmod go-w' if ours else 'rm -r'} {shlex.quote(str(path))}"
+    remove = shlex.join(["rm", "-r", str(path)])
+    fix = shlex.join(["chmod", "go-w", str(path)]) if ours else remove
     raise IntegrityError(f"{path} is not yours alone", f"{why}; {_CODE}", fix)
