@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hyperrt import doctor, files, home, personalize, pictures, plans, recipe
+from hyperrt import doctor, files, home, images, personalize, pictures, plans, recipe
 from hyperrt.cli_training import require
 from hyperrt.engines import BACKENDS, EngineError
 from hyperrt.errors import HyperRTError
