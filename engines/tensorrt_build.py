@@ -195,7 +195,9 @@ def _compiled(recipe: Recipe, say: _Voice) -> Built:
     with open(recipe.output, "wb") as file:
         file.write(plan)
     if timing is not None and recipe.timing:
-        Path(recipe.timing).write_bytes(timing.serialize())
+        aside = Path(f"{recipe.timing}.{os.getpid()}")
+        aside.write_bytes(timing.serialize())
+        aside.replace(recipe.timing)
     inputs = tuple(network.get_input(k).name for k in range(network.num_inputs))
     return Built(time.perf_counter() - began, memory.peak_bytes(), plan.nbytes, inputs)
 
