@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -187,3 +188,20 @@ def test_other_settings_ask_for_force_before_they_replace_the_cache(tmp_path, mo
     assert result.exit_code == 2 and "--force" in result.output
     assert len(data.SceneCache.open(tmp_path / "cache").nouns) == 256
     assert CliRunner().invoke(pretrain.main, [*always, "257", "--force"]).exit_code == 0
+
+
+def test_a_run_that_dies_while_the_base_model_is_written_leaves_the_one_before(
+    straight, tmp_path, monkeypatch
+):
+    shutil.copytree(straight, tmp_path / "run")
+
+    def dies(base, folder):
+        (folder / "model_index.json").write_text("half of")
+        raise Crash
+
+    monkeypatch.setattr(pretrain.bases, "save", dies)
+    with pytest.raises(Crash):
+        run(tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(straight)
+    before, after = ((folder / "base" / "model_index.json") for folder in (straight, tmp_path / "run"))
+    assert before.read_text() == after.read_text()
