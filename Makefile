@@ -18,7 +18,7 @@ test:  ## everything; needs .[dev]
 test-runtime:  ## what an install without torch must pass; needs .[cpu,test]
 	$(PYTHON) -m pytest $(RUNTIME_TESTS)
 
-bench:  ## every measurement; each script ends in one JSON line
+bench:  ## the quick figures in the README; its table names the commands of the others
 	@for name in $(MEASUREMENTS); do $(PYTHON) "bench/$$name.py" || exit 1; done
 
 wheel:  ## the wheel, in dist/

@@ -2,7 +2,7 @@
 
 In a shape a number is a fixed size, and a name stands for any size.  Tensors: engines/tensors.py.
 To add a backend: a module here with `open(path, **options) -> Engine`, one entry in engines/backends.py, one
-extra in pyproject.toml, and its file in tests/test_backend_contract.py.
+extra in pyproject.toml, and its graph in FILES in tests/backends.py.
 """
 
 from __future__ import annotations

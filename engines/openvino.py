@@ -145,7 +145,7 @@ def open(
     Raises:
         EngineInputError: `threads` or `precision` is not taken; `cache` lies in the folder of the graph.
         EngineLoadError: not an ONNX graph, an unknown operator or type, missing external data, sizes that do
-            not fit together, or a cache that others can write to.
+            not fit together, or a cache that is a link or that others can reach.
         EngineMemoryError: memory ran out.
         EngineForked: OpenVINO was used before this process was forked.
     """
@@ -275,19 +275,24 @@ def _precision(core: ov.Core, precision: str) -> str:
 
 def _private(cache: Path, path: Path) -> Path:
     """The folder `cache`, of this user alone: what lies there is loaded without another look."""
-    cache = Path(cache).resolve()
-    if cache.is_relative_to(path.resolve().parent):
+    cache = Path(cache).absolute()
+    if cache.resolve().is_relative_to(path.resolve().parent):
         raise EngineInputError(
             f"the cache {cache} lies in the folder of the graph", "compiled graphs are this machine's own",
             "choose another folder",
         )  # fmt: skip
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = cache.stat()
+        found = cache.lstat()
     except OSError as error:
         raise EngineLoadError(
             f"cannot make the cache {cache}", str(error), "choose another folder, or none"
         ) from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise EngineLoadError(
+            f"the cache {cache} is a link", "compiled graphs there are run, so no link is followed",
+            "name the folder itself",
+        )  # fmt: skip
     if os.name == "posix" and (found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077):
         raise EngineLoadError(
             f"the cache {cache} is not this user's alone", "a compiled graph that others wrote would be run",

@@ -195,7 +195,7 @@ def _compiled(recipe: Recipe, say: _Voice) -> Built:
     with open(recipe.output, "wb") as file:
         file.write(plan)
     if timing is not None and recipe.timing:
-        Path(recipe.timing).write_bytes(timing.serialize())
+        _replace(Path(recipe.timing), timing.serialize())
     inputs = tuple(network.get_input(k).name for k in range(network.num_inputs))
     return Built(time.perf_counter() - began, memory.peak_bytes(), plan.nbytes, inputs)
 
@@ -259,6 +259,13 @@ def _timing_cache(config: Any, recipe: Recipe) -> Any:
     cache = config.create_timing_cache(known)
     config.set_timing_cache(cache, False)
     return cache
+
+
+def _replace(path: Path, content: Any) -> None:
+    """Write aside and rename: another compilation may read the file, and this one may be killed."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    aside.replace(path)
 
 
 def _monitor(trt: Any, say: _Voice) -> Any:

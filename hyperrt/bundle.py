@@ -92,6 +92,7 @@ class Bundle(Manifest):
         for name in [TOKENIZER, *(name for graph in opened.graphs.values() for name, _ in graph.files())]:
             if not (folder / name).is_file():
                 raise BundleError(f"the bundle {opened.name} is not complete", f"{name} is missing", REDO)
+            _refuse_link_out(folder / name)
         return opened
 
     @property
@@ -138,6 +139,7 @@ class Bundle(Manifest):
         path = self.path / file
         if not path.is_file():  # missing; or a pipe, which would block
             raise BundleError(f"the bundle {self.name} is not complete", f"{file} is missing", REDO)
+        _refuse_link_out(path)
         try:
             found = sha256_of(path)
         except OSError as error:
@@ -196,6 +198,7 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: it is unreadable or malformed; the error names the key.
     """
     path = folder / MANIFEST
+    _refuse_link_out(path)
     try:
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST + 1)
@@ -228,6 +231,14 @@ def sha256_of(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def _refuse_link_out(path: Path) -> None:
+    """Refuse a link to another folder, except in a packaged bundle: package managers may install links."""
+    folder, target = path.parent.resolve(), path.resolve()
+    if folder.parent != PACKAGED.resolve() and not target.is_relative_to(folder):
+        why = f"{target} is not in the bundle's folder"
+        raise BundleError(f"{path} is a link", why, "replace the link with a copy of the file")
 
 
 def _parse(text: bytes) -> Manifest:

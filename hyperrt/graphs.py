@@ -192,11 +192,12 @@ def _check_device(backend: str, device: int) -> None:
 def compile_cache() -> Path | None:
     """This user's folder for compiled graphs, in $HYPERRT_HOME or the XDG cache; made if it is not there.
 
-    None where it cannot be made, or where others may write: what lies there is run.
+    None where it cannot be made, is a link, or where others may write: what lies there is run.
     """
     try:
         folder = home.base_folder() / "compiled"
         home.make_folder(folder)
-        return None if home.distrust(folder.stat()) else folder
+        with home.open_folder(folder):
+            return folder
     except (OSError, HyperRTError):  # no home, a file in the way, a disk that is full or read-only
         return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hyperrt.engines.tensors import TensorSpec
-from hyperrt.lora import LoraLayout, Site
+from hyperrt.lora import MAX_WEIGHTS, LoraLayout, Site
 
 GRAPHS = ("image_encoder", "weight_decoder", "text_encoder", "context", "denoiser", "vae_decoder")
 IMAGE_PROMPT = "image_prompt"  # graph of the open category; there if the manifest has `image_prompt`
@@ -22,6 +22,10 @@ IMAGE_PROMPT = "image_prompt"  # graph of the open category; there if the manife
 MAX_SIZE = 2**16  # of anything that the manifest counts: what is beyond is damaged or hostile
 MAX_IMAGE_SCALE = 10
 MAX_BYTES = 2**50  # of what a graph says that it needs
+# A plain name: it cannot leave the folder, on any system, and is no device on Windows.
+FILE_NAME = re.compile(
+    r"(?!(?i:CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?:\.|$))[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,15 @@ class Graph:
         if (self.data_file is None) != (self.data_sha256 is None):
             raise ValueError("data_file and data_sha256 come together or not at all")
         for name, _ in self.files():
-            # A plain name: it cannot leave the folder, on any system.
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", name):
-                why = "it must be letters, digits, '_', '-' and '.', with no folder"
+            if not FILE_NAME.fullmatch(name):
+                why = "it must be letters, digits, '_', '-' and '.', with no folder and no device of Windows"
                 raise ValueError(f"the file name {name[:60]!r} is refused; {why}")
         for _, sha256 in self.files():
             _hex64(sha256=sha256)
+        for spec in (*self.inputs, *self.outputs, *self.weights):
+            if not all(isinstance(size, str) or 1 <= size <= MAX_WEIGHTS for size in spec.shape):
+                why = f"a fixed size must be from 1 to {MAX_WEIGHTS}"
+                raise ValueError(f"{spec.name[:60]!r} has shape {str(list(spec.shape))[:60]}; {why}")
 
     @property
     def adapt(self) -> str:

@@ -95,7 +95,10 @@ def _value(hint: Any, data: object, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(data, dict):
             _wrong(data, where, "an object")
-        return {key: _value(args[1], item, _join(where, _short(key))) for key, item in data.items()}
+        return {
+            _scalar(str, key, f"a key of {where}"): _value(args[1], item, _join(where, _short(key)))
+            for key, item in data.items()
+        }
     return read(hint, data, where)
 
 

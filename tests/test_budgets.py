@@ -52,12 +52,12 @@ def is_overload(node: Definition) -> bool:
     return any(ast.unparse(mark).endswith(("overload", ".setter")) for mark in node.decorator_list)
 
 
-@each(*PACKAGES, "tests", "bench")
+@each(*PACKAGES, "tests", "bench", "docs")
 def test_a_file_has_at_most_400_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
 
 
-@each(*PACKAGES, "tests", "bench")
+@each(*PACKAGES, "tests", "bench", "docs")
 def test_a_function_has_at_most_60_lines(path):
     functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {f"{name(path)}:{f.name}": f.end_lineno - f.lineno + 1 for f in functions}
@@ -71,7 +71,7 @@ def test_every_exception_is_still_needed():
         assert any(getattr(node, "name", "") == function for node in ast.walk(tree(ROOT / path)))
 
 
-@each(*PACKAGES, "bench")
+@each(*PACKAGES, "bench", "docs")
 def test_a_module_says_what_it_is(path):
     module = tree(path)
     assert not module.body or ast.get_docstring(module)

@@ -120,6 +120,8 @@ def test_every_block_is_run_or_says_why_not():
     assert len(fences) == 2 * len(blocks()), "a block without a language is not seen by these tests"
     others = [block for block in blocks() if block.language not in INTERPRETERS]
     assert [block.mark for block in others] == ["tree"]
+    not_run = [block.mark for block in blocks() if block.mark.startswith("not run")]
+    assert all(re.fullmatch(r"not run: \S.*", mark) for mark in not_run), "a block says why it is not run"
 
 
 WRONG = [("bash", "false | true"), ("bash", "false\ntrue"), ("bash", "hyperrt x"), ("python", "import no")]

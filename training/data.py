@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from hyperrt import files
-from hyperrt.errors import IntegrityError, ResourceError
+from hyperrt.errors import IntegrityError, ResourceError, UsageError
 from hyperrt.training import cutouts as cutouts_of
 from hyperrt.training import scenes
 from hyperrt.training.cutouts import Cutouts
@@ -197,12 +197,17 @@ def build(
     workers: int = 2,
     cutouts: Cutouts | None = None,
     share: float = CUTOUT_SHARE,
+    force: bool = False,
 ) -> SceneCache:
     """Draws `identities` subjects in `views` scenes each. A finished cache of the same make-up is kept.
 
     Args:
         cutouts: subjects that are mixed with the drawn ones.
         share: of the identities, those that are cut-outs.
+        force: replace a finished cache of another make-up.
+
+    Raises:
+        UsageError: there is one, and `force` is off.
     """
     recipe: dict[str, Any] = {
         "identities": identities,
@@ -214,7 +219,13 @@ def build(
     subjects = Subjects(split, cutouts, share)
     if cutouts is not None:
         recipe.update(names=list(subjects.names), cutouts=cutouts.fingerprint, share=share)
-    if read_json(path / RECIPE) != recipe:
+    finished = read_json(path / RECIPE)
+    if finished != recipe:
+        if finished and not force:
+            names = sorted(finished.keys() | recipe.keys())
+            differing = [name for name in names if finished.get(name) != recipe.get(name)]
+            why = f"it is a finished cache, of which {', '.join(differing)} would change"
+            raise UsageError(f"{path} exists", why, "add --force, or choose another --cache")
         path.mkdir(parents=True, exist_ok=True)
         for stale in (RECIPE, LATENTS):
             (path / stale).unlink(missing_ok=True)

@@ -237,9 +237,11 @@ def _small_copies(photos: images.Photos, folder: Path) -> list[str]:
 
 
 def _prepare(config: EvaluateConfig) -> None:
-    out = config.output
-    if not config.resume and any((out / name).exists() for name in (PICTURES, REPORT)):
-        why = "nothing is overwritten unasked"
+    out, why = config.output, "nothing is overwritten unasked"
+    names = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
+    if names and not names & {PHOTOS, PICTURES, REPORT}:
+        raise UsageError(f"{out} is not empty, and holds no evaluation", why, "choose another --output")
+    if names and not config.resume:
         raise UsageError(f"{out} holds an evaluation", why, "add --resume, or another --output")
     try:
         out.mkdir(parents=True, exist_ok=True)

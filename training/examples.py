@@ -5,13 +5,16 @@ One folder per noun with four photos, of identities that neither training nor te
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
 import numpy as np
 from PIL import Image
 
+from hyperrt import files
 from hyperrt.training import scenes
+from hyperrt.training.loop import reported
 
 PHOTO_SIZE = 256
 PLACES = ("on a plain white background", "in a forest", "in a city", "in the snow")
@@ -20,15 +23,18 @@ PLACES = ("on a plain white background", "in a forest", "in a city", "in the sno
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the folders.")
 @click.option("--index", default=0, show_default=True, help="Which identity of each noun.")
-def main(out: Path, index: int) -> None:
+@click.option("--force", is_flag=True, help="Replace photos that are there.")
+def main(out: Path, index: int, force: bool) -> None:
     """Draw one example subject per noun, four photos each."""
-    for noun in scenes.NOUNS:
-        who = scenes.identity(noun, "example", index)
-        rng = np.random.default_rng([scenes.SPLIT_SEEDS["example"], 1, index])
-        (out / noun).mkdir(parents=True, exist_ok=True)
-        for number, place in enumerate(PLACES, start=1):
-            photo = scenes.scene(who, place, rng, PHOTO_SIZE)
-            Image.fromarray(photo).save(out / noun / f"{number}.png", optimize=True)
+    with reported():
+        for noun in scenes.NOUNS:
+            who = scenes.identity(noun, "example", index)
+            rng = np.random.default_rng([scenes.SPLIT_SEEDS["example"], 1, index])
+            (out / noun).mkdir(parents=True, exist_ok=True)
+            for number, place in enumerate(PLACES, start=1):
+                photo = Image.fromarray(scenes.scene(who, place, rng, PHOTO_SIZE))
+                write = functools.partial(photo.save, format="PNG", optimize=True)
+                files.publish(out / noun / f"{number}.png", write, force=force)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,15 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Generator, Tensor, nn
 
+from hyperrt import files
 from hyperrt.pictures import pictures_from_pixels
 from hyperrt.training import base as bases
 from hyperrt.training import clip_tokenizer, cutouts, data, device, scenes
 from hyperrt.training.loop import Schedule, fit, reported
 from hyperrt.training.lora_layers import install
-from hyperrt.training.sample import sample, sheet
+from hyperrt.training.sample import sample, write_sheet
 
 log = logging.getLogger("hyperrt.training")
 
@@ -140,7 +140,9 @@ def _reconstruct(
     """Held-out pictures through both halves: their PSNR in dB, and a sheet."""
     real = pictures(cache, *held_out(cache, 32, 0))
     fake = decoder(encoder(real)).clamp(-1, 1)
-    _write_sheet(out / f"{step:06d}.png", *(pictures_from_pixels(x.cpu().numpy()) for x in (real, fake)))
+    strips = [pictures_from_pixels(x.cpu().numpy()) for x in (real, fake)]
+    rows = [list(strip[k : k + 8]) for k in range(0, len(strips[0]), 8) for strip in strips]
+    write_sheet(out / f"{step:06d}.png", rows)
     return {"psnr": (10 * torch.log10(4 / (fake - real).square().mean((1, 2, 3)))).mean().item()}
 
 
@@ -259,7 +261,7 @@ def train_unet(
         for noun in scenes.NOUNS:
             prompts = [scenes.caption(noun, place) for place in scenes.BACKGROUNDS]
             rows.append(list(sample(now, prompts, guidance_scale=1.5, steps=20, seed=step)))
-        Image.fromarray(sheet(rows)).save(out / f"{step:06d}.png")
+        write_sheet(out / f"{step:06d}.png", rows)
         return {}
 
     return _with(parts, fit(out, model.train(), loss, schedule, seed, report))
@@ -279,12 +281,6 @@ def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
 def _chance(share: float, count: int, generator: Generator) -> Tensor:
     """True in a share of the rows: [count, 1]."""
     return torch.rand(count, 1, generator=generator) < share
-
-
-def _write_sheet(path: Path, *strips: np.ndarray) -> None:
-    """Pictures [n, H, W, 3] above each other, eight to a row."""
-    rows = [list(strip[k : k + 8]) for k in range(0, len(strips[0]), 8) for strip in strips]
-    Image.fromarray(sheet(rows)).save(path)
 
 
 def _scaled(schedule: Schedule, scale: float) -> Schedule:
@@ -310,9 +306,11 @@ def _scaled(schedule: Schedule, scale: float) -> Schedule:
 @click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: its own choice].")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Processes that draw.")
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], help="Last stage.")
+@click.option("--force", is_flag=True, help="Replace a finished cache of other settings.")
 def main(
     out: Path, cache_path: Path | None, identities: int, views: int, cutouts_path: Path | None,
     cutout_share: float, scale: float, batch: int, seed: int, threads: int | None, workers: int, until: str,
+    force: bool,
 ) -> None:  # fmt: skip
     """Train the tiny base model from nothing and write OUT/base. Started again, it goes on where it was.
 
@@ -326,7 +324,7 @@ def main(
         found = cutouts.load(cutouts_path) if cutouts_path else None
         cache = data.build(
             cache_path or out / "cache", identities, views, bases.IMAGE_SIZE,
-            workers=workers, cutouts=found, share=cutout_share,
+            workers=workers, cutouts=found, share=cutout_share, force=force,
         )  # fmt: skip
         train(out, cache, scale, batch, seed, until)
 
@@ -336,6 +334,8 @@ def train(out: Path, cache: data.SceneCache, scale: float, batch: int, seed: int
 
     But for the latents, which take a minute: the scale of the VAE comes with them.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    files.check_folder(out / "base", "model_index.json", force=True)  # known before the work, not after
     vae = train_vae(out / "vae", cache, _scaled(VAE, scale), max(1, batch // 8), seed)
     if until == "vae":
         return
@@ -354,7 +354,10 @@ def train(out: Path, cache: data.SceneCache, scale: float, batch: int, seed: int
         unet=bases.tiny_unet(), vae=vae, text_encoder=bases.tiny_text_encoder(tokenizer), tokenizer=tokenizer,
         image_encoder=image_encoder, scheduler=bases.tiny_scheduler(),
     )  # fmt: skip
-    bases.save(train_unet(out / "unet", cache, parts, _scaled(UNET, scale), batch, seed), out / "base")
+    trained = train_unet(out / "unet", cache, parts, _scaled(UNET, scale), batch, seed)
+    files.publish_folder(
+        out / "base", lambda folder: bases.save(trained, folder), marker="model_index.json", force=True
+    )
     log.info("the base model is in %s", out / "base")
 
 

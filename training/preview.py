@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
 from hyperrt.training import scenes
-from hyperrt.training.sample import sample, sheet
+from hyperrt.training.sample import sample, write_sheet
 
 if TYPE_CHECKING:
     from hyperrt.training.train import Trainer
@@ -50,4 +49,4 @@ def write(path: Path, trainer: Trainer) -> None:
         draw(far, lora),
         draw(plain, other),
     ]
-    Image.fromarray(sheet(list(zip(*columns, strict=True)))).save(path)
+    write_sheet(path, list(zip(*columns, strict=True)))

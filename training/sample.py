@@ -7,12 +7,14 @@ is the picture that the exported bundle makes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from hyperrt import guidance, sampling, solvers
+from hyperrt import files, guidance, sampling, solvers
 from hyperrt.pictures import pictures_from_pixels
 from hyperrt.training.base import Base
 from hyperrt.training.features import encode_text
@@ -93,6 +95,12 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
             top, left = GAP + y * (height + GAP), GAP + x * (width + GAP)
             canvas[top : top + height, left : left + width] = picture
     return canvas.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
+
+
+def write_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
+    """Publishes the `sheet` of these pictures as a PNG, in place of one that is there."""
+    picture = Image.fromarray(sheet(rows))
+    files.publish(path, lambda file: picture.save(file, "PNG"), force=True)
 
 
 def _predictor(

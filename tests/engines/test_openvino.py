@@ -297,3 +297,10 @@ def test_odd_graphs_from_other_projects_open_or_are_refused(shared_data):
             open_(path).close()
         except EngineLoadError as error:
             assert path.name in error.what
+
+
+def test_a_cache_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "cache").symlink_to(tmp_path / "mine")
+    with pytest.raises(EngineLoadError, match="is a link"):
+        open_(AFFINE, cache=tmp_path / "cache")

@@ -112,3 +112,18 @@ def test_tensorrt_compiles_for_its_own_gpu_alone(tmp_path):
     config = SimpleNamespace()
     with pytest.raises(EngineLoadError, match="the GPU of this machine alone"):
         tensorrt_build._set_target(None, config, dataclasses.replace(recipe(tmp_path), vendor="tensorrt"))
+
+
+def test_a_timing_cache_is_replaced_whole_or_stays(tmp_path, monkeypatch):
+    path = tmp_path / "tensorrt.timing"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(Path, "replace", fails)
+        tensorrt_build._replace(path, b"new")
+    assert path.read_bytes() == b"old"
+    tensorrt_build._replace(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def fails(*_):
+    raise OSError("killed")

@@ -170,6 +170,9 @@ def test_the_layout_in_the_manifest_is_complete(folder, name):
         ("lora.rank", 2**60, "the LoRA layout is too large"),
         ("lora.sites.0.path", "mid.attn2.to_out", "lora: the LoRA layout cannot hold"),
         ("parity.onnxruntime_fp32", "small", "parity.onnxruntime_fp32 is"),
+        ("parity", {"a\x1b[2J": 1.0}, "a key of parity is .*control characters"),
+        ("graphs.context.inputs.0.shape.1", 10**30, "a fixed size must be from 1 to 268435456"),
+        ("graphs.context.outputs.0.shape", [-5], r"'out' has shape \[-5\]"),
         ("format", "1", "format is"),
         ("format", ..., "format is missing"),
     ],
@@ -195,6 +198,8 @@ def test_a_manifest_that_is_wrong_anywhere_is_refused_and_the_place_named(folder
         "a\0b",
         "denoiser.onnx\n",
         "x" * 200,
+        "nul",
+        "COM1.onnx",
     ],
 )
 @pytest.mark.parametrize("key", ["file", "data_file"])

@@ -138,3 +138,11 @@ def test_openvino_decodes_in_fp32_unless_it_is_told_otherwise(monkeypatch):
     with Runtime.open("tiny", "openvino", backend_options={"precision": "auto"}) as runtime:
         runtime.generate("a mug in the snow", steps=1)
     assert set(chosen.values()) == {"auto"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX modes")
+def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "compiled").symlink_to(tmp_path / "mine")
+    assert graphs.compile_cache() is None

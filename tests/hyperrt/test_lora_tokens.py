@@ -9,6 +9,7 @@ from safetensors.numpy import load
 from hyperrt import subject_file
 from hyperrt.errors import LoraError, LoraMismatch
 from hyperrt.lora import LoraLayout, Site, load_subject, save_subject
+from hyperrt.safetensors_file import read_header
 from tests.hyperrt.lora_files import change
 
 ATTN = "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -78,3 +79,14 @@ def test_tokens_that_are_no_numbers_are_refused(write, tokens, value):
 
 def test_every_name_has_what_diffusers_looks_for(write, tokens):
     assert all("lora" in name for name in load(write(tokens).read_bytes()))
+
+
+def test_the_tokens_are_last_in_the_file(write, tokens):
+    *_, last = read_header(write(tokens))[1]
+    assert last == subject_file.IMAGE_TOKENS
+
+
+def test_keys_of_a_later_version_do_not_matter(write, tokens):
+    path = write(tokens)
+    change(path, metadata={"hyperrt.of_a_later_version": "1"})
+    np.testing.assert_array_equal(load_subject(path, LAYOUT, BASE, SHAPE).image_tokens, tokens)

@@ -325,3 +325,12 @@ def test_what_another_run_removes_meanwhile_is_no_error(cache, plan, monkeypatch
     monkeypatch.setattr(files, "remove", twice)
     assert cache.remove([KEY.id]) == [plan]
     assert cache.prune() == []
+
+
+def test_a_plan_that_came_inside_a_bundle_is_not_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYPERRT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    plan = publish(PlanCache(tmp_path / "bundle" / "plans"))
+    assert plan.path.is_file() and PlanCache().find(KEY) is None
+    publish(PlanCache())
+    assert PlanCache().find(KEY).path.is_relative_to(tmp_path / "home")

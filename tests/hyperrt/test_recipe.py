@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import hyperrt
 from hyperrt import recipe
+from hyperrt.config import SOLVER_NAMES
 from hyperrt.errors import BadImage, NotFound, UsageError
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -260,3 +261,7 @@ def test_damaged_bytes_anywhere_end_in_a_recipe_or_in_bad_image(saved):
         saved.write_bytes(mutant)
         with contextlib.suppress(BadImage):
             assert recipe.read(saved)["schema"] == 1
+
+
+def test_every_solver_has_its_name_in_a1111():
+    assert recipe.SAMPLERS.keys() == set(SOLVER_NAMES)

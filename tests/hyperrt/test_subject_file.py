@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from hyperrt import subject_file
+from hyperrt import safetensors_file, subject_file
 from hyperrt.errors import LoraError, LoraMismatch, NotFound
 from hyperrt.subject_file import check_used, open_lora
 from tests.hyperrt.lora_files import STYLES, change, random_pairs, sites, write, write_kohya
@@ -200,3 +200,17 @@ def test_a_difference_is_counted_and_shortened():
     assert subject_file.difference({"a"}, {"a"}) == ""
     words = subject_file.difference({"x\x1b"}, {"a", "b", "c", "d"})
     assert words == "4 missing (4 expected): a, b, c, ...; 1 unknown (4 expected): 'x\\x1b'"
+
+
+def test_only_the_tensors_that_are_used_are_read(path, monkeypatch):
+    read, whole = [], safetensors_file.read_tensor
+
+    def spy(path, name, *more):
+        read.append(name)
+        return whole(path, name, *more)
+
+    monkeypatch.setattr(safetensors_file, "read_tensor", spy)
+    file = open_lora(write(path, random_pairs(RANKS)))
+    assert read == []
+    file.factors(SITE)
+    assert read == list(file.pairs[SITE][:2])

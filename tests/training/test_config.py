@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -102,3 +103,9 @@ def test_differences_are_those_that_change_the_numbers():
     before = {**to_json(config), "output": "elsewhere", "steps": 1, "clip": 2.0, "gone": 1}
     del before["kind"]
     assert differences(before, config) == {"clip": (2.0, 1.0)}
+
+
+def test_every_field_is_an_option_of_hyperrt_train():
+    train = pytest.importorskip("hyperrt.training.train")
+    options = {parameter.name for parameter in train.main.params}
+    assert {field.name for field in dataclasses.fields(TrainConfig)} <= options

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from hyperrt.errors import UsageError
 from hyperrt.training import clip_tokenizer, cutouts, data, scenes
 
 SIZE, VIEWS = 16, 3
@@ -49,10 +50,18 @@ def test_a_finished_cache_is_kept(small):
     assert (small.path / "images.npy").stat().st_mtime_ns == before
 
 
+def test_a_finished_cache_of_another_make_up_is_replaced_only_when_asked(small):
+    before = contents(small)
+    with pytest.raises(UsageError, match="of which identities, views would change"):
+        data.build(small.path, 25, VIEWS - 1, SIZE, workers=1)
+    assert same(contents(data.SceneCache.open(small.path)), before)
+
+
 def test_another_make_up_or_an_unfinished_cache_is_drawn_again(small):
     expected = contents(small)
     (small.path / data.LATENTS).write_bytes(b"of the old pictures")
-    assert not same(contents(data.build(small.path, 24, VIEWS, SIZE, split="test", workers=1)), expected)
+    other = data.build(small.path, 24, VIEWS, SIZE, split="test", workers=1, force=True)
+    assert not same(contents(other), expected)
     assert not (small.path / data.LATENTS).exists()
     (small.path / data.RECIPE).write_text('{"identities": 2')
     assert same(contents(data.build(small.path, 24, VIEWS, SIZE, workers=1)), expected)

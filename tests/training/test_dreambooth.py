@@ -44,7 +44,6 @@ def weights(one) -> np.ndarray:
 def test_a_stop_is_what_a_run_of_so_many_steps_gives(parts, photos, layout, found):
     short = finetune(parts, photos, "robot", layout, dataclasses.replace(CONFIG, steps=4))
     assert [one.steps for one in found] == [2, 4, 6]
-    assert found[0].seconds < found[1].seconds < found[2].seconds
     assert np.array_equal(weights(short[0]), weights(found[1]))
     assert not np.array_equal(weights(found[1]), weights(found[2]))
 

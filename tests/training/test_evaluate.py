@@ -359,3 +359,11 @@ def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     for key in ("figures", "real", "calibration", "prompts"):
         assert are_close(two[key], one[key]), key
     assert are_close(*([row["pictures"] for row in report["subjects"]] for report in (one, two)))
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_of_other_things_is_left_as_it_is(options, tmp_path, more):
+    (tmp_path / "index.html").write_text("mine")
+    code, output = ended("tiny", *options, "--output", tmp_path, *more)
+    assert code == 2 and "holds no evaluation" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]

@@ -25,3 +25,13 @@ def test_every_noun_has_its_photos_and_they_are_the_shipped_ones(tmp_path):
     assert shipped.keys() == drawn.keys()
     for path, picture in drawn.items():
         assert np.array_equal(picture, shipped[path]), path
+
+
+def test_photos_that_are_there_are_replaced_only_with_force(tmp_path):
+    mine = tmp_path / scenes.NOUNS[0] / "1.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    result = CliRunner().invoke(examples.main, ["--out", str(tmp_path)])
+    assert result.exit_code == 2 and "--force" in result.output
+    assert mine.read_bytes() == b"mine"
+    assert CliRunner().invoke(examples.main, ["--out", str(tmp_path), "--force"]).exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
 
+from hyperrt.errors import UsageError
 from hyperrt.training import base as bases
 from hyperrt.training import data, pretrain
 from hyperrt.training.features import encode_text
@@ -69,15 +71,15 @@ def weights(folder):
 
 def crash_at_sheet(monkeypatch, number):
     """Dies when the sheet of that number is put together: two are of each stage that draws them."""
-    whole, calls = pretrain.sheet, []
+    whole, calls = pretrain.write_sheet, []
 
-    def sheet(rows):
+    def write_sheet(path, rows):
         calls.append(rows)
         if len(calls) == number:
             raise Crash
-        return whole(rows)
+        whole(path, rows)
 
-    monkeypatch.setattr(pretrain, "sheet", sheet)
+    monkeypatch.setattr(pretrain, "write_sheet", write_sheet)
 
 
 def test_the_base_model_is_written_and_can_be_loaded(straight):
@@ -168,3 +170,38 @@ def test_the_command_mixes_cutouts_in_and_names_the_errors_of_its_options(
     for option in (["--scale", "0"], ["--views", "1"], ["--identities", "20"], ["--until", "all"]):
         code, output = ended(*option)
         assert (code, option[0] in output) == (2, True)
+
+
+def test_a_folder_that_is_no_base_model_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "train_vae", lambda *_: pytest.fail("work was done"))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no model_index"):
+        pretrain.train(tmp_path, None, 1.0, 8, 0, "unet")
+
+
+def test_other_settings_ask_for_force_before_they_replace_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "train", lambda *_: None)
+    always = ["--out", str(tmp_path), "--views", "2", "--workers", "1", "--identities"]
+    assert CliRunner().invoke(pretrain.main, [*always, "256"]).exit_code == 0
+    result = CliRunner().invoke(pretrain.main, [*always, "257"])
+    assert result.exit_code == 2 and "--force" in result.output
+    assert len(data.SceneCache.open(tmp_path / "cache").nouns) == 256
+    assert CliRunner().invoke(pretrain.main, [*always, "257", "--force"]).exit_code == 0
+
+
+def test_a_run_that_dies_while_the_base_model_is_written_leaves_the_one_before(
+    straight, tmp_path, monkeypatch
+):
+    shutil.copytree(straight, tmp_path / "run")
+
+    def dies(base, folder):
+        (folder / "model_index.json").write_text("half of")
+        raise Crash
+
+    monkeypatch.setattr(pretrain.bases, "save", dies)
+    with pytest.raises(Crash):
+        run(tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(straight)
+    before, after = ((folder / "base" / "model_index.json") for folder in (straight, tmp_path / "run"))
+    assert before.read_text() == after.read_text()
