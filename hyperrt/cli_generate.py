@@ -14,10 +14,10 @@ from hyperrt.combine import concat_layout
 from hyperrt.config import GenerateConfig, PersonalizeConfig
 from hyperrt.errors import UsageError
 from hyperrt.job import noun_in
+from hyperrt.peft_config import PEFT_CONFIG
 from hyperrt.runtime import Result, Runtime
 from hyperrt.sampling import Step
 from hyperrt.subject import Subject
-from hyperrt.subject_file import PEFT_CONFIG
 
 
 def generate(config: GenerateConfig, output: Output) -> None:

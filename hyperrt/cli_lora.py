@@ -9,7 +9,7 @@ import click
 
 from hyperrt.cli_output import Output, with_json
 from hyperrt.config import SUBJECT_FORMATS, ConvertConfig
-from hyperrt.errors import UsageError
+from hyperrt.errors import LoraMismatch, UsageError
 
 if TYPE_CHECKING:
     from hyperrt.bundle import Bundle
@@ -84,7 +84,7 @@ def convert(context: click.Context, /, **options: Any) -> None:
 
 def _convert(config: ConvertConfig) -> float:
     """Share of the LoRA's norm that is lost."""
-    from hyperrt import files, lora_writer, subject_file
+    from hyperrt import files, lora_writer, peft_config, subject_file
     from hyperrt.bundle import Bundle
 
     bundle = Bundle.open(config.bundle) if config.bundle is not None else None
@@ -95,7 +95,7 @@ def _convert(config: ConvertConfig) -> float:
         raise UsageError(f"{config.output} is the file to convert", why, "choose another name")
     subject_file.check_used(file, config.partial)
     if config.format == "peft" and not os.path.splitext(config.output)[1]:
-        files.check_folder(config.output, subject_file.PEFT_CONFIG, config.force)
+        files.check_folder(config.output, peft_config.PEFT_CONFIG, config.force)
     else:
         files.check_file(config.output, config.force)
     if bundle:
@@ -116,7 +116,10 @@ def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
             why = f"the bundle takes at most {layout.rank}"
             raise UsageError(f"rank is {config.rank}", why, f"use --rank {layout.rank}")
         if not file.origin:
-            layout = LoraLayout(layout.sites, max(layout.rank, *(pair.rank for pair in file.pairs.values())))
+            layout = LoraLayout(layout.sites, max(layout.rank, file.rank))
+    elif file.rank > layout.rank and not file.origin:
+        do = f"add --rank {layout.rank}, which loses a part of it"
+        raise LoraMismatch(f"the rank of {file.name} is {file.rank}", f"the bundle's is {layout.rank}", do)
     load_file(file, layout, bundle.hashes.base_model, bundle.token_shape, partial=config.partial)
 
 

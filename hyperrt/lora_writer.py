@@ -18,14 +18,12 @@ import numpy as np
 
 from hyperrt import files, lora_metadata, lora_names, safetensors_file
 from hyperrt.errors import LoraError
-from hyperrt.safetensors_file import REDO, Stored
+from hyperrt.peft_config import CONFIG, PEFT_CONFIG, PEFT_FILE
+from hyperrt.safetensors_file import REMAKE, Stored
 from hyperrt.subject_file import (
-    CONFIG,
     IMAGE_TOKENS,
     LAYERS,
     ORIGIN,
-    PEFT_CONFIG,
-    PEFT_FILE,
     Factors,
     LoraFile,
     counted,
@@ -85,7 +83,7 @@ def convert(
         UsageError, NotFound, ResourceError: it cannot be written there (`files.publish`).
     """
     if file.origin and (fault := lora_metadata.fault(file.origin)):
-        raise LoraError(f"{file.name} does not say what it is", fault, REDO)
+        raise LoraError(f"{file.name} does not say what it is", fault, REMAKE)
     found = {site: file.factors(site) for site in file.pairs}
     sites = {site: reduced(one, rank) if rank else one for site, one in found.items()}
     as_it_was = all(sites[site] is one for site, one in found.items())
