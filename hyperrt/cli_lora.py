@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,14 +78,17 @@ def convert(context: click.Context, /, **options: Any) -> None:
     """
     config = ConvertConfig(**options)
     output: Output = context.obj
-    lost = _convert(config)
+    lost = _convert(config, output)
     if config.rank is not None:
-        output.note(f"by the rank {100 * lost:.1f} % of the LoRA's norm is lost", lost=lost)
+        output.note(f"the lower rank loses {100 * lost:.1f} % of the LoRA's norm", lost=lost)
     output.result(config.output, path=config.output, format=config.format, lost=lost)
 
 
-def _convert(config: ConvertConfig) -> float:
+def _convert(config: ConvertConfig, output: Output) -> float:
     """Share of the LoRA's norm that is lost."""
+    if "numpy" not in sys.modules:  # else it is too late
+        # On small matrices the threads of NumPy's library wait for each other while other programs run.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     from hyperrt import files, lora_writer, peft_config, subject_file
     from hyperrt.bundle import Bundle
 
@@ -101,9 +106,13 @@ def _convert(config: ConvertConfig) -> float:
     if bundle:
         _check_fit(file, bundle, config)
     family = bundle.family if bundle else ""
-    return lora_writer.convert(
-        file, config.output, config.format, family=family, rank=config.rank, force=config.force
+    write = functools.partial(
+        lora_writer.convert, file, config.output, config.format, family=family, force=config.force
     )
+    if config.rank is None:
+        return write()
+    with output.progress("reducing", len(file.pairs)) as advance_to:
+        return write(rank=config.rank, advance_to=advance_to)
 
 
 def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
