@@ -147,10 +147,15 @@ class _ToOutput(logging.Handler):
     def __init__(self, output: Output) -> None:
         super().__init__()
         self._output = output
+        self._warned: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        say = self._output.warning if record.levelno >= logging.WARNING else self._output.note
-        say(record.getMessage())
+        text = record.getMessage()
+        if record.levelno < logging.WARNING:
+            self._output.note(text)
+        elif text not in self._warned:  # of many batches each would say the same
+            self._warned.add(text)
+            self._output.warning(text)
 
 
 def escaped(text: str) -> str:

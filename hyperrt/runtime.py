@@ -37,6 +37,7 @@ from hyperrt.job import Job, check, plan
 from hyperrt.making import Making
 from hyperrt.personalize import Photos, check_finite, origin, read_photos
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
+from hyperrt.prompts import noun_of_trigger
 from hyperrt.sampling import Feeds, Step
 from hyperrt.subject import Subject
 
@@ -160,9 +161,10 @@ class Runtime:
         Raises:
             NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
         """
-        shape, base = self.bundle.token_shape, self.bundle.hashes.base_model
-        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial)
-        noun = subject.class_noun or self.bundle.prompts.default_class
+        shape, base, bundle = self.bundle.token_shape, self.bundle.hashes.base_model, self.bundle.reference
+        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
+        rules, trigger = self.bundle.prompts, subject.metadata.get("trigger", "")
+        noun = subject.class_noun or noun_of_trigger(trigger, rules.nouns, rules.default_class)
         return dataclasses.replace(subject, class_noun=noun)
 
     def check(self, prompt: str, has_subject: bool, **options: Any) -> None:
@@ -207,7 +209,7 @@ class Runtime:
         options are shared.  The rows of all pairs go through the engine together.
 
         Args:
-            prompt: with the placeholder `[V]` where the subject is named; without a subject, plain text.
+            prompt: with `[V]` where the subject is named; plain text without one, or for another's LoRA.
             subject: from `personalize` or `load_subject`; None samples the base model with classifier-free
                 guidance of scale `2 guidance_scale` (HM-CFG at kappa 0).
             options: the fields of `SamplingConfig`, where None means the bundle's default:
@@ -228,7 +230,7 @@ class Runtime:
 
         Raises:
             UsageError: an argument is out of range, or not as many subjects as prompts.
-            BadPrompt: a prompt cannot be used, or has no placeholder although there is a subject.
+            BadPrompt: a prompt cannot be used, or has no placeholder although its subject is made of photos.
             LoraMismatch: a subject was made for another bundle.
             ResourceError: there is not enough memory (at the first step).
             NumericError: latents or pixels hold NaN (while stepping).
