@@ -32,6 +32,19 @@ def test_nothing_of_that_rank_is_nearer(case, rank):
     assert missing == pytest.approx(least, rel=1e-9, abs=1e-12 * values[0])
 
 
+def test_only_small_matrices_are_decomposed(monkeypatch):
+    seen = []
+    for name in ("qr", "svd", "eigh"):
+
+        def spy(matrix, plain=getattr(np.linalg, name), **options):  # noqa: B008
+            seen.append(matrix.shape)
+            return plain(matrix, **options)
+
+        monkeypatch.setattr(np.linalg, name, spy)
+    truncated(A, B, 2)
+    assert set(seen) == {(6, 6)}
+
+
 def test_a_rank_that_is_enough_keeps_the_product():
     new_a, new_b = truncated(A, B, 6)
     np.testing.assert_allclose(new_a @ new_b, A @ B, atol=1e-12)
