@@ -157,7 +157,8 @@ def test_a_reduction_shows_how_far_it_is(lora, other):
 
 
 def test_a_conversion_computes_on_one_thread_unless_told_otherwise(other):
-    code = "import os, sys; from hyperrt import cli; cli.run(sys.argv[1:]); print(os.getenv('OMP_NUM_THREADS'))"
+    show = "print(os.getenv('OMP_NUM_THREADS'))"
+    code = f"import os, sys; from hyperrt import cli; cli.run(sys.argv[1:]); {show}"
     command = [sys.executable, "-c", code, "lora", "convert", str(other), "a.safetensors", "--force"]
     env = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
     for more, number in (({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")):
