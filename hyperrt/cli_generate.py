@@ -52,9 +52,8 @@ def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator
 
     To save memory the denoiser is closed before anything is decoded; then all batches are drawn first.
     """
-    has_subject = bool(config.subject or config.images)
-    if not config.subject:  # what the prompt must hold for a file, the file tells
-        runtime.check(config.prompt, has_subject, **dataclasses.asdict(config.sampling()))
+    if not config.subject:  # the file tells what its prompt must hold
+        runtime.check(config.prompt, bool(config.images), **dataclasses.asdict(config.sampling()))
     subject = _subject(runtime, config, output)
     per_batch = config.steps or runtime.bundle.defaults.steps
     batches = -(-config.n // config.batch_size)

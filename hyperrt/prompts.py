@@ -8,6 +8,7 @@ arXiv 2511.03156, eq. 20. Text is checked here; how much of it fits the text enc
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -129,7 +130,7 @@ def warnings_of_trigger(prompt: str, subject_prompt: str, trigger: str, placehol
     asked = re.sub(re.escape(placeholder), " ", prompt, flags=re.IGNORECASE).split()
     found = []
     if lost := _lacking(subject_prompt, asked):
-        found.append(f"the subject's trigger takes the place of {' '.join(lost)!r} in the prompt")
+        found.append(f"the subject's trigger takes the place of {shortened(' '.join(lost))} in the prompt")
     if missing := _lacking(subject_prompt, triggers_in(trigger)):
         found.append(f"the subject's file asks for words that the prompt lacks: {', '.join(missing)}")
     return found
@@ -170,11 +171,12 @@ def shortened(text: str, most: int = 60) -> str:
 
 def _with_trigger(text: str, trigger: str, placeholder: str) -> str:
     """`text` with the trigger for every placeholder and the noun beside it."""
-    before, *others = re.split(" ?" + re.escape(placeholder), text, flags=re.IGNORECASE)
-    for after in others:
+    parts = re.split(" ?" + re.escape(placeholder), text, flags=re.IGNORECASE)
+    written = parts[:1]
+    for before, after in itertools.pairwise(parts):
         words, rest = _words_of_trigger(trigger, before, after)
-        before = f"{before} {words}{'' if rest[:1] in tuple(_PUNCTUATION) else ' '}{rest}"
-    return " ".join(before.split())
+        written.append(f" {words}{'' if rest[:1] in tuple(_PUNCTUATION) else ' '}{rest}")
+    return " ".join("".join(written).split())
 
 
 def _words_of_trigger(trigger: str, before: str, after: str) -> tuple[str, str]:

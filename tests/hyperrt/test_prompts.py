@@ -93,6 +93,7 @@ def test_tags_of_other_programs_are_only_text():
         ("a [V] mug beside a [V]", "a ohwx mug beside a ohwx mug", "a mug beside a mug"),
         ("a [V] ohwx mug", "a ohwx mug", "a ohwx mug"),
         ("[V]", "ohwx mug", "mug"),
+        ("[V][V]", "ohwx mug ohwx mug", "mug"),
     ],
 )
 def test_a_trigger_stands_for_the_placeholder_and_its_noun(prompt, subject, generic):
@@ -114,6 +115,11 @@ def test_a_trigger_stands_for_the_placeholder_and_its_noun(prompt, subject, gene
 )
 def test_other_triggers_are_put_in_once(trigger, prompt, subject):
     assert split_for_trigger(prompt, trigger, "toy").subject == subject
+
+
+def test_thousands_of_placeholders_are_no_hang():
+    found = split_for_trigger("[V]" * (MAX_CHARACTERS // 3), " ".join("abcdefghijklmnop"), "toy")
+    assert found.subject.count("a b c d") == MAX_CHARACTERS // 3
 
 
 def test_without_the_placeholder_a_prompt_for_another_programs_lora_is_used_as_it_is():
