@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
         IntegrityError: it is something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise NotFound(f"there is no {path}", "it is part of a model in diffusers' format", AGAIN) from error
     except (OSError, ValueError) as error:

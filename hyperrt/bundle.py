@@ -96,6 +96,11 @@ class Bundle(Manifest):
         return opened
 
     @property
+    def reference(self) -> str:
+        """What `--bundle` takes for it: the name of one that came with hyperrt, else its folder."""
+        return self.path.name if self.path.parent == PACKAGED else str(self.path)
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer's file; its bytes have the hash of the manifest.
 

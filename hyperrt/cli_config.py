@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
     import tomllib  # here: most users have no config file to wait for
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except FileNotFoundError:
         raise NotFound(f"there is no config file {path}", "", "check --config") from None
     except (OSError, ValueError) as error:

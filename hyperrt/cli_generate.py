@@ -14,10 +14,10 @@ from hyperrt.combine import concat_layout
 from hyperrt.config import GenerateConfig, PersonalizeConfig
 from hyperrt.errors import UsageError
 from hyperrt.job import noun_in
+from hyperrt.peft_config import PEFT_CONFIG
 from hyperrt.runtime import Result, Runtime
 from hyperrt.sampling import Step
 from hyperrt.subject import Subject
-from hyperrt.subject_file import PEFT_CONFIG
 
 
 def generate(config: GenerateConfig, output: Output) -> None:
@@ -57,8 +57,8 @@ def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator
 
     To save memory the denoiser is closed before anything is decoded; then all batches are drawn first.
     """
-    has_subject = bool(config.subject or config.images)
-    runtime.check(config.prompt, has_subject, **dataclasses.asdict(config.sampling()))
+    if not config.subject:  # the file tells what its prompt must hold
+        runtime.check(config.prompt, bool(config.images), **dataclasses.asdict(config.sampling()))
     subject = _subject(runtime, config, output)
     if config.recipe is not None:
         cli_recipe.check_subject(config.recipe, runtime, subject)

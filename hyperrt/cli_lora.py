@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hyperrt.cli_output import Output, with_json
 from hyperrt.config import SUBJECT_FORMATS, ConvertConfig
-from hyperrt.errors import UsageError
+from hyperrt.errors import LoraMismatch, UsageError
 
 if TYPE_CHECKING:
     from hyperrt.bundle import Bundle
@@ -76,15 +78,18 @@ def convert(context: click.Context, /, **options: Any) -> None:
     """
     config = ConvertConfig(**options)
     output: Output = context.obj
-    lost = _convert(config)
+    lost = _convert(config, output)
     if config.rank is not None:
-        output.note(f"by the rank {100 * lost:.1f} % of the LoRA's norm is lost", lost=lost)
+        output.note(f"the lower rank loses {100 * lost:.1f} % of the LoRA's norm", lost=lost)
     output.result(config.output, path=config.output, format=config.format, lost=lost)
 
 
-def _convert(config: ConvertConfig) -> float:
+def _convert(config: ConvertConfig, output: Output) -> float:
     """Share of the LoRA's norm that is lost."""
-    from hyperrt import files, lora_writer, subject_file
+    if "numpy" not in sys.modules:  # else it is too late
+        # On small matrices the threads of NumPy's library wait for each other while other programs run.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from hyperrt import files, lora_writer, peft_config, subject_file
     from hyperrt.bundle import Bundle
 
     bundle = Bundle.open(config.bundle) if config.bundle is not None else None
@@ -95,15 +100,19 @@ def _convert(config: ConvertConfig) -> float:
         raise UsageError(f"{config.output} is the file to convert", why, "choose another name")
     subject_file.check_used(file, config.partial)
     if config.format == "peft" and not os.path.splitext(config.output)[1]:
-        files.check_folder(config.output, subject_file.PEFT_CONFIG, config.force)
+        files.check_folder(config.output, peft_config.PEFT_CONFIG, config.force)
     else:
         files.check_file(config.output, config.force)
     if bundle:
         _check_fit(file, bundle, config)
     family = bundle.family if bundle else ""
-    return lora_writer.convert(
-        file, config.output, config.format, family=family, rank=config.rank, force=config.force
+    write = functools.partial(
+        lora_writer.convert, file, config.output, config.format, family=family, force=config.force
     )
+    if config.rank is None:
+        return write()
+    with output.progress("reducing", len(file.pairs)) as advance_to:
+        return write(rank=config.rank, advance_to=advance_to)
 
 
 def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
@@ -116,7 +125,10 @@ def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
             why = f"the bundle takes at most {layout.rank}"
             raise UsageError(f"rank is {config.rank}", why, f"use --rank {layout.rank}")
         if not file.origin:
-            layout = LoraLayout(layout.sites, max(layout.rank, *(pair.rank for pair in file.pairs.values())))
+            layout = LoraLayout(layout.sites, max(layout.rank, file.rank))
+    elif file.rank > layout.rank and not file.origin:
+        do = f"add --rank {layout.rank}, which loses a part of it"
+        raise LoraMismatch(f"the rank of {file.name} is {file.rank}", f"the bundle's is {layout.rank}", do)
     load_file(file, layout, bundle.hashes.base_model, bundle.token_shape, partial=config.partial)
 
 

@@ -75,7 +75,8 @@ class Output:
         lines = [("error: ", error.what), ("  why: ", error.why), ("  do:  ", error.do)]
         for head, text in lines:
             if text:
-                print(head + escaped(" ".join(text.split())), file=sys.stderr)
+                # Spaces stay as they are: a name in a command may have two of them.
+                print(head + escaped(" ".join(line.strip() for line in text.splitlines())), file=sys.stderr)
 
     def bytes(self) -> BinaryIO:
         """stdout for a file's content."""

@@ -5,7 +5,7 @@ A projection feels the product A B alone, and the mean of products is not the pr
     mean(A_i B_i) = mean(A_i) mean(B_i) + Cov(A_i, B_i)
 
 mean     A = mean(A_i), B = mean(B_i): the paper's (arXiv 2511.03156, several reference images)
-product  A B is the best approximation of mean(A_i B_i) of the layout's rank r (Eckart and Young, 1936)
+product  A B is the best approximation of mean(A_i B_i) of the layout's rank r (hyperrt/low_rank.py)
 concat   A B is mean(A_i B_i), exactly: A = [A_1 ... A_n], B = [B_1; ...; B_n] / n, of rank n r
 
 The first is taken while photos are decoded (hyperrt/personalize.py), with one in memory at a time; the others
@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hyperrt.arguments import shown
 from hyperrt.errors import UsageError
 from hyperrt.lora import LoraLayout
+from hyperrt.low_rank import Matrix, truncated
 from hyperrt.subject import Vector
 
 Packed = Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
-Matrix = NDArray[np.floating[Any]]
 
 WAYS = ("mean", "product", "concat")
 
@@ -73,25 +71,6 @@ def concat_layout(layout: LoraLayout, photos: int) -> LoraLayout:
         UsageError: it is larger than a layout may be.
     """
     return dataclasses.replace(layout, rank=photos * layout.rank)
-
-
-def truncated(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix]:
-    """A [d_in, rank] and B [rank, d_out] whose product is closest to a b, in the Frobenius norm.
-
-    QR of both leaves a matrix of at most k x k, whose singular values are those of a b.
-
-    Args:
-        a, b: [d_in, k] and [k, d_out].
-    """
-    q_a, r_a = np.linalg.qr(a)
-    q_b, r_b = np.linalg.qr(b.T)
-    left, values, right = np.linalg.svd(r_a @ r_b.T, full_matrices=False)
-    kept = min(rank, len(values))
-    root = np.sqrt(values[:kept])
-    new_a, new_b = np.zeros((len(a), rank), a.dtype), np.zeros((rank, b.shape[1]), b.dtype)
-    new_a[:, :kept] = q_a @ (left[:, :kept] * root)
-    new_b[:kept] = (root[:, np.newaxis] * right[:kept]) @ q_b.T
-    return new_a, new_b
 
 
 def _side_by_side(photos: Sequence[Packed], layout: LoraLayout) -> Iterator[tuple[str, Matrix, Matrix]]:

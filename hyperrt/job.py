@@ -325,8 +325,13 @@ def _texts(
     if not known and rules.placeholder.lower() in prompt.lower():
         log.warning("the prompt has %s but there is no subject: the base model draws it", rules.placeholder)
     noun = subject.class_noun if subject else rules.default_class
-    token = (subject.metadata.get("trigger") if subject else None) or rules.token
-    split = prompts.split_prompt(prompt, noun, token, rules.placeholder, has_subject=known)
+    trigger = subject.metadata.get("trigger", "") if subject else ""
+    if subject and subject.is_foreign:
+        split = prompts.split_for_trigger(prompt, trigger, noun, rules.token, rules.placeholder)
+        for text in prompts.warnings_of_trigger(prompt, split.subject, trigger, rules.placeholder):
+            log.warning("%s", text)
+    else:
+        split = prompts.split_prompt(prompt, noun, trigger or rules.token, rules.placeholder, known)
     of_base = split.generic if generic is None else _plain(generic, "generic prompt", rules.placeholder)
     empty = _plain(options.negative_prompt, "negative prompt", rules.placeholder) or split.empty
     return {

@@ -29,7 +29,7 @@ from hyperrt.arguments import checked, shown
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.engines.tensors import TensorSpec
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
-from hyperrt.safetensors_file import REDO, Stored
+from hyperrt.safetensors_file import REMAKE, Stored
 from hyperrt.subject import Subject, Vector
 from hyperrt.subject_file import IMAGE_TOKENS, NOT_USABLE, Factors, LoraFile, difference, usable
 
@@ -43,6 +43,7 @@ SUBJECT_VERSION = "1"
 METADATA = lora_metadata.REQUIRED
 MAX_WEIGHTS = 2**28  # numbers in a layout; SDXL at rank 64 has 40 million
 MAX_NOUN = lora_metadata.MAX_NOUN  # characters
+OTHER_BUNDLE = "use a bundle of the model that it was made for"
 
 # Which projections each packed vector holds.
 VECTORS: Mapping[str, tuple[str, ...]] = {"lora_q": ("to_q",), "lora_kv": ("to_k", "to_v")}
@@ -244,6 +245,7 @@ def load_subject(
     token_shape: tuple[int, ...] | None = None,
     *,
     partial: bool = False,
+    bundle: str = "",
 ) -> Subject:
     """Read a LoRA file of any of the three formats (or a folder with one), trusting nothing in it.
 
@@ -254,6 +256,7 @@ def load_subject(
         layout, base_model_hash: of the bundle.
         token_shape: the bundle's (tokens, width) of image tokens, if it takes any; the file may have none.
         partial: of another program's file, leave out what adapts other modules than the bundle's sites.
+        bundle: what `--bundle` takes for it, for the command in a message.
 
     Raises:
         NotFound: there is no such file.
@@ -263,7 +266,7 @@ def load_subject(
             shape, or holds NaN or infinity.  Nothing else is ever loaded in part.
     """
     file = subject_file.open_lora(path, [site.path for site in layout.sites])
-    return load_file(file, layout, base_model_hash, token_shape, partial=partial)
+    return load_file(file, layout, base_model_hash, token_shape, partial=partial, bundle=bundle)
 
 
 def load_file(
@@ -273,14 +276,16 @@ def load_file(
     token_shape: tuple[int, ...] | None = None,
     *,
     partial: bool = False,
+    bundle: str = "",
 ) -> Subject:
     """`load_subject` of a file that was opened with the paths of the layout; the same errors."""
     if file.origin:
+        subject_file.check_plain(file)
         _check_origin(file.name, file.origin, layout, base_model_hash)
         _check_whole(file, layout)
         origin = file.origin
     else:
-        _check_foreign(file, layout, partial)
+        _check_foreign(file, layout, partial, bundle)
         trigger = lora_metadata.trigger_of(file.metadata)
         origin = {"class_noun": "", "photos": "0", **({"trigger": trigger} if trigger else {})}
     stored = file.tokens()
@@ -308,9 +313,9 @@ def check_tokens(name: str, tokens: Vector | DeviceArray | None, shape: tuple[in
     if shape is None or len(tokens.shape) != 3 or not tokens.shape[0] or tokens.shape[1:] != shape:
         takes = f"takes {list(shape)} of each photo" if shape else "takes none"
         why = f"they are {list(tokens.shape)}, the bundle {takes}"
-        raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REDO)
+        raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REMAKE)
     if isinstance(tokens, np.ndarray) and not usable(tokens):
-        raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REDO)
+        raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REMAKE)
 
 
 def _factors(file: LoraFile, site: Site, rank: int) -> tuple[Vector, Vector]:
@@ -327,46 +332,45 @@ def _check_origin(name: str, metadata: Mapping[str, str], layout: LoraLayout, ba
     version = metadata.get("version", "")
     if version not in ("", SUBJECT_VERSION):
         why = f"it is of format {version[:12]!r}; this version reads {SUBJECT_VERSION!r}"
-        raise LoraMismatch(f"{name} is of another format", why, REDO)
+        raise LoraMismatch(f"{name} is of another format", why, REMAKE)
     if fault := lora_metadata.fault(metadata):
-        raise LoraError(f"{name} does not say what it is", fault, REDO)
+        raise LoraError(f"{name} does not say what it is", fault, REMAKE)
     for word, found, here in (
         ("base model", metadata["base_model"], base_model_hash),
         ("LoRA layout", metadata.get("layout", ""), layout.hash),
     ):
         if found != here:
             why = f"the file's {word} is {found[:12]!r}, the bundle's is {here[:12]!r}"
-            raise LoraMismatch(f"{name} was made for another {word}", why, f"use its own bundle, or {REDO}")
+            do = f"use the bundle that made it, or {REMAKE}"
+            raise LoraMismatch(f"{name} was made for another {word}", why, do)
 
 
 def _check_whole(file: LoraFile, layout: LoraLayout) -> None:
     """A file of ours has every tensor of the layout and no other, unscaled."""
     expected = lora_names.names_of(file.format, [site.path for site in layout.sites], file.layers)
     if wrong := difference(set(file.entries) - {IMAGE_TOKENS}, set(expected)):
-        raise LoraError(f"{file.name} does not hold the tensors of a subject", wrong, REDO)
+        raise LoraError(f"{file.name} does not hold the tensors of a subject", wrong, REMAKE)
     for site in layout.sites:
         _check_shape(file, site, LoraError)
         pair = file.pairs[site.path]
         if (pair.rank, pair.alpha) != (layout.rank, layout.rank):
             what = f"{file.name}: alpha is {pair.alpha:g}, and the rank {pair.rank}, at {site.path}"
-            raise LoraError(what, f"both must be the rank of the layout, {layout.rank}", REDO)
+            raise LoraError(what, f"both must be the rank of the layout, {layout.rank}", REMAKE)
 
 
-def _check_foreign(file: LoraFile, layout: LoraLayout, partial: bool) -> None:
+def _check_foreign(file: LoraFile, layout: LoraLayout, partial: bool, bundle: str) -> None:
     """Another program's file adapts sites of the bundle and, unless `partial`, nothing else."""
     subject_file.check_used(file, partial)
     here = {site.path for site in layout.sites}
     if strange := [path for path in file.pairs if path not in here]:
         why = f"{len(strange)} of its {len(file.pairs)} sites are not in the bundle, first: {strange[0]}"
-        do = "use a bundle of the model that it was made for"
-        raise LoraMismatch(f"{file.name} was made for another model", why, do)
+        raise LoraMismatch(f"{file.name} was made for another model", why, OTHER_BUNDLE)
     for site in layout.sites:
         if site.path in file.pairs:
             _check_shape(file, site, LoraMismatch)
-    rank = max(pair.rank for pair in file.pairs.values())
-    if rank > layout.rank:
-        do = f"reduce it: hyperrt lora convert {file.name} OUT --rank {layout.rank}"
-        raise LoraMismatch(f"the rank of {file.name} is {rank}", f"the bundle's is {layout.rank}", do)
+    if file.rank > layout.rank:
+        do = subject_file.how_to_reduce(file, layout.rank, partial, bundle)
+        raise LoraMismatch(f"the rank of {file.name} is {file.rank}", f"the bundle's is {layout.rank}", do)
     for note in file.notes:
         log.warning("%s", note)
     base = lora_metadata.base_of(file.metadata)
@@ -380,4 +384,5 @@ def _check_shape(file: LoraFile, site: Site, kind: type[LoraError]) -> None:
     pair = file.pairs[site.path]
     for key, shape in ((pair.a, (pair.rank, site.d_in)), (pair.b, (site.d_out, pair.rank))):
         if (found := file.entries[key].shape) != shape:
-            raise kind(f"{file.name}: {key} is {found}", f"the bundle's layout says {shape}", REDO)
+            do = REMAKE if file.origin else OTHER_BUNDLE
+            raise kind(f"{file.name}: {key} is {found}", f"the bundle's layout says {shape}", do)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hyperrt.prompts import triggers_in
 from hyperrt.safetensors_file import shown
 
 REQUIRED = ("base_model", "hypernet", "class_noun", "photos", "trigger")
@@ -17,6 +18,7 @@ REQUIRED = ("base_model", "hypernet", "class_noun", "photos", "trigger")
 # strongly the image tokens act beside the LoRA.
 OPTIONAL = ("family", "image_size", "prediction_type", "image_scale")
 MAX_NOUN = 64  # characters, also of a trigger
+MAX_TRIGGERS = 20
 
 SGM = "https://github.com/Stability-AI/generative-models"  # ModelSpec: names of the first publication
 ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
@@ -38,9 +40,9 @@ def fault(origin: Mapping[str, str]) -> str:
 
 
 def trigger_of(metadata: Mapping[str, str]) -> str:
-    """The words that another program's file says to write in a prompt, or ""."""
-    words = metadata.get("modelspec.trigger_phrase", "").strip()
-    return words if 0 < len(words) <= MAX_NOUN and words.isprintable() else ""
+    """What another program's file says to write in a prompt, triggers with commas between them, or ""."""
+    found = triggers_in(metadata.get("modelspec.trigger_phrase", ""))[:MAX_TRIGGERS]
+    return ", ".join(trigger for trigger in found if len(trigger) <= MAX_NOUN and trigger.isprintable())
 
 
 def base_of(metadata: Mapping[str, str]) -> str:

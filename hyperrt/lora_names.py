@@ -45,6 +45,15 @@ _KINDS = (  # what else a LoRA may adapt, and how its name tells
     ("convolutions and layers beside them", re.compile(r"resnets|conv|in_layers|out_layers|emb|proj_|_op")),
 )
 
+_METHODS = (  # other ways of adapting a model, and how their tensors tell
+    ("DoRA", re.compile(r"lora_magnitude_vector|dora_scale")),
+    ("LoHa", re.compile(r"hada_")),
+    ("LoKr", re.compile(r"lokr_")),
+    ("OFT", re.compile(r"oft_")),
+    ("IA3", re.compile(r"ia3_")),
+    ("VeRA", re.compile(r"vera_")),
+)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -126,6 +135,11 @@ def is_first_published(names: Collection[str]) -> bool:
 def kind_of(name: str) -> str:
     """What a tensor outside the cross-attention's projections belongs to, for people."""
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other modules")
+
+
+def method_of(name: str) -> str:
+    """Which way of adapting a model a tensor at a site belongs to, if it is a known one; else ""."""
+    return next((method for method, pattern in _METHODS if pattern.search(name)), "")
 
 
 def _first_published(path: str, layers: int) -> str:

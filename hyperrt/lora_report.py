@@ -11,7 +11,7 @@ from hyperrt import lora, lora_metadata, lora_writer, subject_file
 from hyperrt.bundle import Bundle
 from hyperrt.doctor import Check
 from hyperrt.errors import HyperRTError, LoraError
-from hyperrt.safetensors_file import REDO
+from hyperrt.safetensors_file import REMAKE
 from hyperrt.subject_file import IMAGE_TOKENS, Factors, LoraFile, counted
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -42,7 +42,7 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "norms": {name: _norms(of) for name, of in _by_projection(sites).items() if of},
         **({} if tokens is None else {"image_tokens": list(tokens.shape)}),
         "finite": not faults,
-        "faults": [*faults, *file.notes],
+        "faults": [*(f"{method.name}: {method.why}" for method in file.methods), *faults, *file.notes],
         "no_pairs": list(file.odd[:FEW]),
         "other_modules": subject_file.unused_kinds(file),
         "base_model": {
@@ -74,7 +74,7 @@ def checks(path: str | os.PathLike[str], bundle: str | None, partial: bool = Fal
         _guarded("tensors", lambda: _tensors(file, partial)),
         _guarded("numbers", lambda: _numbers(file)),
         _guarded("origin", lambda: _origin(file)),
-        *(Check("alpha", "warn", note) for note in file.notes),
+        *(Check("configuration", "warn", note) for note in file.notes),
     ]
     yield from alone
     if opened and not any(check.status == "fail" for check in alone):  # it would fail for the same reason
@@ -111,16 +111,17 @@ def _origin(file: LoraFile) -> Check:
     if not file.origin:
         base = lora_metadata.base_of(file.metadata)
         made = f"made by another program{f' for {base}' if base else ''}; the base model cannot be compared"
-        return Check("origin", "warn", made, "draw with it and look: hyperrt generate --subject FILE")
+        return Check("origin", "warn", made, "draw a picture with it, and look")
     if fault := lora_metadata.fault(file.origin):
-        raise LoraError(f"{file.name} does not say what it is", fault, REDO)
+        raise LoraError(f"{file.name} does not say what it is", fault, REMAKE)
     noun, base = file.origin["class_noun"], file.origin["base_model"]
     return Check("origin", "ok", f"a {noun} of {file.origin['photos']} photos, base model {base[:12]}")
 
 
 def _fits(file: LoraFile, bundle: Bundle, partial: bool) -> Check:
     layout = bundle.layout
-    lora.load_file(file, layout, bundle.hashes.base_model, bundle.token_shape, partial=partial)
+    base, tokens = bundle.hashes.base_model, bundle.token_shape
+    lora.load_file(file, layout, base, tokens, partial=partial, bundle=bundle.reference)
     missing = len(layout.sites) - len(file.pairs)
     detail = f"{len(file.pairs)} of {len(layout.sites)} sites"
     if missing:

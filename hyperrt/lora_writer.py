@@ -10,22 +10,20 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hyperrt import files, lora_metadata, lora_names, safetensors_file
+from hyperrt import files, lora_metadata, lora_names, low_rank, safetensors_file
 from hyperrt.errors import LoraError
-from hyperrt.safetensors_file import REDO, Stored
+from hyperrt.peft_config import CONFIG, PEFT_CONFIG, PEFT_FILE
+from hyperrt.safetensors_file import REMAKE, Stored
 from hyperrt.subject_file import (
-    CONFIG,
     IMAGE_TOKENS,
     LAYERS,
     ORIGIN,
-    PEFT_CONFIG,
-    PEFT_FILE,
     Factors,
     LoraFile,
     counted,
@@ -70,12 +68,14 @@ def convert(
     family: str = "",
     rank: int | None = None,
     force: bool = False,
+    advance_to: Callable[[int], None] = lambda done: None,
 ) -> float:
     """Write the sites of an opened file in another format; other modules are left out.
 
     Args:
         family: of the bundle that it is for; "": as the file itself tells.
         rank: the largest rank; a site with more keeps the part that a LoRA of this rank can hold.
+        advance_to: told how many sites are done.
 
     Returns:
         How much of the LoRA is lost by `rank`: the Frobenius norm of what is missing over that of the whole.
@@ -85,9 +85,12 @@ def convert(
         UsageError, NotFound, ResourceError: it cannot be written there (`files.publish`).
     """
     if file.origin and (fault := lora_metadata.fault(file.origin)):
-        raise LoraError(f"{file.name} does not say what it is", fault, REDO)
-    found = {site: file.factors(site) for site in file.pairs}
-    sites = {site: reduced(one, rank) if rank else one for site, one in found.items()}
+        raise LoraError(f"{file.name} does not say what it is", fault, REMAKE)
+    found, sites = {}, {}
+    for done, site in enumerate(file.pairs, 1):
+        found[site] = file.factors(site)
+        sites[site] = reduced(found[site], rank) if rank else found[site]
+        advance_to(done)
     as_it_was = all(sites[site] is one for site, one in found.items())
     if file.origin and as_it_was:
         write_ours(path, format, sites, file.origin, file.tokens(), force)
@@ -120,12 +123,8 @@ def reduced(factors: Factors, rank: int) -> Factors:
     if factors.rank <= rank:
         return factors
     a, b = factors.numbers()
-    q_b, r_b = np.linalg.qr(b.astype(np.float64))  # B A = Q_B (R_B R_A^T) Q_A^T
-    q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
-    u, s, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = np.sqrt(s[:rank])
-    nearest_a, nearest_b = (root * v[:rank].T).T @ q_a.T, q_b @ (u[:, :rank] * root)
-    return Factors(Stored.of(nearest_a), Stored.of(nearest_b), float(len(root)))
+    nearest_a, nearest_b = low_rank.truncated(a.T, b.T, rank)
+    return Factors(Stored.of(nearest_a.T), Stored.of(nearest_b.T), float(rank))
 
 
 def norm(factors: Factors) -> float:

@@ -8,8 +8,10 @@ arXiv 2511.03156, eq. 20. Text is checked here; how much of it fits the text enc
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from hyperrt.errors import BadPrompt
@@ -17,9 +19,10 @@ from hyperrt.errors import BadPrompt
 MAX_CHARACTERS = 10_000  # some 30 times what fits a text encoder
 
 # What follows "a [V]" in a prompt that leaves the noun out: "a [V] on a beach", "a [V], watercolour".
+_PUNCTUATION = ".,;:!?)'’"
 _NO_NOUN_FOLLOWS = re.compile(
-    r"\s*(?:$|[.,;:!?)'’]|(?:above|against|and|as|at|behind|below|beside|by|for|from|in|inside|is|near|next|of|on|or|"
-    r"over|under|underwater|while|with|without)\b)",
+    rf"\s*(?:$|[{_PUNCTUATION}]|\b(?:above|against|and|as|at|behind|below|beside|by|for|from|in|inside|is|near|next|"
+    r"of|on|or|over|under|underwater|while|with|without)\b)",
     re.IGNORECASE,
 )
 
@@ -83,6 +86,56 @@ def split_prompt(
     return Prompts(_replace(text, mark, token, noun) if has_subject else "", generic)
 
 
+def split_for_trigger(
+    prompt: str, trigger: str, class_noun: str | None, token: str = "sks", placeholder: str = "[V]"
+) -> Prompts:
+    """The prompts for a LoRA of another program, whose prompts must hold its trigger.
+
+    The first of the triggers stands for the placeholder and the noun beside it: with "ohwx mug", both "a [V]
+    mug on a beach" and "a [V] on a beach" become "a ohwx mug on a beach".  A prompt without the placeholder
+    is used as it is, by both models.
+
+    Args:
+        prompt: what the user wrote.
+        trigger: what the file says to write, `triggers_in`; "": it says nothing, and `token` is used.
+        class_noun, token, placeholder: as for `split_prompt`.
+
+    Raises:
+        BadPrompt: as `split_prompt`, but for the placeholder.
+    """
+    has_placeholder = placeholder.lower() in prompt.lower()
+    plain = split_prompt(prompt, class_noun, token, placeholder, has_subject=has_placeholder)
+    if not has_placeholder:
+        return Prompts(plain.generic, plain.generic)
+    first = next(iter(triggers_in(trigger)), "")
+    text = check_text(prompt, "prompt")
+    return Prompts(_with_trigger(text, first, placeholder), plain.generic) if first else plain
+
+
+def triggers_in(text: str) -> list[str]:
+    """The triggers that commas separate."""
+    return [" ".join(part.split()) for part in text.split(",") if part.strip()]
+
+
+def noun_of_trigger(trigger: str, nouns: Collection[str], otherwise: str) -> str:
+    """The noun that the first trigger ends in: one of `nouns`, else the last of several words."""
+    words = next(iter(triggers_in(trigger)), "").split()
+    endings = [" ".join(words[start:]) for start in range(len(words))]
+    last = words[-1] if len(words) > 1 else otherwise
+    return next((ending for ending in endings if ending.lower() in nouns), last)
+
+
+def warnings_of_trigger(prompt: str, subject_prompt: str, trigger: str, placeholder: str) -> list[str]:
+    """What the user should know of the prompt that `split_for_trigger` made, for people."""
+    asked = re.sub(re.escape(placeholder), " ", prompt, flags=re.IGNORECASE).split()
+    found = []
+    if lost := _lacking(subject_prompt, asked):
+        found.append(f"the subject's trigger takes the place of {shortened(' '.join(lost))} in the prompt")
+    if missing := _lacking(subject_prompt, triggers_in(trigger)):
+        found.append(f"the subject's file asks for words that the prompt lacks: {', '.join(missing)}")
+    return found
+
+
 def check_text(text: str, name: str) -> str:
     """The text with its white space made plain: no margins, one space between words.
 
@@ -116,6 +169,41 @@ def shortened(text: str, most: int = 60) -> str:
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
+def _with_trigger(text: str, trigger: str, placeholder: str) -> str:
+    """`text` with the trigger for every placeholder and the noun beside it."""
+    parts = re.split(" ?" + re.escape(placeholder), text, flags=re.IGNORECASE)
+    written = parts[:1]
+    for before, after in itertools.pairwise(parts):
+        words, rest = _words_of_trigger(trigger, before, after)
+        written.append(f" {words}{'' if rest[:1] in tuple(_PUNCTUATION) else ' '}{rest}")
+    return " ".join("".join(written).split())
+
+
+def _words_of_trigger(trigger: str, before: str, after: str) -> tuple[str, str]:
+    """The words of the trigger that the text between `before` and `after` lacks, and what then follows."""
+    words, beside = trigger.split(), _NO_NOUN_FOLLOWS.split(after, maxsplit=1)[0].split()
+    for size in range(len(words), 0, -1):  # its end may be there: "a [V] mug", "a [V] red mug", "the mug [V]"
+        places = [beside[start : start + size] for start in range(len(beside))] or [before.split()[-size:]]
+        if _plain_words(" ".join(words[-size:])) in [_plain_words(" ".join(place)) for place in places]:
+            return " ".join(words[:-size]), after
+    if len(words) == 1 or not beside:
+        return trigger, after
+    if len(beside) == 1:  # another noun: "a [V] cup"
+        return trigger, after.lstrip().removeprefix(beside[0])
+    return " ".join(words[:-1]), after  # "a [V] red cup": which of the words is the noun?
+
+
+def _lacking(prompt: str, phrases: Iterable[str]) -> list[str]:
+    """The phrases of which a word is not in the prompt."""
+    known = set(_plain_words(prompt))
+    return [phrase for phrase in phrases if not known.issuperset(_plain_words(phrase))]
+
+
+def _plain_words(text: str) -> list[str]:
+    """The words without capitals and without the s of a plural."""
+    return [word.removesuffix("s") for word in re.findall(r"[\w-]+", text.lower())]
+
+
 def _replace(text: str, mark: re.Pattern[str], word: str, noun: str) -> str:
     """`text` with `word` for every mark, and `noun` after it where no noun stands beside it."""
 
@@ -123,6 +211,6 @@ def _replace(text: str, mark: re.Pattern[str], word: str, noun: str) -> str:
         before, after = text[: found.start()], text[found.end() :]
         lacks_noun = _NO_NOUN_FOLLOWS.match(after) and not before.lower().endswith(noun.lower())
         words = f" {word} {noun if lacks_noun else ''}".rstrip()
-        return words if after[:1] in tuple(".,;:!?)'’") else words + " "
+        return words if after[:1] in tuple(_PUNCTUATION) else words + " "
 
     return " ".join(mark.sub(replacement, text).split())

@@ -13,7 +13,6 @@ Source: arXiv 2511.03156, HM-CFG (eq. 20); a subject's rows and base rows share 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +37,9 @@ from hyperrt.job import Job, check, pairs_of, plan
 from hyperrt.making import Making
 from hyperrt.personalize import Photos, check_finite, origin, read_photos
 from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
+from hyperrt.prompts import noun_of_trigger
 from hyperrt.sampling import Feeds, Step
 from hyperrt.subject import Subject
-
-log = logging.getLogger("hyperrt")
 
 Floats = NDArray[np.float32]
 FEWER = "end other programs, or use a smaller batch (--batch-size)"
@@ -166,9 +164,10 @@ class Runtime:
         Raises:
             NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
         """
-        shape, base = self.bundle.token_shape, self.bundle.hashes.base_model
-        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial)
-        noun = subject.class_noun or self.bundle.prompts.default_class
+        shape, base, bundle = self.bundle.token_shape, self.bundle.hashes.base_model, self.bundle.reference
+        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
+        rules, trigger = self.bundle.prompts, subject.metadata.get("trigger", "")
+        noun = subject.class_noun or noun_of_trigger(trigger, rules.nouns, rules.default_class)
         return dataclasses.replace(subject, class_noun=noun)
 
     @checked
@@ -214,7 +213,7 @@ class Runtime:
         options are shared.  The rows of all pairs go through the engine together.
 
         Args:
-            prompt: with the placeholder `[V]` where the subject is named; without a subject, plain text.
+            prompt: with `[V]` where the subject is named; plain text without one, or for another's LoRA.
             subject: from `personalize` or `load_subject`; None samples the base model with classifier-free
                 guidance of scale `2 guidance_scale` (HM-CFG at kappa 0).
             options: the fields of `SamplingConfig`, where None means the bundle's default:
@@ -236,7 +235,7 @@ class Runtime:
 
         Raises:
             UsageError: an argument has the wrong type or is out of range, or not as many subjects as prompts.
-            BadPrompt: a prompt cannot be used, or has no placeholder although there is a subject.
+            BadPrompt: a prompt cannot be used, or has no placeholder although its subject is made of photos.
             LoraMismatch: a subject was made for another bundle.
             ResourceError: there is not enough memory (at the first step).
             NumericError: latents or pixels hold NaN (while stepping).

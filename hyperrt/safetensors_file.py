@@ -7,6 +7,7 @@ not a crash.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.errors import LoraError, NotFound
+from hyperrt.shell import advice
 
 MAX_HEADER = 2**24  # bytes; kohya's trainer writes its statistics there
 TYPES = ("F32", "F16", "BF16")  # that a LoRA is stored as
@@ -25,7 +27,19 @@ NUMBERS: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"
 }  # fmt: skip
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save, old and new
-REDO = "make the file again: hyperrt personalize"
+# What to do about a fault in a file of another program, in one of ours, and in one that does not tell.
+FETCH = "get a correct file from where this one came from"
+REMAKE = "make the subject again from its photos"
+REDO = f"{FETCH}; if it is a subject of HyperRT, {REMAKE}"
+_INSTEAD = {  # how another kind of file begins -> what it is, and what to do
+    b"\x1f\x8b": ("an archive", "unpack it"),
+    b"7z\xbc\xaf": ("an archive", "unpack it"),
+    b"rar!": ("an archive", "unpack it"),
+    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file that it stands for with Git LFS"),
+    b"<!doctype": ("a web page", "download the file itself, not the page that shows it"),
+    b"<html": ("a web page", "download the file itself, not the page that shows it"),
+    b"<?xml": ("a server's answer", "download the file again; the answer may say why it was not sent"),
+}
 
 
 class Stored(NamedTuple):
@@ -69,9 +83,12 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     from safetensors import safe_open
 
     if not os.path.exists(path):  # unlike Path.exists it says False of a name that is too long or holds NUL
-        raise NotFound(f"there is no subject file {str(path)[:200]!r}", "", "make one: hyperrt personalize")
+        how = ("hyperrt", "personalize", "--help")
+        do = advice("check the name; to see how photos become a subject, run", *how)
+        raise NotFound(f"there is no subject file {str(path)[:200]!r}", "", do)
     if not path.is_file():  # a pipe would block, a device never end
-        raise LoraError(f"{path.name} is not a plain file", "", REDO)
+        why = "it is a folder, a pipe, a socket or a device"
+        raise LoraError(f"{path.name} is not a plain file", why, "name a file")
     text = _header_of(path)
     try:
         with safe_open(path, framework="np") as file:
@@ -79,7 +96,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
         said = json.loads(text)  # the library has checked it
         entries = {name: _entry(said[name], 8 + len(text)) for name in names}
     except Exception as error:  # SafetensorError, and whatever else hostile bytes provoke in the parser
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, _what_is_missing(path, text) or str(error)) from error
     return dict(sorted(metadata.items())), entries
 
 
@@ -109,7 +126,8 @@ def check_type(path: Path, name: str, entry: Entry, types: Collection[str] = TYP
     """
     if entry.dtype not in types:
         why = f"it must be one of {', '.join(types)}"
-        raise LoraError(f"{path.name}: {shown(name)} is {entry.dtype}", why, REDO)
+        do = "use a version of the file in one of these types, or convert it where it came from"
+        raise LoraError(f"{path.name}: {shown(name)} is {entry.dtype}", why, do)
 
 
 def encode(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
@@ -132,12 +150,8 @@ def shown(text: str) -> str:
 def _header_of(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            start, size = file.read(16), os.fstat(file.fileno()).st_size
-            # A file begins with the length of its header, which may look like a pickle; then comes "{".
-            if start.startswith(PICKLES) and start[8:9] != b"{":
-                do = "convert it to safetensors where it came from"
-                why = "those can run code when they are read"
-                raise LoraError(f"{path.name} is a pickle or an archive", why, do)
+            start, size = file.read(32), os.fstat(file.fileno()).st_size
+            _check_start(path, start)
             length = int.from_bytes(start[:8], "little")
             if len(start) < 9 or length > size - 8:
                 raise _damaged(path, f"it has {size} bytes, fewer than it says")
@@ -148,6 +162,29 @@ def _header_of(path: Path) -> bytes:
             return file.read(length)
     except OSError as error:
         raise LoraError(f"cannot read {path}", f"{error.strerror}") from error
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    """Refuse what is not a safetensors file by how it begins."""
+    if start[8:9] == b"{":  # the length of a header, which may look like anything, and the header
+        return
+    if start.startswith(PICKLES):
+        do = "unpack an archive; convert a pickle to safetensors where it came from"
+        raise LoraError(f"{path.name} is a pickle or an archive", "those can run code when they are read", do)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for known, (what, do) in _INSTEAD.items():
+        if text.startswith(known):
+            raise LoraError(f"{path.name} is {what}, not a LoRA", f"it begins with {shown(repr(start))}", do)
+
+
+def _what_is_missing(path: Path, header: bytes) -> str:
+    """How much of a file is there, if it is cut; else ""."""
+    with contextlib.suppress(Exception):  # the header may be anything
+        tensors = [said for name, said in json.loads(header).items() if name != "__metadata__"]
+        end = 8 + len(header) + max(said["data_offsets"][1] for said in tensors)
+        if (size := path.stat().st_size) < end:
+            return f"it has {size:,} of {end:,} bytes: a download or a copy was not finished"
+    return ""
 
 
 def _entry(said: Any, data: int) -> Entry:

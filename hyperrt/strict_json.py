@@ -26,13 +26,13 @@ class StrictError(ValueError):
 
 
 def loads(text: bytes) -> Any:
-    """JSON without its loopholes: UTF-8 only, no key twice, no NaN or Infinity.
+    """JSON without its loopholes: UTF-8 only, maybe with a byte order mark, no key twice, no NaN or Infinity.
 
     Raises:
         StrictError: it is not JSON.
     """
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except StrictError:
         raise
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, numbers of 5000 digits

@@ -37,6 +37,11 @@ class Subject(Checked):
     metadata: Mapping[str, str]
     image_tokens: Vector | DeviceArray | None = None
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program made it: its file does not name the base model."""
+        return "base_model" not in self.metadata
+
 
 class LoraOnDevice(Mapping[str, Vector]):
     """The `lora` of a subject that a device made; whoever reads a vector gets a copy on the host, made once.

@@ -12,26 +12,26 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt import lora_names, safetensors_file, strict_json
+from hyperrt import lora_names, peft_config, safetensors_file
 from hyperrt.errors import LoraError, LoraMismatch, NotFound
-from hyperrt.safetensors_file import REDO, Entry, Stored, shown
+from hyperrt.peft_config import PEFT_CONFIG, PEFT_FILE
+from hyperrt.safetensors_file import FETCH, REMAKE, Entry, Stored, shown
+from hyperrt.shell import advice
 
 Array = NDArray[np.float32]
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what PEFT looks for in a folder
 FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # PEFT's name, and diffusers'
 # The open category's tensor, [1, tokens, width].  diffusers loads a file only if "lora" is in every name.
 IMAGE_TOKENS = "hyperrt.lora_image_tokens"
 ORIGIN = "hyperrt."  # prefix of our metadata
 LAYERS = "hyperrt.layers_per_block"  # beside kohya's names of the first publication
-CONFIG = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration
-MAX_CONFIG = 2**20  # bytes of PEFT's file of it
 MAX_WEIGHT = 1e4  # trained factors stay below 10; a file beyond this is damaged or hostile
 MAX_ALPHA = 1e6
 NOT_USABLE = f"it holds NaN, infinity or values beyond {MAX_WEIGHT:g}"
@@ -78,6 +78,7 @@ class LoraFile:
         entries: every tensor, in the order of the file.
         pairs: path of a site -> its tensors, in the order of the file.
         odd: tensors at a site that A, B and alpha do not express: DoRA, LoHa, LoKr, biases, halves of a pair.
+        methods: what PEFT's configuration says that A, B and alpha do not express.
         unused: tensors of other modules.
         notes: what had to be assumed, for people.
     """
@@ -89,6 +90,7 @@ class LoraFile:
     entries: Mapping[str, Entry]
     pairs: Mapping[str, Pair]
     odd: tuple[str, ...]
+    methods: tuple[peft_config.Method, ...]
     unused: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -100,8 +102,17 @@ class LoraFile:
     @property
     def origin(self) -> dict[str, str]:
         """Our own metadata, without its prefix; empty if another program made the file."""
-        ours = {key: text for key, text in self.metadata.items() if key.startswith(ORIGIN)}
-        return {key[len(ORIGIN) :]: text for key, text in ours.items() if key != LAYERS}
+        return _origin(self.metadata)
+
+    @property
+    def rank(self) -> int:
+        """The largest of its sites; 0 where there is no site."""
+        return max((pair.rank for pair in self.pairs.values()), default=0)
+
+    @property
+    def redo(self) -> str:
+        """What to do about a fault in the file."""
+        return _redo(self.metadata)
 
     def stored(self, name: str) -> Stored:
         """The tensor `name`; errors as `safetensors_file.read_tensor`."""
@@ -117,7 +128,7 @@ class LoraFile:
         found = Factors(self.stored(pair.a), self.stored(pair.b), pair.alpha)
         for key, numbers in zip((pair.a, pair.b), found.numbers(), strict=True):
             if not usable(numbers):
-                raise LoraError(f"{self.name}: {shown(key)} cannot be used", NOT_USABLE, REDO)
+                raise LoraError(f"{self.name}: {shown(key)} cannot be used", NOT_USABLE, self.redo)
         return found
 
     def tokens(self) -> Stored | None:
@@ -133,7 +144,8 @@ def open_lora(path: str | os.PathLike[str], paths: Collection[str] = ()) -> Lora
 
     Raises:
         NotFound: there is no such file, or the folder has none.
-        LoraError: it is no plain file, a pickle, no safetensors file, not whole, or a pair is none.
+        LoraError: it is no plain file, a pickle, no safetensors file, not whole, A and B do not match, or
+            PEFT's configuration is damaged.
     """
     source = _file_of(Path(path))
     metadata, entries = safetensors_file.read_header(source)
@@ -148,18 +160,33 @@ def open_lora(path: str | os.PathLike[str], paths: Collection[str] = ()) -> Lora
         if part.path in among or lora_names.SITE.fullmatch(part.path)
     }
     format = next((part.format for part in [*of_sites.values(), *parts.values()]), "diffusers")
-    config, notes = _config(source, format, metadata)
-    pairs, odd = {}, []
+    config = peft_config.read(source, format, metadata)
+    header = _Header(source, metadata, entries, None if format == "kohya" else config)
+    pairs, odd, methods = {}, [], peft_config.methods(config or {})
     for site, names in _by_site(of_sites).items():
         complete = names.keys() >= {"A", "B"}
         odd += [name for role, name in names.items() if not complete or role not in ("A", "B", "alpha")]
-        if complete:
-            rank = _rank(source, entries, names["A"], names["B"])
-            alpha = _alpha(source, entries, names.get("alpha"), config, site, rank)
-            pairs[site] = Pair(names["A"], names["B"], alpha, rank)
+        try:
+            if complete:
+                pairs[site] = _pair(header, names, site)
+        except LoraError:
+            if not methods:  # otherwise they say what it is
+                raise
+            odd += names.values()
     first = layers if lora_names.is_first_published(list(of_sites)) else None
     unused = tuple(name for name in parts if name not in of_sites)
-    return LoraFile(source, format, first, metadata, entries, pairs, tuple(odd), unused, notes)
+    notes = _notes(header, format)
+    return LoraFile(source, format, first, metadata, entries, pairs, tuple(odd), methods, unused, notes)
+
+
+def check_plain(file: LoraFile) -> None:
+    """Refuse a file whose configuration says more than alpha / r times B A.
+
+    Raises:
+        LoraError: it does, as for PiSSA or DoRA.
+    """
+    for method in file.methods:
+        raise LoraError(f"{file.name} is {method.name}, not a plain LoRA", method.why, method.do)
 
 
 def check_used(file: LoraFile, partial: bool = False) -> None:
@@ -169,23 +196,44 @@ def check_used(file: LoraFile, partial: bool = False) -> None:
         partial: other modules may be there, unless in a file of ours, and are left out.
 
     Raises:
-        LoraError: a site has more than A, B and alpha, or there is no site.
+        LoraError: as `check_plain`, a site has more than A, B and alpha, or there is no site.
         LoraMismatch: there are other modules, and `partial` is off.
     """
+    check_plain(file)
     if file.odd:
+        method_name = lora_names.method_of(file.odd[0])
+        is_that = f"is {method_name} and not" if method_name else "is not"
         why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shown(file.odd[0])}"
-        do = "convert it to a plain LoRA where it came from; DoRA, LoHa and LoKr are none"
-        raise LoraError(f"{file.name} is not a LoRA of pairs A and B", why, do)
+        convert = "convert it to a plain LoRA where it came from, or use another file"
+        do = REMAKE if file.origin else convert
+        raise LoraError(f"{file.name} {is_that} a LoRA of pairs A and B", why, do)
     if not file.pairs:
         first = f"; its first tensor is {shown(next(iter(file.entries)))}" if file.entries else ""
         why = f"it has no cross-attention q, k or v of a Stable Diffusion UNet{first}"
-        do = "use a LoRA of the bundle's model; hyperrt lora inspect FILE shows what one adapts"
+        inspect = ("hyperrt", "lora", "inspect", file.path)
+        do = advice("use another file; to see what this one holds, run", *inspect)
         raise LoraError(f"{file.name} adapts nothing that HyperRT adapts", why, do)
     if file.unused and (file.origin or not partial):
         what = f"{file.name} adapts more than q, k and v of the cross-attention"
         found = ", ".join(f"{count} tensors of {kind}" for kind, count in unused_kinds(file).items())
-        do = REDO if file.origin else "leave these out, which changes what it draws: --partial"
-        raise LoraMismatch(what, f"not used would be {found}", do)
+        leave_out = "add --partial (in Python partial=True), which leaves these out and so draws otherwise"
+        raise LoraMismatch(what, f"not used would be {found}", REMAKE if file.origin else leave_out)
+
+
+def how_to_reduce(file: LoraFile, rank: int, partial: bool, bundle: str) -> str:
+    """The advice to bring a file to a smaller rank, with the command for it.
+
+    Args:
+        partial: other modules are left out.
+        bundle: what `--bundle` takes; "": none.
+    """
+    stem = f"{file.path.stem[:60]}-rank{rank}"
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    paths = (file.path.with_name(f"{name}.safetensors") for name in names)
+    target = next(path for path in paths if not os.path.lexists(path))
+    options = ["--rank", str(rank), *["--partial"] * partial, *(["--bundle", bundle] if bundle else [])]
+    convert = ("hyperrt", "lora", "convert")
+    return advice("reduce it, which loses a part of it", *convert, file.path, target, *options)
 
 
 def unused_kinds(file: LoraFile) -> dict[str, int]:
@@ -237,82 +285,65 @@ def _by_site(parts: Mapping[str, lora_names.Part]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _rank(source: Path, entries: Mapping[str, Entry], a: str, b: str) -> int:
-    for name in (a, b):
-        safetensors_file.check_type(source, name, entries[name])
+class _Header(NamedTuple):
+    """What is known of a file before its pairs are looked at."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    config: peft_config.Config | None  # that tells alpha
+
+
+def _origin(metadata: Mapping[str, str]) -> dict[str, str]:
+    ours = {key: text for key, text in metadata.items() if key.startswith(ORIGIN)}
+    return {key[len(ORIGIN) :]: text for key, text in ours.items() if key != LAYERS}
+
+
+def _redo(metadata: Mapping[str, str]) -> str:
+    return REMAKE if _origin(metadata) else FETCH
+
+
+def _notes(header: _Header, format: str) -> tuple[str, ...]:
+    """What had to be assumed."""
+    name = header.path.name
+    if header.config is None:
+        is_told = format != "peft" or _origin(header.metadata)
+        return () if is_told else (f"{name} has no {PEFT_CONFIG} beside it: alpha is taken to be the rank",)
+    unknown = peft_config.unknown(header.config)
+    if not unknown:
+        return ()
+    return (f"the configuration of {name} sets {', '.join(unknown[:3])}, which HyperRT does not know",)
+
+
+def _pair(header: _Header, names: Mapping[str, str], site: str) -> Pair:
+    rank = _rank(header, names["A"], names["B"])
+    return Pair(names["A"], names["B"], _alpha(header, names.get("alpha"), site, rank), rank)
+
+
+def _rank(header: _Header, a: str, b: str) -> int:
+    name, entries = header.path.name, header.entries
+    for key in (a, b):
+        safetensors_file.check_type(header.path, key, entries[key])
     shape_a, shape_b = entries[a].shape, entries[b].shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
         why = f"beside it {shown(b)} is {shape_b}; they must be (rank, inputs) and (outputs, rank)"
-        raise LoraError(f"{source.name}: {shown(a)} is {shape_a}", why, REDO)
+        raise LoraError(f"{name}: {shown(a)} is {shape_a}", why, _redo(header.metadata))
     return shape_a[0]
 
 
-def _alpha(
-    source: Path,
-    entries: Mapping[str, Entry],
-    name: str | None,
-    config: Mapping[str, Any],
-    site: str,
-    rank: int,
-) -> float:
+def _alpha(header: _Header, key: str | None, site: str, rank: int) -> float:
     """A site's alpha: a tensor, or in PEFT's configuration, or not said, which means the rank."""
-    if name is not None:
-        if math.prod(shape := entries[name].shape) != 1:
-            raise LoraError(f"{source.name}: {shown(name)} is {shape}", "it must be one number", REDO)
+    name, redo = header.path.name, _redo(header.metadata)
+    if key is not None:
+        entry = header.entries[key]
+        if math.prod(entry.shape) != 1:
+            raise LoraError(f"{name}: {shown(key)} is {entry.shape}", "it must be one number", redo)
         types = (*safetensors_file.NUMBERS, "BF16")
-        stored = safetensors_file.read_tensor(source, name, entries[name], types)
+        stored = safetensors_file.read_tensor(header.path, key, entry, types)
         alpha = float(stored.array().ravel()[0])
     else:
-        alpha = _configured(source, config, site, rank)
+        alpha = rank if header.config is None else peft_config.alpha(header.config, name, site, rank)
     if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
         why = f"it must be above 0 and at most {MAX_ALPHA:g}"
-        raise LoraError(f"{source.name}: alpha is {alpha:g} at {shown(site)}", why, REDO)
+        raise LoraError(f"{name}: alpha is {alpha:g} at {shown(site)}", why, redo)
     return alpha
-
-
-def _configured(source: Path, config: Mapping[str, Any], site: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    alpha = config.get("lora_alpha", rank)
-    for pattern in patterns if isinstance(patterns, dict) else ():
-        ending = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", ending):  # never run: it may take for ever
-            why = f"its key {shown(pattern)} is a pattern, not the name of a module"
-            raise LoraError(f"the alpha_pattern of {source.name} is not understood", why, REDO)
-        if f".{site}".endswith(f".{ending}"):
-            alpha = patterns[pattern]
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise LoraError(f"{source.name}: alpha is {shown(repr(alpha))}", "it must be a number above 0", REDO)
-    return float(alpha) * math.sqrt(rank) if config.get("use_rslora") is True else float(alpha)
-
-
-def _config(
-    source: Path, format: str, metadata: Mapping[str, str]
-) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """PEFT's configuration of the UNet, wherever a format keeps it, and what there is to say about it."""
-    if format == "diffusers" and CONFIG in metadata:
-        config = _object(source.name, metadata[CONFIG].encode(errors="replace"))
-        ours = {key[5:]: value for key, value in config.items() if key.startswith("unet.")}
-        return ours or config, ()
-    if format != "peft":
-        return {}, ()
-    beside = source.with_name(PEFT_CONFIG)
-    if source.name == PEFT_FILE and os.path.isfile(beside):
-        try:
-            with beside.open("rb") as file:
-                return _object(PEFT_CONFIG, file.read(MAX_CONFIG)), ()
-        except OSError as error:
-            raise LoraError(f"cannot read {beside}", f"{error.strerror}") from error
-    if any(key.startswith(ORIGIN) for key in metadata):
-        return {}, ()
-    return {}, (f"{source.name} has no {PEFT_CONFIG} beside it: alpha is taken to be the rank",)
-
-
-def _object(name: str, text: bytes) -> Mapping[str, Any]:
-    try:
-        found = strict_json.loads(text)
-    except strict_json.StrictError as error:
-        raise LoraError(f"the configuration in {name} is damaged", shown(str(error)), REDO) from error
-    if not isinstance(found, dict):
-        raise LoraError(f"the configuration in {name} is damaged", "it is no JSON object", REDO)
-    return found

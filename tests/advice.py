@@ -22,7 +22,6 @@ from tests.pasting import PROGRAMS
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("engines", "hyperrt", "training", "export")
 START = re.compile(rf"(?:^|: |&& )(?:{'|'.join(PROGRAMS)}) ")
-WORDS = re.compile(r"\bexport (?:it|the|one|a|them|\d)\b")
 EXIT_CODES = {("hyperrt", "plans", "verify"): 8}  # it says what is wrong with plans
 
 
@@ -33,7 +32,7 @@ def sites() -> dict[str, list[str]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for function, node in texts_in(tree, ""):
             text = text_of(node)
-            if START.search(text) and "\n" not in text and not WORDS.search(text):
+            if (START.search(text) or is_advice(node)) and "\n" not in text:
                 found.setdefault(f"{path.relative_to(ROOT).as_posix()}:{function}", []).append(text)
     return found
 
@@ -45,14 +44,21 @@ def texts_in(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(node, ast.Expr) and isinstance(child, ast.Constant):
             continue  # a docstring
-        if isinstance(child, ast.Constant | ast.JoinedStr | ast.BinOp | ast.List) or is_join(child):
+        whole = isinstance(child, ast.Constant | ast.JoinedStr | ast.BinOp)
+        whole = whole or is_join(child) or is_advice(child)
+        if whole or isinstance(child, ast.List):
             yield function, child
-        if not isinstance(child, ast.Constant | ast.JoinedStr | ast.BinOp) and not is_join(child):
+        if not whole:
             yield from texts_in(child, function)
 
 
 def is_join(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) == "shlex.join"
+
+
+def is_advice(node: ast.AST) -> bool:
+    """A call of `hyperrt.shell.advice`."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "advice"
 
 
 def text_of(node: ast.AST) -> str:
@@ -65,6 +71,8 @@ def text_of(node: ast.AST) -> str:
         return text_of(node.left) + text_of(node.right)
     if is_join(node):
         return text_of(node.args[0])
+    if is_advice(node):
+        return f"{text_of(node.args[0])}: …"
     if isinstance(node, ast.List):
         return " ".join(map(text_of, node.elts))
     return "".join(map(text_of, node.values)) if isinstance(node, ast.JoinedStr) else "…"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 
-PROGRAMS = ("hyperrt", "pip", "python", "chmod", "rm", "mkdir", "git", "ulimit", "export")
+PROGRAMS = ("hyperrt", "pip", "python", "chmod", "rm", "mkdir")
 _START = re.compile(rf"(?:^|: |&& )(?=(?:{'|'.join(PROGRAMS)}) )")
 
 

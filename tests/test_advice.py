@@ -26,13 +26,17 @@ from tests.pasting import commands_in
 
 AWKWARD = "it's (a) folder"  # in which commands without quotes fall apart
 # Messages that are pasted by the tests of their own module.
-ELSEWHERE: dict[str, str] = {}
+LORA = "tests/hyperrt/test_lora_advice.py"
+ELSEWHERE = {
+    "hyperrt/subject_file.py:check_used": f"{LORA}::test_what_a_file_adapts_that_cannot_be_used_is_shown",
+    "hyperrt/subject_file.py:how_to_reduce": f"{LORA}::test_a_shell_runs_the_command_as_it_is_printed",
+    "hyperrt/safetensors_file.py:read_header": f"{LORA}::test_a_file_that_is_not_there_leads_to_how_one_is_made",
+}
 # What looks like a command and is none: no message, or words that begin like one.
 NO_COMMANDS = {
     "hyperrt/cli_commands.py:hyperrt": "the version",
     "hyperrt/infotext.py:": "the name of the program in A1111's parameters",
     "export/assemble.py:manifest": "who made a bundle",
-    "training/evaluation_report.py:_git": "is run, not shown",
 }
 
 

@@ -197,7 +197,7 @@ def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     if "text_encoder_2" not in parts:
         return parts
     index = folder / "model_index.json"
-    about = json.loads(index.read_text()) if index.is_file() else {}
+    about = json.loads(index.read_text(encoding="utf-8-sig")) if index.is_file() else {}
     return parts | {"zero_empty": bool(about.get("force_zeros_for_empty_prompt", True))}  # diffusers' default
 
 

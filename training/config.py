@@ -173,7 +173,7 @@ def resolve(flags: dict[str, Any], preset: str = "tiny", file: Path | None = Non
         raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])
     if file is not None:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict):
             raise ValueError(f"{file} holds no JSON object")
         values.update(found)

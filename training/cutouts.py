@@ -147,7 +147,7 @@ def _listed(folder: Path, split: str) -> Iterator[tuple[str, str]]:
         )
         yield from ((name, THING) for name in sorted(names) if _split_of(name) == split)
         return
-    with (folder / TABLE).open(newline="", encoding="utf-8", errors="replace") as file:
+    with (folder / TABLE).open(newline="", encoding="utf-8-sig", errors="replace") as file:
         table = csv.DictReader(file)
         if "file" not in (table.fieldnames or ()):
             raise BadInput(f"{folder / TABLE} has no column 'file'", f"it has {table.fieldnames}", "add one")

@@ -150,4 +150,4 @@ def _text(path: Path) -> str | None:
     if path.is_symlink() or not path.is_file():
         return None
     with path.open("rb") as file:
-        return file.read(MAX_TEXT).decode("utf-8", errors="replace").strip()
+        return file.read(MAX_TEXT).decode("utf-8-sig", errors="replace").strip()

@@ -165,7 +165,7 @@ def _table(folder: Path) -> dict[str, tuple[str, bool]]:
     """Subject -> (class noun, whether it is live) as metadata.csv says; empty where there is none."""
     if not (folder / TABLE).is_file():
         return {}
-    with (folder / TABLE).open(newline="", encoding="utf-8", errors="replace") as file:
+    with (folder / TABLE).open(newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = [row for row in csv.DictReader(file) if row.get("subject") and row.get("class_noun")]
     return {row["subject"]: (row["class_noun"].strip(), row.get("live") == "1") for row in rows}
 

@@ -194,7 +194,7 @@ def _captions(sample: Sample, suffix: str, about: Mapping[str, object], noun: st
 
 def _text(sample: Sample, suffix: str) -> str:
     try:
-        return sample.files.get(suffix, b"").decode("utf-8").strip()
+        return sample.files.get(suffix, b"").decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise ValueError(f"its .{suffix} is not UTF-8") from None
 

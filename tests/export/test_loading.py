@@ -83,6 +83,11 @@ def test_weights_in_shards_are_read(name, saved, folder):
         loading.parts_of(folder)
 
 
+def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert loading.read_json(tmp_path / "x.json") == {"a": 1}
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(NotFound, match=r"no base model(?s:.*)it has no unet, vae"):
         loading.parts_of(tmp_path)

@@ -6,6 +6,7 @@ UNets are small, of SD1.5's and SDXL's structure; names are also those of the tr
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -21,13 +22,14 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from safetensors.torch import save_file
 
 from hyperrt import lora_writer
-from hyperrt.errors import LoraMismatch
+from hyperrt.errors import LoraError, LoraMismatch
 from hyperrt.export import architectures
 from hyperrt.lora import load_subject, save_subject
 from hyperrt.lora_names import FORMATS
 from hyperrt.subject_file import open_lora
 from hyperrt.training import clip_tokenizer, lora_layers
 from tests.export import small_models
+from tests.hyperrt import lora_files
 
 peft = pytest.importorskip("peft")
 
@@ -232,6 +234,24 @@ def test_a_file_with_a_configuration_is_what_peft_computes(tmp_path, family, sav
     save(unet, tmp_path)
     layout = lora_layers.layout_of(small_unet(family), 4)
     assert same(deltas(unet), layout, load_subject(tmp_path, layout, "b" * 64).lora)
+
+
+def test_a_header_without_alpha_means_pefts_default(tmp_path, family):
+    saved_by_diffusers_with_configuration(adapted_unet(family), tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    said = json.loads(open_lora(path).metadata["lora_adapter_metadata"])
+    del said["unet.lora_alpha"]
+    lora_files.change(path, metadata={"lora_adapter_metadata": json.dumps(said)})
+    unet = small_unet(family)
+    unet.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
+    layout = lora_layers.layout_of(small_unet(family), 4)
+    assert same(deltas(unet), layout, load_subject(path, layout, "b" * 64).lora)
+
+
+def test_a_start_that_changes_the_base_model_is_refused_from_a_header_too(tmp_path, family):
+    saved_by_diffusers_with_configuration(adapted_unet(family, init_lora_weights="pissa_niter_4"), tmp_path)
+    with pytest.raises(LoraError, match="is PiSSA, not a plain LoRA"):
+        load_subject(tmp_path, lora_layers.layout_of(small_unet(family), 4), "b" * 64)
 
 
 @pytest.mark.parametrize("save", [saved_by_a_script_of_diffusers, saved_for_kohya])

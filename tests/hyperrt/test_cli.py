@@ -277,6 +277,12 @@ def test_a_bad_config_file_is_reported_with_its_name(run, capsys, text, words):
     assert code == 2 and is_three_lines(err) and words in err and "mine.toml" in err
 
 
+def test_a_config_file_may_begin_with_a_byte_order_mark(run, capsys):
+    Path("mine.toml").write_text("[generate]\nsteps = 0", encoding="utf-8-sig")
+    assert cli.run(["--config", "mine.toml", "generate", "-p", "a robot"]) == 2
+    assert "steps is 0" in capsys.readouterr().err
+
+
 def test_a_config_file_of_the_current_folder_is_not_read(run):
     Path("config.toml").write_text("[generate")
     Path("hyperrt.toml").write_text("[generate")

@@ -148,6 +148,25 @@ def test_a_rank_is_reduced_to_the_bundles_and_what_is_lost_is_said(lora, pretend
     assert lora("verify", "a.safetensors", "--bundle", pretend)[0] == 0
 
 
+def test_a_reduction_shows_how_far_it_is(lora, other):
+    code, _, err = lora("convert", other, "a.safetensors", "--rank", 1)
+    assert code == 0 and err.splitlines()[-2] == "reducing: 100 % (9 of 9)"
+    found = events(lora("convert", other, "b.safetensors", "--rank", 1, "--json")[1])
+    assert [event["done"] for event in found if event["event"] == "progress"] == list(range(1, 10))
+    assert "reducing" not in lora("convert", other, "c.safetensors")[2]
+
+
+def test_a_conversion_computes_on_one_thread_unless_told_otherwise(other):
+    show = "print(os.getenv('OMP_NUM_THREADS'))"
+    code = f"import os, sys; from hyperrt import cli; cli.run(sys.argv[1:]); {show}"
+    command = [sys.executable, "-c", code, "lora", "convert", str(other), "a.safetensors", "--force"]
+    env = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for more, number in (({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")):
+        env |= {"PYTHONPATH": str(ROOT), **more}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == ["a.safetensors", number]
+
+
 def test_other_modules_are_left_out_on_request(lora, other):
     change(other, {ATTN1: np.ones((2, 2), np.float32)})
     code, _, err = lora("convert", other, "a.safetensors", "--format", "kohya")

@@ -59,6 +59,18 @@ def test_an_error_has_one_line_for_each_part_whatever_it_quotes(capsys):
     assert capsys.readouterr().err == "error: what do: rm -rf\n  why: \\x1b[31m\n"
 
 
+def test_a_command_in_an_error_keeps_its_spaces(capsys):
+    output().error(UsageError("what", "", "run: rm 'two  spaces'"))
+    assert "  do:  run: rm 'two  spaces'\n" in capsys.readouterr().err
+
+
+def test_a_warning_is_said_once(capsys):
+    output()
+    for _ in range(3):
+        logging.getLogger("hyperrt").warning("careful: %s", "x")
+    assert capsys.readouterr().err == "warning: careful: x\n"
+
+
 @pytest.mark.parametrize(("total", "lines"), [(1, 1), (3, 3), (10, 10), (1000, 10)])
 def test_progress_is_at_most_ten_lines(capsys, total, lines):
     with output().progress("drawing", total) as advance_to:

@@ -95,13 +95,6 @@ def test_photos_that_disagree_keep_in_the_product_what_the_mean_of_factors_loses
         np.testing.assert_allclose(found[path], expected, atol=1e-5)
 
 
-def test_scale_is_shared_by_both_factors_and_rank_not_needed_is_zero():
-    a, b = combine.truncated(np.array([[100.0], [0.0]]), np.array([[0.0, 0.01, 0.0]]), 3)
-    assert (a.shape, b.shape) == ((2, 3), (3, 3))
-    assert np.linalg.norm(a) == pytest.approx(1) and np.linalg.norm(b) == pytest.approx(1)
-    assert not a[:, 1:].any() and not b[1:].any()
-
-
 def test_side_by_side_they_can_be_saved_and_read_under_their_own_layout(layout, tmp_path):
     wide = combine.concat_layout(layout, 3)
     packed = combine.concatenated(several(layout, 3, 0), layout)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperrt import Runtime
-from hyperrt.errors import LoraError, LoraMismatch
+from hyperrt import Runtime, cli
+from hyperrt.errors import BadPrompt, LoraError, LoraMismatch
 from hyperrt.lora import LoraLayout, Site, load_subject
 from tests.hyperrt import fake_bundle
-from tests.hyperrt.lora_files import change, random_pairs, sites, write, write_kohya
+from tests.hyperrt.lora_files import change, random_pairs, read, sites, write, write_kohya
 
 LAYOUT = LoraLayout(tuple(Site(path, *size) for path, size in sites().items()), 4)
 ATTN1 = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
@@ -66,9 +66,10 @@ def test_that_nothing_is_known_of_its_base_model_is_said(path, caplog):
         ({"modelspec.trigger_phrase": "ohwx"}, "ohwx"),
         ({"modelspec.trigger_phrase": "\x1b[2J"}, None),
         ({"modelspec.trigger_phrase": "x" * 65}, None),
+        ({"modelspec.trigger_phrase": f"ohwx,  red robot , {'x' * 65}"}, "ohwx, red robot"),
     ],
 )
-def test_its_trigger_stands_for_the_placeholder_where_it_has_one(path, metadata, trigger):
+def test_its_trigger_is_read_where_it_has_one(path, metadata, trigger):
     subject = load(write(path, random_pairs(RANKS), **metadata))
     assert subject.metadata.get("trigger") == trigger
     assert (subject.class_noun, subject.photos) == ("", 0)
@@ -157,13 +158,61 @@ def foreign(path):
 def test_the_runtime_draws_with_a_lora_of_another_program(pretend, foreign):
     with Runtime.open(pretend, "fake") as runtime:
         subject = runtime.load_subject(foreign)
-        assert subject.class_noun == "robot"  # the bundle's default
+        assert subject.class_noun == "robot"  # that of the trigger
         base = runtime.generate("a [V] robot", subject, seed=1, strength=0)
         drawn = runtime.generate("a [V] robot", subject, seed=1)
         on_request = runtime.load_subject(foreign, partial=True)
     assert np.abs(drawn.latents - base.latents).max() > 0
-    assert drawn.recipe["subject_prompt"] == "a red robot robot"
+    assert drawn.recipe["subject_prompt"] == "a red robot"
     assert all(np.array_equal(on_request.lora[name], subject.lora[name]) for name in subject.lora)
+
+
+def prompts_of(pretend, path, prompt, **options):
+    """The prompts of the subject and of the base model, as a recipe tells them."""
+    with Runtime.open(pretend, "fake") as runtime:
+        recipe = runtime.generate(prompt, runtime.load_subject(path), **options).recipe
+    return recipe["subject_prompt"], recipe["generic_prompt"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "generic"),
+    [
+        ("a [V] in snow", "a red robot in snow", "a robot in snow"),
+        ("a [V] mug in snow", "a red robot in snow", "a mug in snow"),
+        ("a robot in snow", "a robot in snow", "a robot in snow"),
+    ],
+)
+def test_its_trigger_stands_for_the_placeholder_and_the_noun(pretend, foreign, prompt, subject, generic):
+    assert prompts_of(pretend, foreign, prompt) == (subject, generic)
+
+
+def test_a_generic_prompt_is_the_base_models_alone(pretend, foreign):
+    found = prompts_of(pretend, foreign, "a robot in snow", generic_prompt="a cat")
+    assert found == ("a robot in snow", "a cat")
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_our_own_file_without_our_keys_draws_the_same_words(run, pretend, subject_file, format):
+    other = subject_file.with_name(f"{format}.safetensors")
+    assert cli.run(["lora", "convert", str(subject_file), str(other), "--format", format]) == 0
+    change(other, metadata={key: None for key in read(other)[1] if key.startswith("hyperrt.")})
+    for prompt in ("a [V] robot on the beach", "a [V] on the beach"):
+        ours, theirs = (prompts_of(pretend, path, prompt) for path in (subject_file, other))
+        assert ours == theirs == ("a sks robot on the beach", "a robot on the beach")
+
+
+def test_a_prompt_without_the_placeholder_draws_with_a_warning_once(run, foreign):
+    code, out, err = run("generate", "-s", foreign, "-p", "a robot in snow", "-n", "3", "-o", "x")
+    assert code == 0 and len(out.splitlines()) == 3
+    assert err.count("asks for words that the prompt lacks: red robot") == 1
+    _, _, err = run("generate", "-s", foreign, "-p", "a red robot in snow", "-o", "y.png")
+    assert "lacks" not in err
+
+
+def test_a_subject_of_photos_still_needs_the_placeholder(run, pretend, subject_file):
+    assert run("generate", "-s", subject_file, "-p", "a robot in snow", "-o", "x.png")[0] == 3
+    with Runtime.open(pretend, "fake") as runtime, pytest.raises(BadPrompt):
+        runtime.generate("a robot in snow", runtime.load_subject(subject_file))
 
 
 def test_the_command_line_draws_with_it(run, foreign):

@@ -7,7 +7,17 @@ import re
 import pytest
 
 from hyperrt.errors import BadPrompt
-from hyperrt.prompts import MAX_CHARACTERS, Prompts, check_text, shortened, split_prompt
+from hyperrt.prompts import (
+    MAX_CHARACTERS,
+    Prompts,
+    check_text,
+    noun_of_trigger,
+    shortened,
+    split_for_trigger,
+    split_prompt,
+    triggers_in,
+    warnings_of_trigger,
+)
 
 
 def test_the_placeholder_becomes_the_token_and_is_left_out_for_the_base_model():
@@ -66,6 +76,89 @@ def test_white_space_is_made_plain():
 
 def test_tags_of_other_programs_are_only_text():
     assert split_prompt("a [V] cat <lora:x:1> (big:1.5)", "cat").generic == "a cat <lora:x:1> (big:1.5)"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "generic"),
+    [
+        ("a [V] mug on a beach", "a ohwx mug on a beach", "a mug on a beach"),
+        ("a [V] on a beach", "a ohwx mug on a beach", "a mug on a beach"),
+        ("a [V] cup on a beach", "a ohwx mug on a beach", "a cup on a beach"),
+        ("a [V] red mug on a beach", "a ohwx red mug on a beach", "a red mug on a beach"),
+        ("a [V] red cup on a beach", "a ohwx red cup on a beach", "a red cup on a beach"),
+        ("two [v] Mugs, sleeping", "two ohwx Mugs, sleeping", "two Mugs, sleeping"),
+        ("the mug [V] in snow", "the mug ohwx in snow", "the mug in snow"),
+        ("a mug in the [V]", "a mug in the ohwx mug", "a mug in the mug"),
+        ("the [V]'s handle", "the ohwx mug's handle", "the mug's handle"),
+        ("a [V] mug beside a [V]", "a ohwx mug beside a ohwx mug", "a mug beside a mug"),
+        ("a [V] ohwx mug", "a ohwx mug", "a ohwx mug"),
+        ("[V]", "ohwx mug", "mug"),
+        ("[V][V]", "ohwx mug ohwx mug", "mug"),
+    ],
+)
+def test_a_trigger_stands_for_the_placeholder_and_its_noun(prompt, subject, generic):
+    assert split_for_trigger(prompt, "ohwx mug", "mug") == Prompts(subject, generic)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "prompt", "subject"),
+    [
+        ("ohwx", "a [V] mug in snow", "a ohwx mug in snow"),
+        ("ohwx", "a [V] in snow", "a ohwx in snow"),
+        ("mug", "a [V] mug in snow", "a mug in snow"),
+        ("Mug", "a [V] in snow", "a Mug in snow"),
+        ("ohwx teddy bear", "a [V] teddy bear in snow", "a ohwx teddy bear in snow"),
+        ("ohwx mug, blue glaze", "a [V] mug in snow", "a ohwx mug in snow"),
+        (r"\1 <x>", "a [V] in snow", r"a \1 <x> in snow"),
+        ("", "a [V] in snow", "a sks toy in snow"),
+    ],
+)
+def test_other_triggers_are_put_in_once(trigger, prompt, subject):
+    assert split_for_trigger(prompt, trigger, "toy").subject == subject
+
+
+def test_thousands_of_placeholders_are_no_hang():
+    found = split_for_trigger("[V]" * (MAX_CHARACTERS // 3), " ".join("abcdefghijklmnop"), "toy")
+    assert found.subject.count("a b c d") == MAX_CHARACTERS // 3
+
+
+def test_without_the_placeholder_a_prompt_for_another_programs_lora_is_used_as_it_is():
+    assert split_for_trigger("a mug  in snow", "ohwx", "toy") == Prompts("a mug in snow", "a mug in snow")
+    with pytest.raises(BadPrompt, match="empty"):
+        split_for_trigger(" ", "ohwx", "toy")
+
+
+@pytest.mark.parametrize(
+    ("trigger", "noun"),
+    [
+        ("ohwx mug, blue", "mug"),
+        ("ohwx Teddy Bear", "Teddy Bear"),
+        ("ohwx dog", "dog"),
+        ("ohwx", "toy"),
+        ("mug", "mug"),
+        ("", "toy"),
+    ],
+)
+def test_the_noun_of_a_trigger_is_its_end(trigger, noun):
+    assert noun_of_trigger(trigger, ("mug", "teddy bear"), "toy") == noun
+
+
+def test_triggers_are_between_commas():
+    assert triggers_in(" a  b,, c ,") == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "words"),
+    [
+        ("a [V] mug", "a ohwx mug, blue", []),
+        ("a mug", "a mug", ["lacks: ohwx mug, blue"]),
+        ("a [V] cup", "a ohwx mug", ["place of 'cup'", "lacks: blue"]),
+        ("blue [V] mugs", "blue ohwx mugs", []),
+    ],
+)
+def test_what_a_trigger_lacks_or_replaces_is_told(prompt, subject, words):
+    found = warnings_of_trigger(prompt, subject, "ohwx mug, blue", "[V]")
+    assert len(found) == len(words) and all(part in text for part, text in zip(words, found, strict=True))
 
 
 def test_without_a_subject_the_placeholder_may_be_absent():

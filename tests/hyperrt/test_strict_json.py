@@ -64,6 +64,12 @@ def test_a_key_that_occurs_twice_among_many_is_named_without_comparing_all_pairs
         loads(f'{{{keys}, "299999": 0}}'.encode())
 
 
+def test_a_byte_order_mark_is_read_over_and_utf_16_is_refused():
+    assert loads(b"\xef\xbb\xbf" + '{"a": "é"}'.encode()) == {"a": "é"}
+    with pytest.raises(StrictError):
+        loads("{}".encode("utf-16"))
+
+
 DEEP = b"[" * 99_999
 
 

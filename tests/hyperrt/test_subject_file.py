@@ -58,7 +58,8 @@ def test_alpha_is_kohyas_tensor_and_where_there_is_none_the_rank(path):
         ({"lora_alpha": 8, "alpha_pattern": {"transformer_blocks.0.attn2.to_q": 1}}, 1, 8),
         ({"lora_alpha": 8, "alpha_pattern": {"locks.0.attn2.to_q": 1}}, 8, 8),
         ({"lora_alpha": 8, "use_rslora": True}, 8 * 2**0.5, 8 * 2**0.5),
-        ({"r": 2}, 2, 2),
+        ({"lora_alpha": 8, "alpha_pattern": {"^transformer_blocks.0.attn2.to_q": 1}}, 8, 8),
+        ({"r": 2}, 8, 8),
     ],
 )
 def test_alpha_is_read_as_peft_reads_its_configuration(path, options, here, elsewhere):
@@ -178,6 +179,13 @@ def test_what_is_no_pair_at_a_site_is_refused_even_in_part(path, name):
     change(path, {name: np.zeros((2, 2), np.float32)})
     with pytest.raises(LoraError, match="not a LoRA of pairs"):
         check_used(open_lora(path), partial=True)
+
+
+def test_what_is_no_pair_is_called_by_the_name_of_its_method(path):
+    write(path, random_pairs(RANKS))
+    change(path, {f"unet.{SITE}.dora_scale": np.zeros((6, 1), np.float32)})
+    with pytest.raises(LoraError, match="is DoRA and not a LoRA of pairs"):
+        check_used(open_lora(path))
 
 
 @pytest.mark.parametrize(

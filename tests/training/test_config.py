@@ -24,6 +24,12 @@ def test_every_preset_is_a_valid_configuration(preset):
     assert isinstance(resolve(PATHS, preset), TrainConfig)
 
 
+def test_the_file_may_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"steps": 7}), encoding="utf-8-sig")
+    assert resolve(PATHS, file=file).steps == 7
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"steps": 7, "lr": 0.5}))

@@ -38,6 +38,13 @@ def test_a_table_gives_nouns_family_and_split(tmp_path, cutout_folder):
     assert [file.name for file in test.files] == ["orange.png"]
 
 
+def test_a_table_may_begin_with_a_byte_order_mark(tmp_path, cutout_folder):
+    folder = cutout_folder(tmp_path, [("red", "")], table=False)
+    table = "file,class_noun,split\nred.png,toy,train\n"
+    (folder / "metadata.csv").write_text(table, encoding="utf-8-sig")
+    assert cutouts.load(folder).nouns == ("toy",)
+
+
 def test_without_a_table_every_picture_is_a_thing_and_in_one_split(tmp_path, cutout_folder):
     colours = [f"#{level:02x}8040" for level in range(0, 256, 16)]
     folder = cutout_folder(tmp_path, [(colour, "") for colour in colours], table=False)

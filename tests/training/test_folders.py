@@ -23,6 +23,14 @@ def test_each_folder_is_a_subject_and_says_what_it_is(tmp_path):
     assert subjects[1].views[0].captions == ("a [V] stuffed animal", "a stuffed animal")
 
 
+def test_files_that_say_it_may_begin_with_a_byte_order_mark(tmp_path):
+    source = data_sets.folders(tmp_path / "set")
+    for name in ("a/class.txt", "b/metadata.json", "prompts_and_classes.txt"):
+        (source / name).write_bytes(b"\xef\xbb\xbf" + (source / name).read_bytes())
+    subjects = found(folders.folders, source)
+    assert [subject.noun for subject in subjects] == ["robot", "stuffed animal", "cat", "dog"]
+
+
 def test_the_option_is_for_subjects_that_do_not_say_what_they_are(tmp_path):
     source = data_sets.write(data_sets.folders(tmp_path / "set"), ["e/1.png"])
     assert [subject.noun for subject in found(folders.folders, source, noun="toy")][0::4] == ["robot", "toy"]

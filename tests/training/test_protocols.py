@@ -50,6 +50,12 @@ def test_another_subject_needs_a_noun_and_is_left_out_without(tmp_path):
     assert name == "thing" and "class noun" in why
 
 
+def test_a_table_of_nouns_may_begin_with_a_byte_order_mark(tmp_path):
+    photo(tmp_path / "rex" / "1.png")
+    (tmp_path / "metadata.csv").write_text("subject,class_noun\nrex,dragon\n", encoding="utf-8-sig")
+    assert [entry.noun for entry in subjects(PROTOCOLS["dreambench"], tmp_path).entries] == ["dragon"]
+
+
 def test_every_file_and_folder_is_a_face(tmp_path):
     photo(tmp_path / "2.jpg")
     photo(tmp_path / "10.jpg")

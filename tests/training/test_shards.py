@@ -51,6 +51,11 @@ def test_files_of_one_name_are_one_sample_and_its_images_are_views(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("suffix", "text"), [("cls", "cat"), ("json", '{"noun": "cat"}')])
+def test_texts_may_begin_with_a_byte_order_mark(shard, suffix, text):
+    assert only(shard(("a.png", PNG), (f"a.{suffix}", text.encode("utf-8-sig")))).noun == "cat"
+
+
 def test_a_single_shard_can_be_named(shard):
     assert only(shard(("a/b.jpg", PNG), ("a/b.cls", b"cat"))).noun == "cat"
     with pytest.raises(NotFound, match="has no shards"):
