@@ -288,8 +288,16 @@ def _moved_away(target: Path) -> Iterator[None]:
             yield
         finally:
             if moved and not os.path.lexists(target):
-                os.rename(old, target)
+                _put_back(old, target)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    try:
+        os.rename(old, target)
+    except OSError as error:
+        if error.errno not in EXISTS:  # another run has just taken the place
+            raise
 
 
 @contextlib.contextmanager

@@ -27,10 +27,11 @@ from tests.pasting import commands_in
 AWKWARD = "it's (a) folder"  # in which commands without quotes fall apart
 # Messages that are pasted by the tests of their own module.
 LORA = "tests/hyperrt/test_lora_advice.py"
+ABSENT = "test_a_file_that_is_not_there_leads_to_how_one_is_made"
 ELSEWHERE = {
     "hyperrt/subject_file.py:check_used": f"{LORA}::test_what_a_file_adapts_that_cannot_be_used_is_shown",
     "hyperrt/subject_file.py:how_to_reduce": f"{LORA}::test_a_shell_runs_the_command_as_it_is_printed",
-    "hyperrt/safetensors_file.py:read_header": f"{LORA}::test_a_file_that_is_not_there_leads_to_how_one_is_made",
+    "hyperrt/safetensors_file.py:read_header": f"{LORA}::{ABSENT}",
 }
 # What looks like a command and is none: no message, or words that begin like one.
 NO_COMMANDS = {

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from hyperrt import bundle, images, lora, lora_metadata, manifest, safetensors_file, subject_file
+from hyperrt import (
+    bundle,
+    image_formats,
+    images,
+    lora,
+    lora_metadata,
+    manifest,
+    safetensors_file,
+    subject_file,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT, SECURITY = ROOT / "docs" / "bundle-format.md", ROOT / "SECURITY.md"
@@ -26,8 +35,10 @@ LIMITS = [
     (FORMAT, "| 1 to # printable characters |", lora_metadata.MAX_NOUN, 1),
     (SECURITY, "at most # of each folder", images.MAX_PHOTOS, 1),
     (SECURITY, "of at most # MiB", images.MAX_FILE_BYTES, 2**20),
-    (SECURITY, "# million pixels", images.MAX_PIXELS, 10**6),
-    (SECURITY, "# pixels a side", images.MAX_SIDE, 1),
+    (SECURITY, ", # million pixels", image_formats.MAX_PIXELS, 10**6),
+    (SECURITY, "smaller scale may have # of them", image_formats.MAX_JPEG_PIXELS, 1),
+    (SECURITY, "at most # scans", image_formats.MAX_SCANS, 1),
+    (SECURITY, "# pixels a side", image_formats.MAX_SIDE, 1),
 ]
 
 

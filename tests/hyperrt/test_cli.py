@@ -386,17 +386,3 @@ def test_help_of_every_command_has_examples_and_needs_no_numpy():
         command = [sys.executable, "-c", code, *arguments, "--help"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert "Examples:" in out and out.endswith("False\n")
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_training_command_is_that_of_its_module(name, run):
-    pytest.importorskip("torch")
-    code, out, _ = run(name, "--help", here=())
-    assert code == 0 and out.startswith(f"Usage: hyperrt {name} ") and "Examples:" in out
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_without_pytorch_a_training_command_says_what_to_install(name, run, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, err = run(name, here=())
-    assert code == 5 and err.endswith("do:  pip install 'hyperrt[train]'\n")

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import hyperrt
-from hyperrt import recipe
+from hyperrt import infotext, recipe
 from hyperrt.config import SOLVER_NAMES
 from hyperrt.errors import BadImage, NotFound, UsageError
 
@@ -264,4 +264,4 @@ def test_damaged_bytes_anywhere_end_in_a_recipe_or_in_bad_image(saved):
 
 
 def test_every_solver_has_its_name_in_a1111():
-    assert recipe.SAMPLERS.keys() == set(SOLVER_NAMES)
+    assert infotext.SAMPLERS.keys() == set(SOLVER_NAMES)
