@@ -128,8 +128,13 @@ def reduced(factors: Factors, rank: int) -> Factors:
 
 
 def norm(factors: Factors) -> float:
-    """Frobenius norm of what is added to the weight, alpha / r times B A; the product is not formed."""
+    """Frobenius norm of what is added to the weight, alpha / r times B A.
+
+    No matrix is larger than the factors: a file may have a rank of many thousands.
+    """
     a, b = (array.astype(np.float64) for array in factors.numbers())
+    if factors.rank > max(a.shape[1], len(b)):
+        return float(np.linalg.norm(b @ a))
     return float(np.sqrt(max(np.sum((a @ a.T) * (b.T @ b)), 0)))
 
 

@@ -24,7 +24,10 @@ def truncated(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix]:
     Args:
         a, b: [d_in, k] and [k, d_out], finite.
     """
-    a, b = _balanced(a.astype(np.float64), b.astype(np.float64))
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if a.shape[1] > max(len(a), b.shape[1]):  # then the product is smaller than a Gram matrix
+        a, b = a @ b, np.eye(b.shape[1])
+    a, b = _balanced(a, b)
     root_a, root_b = _root(a.T @ a), _root(b @ b.T)
     left, values, right = np.linalg.svd(root_a @ root_b.T)
     kept = int(np.sum(values[:rank] > len(values) * np.finfo(np.float64).eps * values[0]))

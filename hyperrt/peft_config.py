@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from hyperrt.errors import LoraError
 from hyperrt.safetensors_file import shown
 
 Config = Mapping[str, Any]
+Patterns = Mapping[str, tuple[int, Any]]  # a key of alpha_pattern -> its place among the keys, and its value
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what PEFT looks for in a folder
 CONFIG = "lora_adapter_metadata"  # where diffusers keeps the configuration
@@ -90,22 +92,39 @@ def read(source: Path, format: str, metadata: Mapping[str, str]) -> Config | Non
     return of_unet or {key: value for key, value in config.items() if "." not in key} or None
 
 
-def alpha(config: Config, name: str, site: str, rank: int) -> float:
+def alpha_patterns(config: Config, name: str) -> Patterns:
+    """PEFT's `alpha_pattern`, for `alpha`.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        LoraError: a key is more than the name of a module.
+    """
+    patterns = config.get("alpha_pattern") or {}
+    found: dict[str, tuple[int, Any]] = {}
+    for place, (pattern, value) in enumerate(patterns.items() if isinstance(patterns, dict) else ()):
+        found.setdefault(_module_of(pattern, name), (place, value))
+    return found
+
+
+def alpha(config: Config, patterns: Patterns, name: str, site: str, rank: int) -> float:
     """The alpha of a site; what is added to its weight is alpha / rank times B A.
 
     Args:
+        patterns: of `alpha_patterns`.
         name: of the file, for messages.
         site: its path in the UNet.
 
     Raises:
-        LoraError: it is not a number, or `alpha_pattern` has a key that is more than a module's name.
+        LoraError: it is not a number.
     """
-    patterns = config.get("alpha_pattern") or {}
-    found = config.get("lora_alpha", ALPHA)
-    for pattern in patterns if isinstance(patterns, dict) else ():
-        if _is_meant(pattern, name, site):
-            found = patterns[pattern]
-            break
+    # A key means the modules whose path ends in it; the first one counts.  Looked up, since a file may have
+    # thousands of keys and of sites.
+    parts = site.split(".")
+    keys = [f"^{site}", *(".".join(parts[start:]) for start in range(len(parts)))]
+    meant = [patterns[key] for key in keys if key in patterns]
+    found = min(meant, key=itemgetter(0))[1] if meant else config.get("lora_alpha", ALPHA)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise LoraError(f"{name}: alpha is {shown(repr(found))}", "it must be a number above 0", CORRECT)
     return float(found) * math.sqrt(rank) if config.get("use_rslora") else float(found)
@@ -143,13 +162,13 @@ def _of_changed_base(start: Any) -> Method:
     return Method(_CHANGED_BASE[key], why, do + "path_initial_model_for_weight_conversion")
 
 
-def _is_meant(pattern: str, name: str, site: str) -> bool:
-    """Whether a key of `alpha_pattern` means the site.  PEFT takes it as the end of a regular expression."""
+def _module_of(pattern: str, name: str) -> str:
+    """A key of `alpha_pattern`, with "^" first where it is a whole path; to PEFT it is a regular expression."""
     ending = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if not re.fullmatch(r"[\w.]+", ending):  # never run: it may take for ever
         why = f"its key {shown(pattern)} is a pattern, not the name of a module"
         raise LoraError(f"the alpha_pattern of {name} is not understood", why, CORRECT)
-    return site == ending if pattern.startswith("^") else f".{site}".endswith(f".{ending}")
+    return f"^{ending}" if pattern.startswith("^") else ending
 
 
 def _object(name: str, text: bytes) -> Config:

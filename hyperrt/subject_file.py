@@ -161,7 +161,9 @@ def open_lora(path: str | os.PathLike[str], paths: Collection[str] = ()) -> Lora
     }
     format = next((part.format for part in [*of_sites.values(), *parts.values()]), "diffusers")
     config = peft_config.read(source, format, metadata)
-    header = _Header(source, metadata, entries, None if format == "kohya" else config)
+    config_of_alpha = None if format == "kohya" else config
+    patterns = peft_config.alpha_patterns(config_of_alpha or {}, source.name)
+    header = _Header(source, metadata, entries, config_of_alpha, patterns)
     pairs, odd, methods = {}, [], peft_config.methods(config or {})
     for site, names in _by_site(of_sites).items():
         complete = names.keys() >= {"A", "B"}
@@ -292,6 +294,7 @@ class _Header(NamedTuple):
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
     config: peft_config.Config | None  # that tells alpha
+    patterns: peft_config.Patterns
 
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -342,8 +345,12 @@ def _alpha(header: _Header, key: str | None, site: str, rank: int) -> float:
         stored = safetensors_file.read_tensor(header.path, key, entry, types)
         alpha = float(stored.array().ravel()[0])
     else:
-        alpha = rank if header.config is None else peft_config.alpha(header.config, name, site, rank)
+        alpha = rank if header.config is None else _configured(header, site, rank)
     if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
         why = f"it must be above 0 and at most {MAX_ALPHA:g}"
         raise LoraError(f"{name}: alpha is {alpha:g} at {shown(site)}", why, redo)
     return alpha
+
+
+def _configured(header: _Header, site: str, rank: int) -> float:
+    return peft_config.alpha(header.config or {}, header.patterns, header.path.name, site, rank)

@@ -206,3 +206,10 @@ def test_a_subject_of_another_rank_is_a_lora_like_any_other(tmp_path):
     file = open_lora(tmp_path / "1.s")
     assert file.origin == {} and {pair.rank for pair in file.pairs.values()} == {1}
     assert load_subject(tmp_path / "1.s", LAYOUT, BASE).metadata["trigger"] == "sks mug"
+
+
+def test_the_norm_of_a_rank_far_above_the_sizes_takes_no_more_memory_than_the_factors():
+    """A Gram matrix of this rank would have 80 GB."""
+    a, b = np.ones((100_000, 2), np.float32), np.ones((3, 100_000), np.float32)
+    factors = Factors(Stored.of(a), Stored.of(b), 100_000.0)
+    assert lora_writer.norm(factors) == pytest.approx(100_000 * 6**0.5)

@@ -61,3 +61,10 @@ def test_scale_is_shared_by_both_factors_and_rank_not_needed_is_zero():
 def test_nothing_stays_nothing(zero):
     a, b = truncated(A * zero[0], B * zero[1], 2)
     assert not a.any() and not b.any()
+
+
+def test_a_rank_far_above_the_sizes_takes_no_more_memory_than_the_factors():
+    """A Gram matrix of this rank would have 80 GB."""
+    a, b = np.ones((2, 100_000)), np.ones((100_000, 3))
+    new_a, new_b = truncated(a, b, 1)
+    assert np.allclose(new_a @ new_b, a @ b)

@@ -133,3 +133,21 @@ def test_factors_of_another_shape_are_no_error_of_their_own_where_the_method_has
     write(folder / "adapter_model.safetensors", pairs, "peft")
     with pytest.raises(LoraError, match="is BD-LoRA"):
         check_used(open_lora(folder))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "alpha"),
+    [
+        ({"attn2.to_k": 3, "to_k": 5}, 3),
+        ({"to_k": 5, "attn2.to_k": 3}, 5),
+        ({"^attn2.to_k": 3, "to_k": 5}, 5),
+        ({"^a.attn2.to_k$": 3, "to_k": 5}, 3),
+        ({"o_k": 3}, 8),
+        ({f"module{number}": 3 for number in range(50_000)}, 8),
+    ],
+    ids=["the first", "the first", "a whole path", "a whole path", "part of a name", "very many"],
+)
+def test_the_first_key_of_alpha_pattern_that_ends_a_path_counts(patterns, alpha):
+    config = {"alpha_pattern": patterns}
+    found = peft_config.alpha(config, peft_config.alpha_patterns(config, "x"), "x", "a.attn2.to_k", 4)
+    assert found == alpha
