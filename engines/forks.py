@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 
 from hyperrt.engines.errors import EngineForked
@@ -35,6 +36,28 @@ def check(process: int) -> None:
         why = f"it was opened in process {process}; this is {here}, and a fork copies no threads"
         do = "start processes by spawn, multiprocessing.get_context('spawn'), and open it in each of them"
         raise EngineForked("the engine cannot be used in a forked process", why, do)
+
+
+class Lock:
+    """A re-entrant lock that a forked process does not wait for if a thread held it that stayed behind.
+
+    `with` raises EngineForked there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            if not self._lock.acquire(blocking=False):
+                check(self._process)
+            self._lock.release()
+            self._process = os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _keep() -> None:

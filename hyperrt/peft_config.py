@@ -163,7 +163,7 @@ def _of_changed_base(start: Any) -> Method:
 
 
 def _module_of(pattern: str, name: str) -> str:
-    """A key of `alpha_pattern`, with "^" first where it is a whole path; to PEFT it is a regular expression."""
+    """A key of `alpha_pattern`, "^" first where it is a whole path; to PEFT it is a regular expression."""
     ending = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if not re.fullmatch(r"[\w.]+", ending):  # never run: it may take for ever
         why = f"its key {shown(pattern)} is a pattern, not the name of a module"

@@ -13,7 +13,6 @@ Source: arXiv 2511.03156, HM-CFG (eq. 20); a subject's rows and base rows share 
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from hyperrt.bundle import Bundle
 from hyperrt.combine import check_way
 from hyperrt.conditioning import Conditioning
 from hyperrt.config import SamplingConfig
+from hyperrt.engines import forks
 from hyperrt.engines.base import Engine
 from hyperrt.errors import UsageError
 from hyperrt.graphs import Graphs
@@ -88,7 +88,7 @@ class Runtime:
         self._conditioning = Conditioning(self._graphs, low_memory)
         self._making = Making(self._graphs, low_memory)
         self._bound: tuple[Any, ...] | None = None  # engine, what it was told, for how many pictures
-        self._lock = threading.RLock()
+        self._lock = forks.Lock()
 
     @classmethod
     @checked

@@ -75,3 +75,37 @@ def test_an_engine_belongs_to_the_process_that_opened_it():
     with pytest.raises(EngineForked, match="opened in process 0"):
         forks.check(0)
     assert EngineForked.code == 7
+
+
+# The thread that holds the lock is not in the child; SIGALRM ends a child that waits for it.
+HELD = """
+import os, signal, sys, threading
+from hyperrt.engines import EngineForked, forks
+lock, held = forks.Lock(), threading.Event()
+def hold():
+    with lock:
+        held.set()
+        threading.Event().wait()
+if sys.argv[1] == "held":
+    threading.Thread(target=hold, daemon=True).start()
+    held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    try:
+        with lock, lock:
+            print("free")
+    except EngineForked:
+        print("refused")
+    sys.stdout.flush()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize(("state", "end"), [("held", "refused"), ("free", "free")])
+def test_a_lock_that_a_thread_of_the_parent_holds_is_not_waited_for(state, end):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", HELD, state]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, f"{end}\n"), result.stderr
