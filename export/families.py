@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ from transformers import CLIPTokenizer
 
 from hyperrt.bundle import Defaults, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
-from hyperrt.export import architectures, loading
+from hyperrt.export import architectures, loading, supported
 from hyperrt.export.errors import ExportError
 from hyperrt.export.loading import Found
 from hyperrt.export.parts import Part, random_part
 from hyperrt.export.source import Inputs, Source, sized, vae_factor
 from hyperrt.training import base as tiny
-from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
+from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers, model_config, scenes
 from hyperrt.training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
 from hyperrt.training.hypernet import decoder_of
 from hyperrt.training.loop import first_line
@@ -82,6 +83,7 @@ class Family:
             max_tokens=source.max_tokens,
             default_class=self.default_class,
             nouns=self.nouns,
+            pad=source.pad,
             pad_2=source.pad_2,
             zero_empty=source.zero_empty,
         )
@@ -115,7 +117,9 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
                 option = f"--{name.replace('_', '-')}"
                 why = "random weights are in place of everything that could be read"
                 raise UsageError(f"{option} and --random-weights exclude each other", why, "leave one out")
-        yield sized(family.random(inputs.random_weights), inputs.size)
+        source = sized(family.random(inputs.random_weights), inputs.size)
+        supported.check(source)
+        yield source
         return
     if inputs.hypernet is None:
         why = "a bundle is made from a base model and the hypernetwork that was trained on it"
@@ -125,6 +129,7 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
     base = str(inputs.base or _base_of(inputs.hypernet, about))
     found = loading.find(base, inputs.like, inputs.offline)
     source = sized(_load(family, found, inputs, about), inputs.size)
+    supported.check(source)
     _check_fit(source, about, family.half_hash)
     _check_image_prompt(source, about)
     yield source
@@ -134,6 +139,7 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
     folder = found.folder
     parts = loading.parts_of(folder, inputs.image_encoder, found.file)
     unet = parts["unet"].skeleton
+    tokenizer = _tokenizer(folder / "tokenizer", parts["text_encoder"])
     parts["weight_decoder"] = _decoder_part(inputs.hypernet, about)
     if inputs.image_prompt is not None:
         path = inputs.image_prompt
@@ -142,7 +148,7 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
         parts["image_prompt"] = Part("image_prompt", lambda: loaded_sizes, read)
     return Source(
         parts=parts,
-        tokenizer=_tokenizer(folder / "tokenizer", parts["text_encoder"]),
+        tokenizer=tokenizer,
         scheduler=loading.scheduler_of(folder, found.file),
         layout=about["layout"],
         token=about["token"],
@@ -150,29 +156,36 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
         image_size=unet.config.sample_size * vae_factor(parts["vae"]),
         # A single file is not under the licence of the model whose configuration it has.
         license=family.license if found.file else _license_of(folder, family),
-        **(_sdxl_rules(folder, parts["text_encoder_2"]) if "text_encoder_2" in parts else {}),
+        **(_sdxl_rules(folder, parts["text_encoder_2"], tokenizer) if "text_encoder_2" in parts else {}),
     )
 
 
-def _sdxl_rules(folder: Path, text_encoder_2: Part) -> dict[str, Any]:
+def _sdxl_rules(folder: Path, text_encoder_2: Part, tokenizer: CLIPTokenizer) -> dict[str, Any]:
     index = loading.read_json(folder / "model_index.json")
-    return {
-        "pad_2": _tokenizer(folder / "tokenizer_2", text_encoder_2).pad_token_id,
-        "zero_empty": bool(index.get("force_zeros_for_empty_prompt", True)),  # diffusers' default
-    }
+    second = _tokenizer(folder / "tokenizer_2", text_encoder_2)
+    if _rules(second, second.pad_token) != _rules(tokenizer, second.pad_token):
+        why = "the vocabulary, the length or the tokens of their own are others; a bundle has one vocabulary"
+        do = "use a model whose tokenizers differ in the pad alone, as SDXL's do"
+        raise ExportError(f"{folder / 'tokenizer_2'} reads text in another way than tokenizer", why, do)
+    # diffusers' default
+    return {"tokenizer_2": second, "zero_empty": bool(index.get("force_zeros_for_empty_prompt", True))}
+
+
+def _rules(tokenizer: CLIPTokenizer, pad: str) -> tuple[Any, ...]:
+    """How a tokenizer reads text, but for the pad, whose word is a token of its own."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = {(token["content"], token["id"]) for token in rules["added_tokens"] if token["content"] != pad}
+    return rules["model"], rules["normalizer"], rules["pre_tokenizer"], own, tokenizer.model_max_length
 
 
 def _tokenizer(folder: Path, text_encoder: Part) -> CLIPTokenizer:
-    what = f"{folder} cannot be used"
+    what, do = f"{folder} cannot be used", "copy the model again"
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers has no common one
-        raise IntegrityError(what, first_line(error), "copy the model again") from error
-    known = text_encoder.skeleton.config.vocab_size
-    if len(tokenizer) > known or len(tokenizer) < 3:  # an empty folder makes a tokenizer, too
-        raise IntegrityError(
-            what, f"it knows {len(tokenizer)} tokens, the text encoder {known}", "copy the model again"
-        )
+        raise IntegrityError(what, first_line(error), do) from error
+    if why := model_config.misfit(tokenizer, text_encoder.skeleton.config):
+        raise IntegrityError(what, why, do)
     return tokenizer
 
 
@@ -300,7 +313,8 @@ def _random_sdxl(seed: int) -> Source:
     source = _random(
         parts, _some_tokenizer(), architectures.SCHEDULER, seed, 2, FULL_OPEN, 1024, RANDOM_LICENSE
     )
-    return dataclasses.replace(source, pad_2=0, zero_empty=True)
+    tokenizer_2 = clip_tokenizer.padded(source.tokenizer, "!")
+    return dataclasses.replace(source, tokenizer_2=tokenizer_2, zero_empty=True)
 
 
 def _random(
