@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from hyperrt.export.loading import Found
 from hyperrt.export.parts import Part, random_part
 from hyperrt.export.source import Inputs, Source, sized, vae_factor
 from hyperrt.training import base as tiny
-from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers, model_config, scenes
+from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
 from hyperrt.training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
 from hyperrt.training.hypernet import decoder_of
 from hyperrt.training.loop import first_line
@@ -52,6 +51,11 @@ The weights of this bundle are random numbers; it draws noise. Its graphs were m
 THEIR_LICENSE = """\
 The weights of this bundle are those of the base model that it was exported from, under the terms of that
 model; its folder had no LICENSE file to copy. Graphs were made by HyperRT (Apache License 2.0).
+"""
+
+
+OF_ANOTHER_VAE = """\
+It is under the terms of the model that it is of; there was no LICENSE file beside it to copy.
 """
 
 
@@ -112,7 +116,7 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
         ExportError: the parts do not fit each other, or the graphs cannot express them.
     """
     if inputs.random_weights is not None:
-        for name in ("base", "hypernet", "image_encoder", "image_prompt", "like"):
+        for name in ("base", "vae", "hypernet", "image_encoder", "image_prompt", "like"):
             if getattr(inputs, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 why = "random weights are in place of everything that could be read"
@@ -123,11 +127,11 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
         return
     if inputs.hypernet is None:
         why = "a bundle is made from a base model and the hypernetwork that was trained on it"
-        do = f"hyperrt export --model {family.name} --hypernet CKPT -o BUNDLE"
-        raise UsageError("--hypernet is not given", why, do)
+        raise UsageError("--hypernet is not given", why, "name the folder of its run with --hypernet")
     about = _about_hypernet(inputs.hypernet)
     base = str(inputs.base or _base_of(inputs.hypernet, about))
-    found = loading.find(base, inputs.like, inputs.offline)
+    elsewhere = [name for name in ("vae", "image_encoder") if getattr(inputs, name) is not None]
+    found = loading.find(base, inputs.like, inputs.offline, elsewhere)
     source = sized(_load(family, found, inputs, about), inputs.size)
     supported.check(source)
     _check_fit(source, about, family.half_hash)
@@ -137,9 +141,10 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
 
 def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]) -> Source:
     folder = found.folder
-    parts = loading.parts_of(folder, inputs.image_encoder, found.file)
+    vae = None if inputs.vae is None else loading.find_vae(str(inputs.vae), folder, inputs.offline)
+    parts = loading.parts_of(folder, inputs.image_encoder, found.file, vae)
     unet = parts["unet"].skeleton
-    tokenizer = _tokenizer(folder / "tokenizer", parts["text_encoder"])
+    tokenizer = loading.tokenizer_of(folder / "tokenizer", parts["text_encoder"])
     parts["weight_decoder"] = _decoder_part(inputs.hypernet, about)
     if inputs.image_prompt is not None:
         path = inputs.image_prompt
@@ -155,44 +160,32 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
         image_scale=about["image_scale"],
         image_size=unet.config.sample_size * vae_factor(parts["vae"]),
         # A single file is not under the licence of the model whose configuration it has.
-        license=family.license if found.file else _license_of(folder, family),
+        license=(family.license if found.file else _license_of(folder, family)) + _license_of_vae(vae),
         **(_sdxl_rules(folder, parts["text_encoder_2"], tokenizer) if "text_encoder_2" in parts else {}),
     )
 
 
 def _sdxl_rules(folder: Path, text_encoder_2: Part, tokenizer: CLIPTokenizer) -> dict[str, Any]:
     index = loading.read_json(folder / "model_index.json")
-    second = _tokenizer(folder / "tokenizer_2", text_encoder_2)
-    if _rules(second, second.pad_token) != _rules(tokenizer, second.pad_token):
-        why = "the vocabulary, the length or the tokens of their own are others; a bundle has one vocabulary"
-        do = "use a model whose tokenizers differ in the pad alone, as SDXL's do"
-        raise ExportError(f"{folder / 'tokenizer_2'} reads text in another way than tokenizer", why, do)
-    # diffusers' default
-    return {"tokenizer_2": second, "zero_empty": bool(index.get("force_zeros_for_empty_prompt", True))}
-
-
-def _rules(tokenizer: CLIPTokenizer, pad: str) -> tuple[Any, ...]:
-    """How a tokenizer reads text, but for the pad, whose word is a token of its own."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    own = {(token["content"], token["id"]) for token in rules["added_tokens"] if token["content"] != pad}
-    return rules["model"], rules["normalizer"], rules["pre_tokenizer"], own, tokenizer.model_max_length
-
-
-def _tokenizer(folder: Path, text_encoder: Part) -> CLIPTokenizer:
-    what, do = f"{folder} cannot be used", "copy the model again"
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers has no common one
-        raise IntegrityError(what, first_line(error), do) from error
-    if why := model_config.misfit(tokenizer, text_encoder.skeleton.config):
-        raise IntegrityError(what, why, do)
-    return tokenizer
+    return {
+        "tokenizer_2": loading.second_tokenizer_of(folder, text_encoder_2, tokenizer),
+        "zero_empty": bool(index.get("force_zeros_for_empty_prompt", True)),  # diffusers' default
+    }
 
 
 def _license_of(folder: Path, family: Family) -> str:
     for path in sorted(folder.glob("LICENSE*")):
         return path.read_text(encoding="utf-8", errors="replace")
     return family.license
+
+
+def _license_of_vae(vae: Found | None) -> str:
+    """What is added for a VAE that is not the base model's: its licence, if it came with one."""
+    if vae is None:
+        return ""
+    paths = [] if vae.file else sorted(vae.folder.glob("LICENSE*")) or sorted(vae.folder.parent.glob("LICENSE*"))
+    text = paths[0].read_text(encoding="utf-8", errors="replace") if paths else OF_ANOTHER_VAE
+    return f"\n---- the VAE, which is not the base model's ----\n\n{text}"
 
 
 def _about_hypernet(path: Path) -> dict[str, Any]:

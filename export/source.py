@@ -26,7 +26,6 @@ class Inputs:
     Attributes:
         base: diffusers folder, single .safetensors file, or hub id with its commit (OWNER/NAME@COMMIT); None
             for the base that the hypernetwork was trained on.
-        vae: the same of a VAE, in place of the base model's.
         hypernet: checkpoint of the weight decoder, or its folder.
         random_weights: a seed: random weights of the family's sizes in place of all others.
         image_encoder: folder of the ViT that the hypernetwork reads, where the base model's has none.
@@ -34,10 +33,10 @@ class Inputs:
         like: for a single file, see `loading.find`.
         offline: no network.
         size: of the pictures, in pixels; None: what the UNet was trained for.
+        vae: in place of the base model's: diffusers folder, .safetensors file, or hub id with its commit.
     """
 
     base: str | Path | None = None
-    vae: str | Path | None = None
     hypernet: Path | None = None
     random_weights: int | None = None
     image_encoder: Path | None = None
@@ -45,6 +44,7 @@ class Inputs:
     like: str | None = None
     offline: bool = False
     size: int | None = None
+    vae: str | Path | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -248,9 +248,9 @@ def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> An
             return cls.from_pretrained(folder)
         options = OPTIONS.get(cls.__name__, {})
         if cls.__module__.startswith("diffusers"):
-            options = {"torch_dtype": dtype, "variant": _variant(folder)}
+            options = {"torch_dtype": dtype, "variant": _variant(folder, name)}
         else:
-            options = options | {"dtype": dtype, "variant": _variant(folder)}
+            options = options | {"dtype": dtype, "variant": _variant(folder, name)}
         part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except MemoryError:
         raise
@@ -305,10 +305,10 @@ def class_of(folder: Path, name: str) -> type[Any]:
     return classes[found]
 
 
-def _variant(folder: Path) -> str | None:
-    """ "fp16" where the weights are there in that variant alone."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+def _variant(folder: Path, name: str) -> str | None:
+    """ "fp16" where the weights of a part are there in that variant alone."""
+    found = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
+    return "fp16" if found and ".fp16" in found[0] else None
 
 
 def save(base: Base, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,11 @@ from hyperrt.training import noise_schedule
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+
+# The name of a part's weights, as diffusers and transformers save them.
+STEMS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | dict.fromkeys(
+    ("text_encoder", "text_encoder_2", "image_encoder"), "model"
+)
 
 
 def misfit(tokenizer: CLIPTokenizer, config: Any) -> str:
@@ -109,3 +114,21 @@ def scheduler(folder: Path) -> dict[str, Any]:
     if why := noise_schedule.fault(config, named, is_sdxl=is_sdxl(folder)):
         raise ValueError(why)
     return noise_schedule.with_defaults(config, named)
+
+
+def weights(names: Iterable[str], stem: str) -> list[str]:
+    """Which files of a part's folder are read: an index and its shards, or a safetensors file.
+
+    In full precision where they are there, else in the variant fp16. An index goes first, as in diffusers.
+    """
+    names = sorted(names)
+    for variant in ("", ".fp16"):
+        index, whole = f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors"
+        if index in names:
+            number = r"-\d+-of-\d+"  # which older files have before the variant
+            ends = "|".join(re.escape(variant) + number if k else number + re.escape(variant) for k in (0, 1))
+            shard = re.compile(rf"{re.escape(stem)}({ends})\.safetensors")
+            return [index, *filter(shard.fullmatch, names)]
+        if whole in names:
+            return [whole]
+    return []
