@@ -37,12 +37,12 @@ UNET = {
     "sample_size": 16, "norm_num_groups": 8, "attention_head_dim": 2, "block_out_channels": (16, 32),
     "layers_per_block": 1,
 }  # fmt: skip
+SD15_BLOCKS = {
+    "cross_attention_dim": 16, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
 SD15 = {
-    "unet": lambda: UNet2DConditionModel(
-        **UNET, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ),
+    "unet": lambda: UNet2DConditionModel(**UNET, **SD15_BLOCKS),
     "vae": lambda: vae(),
     "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
     "image_encoder": lambda: vision(),
