@@ -45,7 +45,9 @@ def of_graph(
     return [MAKERS[graph.name](graph, source, read, size, seed) for seed, size in enumerate(known)]
 
 
-def _image_encoder(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
+def _image_encoder(
+    graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int
+) -> Expected:
     feeds = graph.feeds(size, seed)
     if isinstance(modules["image_encoder"], CLIPVisionModelWithProjection):
         features = _encoded_images(source, modules, feeds["pixels"])[0]
@@ -60,7 +62,9 @@ def _encoded_images(source: Source, modules: Any, pixels: Tensor) -> tuple[Tenso
     return pipe.encode_image(pixels, torch.device("cpu"), 1, output_hidden_states=True)
 
 
-def _weight_decoder(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
+def _weight_decoder(
+    graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int
+) -> Expected:
     """The hypernetwork's own; diffusers has no such thing."""
     feeds = graph.feeds(size, seed)
     packed = modules["weight_decoder"](feeds["features"])
@@ -127,7 +131,9 @@ def _use_for(use: Switch, feeds: Feeds, size: Mapping[str, int], row: int) -> No
 
 def text_keys_values(unet: Any, told: Told) -> Tensor:
     """K and V of every cross-attention, [1, L, W], as the bundle's format packs them."""
-    return torch.cat([linear(told.hidden) for _, attn in cross_attentions(unet) for linear in (attn.to_k, attn.to_v)], -1)
+    return torch.cat(
+        [linear(told.hidden) for _, attn in cross_attentions(unet) for linear in (attn.to_k, attn.to_v)], -1
+    )
 
 
 def _image_keys_values(unet: Any, tokens: Tensor, scale: Tensor) -> Tensor:
@@ -177,7 +183,9 @@ def _denoiser(graph: Graph, source: Source, modules: Any, size: Mapping[str, int
             picture = row % len(x)
             ids = None if time_ids is None else {"time_ids": time_ids[row : row + 1]}
             with image_given(unet, own) as tokens:
-                outputs.append(reference.predicted(unet, x[picture : picture + 1], feeds["timestep"], one, ids, tokens))
+                outputs.append(
+                    reference.predicted(unet, x[picture : picture + 1], feeds["timestep"], one, ids, tokens)
+                )
     feeds["context"] = torch.cat(context)
     return feeds, _stepped(feeds, torch.cat(outputs))
 

@@ -182,9 +182,7 @@ def _vae_graph(source: Source) -> Graph:
     else:
         latent, pixels = ("h", "w"), ("H", "W")
     inputs, outputs = (_f32("latents", "images", channels, *latent),), (_f32("pixels", "images", 3, *pixels),)
-    return _graph(
-        "vae_decoder", modules.VaeDecoder, ("vae",), inputs, outputs, scale=source.latent_scale
-    )
+    return _graph("vae_decoder", modules.VaeDecoder, ("vae",), inputs, outputs, scale=source.latent_scale)
 
 
 def _context_spec(source: Source, image: ImagePromptShape) -> TensorSpec:

@@ -47,7 +47,10 @@ def base_model(files: Iterable[str], but: Sequence[str] = ()) -> list[str]:
     """
     files = list(files)
     parts = [part for part in STEMS if part not in but and f"{part}/config.json" in files]
-    return [*configuration(files), *(name for part in parts for name in _part(files, f"{part}/", STEMS[part]))]
+    return [
+        *configuration(files),
+        *(name for part in parts for name in _part(files, f"{part}/", STEMS[part])),
+    ]
 
 
 def vae(files: Iterable[str]) -> list[str]:
@@ -62,8 +65,14 @@ def _part(files: Sequence[str], place: str, stem: str) -> list[str]:
     """The weights of the part whose folder begins with `place`."""
     inside = [name.removeprefix(place) for name in files if name.startswith(place)]
     if not (found := weights(inside, stem)):
-        pickled = [name for name in inside if name.startswith((stem, "pytorch_model")) and name.endswith(".bin")]
-        why = f"{pickled[0]} is a pickle, which can run code, and is not read" if pickled else f"no {stem}.safetensors"
+        pickled = [
+            name for name in inside if name.startswith((stem, "pytorch_model")) and name.endswith(".bin")
+        ]
+        why = (
+            f"{pickled[0]} is a pickle, which can run code, and is not read"
+            if pickled
+            else f"no {stem}.safetensors"
+        )
         raise BadInput(f"{place or 'the repository'} has no safetensors", why, CONVERT)
     return [place + name for name in found]
 

@@ -263,7 +263,9 @@ def _check_configured(folder: Path, folders: Mapping[str, Path], vae: Found | No
         why = f"{vae.file} has weights alone, and {folder} has no configuration of a VAE"
         raise NotFound("the VAE has no configuration", why, "give --vae a folder in diffusers' format")
     if missing == ["vae"]:
-        raise NotFound(f"the base model {folder} has no VAE", "there is no vae/config.json", single_file.NAME_VAE)
+        raise NotFound(
+            f"the base model {folder} has no VAE", "there is no vae/config.json", single_file.NAME_VAE
+        )
     why = f"it has no {', '.join(missing)}" if folder.is_dir() else "there is no such folder"
     do = "give a folder in diffusers' format, with model_index.json"
     raise NotFound(f"no base model can be read from {folder}", why, do)

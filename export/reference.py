@@ -1,8 +1,8 @@
 """What the graphs are compared with: diffusers' pipeline of the same networks, end to end.
 
 Prompts, time ids, image prompt, timesteps, solver steps and pictures are diffusers' own, the LoRA is loaded
-by diffusers into PEFT, and every row is a call of its own. So a setting that HyperRT leaves out cannot be left
-out here, too. diffusers has no HM-CFG: its sum alone is written out (`Guided`). Nor has it a hypernetwork.
+by diffusers into PEFT, and every row is a call of its own. So what HyperRT leaves out is not left out here,
+too. diffusers has no HM-CFG: its sum alone is written out (`Guided`). Nor has it a hypernetwork.
 
 The networks must be as they were read, which `Graph.hold` leaves them; what is added to them is taken away.
 """
@@ -188,7 +188,9 @@ class Given(_InPlaceOfUnet):
 
 
 @torch.no_grad()
-def drawn(pipe: Any, told: Told, noise: Tensor, steps: int, output: str = "latent", **more: Any) -> np.ndarray:
+def drawn(
+    pipe: Any, told: Told, noise: Tensor, steps: int, output: str = "latent", **more: Any
+) -> np.ndarray:
     """The pipeline's own loop from unit noise [n, C, h, w]: latents, or ("pt") pictures in [0, 1].
 
     The guided sum is that of its UNet (`Guided`): the pipeline is told to guide nothing.
@@ -207,13 +209,14 @@ def drawn(pipe: Any, told: Told, noise: Tensor, steps: int, output: str = "laten
 
 @torch.no_grad()
 def decoded(source: Source, vae: Any, latents: Tensor) -> np.ndarray:
-    """Latents as the UNet takes them [n, C, h, w] => pixels [n, 3, H, W] about [-1, 1], as the pipeline has them
-    before they are cut to that range."""
+    """Latents as the UNet takes them [n, C, h, w] => pixels [n, 3, H, W], not yet cut to [-1, 1]."""
     unet: Any = source.parts["unet"].skeleton
     pipe = pipeline(source, {"vae": vae}, unet=Given(unet, lambda x, _: torch.zeros_like(x)))
     pipe.image_processor = SimpleNamespace(postprocess=lambda image, **_: image)
     pipe.check_inputs = lambda *_: None  # of multiples of 8 pixels, which small models are not
-    return drawn(pipe, nothing(source), latents, 1, "pt", callback_on_step_end=lambda *_: {"latents": latents})
+    return drawn(
+        pipe, nothing(source), latents, 1, "pt", callback_on_step_end=lambda *_: {"latents": latents}
+    )
 
 
 def nothing(source: Source) -> Told:
@@ -233,7 +236,9 @@ def adapted(unet: Any, layout: LoraLayout, subjects: Mapping[str, np.ndarray]) -
     def use(subject: int, strength: float) -> None:
         if subject not in loaded:
             unet.unload_lora()
-            unet.load_lora_adapter(_peft_state(layout, subjects, subject), prefix=None, adapter_name="subject")
+            unet.load_lora_adapter(
+                _peft_state(layout, subjects, subject), prefix=None, adapter_name="subject"
+            )
             loaded[:] = [subject]
         if strength:
             unet.enable_lora()
@@ -259,7 +264,7 @@ def _peft_state(layout: LoraLayout, subjects: Mapping[str, np.ndarray], subject:
 @contextlib.contextmanager
 def image_prompted(unet: Any, prompt: nn.Module) -> Iterator[None]:
     """A UNet with IP-Adapter's processors, which diffusers makes of the tensors of `prompt`."""
-    processors = unet._convert_ip_adapter_attn_to_diffusers([_published(prompt)])
+    processors = unet._convert_ip_adapter_attn_to_diffusers([published(prompt)])
     unet.set_attn_processor(processors)
     try:
         yield
@@ -268,14 +273,14 @@ def image_prompted(unet: Any, prompt: nn.Module) -> Iterator[None]:
 
 
 def image_projection(unet: Any, prompt: nn.Module) -> Any:
-    """IP-Adapter-Plus' resampler, which diffusers makes of the tensors of `prompt`; it knows four layers alone."""
-    tensors = _published(prompt)["image_proj"]
+    """diffusers' resampler with the tensors of `prompt`; it knows four layers, others compute with ours."""
+    tensors = published(prompt)["image_proj"]
     if len({name.split(".")[1] for name in tensors if name.startswith("layers.")}) != IP_LAYERS:
         return prompt.image_proj
     return unet._convert_ip_adapter_image_proj_to_diffusers(tensors, low_cpu_mem_usage=False)
 
 
-def _published(prompt: nn.Module) -> dict[str, dict[str, Tensor]]:
+def published(prompt: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The tensors of an image prompt as its published file has them, by part."""
     state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in prompt.state_dict().items():
@@ -299,7 +304,9 @@ def image_given(unet: Any, keys_values: Mapping[str, tuple[Tensor, Tensor]]) -> 
         made.to_k_ip, made.to_v_ip = nn.ModuleList([_Known(key)]), nn.ModuleList([_Known(value)])
         return made
 
-    unet.set_attn_processor({name: processor(name.removesuffix(".processor")) for name in unet.attn_processors})
+    unet.set_attn_processor(
+        {name: processor(name.removesuffix(".processor")) for name in unet.attn_processors}
+    )
     try:
         yield [torch.zeros(1)]
     finally:

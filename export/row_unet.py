@@ -66,7 +66,7 @@ def install(module: nn.Module) -> None:
 
 
 def _rows_share(unet: Any) -> bool:
-    """Whether rows part at the first cross-attention, and the rest of diffusers' forward is what `predict` has."""
+    """Whether rows part at the first cross-attention, and `predict` has the rest of diffusers' forward."""
     config = unet.config
     usual = not config.center_input_sample and unet.time_embed_act is None and unet.conv_norm_out is not None
     first = unet.down_blocks[0]

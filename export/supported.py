@@ -75,7 +75,9 @@ def _vae(source: Source) -> list[str]:
         found.append(f"out_channels is {config.out_channels!r}; a picture has 3")
     tiny = isinstance(source.parts["vae"].skeleton, AutoencoderTiny)
     if tiny and config.upsampling_scaling_factor != 2:
-        found.append(f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; a block doubles, elsewhere")
+        found.append(
+            f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; a block doubles, elsewhere"
+        )
     try:
         source.latent_scale  # noqa: B018
     except ValueError as error:
@@ -85,6 +87,8 @@ def _vae(source: Source) -> list[str]:
 
 def _text_encoder(source: Source) -> list[str]:
     config = source.config("text_encoder")
-    if getattr(config, "use_attention_mask", False) and not source.is_sdxl:  # SDXL's pipeline does not read it
+    if (
+        getattr(config, "use_attention_mask", False) and not source.is_sdxl
+    ):  # SDXL's pipeline does not read it
         return ["use_attention_mask is True; the graphs attend to the whole length of a prompt"]
     return []

@@ -1,4 +1,4 @@
-"""The parity ladder: each rung compares the graphs, as the runtime will run them, with diffusers and PEFT in fp32.
+"""The parity ladder: each rung compares the graphs, as the runtime will run them, with diffusers and PEFT.
 
     none    nothing is compared
     graphs  each graph alone, right after it was written, so that one network is in memory at a time; solvers
@@ -245,7 +245,9 @@ def _solved(table: SolverTable, output: Callable[[Tensor, Any], Tensor], noise: 
     return _denoised(step, table, noise)
 
 
-def _denoised(step: Callable[[Mapping[str, Any]], Arrays], table: SolverTable, noise: np.ndarray) -> np.ndarray:
+def _denoised(
+    step: Callable[[Mapping[str, Any]], Arrays], table: SolverTable, noise: np.ndarray
+) -> np.ndarray:
     latents = noise * np.float32(table.initial_scale)
     for done in sampling.denoise(step, table, latents, sampling.noise_generators(0, len(noise))):
         latents = done.latents
@@ -257,7 +259,9 @@ def fused_step_error(source: Source, modules: Modules, opened: Mapping[str, Fed]
     """One denoiser call for two images, against three calls of diffusers' UNet with a random LoRA."""
     layout, unet = source.layout, modules["unet"]
     rng = np.random.default_rng(4)
-    lora = {name: 0.2 * rng.standard_normal((1, layout.size(name)), np.float32) for name in ("lora_q", "lora_kv")}
+    lora = {
+        name: 0.2 * rng.standard_normal((1, layout.size(name)), np.float32) for name in ("lora_q", "lora_kv")
+    }
     shape = (2, source.config("unet").in_channels, source.latent_size, source.latent_size)
     feeds = {name: rng.standard_normal(shape, np.float32) for name in ("latents", "previous", "noise")}
     feeds |= {
@@ -293,7 +297,9 @@ def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defa
     text = [f"a {source.token} toy on a beach", "a toy on a beach"]
     weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
     schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
-    table = solvers.table(LOOP_SOLVER, schedule, LOOP_STEPS, prediction_type(source), timestep_spacing(source))
+    table = solvers.table(
+        LOOP_SOLVER, schedule, LOOP_STEPS, prediction_type(source), timestep_spacing(source)
+    )
     noise = sampling.initial_noise(0, (source.config("unet").in_channels, *(source.latent_size,) * 2), 1)
 
     features = modules["image_encoder"](torch.from_numpy(pixels)).last_hidden_state

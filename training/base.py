@@ -192,7 +192,9 @@ def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     parts = {name: read_part(folder / name, name) for name in names}
     if "text_encoder_2" not in parts:
         return parts
-    zero_empty = bool(model_config.index_of(folder).get("force_zeros_for_empty_prompt", True))  # diffusers' default
+    zero_empty = bool(
+        model_config.index_of(folder).get("force_zeros_for_empty_prompt", True)
+    )  # diffusers' default
     return parts | {"zero_empty": zero_empty}
 
 

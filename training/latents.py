@@ -2,9 +2,9 @@
 
     decode   z = x std / scaling_factor + mean        encode   x = (z - mean) scaling_factor / std
 
-`latents_mean` and `latents_std`, a number for each channel, are of SDXL's pipelines alone; without them mean is 0
-and std 1. diffusers' pipelines of Stable Diffusion leave both out, and neither kind reads `shift_factor`, so
-a VAE that has them there is of another kind of model, and is refused by name.
+Only SDXL's pipelines read `latents_mean` and `latents_std`, a number for each channel; without them mean is 0
+and std 1. No pipeline of Stable Diffusion reads `shift_factor`. A VAE with a setting that the pipeline of its
+model does not read is refused by name: it was trained for another kind of model.
 
 Source: diffusers' StableDiffusionXLPipeline and StableDiffusionXLImg2ImgPipeline.
 """
@@ -59,7 +59,9 @@ class LatentScale:
             _check(name, values, config["latent_channels"])
         if not all(given["latents_std"]):
             raise ValueError(f"its latents_std is {given['latents_std']!r}; 0 leaves nothing of a channel")
-        return cls(float(factor), tuple(map(float, given["latents_mean"])), tuple(map(float, given["latents_std"])))
+        return cls(
+            float(factor), tuple(map(float, given["latents_mean"])), tuple(map(float, given["latents_std"]))
+        )
 
     def for_vae(self, latents: Tensor) -> Tensor:
         """Latents as the UNet takes them [n, C, h, w] => as the VAE decodes them."""

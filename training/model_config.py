@@ -45,7 +45,7 @@ def index_of(folder: Path) -> dict[str, Any]:
 
 
 def class_in_index(index: dict[str, Any], name: str) -> str | None:
-    """The class that an index names for a part, which diffusers prefers to that of the part's configuration."""
+    """The class that an index names for a part; diffusers prefers it to that of the part's configuration."""
     entry = index.get(name)
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None else None
 
@@ -84,7 +84,7 @@ def sample_size(config: Any, folder: Path) -> int:
     """
     size, written_by = config["sample_size"], str(config.get("_diffusers_version", "1"))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"the UNet's sample_size is {size!r}; it must be one number, for pictures as wide as high")
+        raise ValueError(f"the UNet's sample_size is {size!r}; it must be one number, the side of a square")
     old = re.match(r"0\.[0-8](?:\D|$)", written_by) is not None
     return 64 if old and size < 64 and not is_sdxl(folder) else size
 

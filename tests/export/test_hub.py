@@ -29,8 +29,8 @@ OTHERS = [
     "README.md", "sd_xl_base_1.0.safetensors", "sd_xl_offset_lora[1].safetensors", "v1-5-pruned.ckpt",
     "vae_1_0/config.json", "vae_1_0/diffusion_pytorch_model.safetensors", "feature_extractor/LICENSE",
     "safety_checker/config.json", "safety_checker/model.safetensors", "pipeline.py", "unet/LICENSE.txt",
-    "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "text_encoder/openvino_model.xml",
-    "text_encoder/model.onnx", "text_encoder/flax_model.msgpack", "tokenizer/notes.txt",
+    "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "text_encoder/model.onnx",
+    "text_encoder/openvino_model.xml", "text_encoder/flax_model.msgpack", "tokenizer/notes.txt",
     "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
     "unet/other.json", "unet/old/config.json",
 ]  # fmt: skip
@@ -79,7 +79,9 @@ def test_a_configuration_comes_without_weights(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"")
     client = remote(tmp_path, READ + OTHERS, monkeypatch)
     loading.find(str(tmp_path / "model.safetensors"), ID, False)
-    configuration = [name for name in READ if "diffusion_pytorch_model" not in name and "safetensors" not in name]
+    configuration = [
+        name for name in READ if "diffusion_pytorch_model" not in name and "safetensors" not in name
+    ]
     assert asked(client, READ + OTHERS) == sorted(configuration)
 
 
@@ -94,7 +96,9 @@ def test_a_vae_is_that_of_its_own_repository_or_of_a_model_s(place, tmp_path, mo
     assert asked(client, files) == sorted(["LICENSE", *wanted])
 
 
-@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(
+    "name", ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin.index.json"]
+)
 def test_pickles_alone_are_refused_before_anything_is_downloaded(name, tmp_path, monkeypatch):
     client = remote(tmp_path, ["model_index.json", "unet/config.json", name], monkeypatch)
     with pytest.raises(BadInput, match="unet/ has no safetensors"):
@@ -123,7 +127,7 @@ def test_a_hub_that_cannot_be_reached_is_said(offline, tmp_path, monkeypatch):
     client.side_effect = LocalEntryNotFoundError("not in the cache")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", mock.Mock(side_effect=RuntimeError("no network")))
     why = "--offline is given" if offline else "no network"
-    with pytest.raises(NotFound, match=f"cannot be had from the hub(?s:.*){why}"):
+    with pytest.raises(NotFound, match=rf"cannot be had from the hub(?s:.*){why}"):
         loading.find(ID, None, offline)
 
 

@@ -131,7 +131,7 @@ def test_a_unet_of_another_kind_is_refused(key, value, saved, folder):
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with (
-        pytest.raises(ExportError, match=f"of a kind that is not known(?s:.*){key}|layouts differ"),
+        pytest.raises(ExportError, match=rf"of a kind that is not known(?s:.*){key}|layouts differ"),
         families.opened(families.get("sdxl"), Inputs(folder, saved / "hypernet")),
     ):
         pass
@@ -140,7 +140,7 @@ def test_a_unet_of_another_kind_is_refused(key, value, saved, folder):
 @pytest.mark.parametrize("size", [33, 2, 10_000])
 def test_a_size_that_the_unet_cannot_draw_is_refused(size, saved):
     with (
-        pytest.raises(UsageError, match=f"pictures of {size} pixels(?s:.*)multiples of 4"),
+        pytest.raises(UsageError, match=rf"pictures of {size} pixels(?s:.*)multiples of 4"),
         families.opened(families.get("sdxl"), Inputs(saved, saved / "hypernet", size=size)),
     ):
         pass
@@ -180,10 +180,14 @@ def test_a_name_that_is_nothing_is_not_found():
 # another VAE
 
 ALONE = {
-    "original, with its prefix": lambda vae: {original_layout.VAE + k: t for k, t in original_layout.of_vae(vae).items()},
+    "original, with its prefix": lambda vae: {
+        original_layout.VAE + k: t for k, t in original_layout.of_vae(vae).items()
+    },
     "original": lambda vae: original_layout.of_vae(vae),
     "diffusers'": lambda vae: vae.state_dict(),
-    "diffusers' of before 0.16": lambda vae: {old_name(key): tensor for key, tensor in vae.state_dict().items()},
+    "diffusers' of before 0.16": lambda vae: {
+        old_name(key): tensor for key, tensor in vae.state_dict().items()
+    },
 }
 
 
@@ -222,9 +226,9 @@ def test_a_vae_may_come_as_a_folder_or_in_a_model_s(place, saved, tmp_path):
 
 def test_a_model_without_a_vae_takes_one(folder, saved, tmp_path):
     shutil.rmtree(folder / "vae")
-    with pytest.raises(NotFound, match="has no VAE(?s:.*)--vae FILE"):
+    with pytest.raises(NotFound, match=r"has no VAE(?s:.*)--vae FILE"):
         loading.parts_of(folder)
-    with pytest.raises(NotFound, match="the VAE has no configuration(?s:.*)a folder in diffusers' format"):
+    with pytest.raises(NotFound, match=r"the VAE has no configuration(?s:.*)a folder in diffusers' format"):
         save_file(another_vae().state_dict(), tmp_path / "vae.safetensors")
         with_vae(folder, tmp_path / "vae.safetensors")
     assert "vae" in with_vae(folder, saved)
@@ -235,7 +239,7 @@ def test_a_single_file_without_a_vae_takes_one(saved, tmp_path):
     file, vae = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
     tensors = original_layout.original(modules)
     save_file({key: t for key, t in tensors.items() if not key.startswith(original_layout.VAE)}, file)
-    with pytest.raises(BadInput, match="has no vae(?s:.*)--vae FILE, DIR or OWNER/NAME@COMMIT"):
+    with pytest.raises(BadInput, match=r"has no vae(?s:.*)--vae FILE, DIR or OWNER/NAME@COMMIT"):
         loading.parts_of(saved, file=file)
     save_file(another_vae().state_dict(), vae)
     found = loading.parts_of(saved, file=file, vae=loading.find_vae(str(vae), saved, False))
@@ -251,7 +255,7 @@ def test_a_single_file_without_a_vae_takes_one(saved, tmp_path):
 )
 def test_a_vae_whose_latents_mean_something_else_is_refused(settings, words, saved, tmp_path):
     small_models.vae(**settings).save_pretrained(tmp_path)
-    with pytest.raises(ExportError, match=f"does not fit the base model(?s:.*){words}"):
+    with pytest.raises(ExportError, match=rf"does not fit the base model(?s:.*){words}"):
         with_vae(saved, tmp_path)
 
 
@@ -265,7 +269,7 @@ def test_a_tiny_vae_has_a_scale_of_its_own(saved, tmp_path):
 def test_a_vae_of_another_architecture_is_refused(saved, tmp_path):
     file = tmp_path / "vae.safetensors"
     save_file(another_vae().state_dict() | {"decoder.conv_out.weight": torch.zeros(3, 9, 3, 3)}, file)
-    with pytest.raises(ExportError, match="of another architecture than the VAE of(?s:.*)--vae a folder"):
+    with pytest.raises(ExportError, match=r"of another architecture than the VAE of(?s:.*)--vae a folder"):
         with_vae(saved, file)
 
 
@@ -281,7 +285,9 @@ def test_a_bundle_with_another_vae_is_of_the_same_base_model(saved, tmp_path):
     vae = another_vae()
     vae.save_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "LICENSE").write_text("the VAE's")
-    with families.opened(families.get("sdxl"), Inputs(saved, saved / "hypernet", vae=tmp_path / "vae")) as source:
+    with families.opened(
+        families.get("sdxl"), Inputs(saved, saved / "hypernet", vae=tmp_path / "vae")
+    ) as source:
         assert source.parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
         assert source.parts["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
         assert source.license.startswith("theirs\n---- the VAE") and source.license.endswith("the VAE's")
@@ -290,7 +296,9 @@ def test_a_bundle_with_another_vae_is_of_the_same_base_model(saved, tmp_path):
 # two tokenizers
 
 
-@pytest.mark.parametrize("change", [{"model_max_length": 20}, {"added": "<subject>"}], ids=["length", "token"])
+@pytest.mark.parametrize(
+    "change", [{"model_max_length": 20}, {"added": "<subject>"}], ids=["length", "token"]
+)
 def test_tokenizers_that_read_text_in_two_ways_are_refused(change, folder, saved):
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
     tokenizer.model_max_length = change.get("model_max_length", tokenizer.model_max_length)

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hyperrt import Runtime, sampling
 from hyperrt.bundle import Bundle
@@ -75,7 +76,7 @@ def copied_from(bundle):
 
 
 def latents_of_diffusers(model, solver, steps, s, kappa):
-    """diffusers' pipeline, its UNet's output the paper's equation 20; branches of weight zero are left out."""
+    """diffusers' pipeline, its UNet's output the paper's eq. 20; branches of weight zero are left out."""
     pipe = reference.pipeline(model.source, model.modules, solver)
     prompts = reference.encoded(pipe, [PROMPTS["subject"], PROMPTS["generic"]])
     told = reference.encoded_empty(pipe), prompts.of(0), prompts.of(1)
@@ -137,7 +138,9 @@ def test_few_steps_without_the_empty_prompt_are_two_rows_and_those_of_diffusers(
 @pytest.fixture
 def pipeline(model):
     """diffusers' own pipeline of the networks, the test's own."""
-    return reference.pipeline(model.source, {**model.modules, "unet": copy.deepcopy(model.modules["unet"])}, "euler")
+    return reference.pipeline(
+        model.source, {**model.modules, "unet": copy.deepcopy(model.modules["unet"])}, "euler"
+    )
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
@@ -174,6 +177,29 @@ def is_drawn_by(pipeline, model, tmp_path, format, scale, **options):
     largest = np.abs(latents).max()
     assert np.abs(latents - without).max() / largest > 1e-3  # the subject does something
     assert np.abs(latents - ours).max() / largest < 1e-4
+
+
+def test_a_photo_prompts_as_diffusers_ip_adapter_does(model, pipeline, tmp_path):
+    """From the photo on: its pixels, the image encoder, the tokens beside a prompt and beside none."""
+    if not model.source.is_sdxl:
+        pytest.skip("the small SD1.5 has no image prompt")
+    photo = Image.fromarray(np.random.default_rng(0).integers(256, size=(60, 60, 3), dtype=np.uint8))
+    subject = model.runtime.personalize([np.asarray(photo)])
+    tensors = reference.published(model.modules["image_prompt"])
+    pipeline.load_ip_adapter(tensors, subfolder="", weight_name="", image_encoder_folder=None)
+    pipeline.set_ip_adapter_scale(0.55)
+    path = tmp_path / "toy.safetensors"
+    save_subject(path, subject.lora, model.source.layout, subject.metadata)
+    pipeline.load_lora_weights(str(path), use_safetensors=True)
+    noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
+    options = {"guidance_scale": 5.0, "num_inference_steps": 4, "latents": noise, "output_type": "latent"}
+    expected = pipeline(PROMPTS["subject"], ip_adapter_image=photo, **options).images.numpy()
+    options = {"solver": "euler", "steps": 4, "guidance_scale": 5.0, "cfg": True, "seed": SEED}
+    found, without = (
+        model.runtime.generate(PROMPT, subject, image_scale=scale, **options).latents for scale in (0.55, 0)
+    )
+    assert verify.relative({"x": found}, {"x": expected}) < 1e-3
+    assert verify.relative({"x": without}, {"x": expected}) > 1e-2
 
 
 def test_pictures_are_those_of_diffusers_decoder(model):

@@ -65,7 +65,7 @@ def test_models_as_they_are_published_are_supported(sources):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_a_unet_that_reads_something_else_is_refused_by_name(family, setting, sources):
-    with pytest.raises(ExportError, match=f"the UNet is of a kind(?s:.*){next(iter(setting))} is"):
+    with pytest.raises(ExportError, match=rf"the UNet is of a kind(?s:.*){next(iter(setting))} is"):
         supported.check(unet_of(sources[family], **setting))
 
 
@@ -89,7 +89,7 @@ def test_attention_of_another_kind_is_refused(blocks, sources):
     ],
 )
 def test_a_vae_that_diffusers_pipeline_does_not_read_is_refused_by_name(family, settings, words, sources):
-    with pytest.raises(ExportError, match=f"the VAE is of a kind(?s:.*){words}"):
+    with pytest.raises(ExportError, match=rf"the VAE is of a kind(?s:.*){words}"):
         supported.check(vae_of(sources[family], **settings))
 
 
@@ -106,9 +106,7 @@ def test_a_text_encoder_that_masks_its_padding_is_refused_where_diffusers_reads_
     config = CLIPTextConfig(**small_models.TEXT, use_attention_mask=True)
     part = Part.of("text_encoder", CLIPTextModel(config))
     for family in ("sd15", "sdxl"):
-        source = dataclasses.replace(
-            sources[family], parts={**sources[family].parts, "text_encoder": part}
-        )
+        source = dataclasses.replace(sources[family], parts={**sources[family].parts, "text_encoder": part})
         if family == "sdxl":
             supported.check(source)
         else:

@@ -54,7 +54,7 @@ def test_weights_that_do_not_fill_a_part_are_refused(part, file, change, folder)
     if change != "absent":
         tensors[name] = weight.flatten()[:4].clone()
     save_file(tensors, folder / part / file, {"format": "pt"})
-    with pytest.raises(ValueError, match=f"{part}(?s:.*){name}"):
+    with pytest.raises(ValueError, match=rf"{part}(?s:.*){name}"):
         bases.load(folder)
 
 

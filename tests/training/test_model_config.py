@@ -86,7 +86,11 @@ def test_a_scheduler_of_the_index_is_the_one_that_is_read(tmp_path):
         ([f"{STEM}.safetensors", f"{STEM}.fp16.safetensors"], [f"{STEM}.safetensors"]),
         ([f"{STEM}.fp16.safetensors"], [f"{STEM}.fp16.safetensors"]),
         (
-            [f"{STEM}.safetensors.index.json", f"{STEM}-00001-of-00001.safetensors", f"{STEM}.fp16.safetensors"],
+            [
+                f"{STEM}.safetensors.index.json",
+                f"{STEM}-00001-of-00001.safetensors",
+                f"{STEM}.fp16.safetensors",
+            ],
             [f"{STEM}.safetensors.index.json", f"{STEM}-00001-of-00001.safetensors"],
         ),
         (
