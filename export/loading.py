@@ -197,6 +197,7 @@ def tokenizer_of(folder: Path, text_encoder: Part) -> CLIPTokenizer:
 
     Raises:
         IntegrityError: it cannot be read, or does not fit.
+        ExportError: one of its words stands for several, as diffusers reads it.
     """
     what, do = f"{folder} cannot be used", "copy the model again"
     try:
@@ -205,6 +206,10 @@ def tokenizer_of(folder: Path, text_encoder: Part) -> CLIPTokenizer:
         raise IntegrityError(what, first_line(error), do) from error
     if why := model_config.misfit(tokenizer, text_encoder.skeleton.config):
         raise IntegrityError(what, why, do)
+    added = tokenizer.added_tokens_encoder
+    if several := sorted(word for word in added if f"{word}_1" in added):
+        why = f"diffusers reads {several[0]!r} as {several[0]!r} {several[0] + '_1'!r} ..., the runtime does not"
+        raise ExportError(what, why, "use the model without that textual inversion")
     return tokenizer
 
 

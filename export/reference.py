@@ -10,6 +10,7 @@ The networks must be as they were read, which `Graph.hold` leaves them; what is 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ Switch = Callable[[int, float], None]  # which subject's LoRA the UNet has, and 
 
 # HyperRT's solvers as diffusers' schedulers (hyperrt/solvers.py). All else is the model's configuration.
 SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
-    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddim": (diffusers.DDIMScheduler, {"set_alpha_to_one": False}),
     "euler": (diffusers.EulerDiscreteScheduler, {"interpolation_type": "linear"}),
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "dpmpp_2m": (
@@ -39,13 +40,13 @@ SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
         {
             "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
             "lower_order_final": True, "euler_at_final": False, "variance_type": None,
-            "use_lu_lambdas": False,
+            "use_lu_lambdas": False, "lambda_min_clipped": -math.inf,
         },
     ),
 }  # fmt: skip
 IP_LAYERS = 4
 STEPS_AS_OURS = {
-    "steps_offset": 1, "final_sigmas_type": "zero",
+    "steps_offset": 1, "final_sigmas_type": "zero", "clip_sample": False,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
 }  # fmt: skip
 

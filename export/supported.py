@@ -42,6 +42,7 @@ def _unet(source: Source) -> list[str]:
     odd = {
         "addition_embed_type": config.addition_embed_type != ("text_time" if source.is_sdxl else None),
         "class_embed_type": config.class_embed_type is not None,
+        "class_embeddings_concat": bool(config.class_embeddings_concat),
         "num_class_embeds": config.num_class_embeds is not None,
         "encoder_hid_dim_type": config.encoder_hid_dim_type is not None,
         "time_cond_proj_dim": config.time_cond_proj_dim is not None,

@@ -311,6 +311,15 @@ def test_tokenizers_that_read_text_in_two_ways_are_refused(change, folder, saved
         pass
 
 
+def test_a_word_that_stands_for_several_is_refused(folder):
+    """As diffusers keeps a textual inversion of several vectors."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<mug>", "<mug>_1"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(ExportError, match="'<mug>' as '<mug>' '<mug>_1'"):
+        loading.tokenizer_of(folder / "tokenizer", loading.parts_of(folder)["text_encoder"])
+
+
 def test_a_dry_run_tells_disk_and_memory(saved):
     family = families.get("sdxl")
     with families.opened(family, Inputs(saved, saved / "hypernet")) as source:

@@ -52,6 +52,7 @@ def test_models_as_they_are_published_are_supported(sources):
         ("sdxl", REFINER),
         ("sd15", {"class_embed_type": "timestep"}),
         ("sd15", {"num_class_embeds": 10}),
+        ("sd15", {"class_embeddings_concat": True}),
         ("sd15", {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 16}),
         ("sd15", {"time_cond_proj_dim": 16}),
         ("sd15", {"in_channels": 9}),
