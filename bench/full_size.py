@@ -111,7 +111,7 @@ def export(args: argparse.Namespace, precision: str) -> dict[str, float]:
 
 def parity(args: argparse.Namespace) -> dict[str, float]:
     """Every graph of both bundles against PyTorch; one network in memory at a time."""
-    from hyperrt.export import families, graphs, verify
+    from hyperrt.export import expected, families, graphs, verify
     from hyperrt.export.source import Inputs
 
     errors: dict[str, dict[str, float]] = {precision: {} for precision in PARITY_OF}
@@ -119,11 +119,11 @@ def parity(args: argparse.Namespace) -> dict[str, float]:
     with families.opened(family, Inputs(random_weights=0, size=args.size)) as source:
         for graph in graphs.build(source):
             modules = {name: source.parts[name].load() for name in graph.parts}
-            expected = verify.expectations(graph, modules, verify.LARGE_SIZES)
+            right = expected.of_graph(graph, source, modules, verify.LARGE_SIZES)
             del modules
             for precision in PARITY_OF:
                 path = bundle_of(args, precision) / f"{graph.name}.onnx"
-                error = verify.graph_error(path, expected=expected, **verify.RUN_BY[precision])
+                error = verify.graph_error(path, expected=right, **verify.RUN_BY[precision])
                 print(f"{graph.name:16}{precision} {error:.2e}", file=sys.stderr, flush=True)
                 errors[precision][graph.name] = error
     return {f"parity_{precision}_worst_rel": max(found.values()) for precision, found in errors.items()}

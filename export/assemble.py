@@ -17,7 +17,7 @@ from torch import nn
 
 from hyperrt import __version__, bundle, files, memory
 from hyperrt.errors import ResourceError, UsageError
-from hyperrt.export import families, graphs, onnx_graph, source, verify
+from hyperrt.export import expected, families, graphs, onnx_graph, source, verify
 from hyperrt.export.families import Family
 from hyperrt.export.graphs import Graph
 from hyperrt.export.onnx_graph import Written
@@ -90,7 +90,8 @@ def export_bundle(
     level = level_of(family, options)
     with families.opened(family, inputs) as made_from:
         parts = graphs.build(made_from, options.adapt)
-        tell = _Counter(progress, 1 + len(parts) + len(verify.TOLERANCE) * (level == "full"))
+        rungs = {"none": 0, "graphs": 1, "full": len(verify.TOLERANCE)}[level]
+        tell = _Counter(progress, 1 + len(parts) + rungs)
         tell("check")
         check_room(output, needs(made_from, parts, options.int8, level))
 
@@ -173,15 +174,20 @@ def _write_graphs(
         written[graph.name] = onnx_graph.write(
             graph, skeletons, modules, folder, options.precision, options.int8
         )
-        expected = verify.expectations(graph, modules, verify.LARGE_SIZES) if level == "graphs" else []
+        right = expected.of_graph(graph, made_from, modules, verify.LARGE_SIZES) if level == "graphs" else []
         later = {name for following in parts[k + 1 :] for name in following.parts}
         modules = {name: module for name, module in modules.items() if name in loaded & later}
         if level == "graphs":
             kind = "int8" if options.int8 else options.precision
             how = verify.RUN_BY[options.precision]
             path = folder / f"{graph.name}.onnx"
-            error = verify.graph_error(path, expected=expected, refit=graph.refit, **how)
-            parity[graph.name] = verify.checked(graph.name, error, verify.REDUCED[kind])
+            error = verify.graph_error(path, expected=right, refit=graph.refit, **how)
+            parity[graph.name] = verify.checked(graph.name, error, verify.allowed(graph.name, kind))
+    if level == "graphs":
+        tell("solvers")
+        parity["solvers"] = verify.checked(
+            "solvers", verify.solvers_error(made_from), verify.TOLERANCE["solvers"]
+        )
     return written, parity
 
 
@@ -250,11 +256,7 @@ def _described(graph: Graph, folder: Path, written: Written) -> bundle.Graph:
 
 def _write_texts(folder: Path, made_from: Source) -> None:
     """tokenizer.json and LICENSES."""
-    tokenizer = made_from.tokenizer.backend_tokenizer
-    # The last text that was encoded left its padding here; the runtime does its own.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.save(str(folder / bundle.TOKENIZER))
+    source.save_tokenizer(made_from, folder / bundle.TOKENIZER)
     (folder / "LICENSES").write_text(made_from.license, encoding="utf-8")
 
 

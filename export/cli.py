@@ -78,7 +78,7 @@ def _family_and_inputs(config: ExportConfig, families: Container[str]) -> tuple[
         name: Path(value) if (value := getattr(config, name)) else None
         for name in ("hypernet", "image_encoder", "image_prompt")
     }
-    others = {name: getattr(config, name) for name in ("random_weights", "like", "offline", "size")}
+    others = {name: getattr(config, name) for name in ("random_weights", "vae", "like", "offline", "size")}
     return family, Inputs(base=base, **paths, **others)
 
 

@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 
 from hyperrt.bundle import Defaults, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
-from hyperrt.export import architectures, loading
+from hyperrt.export import architectures, loading, supported
 from hyperrt.export.errors import ExportError
 from hyperrt.export.loading import Found
 from hyperrt.export.parts import Part, random_part
@@ -54,6 +54,11 @@ model; its folder had no LICENSE file to copy. Graphs were made by HyperRT (Apac
 """
 
 
+OF_ANOTHER_VAE = """\
+It is under the terms of the model that it is of; there was no LICENSE file beside it to copy.
+"""
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of base model.
@@ -82,6 +87,7 @@ class Family:
             max_tokens=source.max_tokens,
             default_class=self.default_class,
             nouns=self.nouns,
+            pad=source.pad,
             pad_2=source.pad_2,
             zero_empty=source.zero_empty,
         )
@@ -110,21 +116,24 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
         ExportError: the parts do not fit each other, or the graphs cannot express them.
     """
     if inputs.random_weights is not None:
-        for name in ("base", "hypernet", "image_encoder", "image_prompt", "like"):
+        for name in ("base", "vae", "hypernet", "image_encoder", "image_prompt", "like"):
             if getattr(inputs, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 why = "random weights are in place of everything that could be read"
                 raise UsageError(f"{option} and --random-weights exclude each other", why, "leave one out")
-        yield sized(family.random(inputs.random_weights), inputs.size)
+        source = sized(family.random(inputs.random_weights), inputs.size)
+        supported.check(source)
+        yield source
         return
     if inputs.hypernet is None:
         why = "a bundle is made from a base model and the hypernetwork that was trained on it"
-        do = f"hyperrt export --model {family.name} --hypernet CKPT -o BUNDLE"
-        raise UsageError("--hypernet is not given", why, do)
+        raise UsageError("--hypernet is not given", why, "name the folder of its run with --hypernet")
     about = _about_hypernet(inputs.hypernet)
     base = str(inputs.base or _base_of(inputs.hypernet, about))
-    found = loading.find(base, inputs.like, inputs.offline)
+    elsewhere = [name for name in ("vae", "image_encoder") if getattr(inputs, name) is not None]
+    found = loading.find(base, inputs.like, inputs.offline, elsewhere)
     source = sized(_load(family, found, inputs, about), inputs.size)
+    supported.check(source)
     _check_fit(source, about, family.half_hash)
     _check_image_prompt(source, about)
     yield source
@@ -132,8 +141,10 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
 
 def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]) -> Source:
     folder = found.folder
-    parts = loading.parts_of(folder, inputs.image_encoder, found.file)
+    vae = None if inputs.vae is None else loading.find_vae(str(inputs.vae), folder, inputs.offline)
+    parts = loading.parts_of(folder, inputs.image_encoder, found.file, vae)
     unet = parts["unet"].skeleton
+    tokenizer = loading.tokenizer_of(folder / "tokenizer", parts["text_encoder"])
     parts["weight_decoder"] = _decoder_part(inputs.hypernet, about)
     if inputs.image_prompt is not None:
         path = inputs.image_prompt
@@ -142,44 +153,41 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
         parts["image_prompt"] = Part("image_prompt", lambda: loaded_sizes, read)
     return Source(
         parts=parts,
-        tokenizer=_tokenizer(folder / "tokenizer", parts["text_encoder"]),
+        tokenizer=tokenizer,
         scheduler=loading.scheduler_of(folder, found.file),
         layout=about["layout"],
         token=about["token"],
         image_scale=about["image_scale"],
         image_size=unet.config.sample_size * vae_factor(parts["vae"]),
         # A single file is not under the licence of the model whose configuration it has.
-        license=family.license if found.file else _license_of(folder, family),
-        **(_sdxl_rules(folder, parts["text_encoder_2"]) if "text_encoder_2" in parts else {}),
+        license=(family.license if found.file else _license_of(folder, family)) + _license_of_vae(vae),
+        **(_sdxl_rules(folder, parts["text_encoder_2"], tokenizer) if "text_encoder_2" in parts else {}),
     )
 
 
-def _sdxl_rules(folder: Path, text_encoder_2: Part) -> dict[str, Any]:
+def _sdxl_rules(folder: Path, text_encoder_2: Part, tokenizer: CLIPTokenizer) -> dict[str, Any]:
     index = loading.read_json(folder / "model_index.json")
     return {
-        "pad_2": _tokenizer(folder / "tokenizer_2", text_encoder_2).pad_token_id,
+        "tokenizer_2": loading.second_tokenizer_of(folder, text_encoder_2, tokenizer),
         "zero_empty": bool(index.get("force_zeros_for_empty_prompt", True)),  # diffusers' default
     }
-
-
-def _tokenizer(folder: Path, text_encoder: Part) -> CLIPTokenizer:
-    what = f"{folder} cannot be used"
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers has no common one
-        raise IntegrityError(what, first_line(error), "copy the model again") from error
-    known = text_encoder.skeleton.config.vocab_size
-    if len(tokenizer) > known or len(tokenizer) < 3:  # an empty folder makes a tokenizer, too
-        raise IntegrityError(
-            what, f"it knows {len(tokenizer)} tokens, the text encoder {known}", "copy the model again"
-        )
-    return tokenizer
 
 
 def _license_of(folder: Path, family: Family) -> str:
     for path in sorted(folder.glob("LICENSE*")):
         return path.read_text(encoding="utf-8", errors="replace")
     return family.license
+
+
+def _license_of_vae(vae: Found | None) -> str:
+    """What is added for a VAE that is not the base model's: its licence, if it came with one."""
+    if vae is None:
+        return ""
+    paths = (
+        [] if vae.file else sorted(vae.folder.glob("LICENSE*")) or sorted(vae.folder.parent.glob("LICENSE*"))
+    )
+    text = paths[0].read_text(encoding="utf-8", errors="replace") if paths else OF_ANOTHER_VAE
+    return f"\n---- the VAE, which is not the base model's ----\n\n{text}"
 
 
 def _about_hypernet(path: Path) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def _about_hypernet(path: Path) -> dict[str, Any]:
             "image_scale": float(training.get("image_scale", image_prompt.SCALE)),
         }
     except OSError as error:
-        do = "train one: python -m training.train"
+        do = "train one with hyperrt train"
         raise NotFound(f"no hypernetwork can be read from {path}", first_line(error), do) from error
     except (HyperRTError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = f"hypernet.json lacks {error}" if isinstance(error, KeyError) else first_line(error)
@@ -300,7 +308,8 @@ def _random_sdxl(seed: int) -> Source:
     source = _random(
         parts, _some_tokenizer(), architectures.SCHEDULER, seed, 2, FULL_OPEN, 1024, RANDOM_LICENSE
     )
-    return dataclasses.replace(source, pad_2=0, zero_empty=True)
+    tokenizer_2 = clip_tokenizer.padded(source.tokenizer, "!")
+    return dataclasses.replace(source, tokenizer_2=tokenizer_2, zero_empty=True)
 
 
 def _random(

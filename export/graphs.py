@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +33,15 @@ class Graph:
     """One graph: a module whose `forward` takes `inputs` by name and returns `outputs` in order.
 
     parts: names of those it is made from.
-    make:  the module from modules of these parts, with or without data; it replaces their attention.
+    make:  the module from modules of these parts, to be traced; it replaces their attention.
+    hold:  the same for their weights alone, which leaves the modules as diffusers has them.
     refit: layout of the LoRA, if its factors are to be constants of the file in place of its input lora_q.
     """
 
     name: str
     parts: tuple[str, ...]
     make: Callable[[Modules], modules.GraphModule]
+    hold: Callable[[Modules], modules.GraphModule]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     integers: int = 0  # integer inputs are below this
@@ -179,7 +182,7 @@ def _vae_graph(source: Source) -> Graph:
     else:
         latent, pixels = ("h", "w"), ("H", "W")
     inputs, outputs = (_f32("latents", "images", channels, *latent),), (_f32("pixels", "images", 3, *pixels),)
-    return _graph("vae_decoder", modules.VaeDecoder, ("vae",), inputs, outputs)
+    return _graph("vae_decoder", modules.VaeDecoder, ("vae",), inputs, outputs, scale=source.latent_scale)
 
 
 def _context_spec(source: Source, image: ImagePromptShape) -> TensorSpec:
@@ -188,7 +191,8 @@ def _context_spec(source: Source, image: ImagePromptShape) -> TensorSpec:
 
 
 def _added_spec(source: Source) -> TensorSpec:
-    return _f32("added", "rows", 4 * source.config("unet").block_out_channels[0])
+    unet: Any = source.parts["unet"].skeleton
+    return _f32("added", "rows", unet.add_embedding.linear_2.out_features)
 
 
 def _graph(
@@ -202,12 +206,15 @@ def _graph(
 ) -> Graph:
     """A graph whose module is `cls` of the modules of `parts`, in their order."""
 
+    def hold(loaded: Modules) -> modules.GraphModule:
+        return cls(*(loaded[part] for part in parts), **options)
+
     def make(loaded: Modules) -> modules.GraphModule:
         for part in parts:
             _use_operators(part, loaded[part])
-        return cls(*(loaded[part] for part in parts), **options)
+        return hold(loaded)
 
-    return Graph(name, parts, make, inputs, outputs, integers)
+    return Graph(name, parts, make, hold, inputs, outputs, integers)
 
 
 def _use_operators(part: str, module: nn.Module) -> None:

@@ -8,8 +8,6 @@ a model brings along. What is missing or damaged is said before the long work st
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +15,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer
 
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
-from hyperrt.export import single_file
+from hyperrt.export import hub, single_file
+from hyperrt.export.errors import ExportError
+from hyperrt.export.hub import CONVERT
 from hyperrt.export.parts import Part
-from hyperrt.training import base
+from hyperrt.export.source import unknown_noise
+from hyperrt.training import base, model_config, noise_schedule
+from hyperrt.training.latents import LatentScale
 from hyperrt.training.loop import first_line
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
-CONFIGURATION = ("*.json", "*.txt", "*.model", "LICENSE*")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 AGAIN = "copy or download it again"
-CONVERT = "convert it: diffusers' DiffusionPipeline.save_pretrained(FOLDER, safe_serialization=True)"
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where a base model is.
+    """Where a base model, or a VAE, is.
 
     Attributes:
-        folder: in diffusers' format.
+        folder: in diffusers' format; of a VAE that is a file the folder whose configuration it has.
         file: has the weights, where the folder has only what they mean.
     """
 
@@ -44,13 +44,14 @@ class Found:
     file: Path | None = None
 
 
-def find(model: str, like: str | None, offline: bool) -> Found:
+def find(model: str, like: str | None, offline: bool, but: Sequence[str] = ()) -> Found:
     """A base model by what the user calls it.
 
     Args:
         model: a folder in diffusers' format, a single .safetensors file, or a hub id with its revision.
         like: for a single file: folder or hub id that its configuration and tokenizer are taken from.
         offline: use of a hub only what was downloaded before.
+        but: parts whose weights are not taken from it.
 
     Raises:
         NotFound: there is no such thing, or a hub cannot be reached.
@@ -58,57 +59,180 @@ def find(model: str, like: str | None, offline: bool) -> Found:
         UsageError: a hub id has no revision; `like` is missing, or is given for nothing.
     """
     path = Path(model)
-    if not path.is_dir() and path.suffix.lower() in PICKLES:
-        why = f"{path.suffix} files are pickles, which can run code; they are not read"
-        raise BadInput(f"{model} cannot be used", why, CONVERT)
-    if not path.is_dir() and path.suffix == ".safetensors":
+    if _is_weights(path, "base model"):
         return Found(_like(path, like, offline), path)
-    if path.is_file():
-        why = "of files, only .safetensors are read"
-        raise BadInput(f"{model} is no base model", why, "give a folder in diffusers' format, or such a file")
     if like is not None:
         why = f"it is for a single .safetensors file, and {model} is none"
         raise UsageError(f"--like {like} would not be read", why, "leave --like out")
-    return Found(path if path.is_dir() else _from_hub(model, offline, (*CONFIGURATION, "*.safetensors")))
+    if path.is_dir():
+        return Found(path)
+    return Found(hub.fetch(model, offline, lambda files: hub.base_model(files, but)))
+
+
+def find_vae(vae: str, base_model: Path, offline: bool) -> Found:
+    """A VAE by what the user calls it; errors as `find`.
+
+    Args:
+        vae: a folder in diffusers' format (a VAE's or a base model's), a .safetensors file, or a hub id.
+        base_model: folder whose configuration a file has.
+    """
+    path = Path(vae)
+    if _is_weights(path, "VAE"):
+        if not path.is_file():
+            raise NotFound(f"there is no VAE {path}", "there is no such file", "check the path")
+        return Found(base_model / "vae", path)
+    folder = path if path.is_dir() else hub.fetch(vae, offline, hub.vae, "VAE")
+    found = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not (found / "config.json").is_file():
+        why = "it has no config.json" if path.is_dir() else "its repository has no config.json"
+        raise NotFound(f"no VAE can be read from {vae}", why, "give a folder in diffusers' format, or a file")
+    return Found(found)
+
+
+def _is_weights(path: Path, kind: str) -> bool:
+    """Whether a name is that of a .safetensors file, there or not.
+
+    Raises:
+        BadInput: it is a pickle, or another kind of file.
+    """
+    if path.is_dir():
+        return False
+    if path.suffix.lower() in PICKLES:
+        why = f"{path.suffix} files are pickles, which can run code; they are not read"
+        raise BadInput(f"{path} cannot be used", why, CONVERT)
+    if path.is_file() and path.suffix != ".safetensors":
+        why = "of files, only .safetensors are read"
+        raise BadInput(f"{path} is no {kind}", why, "give a folder in diffusers' format, or such a file")
+    return path.suffix == ".safetensors"
 
 
 def parts_of(
-    folder: Path, image_encoder: Path | None = None, file: Path | None = None
+    folder: Path, image_encoder: Path | None = None, file: Path | None = None, vae: Found | None = None
 ) -> dict[str, Part]:
     """The networks of a base model; nothing but their configurations and names of weights is read now.
 
     Args:
         folder, file: as in `Found`.
         image_encoder: folder of the hypernetwork's ViT where the base model's has none (`image_encoder/`).
+        vae: in place of the base model's.
 
     Raises:
         NotFound: a part, or a file of its weights, is missing.
         BadInput: weights are there as pickles alone, or config.json is none, or the file has no such part.
         IntegrityError: a file of weights is damaged.
-        ExportError: the file is of another architecture.
+        ExportError: a file is of another architecture, or the VAE's latents are others than the base's.
     """
     folders = {name: folder / name for name in ("unet", "vae", "text_encoder")}
-    if (folder / "text_encoder_2").is_dir():
+    if model_config.is_sdxl(folder):
         folders["text_encoder_2"] = folder / "text_encoder_2"
     folders["image_encoder"] = image_encoder or folder / "image_encoder"
-    _check_configured(folder, folders)
+    files = {name: file if name in single_file.PREFIXES else None for name in folders}
+    if vae is not None:
+        folders["vae"], files["vae"] = vae.folder, vae.file
+    _check_configured(folder, folders, vae)
+    _check_index(folder, [name for name in folders if folders[name] != folder / name])
     parts = {}
     for name, where in folders.items():
-        in_file = file is not None and name in single_file.PREFIXES
-        parts[name] = _part(name, where, file if in_file else None)
-        if file is not None and in_file:
-            single_file.check(file, parts[name], folder)
+        parts[name] = _part(name, where, files[name])
+        if (own := files[name]) is not None:
+            single_file.check(own, parts[name], folder, "VAE" if own != file else "base model")
         else:
-            _check_weights(where)
+            _check_weights(where, name)
+    if vae is not None:
+        _check_latents(folder, parts["vae"], vae)
     return parts
 
 
+def _check_index(folder: Path, but: list[str]) -> None:
+    try:
+        model_config.check_index(folder, base.PARTS, but)
+    except (ValueError, OSError) as error:
+        do = "give a Stable Diffusion model; other kinds are not known"
+        raise BadInput(f"{folder} cannot be used", first_line(error), do) from error
+
+
+def _check_latents(folder: Path, vae: Part, given: Found) -> None:
+    """Whether a VAE's latents are scaled as those of the VAE that the base model has, if it has one.
+
+    An AutoencoderTiny's have a scale of their own: it decodes the other VAE's latents as the UNet has them.
+    """
+    own = folder / "vae"
+    if not (own / "config.json").is_file() or given.folder == own:
+        return
+    parts = [_part("vae", own, None).skeleton, vae.skeleton]
+    if type(parts[0]) is not type(parts[1]):
+        return
+    try:
+        wanted, found = (LatentScale.of(part.config, model_config.is_sdxl(folder)) for part in parts)
+    except ValueError:
+        return  # which `supported.check` says, of the VAE that is used
+    if wanted != found:
+        why = f"its latents have {_scale(found)}, the base model's {_scale(wanted)}"
+        do = "give a VAE that was made for this kind of base model"
+        raise ExportError(f"the VAE {given.file or given.folder} does not fit the base model", why, do)
+
+
+def _scale(scale: LatentScale) -> str:
+    statistics = f", mean {list(scale.mean)}, std {list(scale.std)}" if scale.mean else ""
+    return f"scaling_factor {scale.factor:g}{statistics}"
+
+
 def scheduler_of(folder: Path, file: Path | None = None) -> dict[str, Any]:
-    """The noise schedule's configuration; errors as `parts_of`."""
+    """The noise schedule's configuration, with the defaults of its class; errors as `parts_of`.
+
+    Raises:
+        ExportError: the solvers do not describe it.
+    """
     config = read_json(folder / "scheduler" / "scheduler_config.json")
+    named = model_config.class_in_index(model_config.index_of(folder), "scheduler")
+    if why := noise_schedule.fault(config, named, is_sdxl=model_config.is_sdxl(folder)):
+        raise unknown_noise(why)
     if file is not None:
         single_file.check_schedule(file, config)
-    return config
+    return noise_schedule.with_defaults(config, named)
+
+
+def tokenizer_of(folder: Path, text_encoder: Part) -> CLIPTokenizer:
+    """A tokenizer that fits a text encoder.
+
+    Raises:
+        IntegrityError: it cannot be read, or does not fit.
+        ExportError: one of its words stands for several, as diffusers reads it.
+    """
+    what, do = f"{folder} cannot be used", "copy the model again"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers has no common one
+        raise IntegrityError(what, first_line(error), do) from error
+    if why := model_config.misfit(tokenizer, text_encoder.skeleton.config):
+        raise IntegrityError(what, why, do)
+    added = tokenizer.added_tokens_encoder
+    if several := sorted(word for word in added if f"{word}_1" in added):
+        first = several[0]
+        why = f"diffusers reads {first!r} as {first!r} {first + '_1'!r} ..., the runtime does not"
+        raise ExportError(what, why, "use the model without that textual inversion")
+    return tokenizer
+
+
+def second_tokenizer_of(folder: Path, text_encoder_2: Part, tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """SDXL's second tokenizer, which must read text as the first does; errors as `tokenizer_of`.
+
+    Raises:
+        ExportError: they differ in more than the pad.
+    """
+    second = tokenizer_of(folder / "tokenizer_2", text_encoder_2)
+    if _rules(second, second.pad_token) != _rules(tokenizer, second.pad_token):
+        why = "vocabulary, length or special tokens differ, and a bundle has one tokenizer"
+        do = "use a model whose tokenizers differ in the pad alone, as SDXL's do"
+        raise ExportError(f"the two tokenizers of {folder} read text in two ways", why, do)
+    return second
+
+
+def _rules(tokenizer: CLIPTokenizer, pad: str) -> tuple[Any, ...]:
+    """How a tokenizer reads text, but for the pad, whose word is a token of its own."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {(token["content"], token["id"]) for token in rules["added_tokens"] if token["content"] != pad}
+    return rules["model"], rules["normalizer"], rules["pre_tokenizer"], special, tokenizer.model_max_length
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -129,7 +253,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_configured(folder: Path, folders: Mapping[str, Path]) -> None:
+def _check_configured(folder: Path, folders: Mapping[str, Path], vae: Found | None) -> None:
     missing = [name for name, where in folders.items() if not (where / "config.json").is_file()]
     if not missing:
         return
@@ -141,6 +265,13 @@ def _check_configured(folder: Path, folders: Mapping[str, Path]) -> None:
     if missing == ["image_encoder"]:
         why = "a base model of diffusers has none; it is the ViT that the hypernetwork was trained with"
         raise NotFound(f"there is no image encoder in {folder}", why, "say where it is: --image-encoder DIR")
+    if missing == ["vae"] and vae is not None:
+        why = f"{vae.file} has weights alone, and {folder} has no configuration of a VAE"
+        raise NotFound("the VAE has no configuration", why, "give --vae a folder in diffusers' format")
+    if missing == ["vae"]:
+        raise NotFound(
+            f"the base model {folder} has no VAE", "there is no vae/config.json", single_file.NAME_VAE
+        )
     why = f"it has no {', '.join(missing)}" if folder.is_dir() else "there is no such folder"
     do = "give a folder in diffusers' format, with model_index.json"
     raise NotFound(f"no base model can be read from {folder}", why, do)
@@ -149,7 +280,7 @@ def _check_configured(folder: Path, folders: Mapping[str, Path]) -> None:
 def _part(name: str, folder: Path, file: Path | None) -> Part:
     def read() -> Any:
         # As it is stored: fp16 in half the memory. What is read is rounded to fp16 in any case.
-        dtype = torch.float16 if _stored_as_half(folder) else torch.float32
+        dtype = torch.float16 if _stored_as_half(folder, name) else torch.float32
         try:
             return base.read_part(folder, name, dtype)
         except ValueError as error:
@@ -166,26 +297,27 @@ def _part(name: str, folder: Path, file: Path | None) -> Part:
     return Part(name, build, read) if file is None else single_file.part_of(file, name, build)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors that diffusers and transformers would read, shards of an index included."""
-    indexes = sorted(folder.glob("*.safetensors.index*.json"))
-    if indexes:
-        weight_map = read_json(indexes[0]).get("weight_map")
-        if not weight_map or not isinstance(weight_map, dict):
-            raise IntegrityError(f"{indexes[0]} is damaged", "it has no weight_map", AGAIN)
-        return [folder / str(name) for name in sorted(set(weight_map.values()))]
-    return sorted(folder.glob("*.safetensors"))
+    found = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
+    if not found or not found[0].endswith(".json"):
+        return [folder / name for name in found]
+    weight_map = read_json(folder / found[0]).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise IntegrityError(f"{folder / found[0]} is damaged", "it has no weight_map", AGAIN)
+    return [folder / str(name) for name in sorted(set(weight_map.values()))]
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, name: str) -> None:
     """Every file is there and whole; reads headers alone."""
-    found = _weight_files(folder)
+    found = _weight_files(folder, name)
     if not found:
         pickled = [path.name for path in folder.glob("*") if path.suffix in PICKLES]
         if pickled:
             why = f"{pickled[0]} is a pickle, which can run code, and is not read"
             raise BadInput(f"{folder} has no safetensors", why, CONVERT)
-        raise NotFound(f"{folder} has no weights", "there is no .safetensors file in it", AGAIN)
+        why = f"there is no {model_config.STEMS[name]}.safetensors in it"
+        raise NotFound(f"{folder} has no weights", why, AGAIN)
     for path in found:
         if not path.is_file():
             why = f"{path.name} is missing, and the index of the weights names it"
@@ -198,32 +330,9 @@ def _check_weights(folder: Path) -> None:
             raise IntegrityError(f"{folder} is damaged", why, AGAIN) from error
 
 
-def _stored_as_half(folder: Path) -> bool:
-    with safe_open(_weight_files(folder)[0], "pt") as file:
+def _stored_as_half(folder: Path, name: str) -> bool:
+    with safe_open(_weight_files(folder, name)[0], "pt") as file:
         return all(file.get_slice(key).get_dtype() in ("F16", "I64") for key in file.keys())  # noqa: SIM118
-
-
-def _from_hub(model: str, offline: bool, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if not HUB_ID.fullmatch(model):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", model) and not os.path.lexists(model):
-            why = "a name without the commit's 40 digits can mean another model tomorrow"
-            raise UsageError(f"{model} has no pinned revision", why, "write OWNER/NAME@COMMIT")
-        do = "check the path, or write OWNER/NAME@COMMIT for one of the hub"
-        raise NotFound(f"there is no base model {model}", "it is no folder, no file and no hub id", do)
-    name, _, revision = model.partition("@")
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(patterns), local_files_only=offline
-            )
-        )
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        why = "--offline is given, and it was not downloaded before" if offline else first_line(error)
-        do = "give a folder, or download it on a machine with a network"
-        raise NotFound(f"{model} cannot be had from the hub", why, do) from error
 
 
 def _like(path: Path, like: str | None, offline: bool) -> Path:
@@ -238,4 +347,4 @@ def _like(path: Path, like: str | None, offline: bool) -> Path:
     if Path(like).suffix.lower() in (*PICKLES, ".safetensors"):
         why = "it is a file of weights, or none"
         raise UsageError(f"--like {like} has no configuration", why, "name a folder, or OWNER/NAME@COMMIT")
-    return _from_hub(like, offline, CONFIGURATION)
+    return hub.fetch(like, offline, hub.configuration)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hyperrt.export import operators, row_unet
 from hyperrt.lora import LoraLayout
 from hyperrt.training import features, lora_layers
+from hyperrt.training.latents import LatentScale
 from hyperrt.training.lora_layers import Rows
 
 
@@ -202,14 +203,13 @@ class Denoiser(GraphModule):
 class VaeDecoder(GraphModule):
     """Latents as the UNet takes them [images, C, h, w] to pixels [images, 3, H, W] in [-1, 1]."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, scale: LatentScale) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.get("shift_factor") or 0.0)
+        self.scale = scale
 
     def forward(self, latents: Tensor) -> Tensor:
-        z = (latents / self.scale + self.shift).to(self.dtype)
+        z = self.scale.for_vae(latents).to(self.dtype)
         return self.vae.decode(z, return_dict=False)[0].float()
 
 

@@ -78,7 +78,7 @@ def write(
     _finish(model, graph)
     if graph.refit is not None:
         refit_form.apply(model, graph.refit)
-    storage.fill(model, weights, graph.make(modules).state_dict(keep_vars=True), int8)
+    storage.fill(model, weights, graph.hold(modules).state_dict(keep_vars=True), int8)
     size = _bytes_of(model.graph.initializers.values())
     external = f"{graph.name}.onnx.data" if size > EXTERNAL_BYTES else None
     path = folder / f"{graph.name}.onnx"

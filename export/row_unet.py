@@ -48,7 +48,8 @@ def predict(unet: Any, x: Tensor, timestep: Tensor, rows: Rows, tile: Tile, adde
     for block in unet.down_blocks[1:]:
         x, more = block(hidden_states=x, temb=emb, **_of(block, options))
         skips += more
-    x = unet.mid_block(x, emb, **_of(unet.mid_block, options))
+    if unet.mid_block is not None:  # tiny-sd has none
+        x = unet.mid_block(x, emb, **_of(unet.mid_block, options))
     for block in unet.up_blocks:
         count = len(block.resnets)
         x = block(hidden_states=x, temb=emb, res_hidden_states_tuple=skips[-count:], **_of(block, options))
@@ -65,7 +66,11 @@ def install(module: nn.Module) -> None:
 
 
 def _rows_share(unet: Any) -> bool:
-    return unet.config.addition_embed_type is None and isinstance(unet.down_blocks[0], CrossAttnDownBlock2D)
+    """Whether rows part at the first cross-attention, and `predict` has the rest of diffusers' forward."""
+    config = unet.config
+    usual = not config.center_input_sample and unet.time_embed_act is None and unet.conv_norm_out is not None
+    first = unet.down_blocks[0]
+    return usual and config.addition_embed_type is None and isinstance(first, CrossAttnDownBlock2D)
 
 
 def _of(block: nn.Module, options: dict[str, Any]) -> dict[str, Any]:

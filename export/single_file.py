@@ -1,4 +1,4 @@
-"""Single files: Stable Diffusion's weights under the names that it was first published with.
+"""Single files: Stable Diffusion's weights, or a VAE's, under the names that they were first published with.
 
 Such a file has the networks side by side, each below a prefix, and no configuration: that is in the folder of
 a model of the same architecture. diffusers' own functions translate the names. They say nothing of what they
@@ -32,9 +32,11 @@ from hyperrt.training.loop import first_line
 Tensors = Mapping[str, Tensor]
 
 OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")  # Stable Diffusion 2, SDXL
-PREFIXES = {  # of each network; the first that the file has
+# A VAE alone has no prefix, and is often under diffusers' names.
+VAE_ALONE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+PREFIXES: Mapping[str, tuple[str | tuple[str, ...], ...]] = {  # of each network; the first that the file has
     "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.",),
+    "vae": ("first_stage_model.", VAE_ALONE),
     "text_encoder": (
         "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", OPEN_CLIP[0],
     ),
@@ -42,10 +44,14 @@ PREFIXES = {  # of each network; the first that the file has
 }  # fmt: skip
 # SDXL's embedding of the pooled text and the sizes; diffusers' function fails where one of them is missing.
 ADDED = {"label_emb.0.0.": "add_embedding.linear_1.", "label_emb.0.2.": "add_embedding.linear_2."}
+EDM = ("edm_mean", "edm_std", "edm_vpred.")  # Playground 2.5, CosXL
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 # Text encoders may have them; hidden states do not depend on them.
 UNUSED = ("embeddings.position_ids", "text_projection.weight")
 AGAIN = "download or copy it again"
 LIKE = "name a model that it was made from: --like DIR or OWNER/NAME@COMMIT"
+VAE_FOLDER = "give --vae a folder in diffusers' format, which has a configuration of its own"
+NAME_VAE = "say where one is: --vae FILE, DIR or OWNER/NAME@COMMIT"
 
 
 def part_of(path: Path, name: str, build: Callable[[], nn.Module]) -> Part:
@@ -60,8 +66,10 @@ def part_of(path: Path, name: str, build: Callable[[], nn.Module]) -> Part:
     return Part(name, build, read)
 
 
-def check(path: Path, part: Part, like: Path) -> None:
+def check(path: Path, part: Part, like: Path, kind: str = "base model") -> None:
     """Whether the file has all of a network, and of the shapes that the configuration in `like` asks for.
+
+    kind: what the file is, for errors: "base model" or "VAE".
 
     Raises:
         BadInput: it has nothing of this network.
@@ -70,10 +78,11 @@ def check(path: Path, part: Part, like: Path) -> None:
     """
     tensors = _tensors(path, part.name, hollow=True)
     if not tensors:
-        why = f"no tensor's name begins with {' or '.join(PREFIXES[part.name])}"
+        prefixes = [one for one in PREFIXES[part.name] if isinstance(one, str)]
+        why = f"no tensor's name begins with {' or '.join(prefixes)}"
         do = "give a whole model under Stable Diffusion's original names, or a folder in diffusers' format"
-        raise BadInput(f"{path} has no {part.name}", why, do)
-    what = f"the base model {path} is not complete"
+        raise BadInput(f"{path} has no {part.name}", why, NAME_VAE if part.name == "vae" else do)
+    what = f"the {kind} {path} is not complete"
     try:
         translated = _translated(part.name, tensors, part.skeleton)
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
@@ -83,7 +92,8 @@ def check(path: Path, part: Part, like: Path) -> None:
     if others := sorted(key for key in found if found[key] != wanted.get(key)):
         key = others[0]
         why = f"{part.name}, {key}: {found[key]} in the file, {wanted.get(key, 'absent')} in {like}"
-        raise ExportError(f"{path} is of another architecture than --like", why, LIKE)
+        other, do = ("--like", LIKE) if kind == "base model" else (f"the VAE of {like}", VAE_FOLDER)
+        raise ExportError(f"{path} is of another architecture than {other}", why, do)
     if missing := sorted(wanted.keys() - found.keys()):
         why = f"{len(missing)} of the {len(wanted)} tensors of {part.name} are missing, such as {missing[0]}"
         raise IntegrityError(what, why, AGAIN)
@@ -93,13 +103,16 @@ def check_schedule(path: Path, config: Mapping[str, Any]) -> None:
     """Whether the file says of itself what the configuration of the noise schedule does not.
 
     Models that were trained so have an empty tensor `v_pred`, and `ztsnr` where the last timestep has no
-    signal, for programs that read no configuration.
+    signal, for programs that read no configuration; those of EDM have their own.
 
     Raises:
         ExportError: it does.
     """
     with _opened(path) as file:
         names = set(file.keys())
+    if edm := sorted(name for name in names if name.startswith(EDM)):
+        why = f"{edm[0]} in the file means that it was trained as EDM, whose noise betas do not describe"
+        raise ExportError(f"the base model {path} has an unknown noise schedule", why, "use another model")
     told = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
     for name, (key, value) in told.items():
         if name in names and config.get(key) != value:
@@ -114,10 +127,20 @@ def _translated(name: str, tensors: Tensors, module: nn.Module) -> dict[str, Ten
         found = convert_ldm_unet_checkpoint(dict(tensors), {**config, "addition_embed_type": None})
         found |= _added(tensors)
     elif name == "vae":
-        found = convert_ldm_vae_checkpoint(dict(tensors), config)
+        if any(".mid_block." in key for key in tensors):
+            found = {_attention_of_today(key): tensor for key, tensor in tensors.items()}
+        else:
+            found = convert_ldm_vae_checkpoint(dict(tensors), config)
     else:
         found = _text(tensors, module)
     return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+
+def _attention_of_today(key: str) -> str:
+    """A name of diffusers' VAE; before 0.16 it had others for the attention's projections."""
+    for old, new in OLD_ATTENTION.items():
+        key = key.replace(old, new)
+    return key
 
 
 def _added(tensors: Tensors) -> dict[str, Tensor]:

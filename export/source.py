@@ -15,8 +15,8 @@ from hyperrt.errors import UsageError
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import Part
 from hyperrt.lora import LoraLayout
-from hyperrt.solvers import BETA_SCHEDULES, PREDICTION_TYPES
-from hyperrt.training import features, image_prompt, lora_layers
+from hyperrt.training import features, image_prompt, noise_schedule
+from hyperrt.training.latents import LatentScale
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Inputs:
         like: for a single file, see `loading.find`.
         offline: no network.
         size: of the pictures, in pixels; None: what the UNet was trained for.
+        vae: in place of the base model's: diffusers folder, .safetensors file, or hub id with its commit.
     """
 
     base: str | Path | None = None
@@ -43,6 +44,7 @@ class Inputs:
     like: str | None = None
     offline: bool = False
     size: int | None = None
+    vae: str | Path | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,7 +57,7 @@ class Source:
         scheduler: configuration of the noise schedule.
         token: stands for the subject in prompts.
         image_size: of the pictures, in pixels.
-        pad_2: id that fills the second text encoder's prompts.
+        tokenizer_2: of SDXL's second text encoder; the same but for the pad.
         zero_empty: whether an empty prompt is all zeros and not encoded.
         license: what the bundle's LICENSES says.
         image_scale: of the image prompt, that the hypernetwork was trained with.
@@ -68,7 +70,7 @@ class Source:
     token: str
     image_size: int
     license: str
-    pad_2: int | None = None
+    tokenizer_2: CLIPTokenizer | None = None
     zero_empty: bool = False
     image_scale: float = image_prompt.SCALE
 
@@ -80,6 +82,26 @@ class Source:
     def is_sdxl(self) -> bool:
         """Whether there are two text encoders, pooled text and sizes."""
         return "text_encoder_2" in self.parts
+
+    @property
+    def pad(self) -> int | None:
+        """Id that fills prompts behind their end token; None: that token again."""
+        pad = self.tokenizer.pad_token_id
+        return None if pad == self.tokenizer.eos_token_id else int(pad)
+
+    @property
+    def pad_2(self) -> int | None:
+        """The same of the second text encoder; None: there is no such encoder."""
+        return None if self.tokenizer_2 is None else int(self.tokenizer_2.pad_token_id)
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        """What lies between the UNet's latents and the VAE's.
+
+        Raises:
+            ValueError: diffusers' pipeline does not read what the VAE's configuration says.
+        """
+        return LatentScale.of(self.config("vae"), self.is_sdxl)
 
     @property
     def max_tokens(self) -> int:
@@ -105,32 +127,27 @@ def betas(source: Source) -> Betas:
         ExportError: the runtime does not know it.
     """
     config = source.scheduler
-    found = config.get("beta_schedule", "linear")  # diffusers' default
-    what = "the base model has an unknown noise schedule"
-    if found not in BETA_SCHEDULES or config.get("trained_betas") is not None:
-        raise ExportError(what, f"its beta_schedule is {found!r}", "train it with scaled_linear")
-    if config.get("rescale_betas_zero_snr"):
-        why = "rescale_betas_zero_snr leaves no signal at the last timestep, where solvers divide by it"
-        raise ExportError(what, why, "use a model without it")
+    if why := noise_schedule.fault(config, is_sdxl=source.is_sdxl):
+        raise unknown_noise(why)
     start, end = config.get("beta_start"), config.get("beta_end")
     try:
-        return Betas(found, start, end, config.get("num_train_timesteps", 1000))
+        return Betas(
+            config.get("beta_schedule", "linear"), start, end, config.get("num_train_timesteps", 1000)
+        )
     except (TypeError, ValueError) as error:
         why = f"its betas go from {start!r} to {end!r}; it must be 0 < start < end < 1"
-        raise ExportError(what, why, "use a model whose scheduler_config.json has them") from error
+        raise unknown_noise(why) from error
+
+
+def unknown_noise(why: str) -> ExportError:
+    """The error of a noise schedule that the solvers do not describe."""
+    do = "use a model whose scheduler_config.json has the betas that it was trained with"
+    return ExportError("the base model has an unknown noise schedule", why, do)
 
 
 def prediction_type(source: Source) -> Any:
-    """What the UNet predicts, for the manifest; diffusers' default where the configuration does not say.
-
-    Raises:
-        ExportError: the runtime does not know it.
-    """
-    found = source.scheduler.get("prediction_type", "epsilon")
-    if found not in PREDICTION_TYPES:
-        why = f"its prediction_type is {found!r}; known are {', '.join(sorted(PREDICTION_TYPES))}"
-        raise ExportError("the base model predicts something unknown", why, "use another model")
-    return found
+    """What the UNet predicts, for the manifest; diffusers' default where the configuration does not say."""
+    return source.scheduler.get("prediction_type", "epsilon")
 
 
 def timestep_spacing(source: Source) -> Literal["leading", "trailing"]:
@@ -156,7 +173,6 @@ def sized(source: Source, size: int | None) -> Source:
 
     Raises:
         UsageError: such a size.
-        ExportError: the graphs cannot express the UNet, or the runtime the noise schedule.
     """
     unet = source.parts["unet"].skeleton.config
     step = vae_factor(source.parts["vae"]) * 2 ** (len(unet.block_out_channels) - 1)
@@ -165,33 +181,16 @@ def sized(source: Source, size: int | None) -> Source:
         why = f"it takes multiples of {step} from {step} to {4 * source.image_size}"
         do = f"leave --size out for {source.image_size}, which the model was trained for"
         raise UsageError(f"the model cannot draw pictures of {wanted} pixels", why, do)
-    _check_unet(source)
-    betas(source)  # what the manifest cannot say is known before the work, not after
-    prediction_type(source)
     return dataclasses.replace(source, image_size=wanted)
 
 
-def _check_unet(source: Source) -> None:
-    """Refuse conditions that the graphs do not compute."""
-    unet = source.parts["unet"].skeleton
-    config = unet.config
-    latent = source.parts["vae"].skeleton.config.latent_channels
-    odd = {
-        "addition_embed_type": config.addition_embed_type not in (None, "text_time"),
-        "class_embed_type": config.class_embed_type is not None or config.num_class_embeds is not None,
-        "encoder_hid_dim_type": config.encoder_hid_dim_type is not None,
-        "time_cond_proj_dim": config.time_cond_proj_dim is not None,
-        "in_channels": config.in_channels != latent,
-        "cross_attention_dim": config.cross_attention_dim != source.text_width,
-    }
-    found = [f"{name} is {config.get(name)!r}" for name, is_odd in odd.items() if is_odd]
-    try:
-        lora_layers.install(unet)
-    except ValueError as error:
-        found.append(str(error))
-    if found:
-        do = "give a text-to-image Stable Diffusion 1 or XL model"
-        raise ExportError("the UNet is of a kind that is not known", "; ".join(found), do)
+def save_tokenizer(source: Source, path: Path) -> None:
+    """Write the first tokenizer as the runtime reads it."""
+    tokenizer = source.tokenizer.backend_tokenizer
+    # The last text that was encoded left its padding here; the runtime does its own.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.save(str(path))
 
 
 def vae_factor(vae: Part) -> int:

@@ -1,7 +1,7 @@
-"""The parity ladder: each rung compares the graphs, as the runtime will run them, with PyTorch in fp32.
+"""The parity ladder: each rung compares the graphs, as the runtime will run them, with diffusers and PEFT.
 
     none    nothing is compared
-    graphs  each graph alone, right after it was written, so that one network is in memory at a time
+    graphs  each graph alone, right after it was written, so that one network is in memory at a time; solvers
     full    all rungs, at the end, with all networks in memory: for the tiny family
 
 The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung
@@ -11,45 +11,46 @@ above its tolerance ends the export.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hyperrt import engines, guidance, sampling, solvers
 from hyperrt.bundle import Defaults
 from hyperrt.engines.base import Engine
-from hyperrt.export import reference, refit_form
+from hyperrt.export import expected, reference, refit_form
 from hyperrt.export.errors import ParityError
+from hyperrt.export.expected import Expected
 from hyperrt.export.graphs import Graph
-from hyperrt.export.source import Source, betas, prediction_type
+from hyperrt.export.reference import Guided, Told
+from hyperrt.export.source import Source, betas, prediction_type, timestep_spacing
 from hyperrt.graphs import REFITTING
 from hyperrt.lora import LoraLayout
 from hyperrt.parity import relative
-from hyperrt.training.base import tokens
+from hyperrt.solvers import SolverTable
 
 LEVELS = ("none", "graphs", "full")
 # rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
 TOLERANCE = {
     "image_encoder": 1e-4,  # 6e-7
     "weight_decoder": 1e-4,  # 1e-7
-    "image_prompt": 1e-4,
+    "image_prompt": 1e-3,  # its zero tokens are kept as a weight, in fp16
     "text_encoder": 1e-4,  # 6e-7
     "context": 1e-4,  # 2e-7
     "denoiser": 1e-4,  # 5e-6; under two LoRAs, one of them per row
     "vae_decoder": 1e-4,  # 2e-6
-    "fused_step": 1e-4,  # one call against three calls of diffusers' UNet, the LoRA merged
+    "solvers": 1e-4,  # no network: tables against diffusers' schedulers of the model's configuration
+    "fused_step": 1e-4,  # one call against three calls of diffusers' UNet
     "lora_zero": 0.0,  # 0: a LoRA of zeros, and a gate of zeros, are the base model to the bit
     "subjects_broadcast": 1e-6,  # 0: one LoRA for all rows against the same one in every row
-    "loop": 1e-3,  # photos and prompts to pixels, ten steps of HM-CFG
+    "loop": 1e-3,  # photos and prompts to pictures, ten steps of HM-CFG
 }
-RUNGS = {"none": (), "graphs": tuple(TOLERANCE)[:7], "full": tuple(TOLERANCE)}
 # Of a graph whose arithmetic, or whose weights, have fewer bits than those of PyTorch's.
 REDUCED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 2e-1}
 # What a graph of each precision is compared on. No CPU multiplies fp16: there its rounding of weights shows.
@@ -66,16 +67,18 @@ GRAPH_SIZES = (
 LARGE_SIZES = (
     {"photos": 2, "prompts": 2, "images": 1, "branches": 2, "rows": 2, "subjects": 2, "h": 16, "w": 24},
 )
-LOOP_STEPS = 10
+LOOP_STEPS, SOLVER_STEPS = 10, 6
+LOOP_SOLVER = "dpmpp_2m"
 
 Arrays = dict[str, np.ndarray]
+Modules = Mapping[str, nn.Module]
 Progress = Callable[[str], None]
 
 
 def ladder(
     source: Source,
     graphs: Sequence[Graph],
-    modules: Mapping[str, nn.Module],
+    modules: Modules,
     folder: Path,
     defaults: Defaults,
     progress: Progress,
@@ -85,7 +88,7 @@ def ladder(
     Args:
         source: what the graphs were made from.
         graphs: as `graphs.build` made them.
-        modules: its parts, fp32, weights as they are stored.
+        modules: its parts as they were read, fp32, weights as they are stored.
         folder: holds NAME.onnx of each.
         defaults: guidance of the loop.
         progress: told the name of each rung before it.
@@ -101,24 +104,22 @@ def ladder(
             )
             for graph in graphs
         }
-        torchs = Torch(
-            source, copy.deepcopy(modules)
-        )  # as they are: `graph.make` replaces attention and more
         rungs: dict[str, Callable[[], float]] = {
             graph.name: lambda graph=graph: max(
-                relative(opened[graph.name].run(_arrays(feeds)), expected)
-                for feeds, expected in expectations(graph, modules, GRAPH_SIZES)
+                relative(opened[graph.name].run(_arrays(feeds)), arrays)
+                for feeds, arrays in expected.of_graph(graph, source, modules, GRAPH_SIZES)
             )
             for graph in graphs
         }
-        rungs["fused_step"] = lambda: fused_step_error(torchs, opened)
+        rungs["solvers"] = lambda: solvers_error(source)
+        rungs["fused_step"] = lambda: fused_step_error(source, modules, opened)
         rungs["lora_zero"] = lambda: max(
             lora_zero_error(graph, opened) for graph in graphs if _lora_of(graph)
         )
         rungs["subjects_broadcast"] = lambda: max(
             broadcast_error(graph, opened) for graph in graphs if _lora_of(graph)
         )
-        rungs["loop"] = lambda: loop_error(torchs, opened, defaults)
+        rungs["loop"] = lambda: loop_error(source, modules, opened, defaults)
         figures = {}
         for name, measure in rungs.items():
             progress(name)
@@ -126,15 +127,7 @@ def ladder(
         return figures
 
 
-@dataclass(frozen=True)
-class Torch:
-    """The models in PyTorch, for the rungs of several graphs."""
-
-    source: Source
-    modules: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Fed:
     """An engine that is fed a packed LoRA by name even where its LoRA enters by a refit."""
 
@@ -150,28 +143,6 @@ class Fed:
         return self.engine.run(inputs)
 
 
-Expected = tuple[dict[str, Tensor], Arrays]
-
-
-def expectations(
-    graph: Graph, modules: Mapping[str, nn.Module], sizes: Sequence[Mapping[str, int]]
-) -> list[Expected]:
-    """Random inputs of these sizes, and what the graph's module makes of them in fp32.
-
-    modules: the graph's parts; they are made fp32 in place, which changes no weight.
-    """
-    module = graph.make({name: modules[name].float() for name in graph.parts})
-    found = []
-    for seed, size in enumerate(sizes):
-        feeds = graph.feeds({**size, "subjects": 1} if graph.refit else size, seed)
-        with torch.no_grad():
-            results = module(**feeds)
-        results = results if isinstance(results, tuple) else (results,)
-        arrays = {spec.name: tensor.numpy() for spec, tensor in zip(graph.outputs, results, strict=True)}
-        found.append((feeds, arrays))
-    return found
-
-
 def graph_error(
     path: Path,
     *,
@@ -180,7 +151,7 @@ def graph_error(
     refit: LoraLayout | None = None,
     **options: Any,
 ) -> float:
-    """A graph's file on a backend, against what `expectations` found.
+    """A graph's file on a backend, against what `expected.of_graph` found.
 
     refit: layout of the LoRA, where its factors are constants of the file.
     """
@@ -228,90 +199,147 @@ def broadcast_error(graph: Graph, opened: Mapping[str, Fed]) -> float:
     )
 
 
-def fused_step_error(torchs: Torch, opened: Mapping[str, Fed]) -> float:
-    """One denoiser call for two images, against three calls of diffusers' UNet with a merged random LoRA."""
-    source, base_unet = torchs.source, torchs.modules["unet"]
-    layout, unet_config = source.layout, source.config("unet")
+@torch.no_grad()
+def solvers_error(source: Source) -> float:
+    """Latents of every solver's table, against diffusers' pipeline with the scheduler that stands for it.
+
+    No network takes part: in place of the UNet is a function of latents and timestep.
+    """
+    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
+    spacing, predicts = timestep_spacing(source), prediction_type(source)
+    side = 8  # of the latents: diffusers takes pictures of multiples of 8 pixels
+    noise = sampling.initial_noise(0, (source.config("unet").in_channels, side, side), 1)
+
+    def output(x: Tensor, timestep: Any) -> Tensor:
+        return torch.sin(3 * x + float(timestep) / 300)
+
+    worst = 0.0
+    for solver in reference.SCHEDULERS:
+        if (solver, predicts) == ("euler_ancestral", "sample"):  # which diffusers does not have
+            continue
+        table = solvers.table(solver, schedule, SOLVER_STEPS, predicts, spacing)
+        unet = reference.Given(source.parts["unet"].skeleton, output)
+        pipe = reference.pipeline(source, {}, solver, unet)
+        right = reference.drawn(
+            pipe, reference.nothing(source), torch.from_numpy(noise), SOLVER_STEPS, generator=_generator()
+        )
+        worst = max(worst, relative({"latents": _solved(table, output, noise)}, {"latents": right}))
+    return worst
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _solved(table: SolverTable, output: Callable[[Tensor, Any], Tensor], noise: np.ndarray) -> np.ndarray:
+    """Latents after the steps of a table, with the fresh noise that diffusers draws."""
+    generator = _generator()
+
+    def step(feeds: Mapping[str, Any]) -> Arrays:
+        c, x = feeds["coefficients"], torch.from_numpy(feeds["latents"] * feeds["coefficients"][0])
+        fresh = randn_tensor(x.shape, generator=generator).numpy() if table.stochastic else feeds["noise"]
+        outputs = output(x, feeds["timestep"]).numpy()
+        following = solvers.apply(c, feeds["latents"], outputs, feeds["previous"], fresh)
+        return dict(zip(("next_latents", "denoised"), following, strict=True))
+
+    return _denoised(step, table, noise)
+
+
+def _denoised(
+    step: Callable[[Mapping[str, Any]], Arrays], table: SolverTable, noise: np.ndarray
+) -> np.ndarray:
+    latents = noise * np.float32(table.initial_scale)
+    for done in sampling.denoise(step, table, latents, sampling.noise_generators(0, len(noise))):
+        latents = done.latents
+    return latents
+
+
+@torch.no_grad()
+def fused_step_error(source: Source, modules: Modules, opened: Mapping[str, Fed]) -> float:
+    """One denoiser call for two images, against three calls of diffusers' UNet with a random LoRA."""
+    layout, unet = source.layout, modules["unet"]
     rng = np.random.default_rng(4)
-    lora = {name: 0.2 * rng.standard_normal(layout.size(name), np.float32) for name in ("lora_q", "lora_kv")}
-    shape = (2, unet_config.in_channels, source.latent_size, source.latent_size)
+    lora = {
+        name: 0.2 * rng.standard_normal((1, layout.size(name)), np.float32) for name in ("lora_q", "lora_kv")
+    }
+    shape = (2, source.config("unet").in_channels, source.latent_size, source.latent_size)
     feeds = {name: rng.standard_normal(shape, np.float32) for name in ("latents", "previous", "noise")}
     feeds |= {
         "timestep": np.array(601, np.float32),
         "coefficients": rng.uniform(0.5, 1, 7).astype(np.float32),
     }
-    hidden = [
-        torch.from_numpy(rng.standard_normal(_hidden_shape(source), np.float32)) for _ in guidance.BRANCHES
-    ]
+    width = (1, source.max_tokens, source.text_width)
+    told = [Told(torch.from_numpy(rng.standard_normal(width, np.float32))) for _ in guidance.BRANCHES]
     weights = guidance.hm_cfg_weights(2.0, 0.8)
-    unet = reference.plain(base_unet)
-    expected = reference.stepper(unet, reference.personalised(unet, layout, lora), hidden, weights)(feeds)
-    return relative(_stepper(opened, lora, hidden, weights, images=2)(feeds), expected)
+    x = torch.from_numpy(feeds["latents"] * feeds["coefficients"][0])
+    with reference.adapted(unet, layout, lora) as use:
+        many = [Told(one.hidden.expand(2, -1, -1)) for one in told]
+        (guided,) = Guided(unet, hybrid(weights, many), use)(x, torch.from_numpy(feeds["timestep"]))
+    following = solvers.apply(
+        feeds["coefficients"], feeds["latents"], guided.numpy(), feeds["previous"], feeds["noise"]
+    )
+    right = dict(zip(("next_latents", "denoised"), following, strict=True))
+    return relative(_stepper(opened, lora, told, weights, images=2)(feeds), right)
 
 
-def loop_error(torchs: Torch, opened: Mapping[str, Fed], defaults: Defaults) -> float:
-    """Photos and prompts to pixels, all in graphs, against all in PyTorch."""
-    source, modules = torchs.source, torchs.modules
-    vae = modules["vae"]
+def hybrid(weights: Sequence[float], told: Sequence[Told]) -> list[tuple[float, float, Told]]:
+    """The branches of HM-CFG for `reference.Guided`, by `guidance.BRANCHES`: the subject's has the LoRA."""
+    strengths = [float(name == "subject") for name in guidance.BRANCHES]
+    return list(zip(weights, strengths, told, strict=True))
+
+
+@torch.no_grad()
+def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defaults: Defaults) -> float:
+    """Photos and prompts to pictures, all in graphs, against diffusers' pipeline and PEFT."""
     rng = np.random.default_rng(5)
     size = source.config("image_encoder").image_size
     pixels = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
-    text = ["", f"a {source.token} toy on a beach", "a toy on a beach"]
-    ids = tokens(source.tokenizer, text)
+    text = [f"a {source.token} toy on a beach", "a toy on a beach"]
     weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
-    with torch.no_grad():
-        features = modules["image_encoder"](torch.from_numpy(pixels)).last_hidden_state
-        packed = modules["weight_decoder"](features)
-        hidden = modules["text_encoder"](ids).last_hidden_state.split(1)
-    unet = reference.plain(modules["unet"])
-    lora = {name: vector[0].numpy() for name, vector in packed.items()}
-    subject = reference.personalised(unet, source.layout, lora)
-    expected = _sampled(source, reference.stepper(unet, subject, hidden, weights))
-    with torch.no_grad():
-        z = torch.from_numpy(expected) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
-        picture = vae.decode(z).sample.numpy()
+    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
+    table = solvers.table(
+        LOOP_SOLVER, schedule, LOOP_STEPS, prediction_type(source), timestep_spacing(source)
+    )
+    noise = sampling.initial_noise(0, (source.config("unet").in_channels, *(source.latent_size,) * 2), 1)
+
+    features = modules["image_encoder"](torch.from_numpy(pixels)).last_hidden_state
+    lora = {name: vector.numpy() for name, vector in modules["weight_decoder"](features).items()}
+    pipe = reference.pipeline(source, modules, LOOP_SOLVER)
+    prompts = reference.encoded(pipe, text)
+    told = [reference.encoded_empty(pipe), prompts.of(0), prompts.of(1)]
+    with reference.adapted(modules["unet"], source.layout, lora) as use:
+        pipe.register_modules(unet=Guided(modules["unet"], hybrid(weights, told), use))
+        right = {
+            name: reference.drawn(pipe, told[0], torch.from_numpy(noise), LOOP_STEPS, output)
+            for name, output in (("latents", "latent"), ("pictures", "pt"))
+        }
 
     seen = opened["image_encoder"].run({"pixels": pixels})
-    found_lora = {name: vector[0] for name, vector in opened["weight_decoder"].run(seen).items()}
-    found_text = opened["text_encoder"].run({"input_ids": ids.numpy()})["hidden_states"]
-    found_hidden = torch.from_numpy(found_text).split(1)
-    latents = _sampled(source, _stepper(opened, found_lora, found_hidden, weights, images=1))
-    found = {"latents": latents, **opened["vae_decoder"].run({"latents": latents})}
-    return relative(found, {"latents": expected, "pixels": picture})
-
-
-def _sampled(source: Source, step: Callable[[Mapping[str, np.ndarray]], Arrays]) -> np.ndarray:
-    """Latents [1, C, h, w] after LOOP_STEPS steps of DPM-Solver++(2M)."""
-    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
-    table = solvers.table("dpmpp_2m", schedule, LOOP_STEPS, prediction_type(source))
-    channels = source.config("unet").in_channels
-    noise = sampling.initial_noise(0, (channels, source.latent_size, source.latent_size), 1)
-    latents = noise * np.float32(table.initial_scale)
-    for done in sampling.denoise(step, table, latents, sampling.noise_generators(0, 1)):
-        latents = done.latents
-    return latents
+    found_lora = opened["weight_decoder"].run(seen)
+    ids = _arrays(expected.token_ids(source, ["", *text]))
+    hidden = torch.from_numpy(opened["text_encoder"].run(ids)["hidden_states"])
+    step = _stepper(opened, found_lora, [Told(one) for one in hidden.split(1)], weights, images=1)
+    latents = _denoised(step, table, noise)
+    decoded = opened["vae_decoder"].run({"latents": latents})["pixels"]
+    return relative({"latents": latents, "pictures": np.clip(decoded / 2 + 0.5, 0, 1)}, right)
 
 
 def _stepper(
     opened: Mapping[str, Fed],
     lora: Arrays,
-    hidden: Sequence[Tensor],
+    told: Sequence[Told],
     weights: Sequence[float],
     images: int,
-) -> Callable[[Mapping[str, np.ndarray]], Arrays]:
+) -> Callable[[Mapping[str, Any]], Arrays]:
     """The step of `sampling.denoise` on the graphs.
 
-    lora: packed vectors [N]; hidden: per branch [1, L, D].
+    lora: packed vectors [1, N]; told: per branch, of one prompt.
     """
     gate = np.repeat(np.array([0, 1, 0], np.float32), images)
-    text = np.concatenate([branch.numpy().repeat(images, axis=0) for branch in hidden])
-    resident = opened["context"].run({"hidden_states": text, "gate": gate, "lora_kv": lora["lora_kv"][None]})
-    resident |= {"gate": gate, "lora_q": lora["lora_q"][None], "guidance": np.array(weights, np.float32)}
+    text = np.concatenate([branch.hidden.numpy().repeat(images, axis=0) for branch in told])
+    resident = opened["context"].run({"hidden_states": text, "gate": gate, "lora_kv": lora["lora_kv"]})
+    resident |= {"gate": gate, "lora_q": lora["lora_q"], "guidance": np.array(weights, np.float32)}
     return lambda feeds: opened["denoiser"].run({**feeds, **resident})
-
-
-def _hidden_shape(source: Source) -> tuple[int, int, int]:
-    return 1, source.max_tokens, source.text_width
 
 
 def _lora_of(graph: Graph) -> str:
@@ -321,6 +349,11 @@ def _lora_of(graph: Graph) -> str:
 
 def _arrays(feeds: Mapping[str, Tensor]) -> Arrays:
     return {name: tensor.numpy() for name, tensor in feeds.items()}
+
+
+def allowed(graph: str, kind: str) -> float:
+    """The largest relative error of a graph alone, in fp32, fp16, bf16 or with weights in int8."""
+    return max(TOLERANCE[graph], REDUCED[kind])
 
 
 def checked(rung: str, error: float, allowed: float) -> float:

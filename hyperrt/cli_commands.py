@@ -40,7 +40,7 @@ from hyperrt.config import (
 from hyperrt.errors import UsageError
 
 ENV = "HYPERRT"
-EXPORT_NEEDS = ("accelerate", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+EXPORT_NEEDS = ("accelerate", "torch", "diffusers", "transformers", "peft", "onnx", "onnxscript")
 SETTINGS = {
     "auto_envvar_prefix": ENV,
     "help_option_names": ["-h", "--help"],
@@ -261,6 +261,11 @@ def personalize(context: click.Context, /, **options: Any) -> None:
     metavar="MODEL",
     help="The base model: a diffusers folder, a .safetensors file, or OWNER/NAME@COMMIT on the hub.  "
     "[default: what the hypernet was trained on]",
+)
+@click.option(
+    "--vae",
+    metavar="MODEL",
+    help="Another VAE than the base model's: a diffusers folder, a .safetensors file, or OWNER/NAME@COMMIT.",
 )
 @click.option("--like", metavar="MODEL", help="Folder or hub id whose configuration a single file has.")
 @click.option("--offline", is_flag=True, help="Use of the hub only what was downloaded before.")

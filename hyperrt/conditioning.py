@@ -49,7 +49,7 @@ class Conditioning:
         self._graphs = graphs
         self._bundle = graphs.bundle
         self._low_memory = low_memory
-        self._tokenizer: Tokenizer | None = None
+        self._tokenizers: dict[str, Tokenizer] = {}  # by the input of the text encoder's graph
         self._features: tuple[tuple[str, ...], Arrays] | None = None  # of the last texts
         self._plain: tuple[tuple[Any, ...], Arrays] | None = None  # of the last texts, image tokens
         self._context: tuple[tuple[Any, ...], Tensors] | None = None  # of the last job: its key, outputs
@@ -143,16 +143,17 @@ class Conditioning:
     def _token_ids(self, texts: list[str]) -> dict[str, NDArray[np.int64]]:
         """Token ids [texts, L] of every text encoder; what does not fit is logged as a warning."""
         rules = self._bundle.prompts
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._bundle.tokenizer, rules.max_tokens)
-        encoded = [self._tokenizer.encode(text) for text in texts]
-        longest = max((one.dropped for one in encoded), key=len)
+        if not self._tokenizers:
+            pads = {"input_ids": rules.pad}
+            if rules.pad_2 is not None:
+                pads["input_ids_2"] = rules.pad_2
+            path, most = self._bundle.tokenizer, rules.max_tokens
+            self._tokenizers = {name: Tokenizer(path, most, pad) for name, pad in pads.items()}
+        encoded = {name: [one.encode(text) for text in texts] for name, one in self._tokenizers.items()}
+        longest = max((text.dropped for text in encoded["input_ids"]), key=len)
         if longest:
             log.warning("prompt cut to %d tokens; dropped: %s", rules.max_tokens, prompts.shortened(longest))
-        ids = {"input_ids": np.stack([one.ids for one in encoded])}
-        if rules.pad_2 is not None:
-            ids["input_ids_2"] = np.stack([one.padded_with(rules.pad_2) for one in encoded])
-        return ids
+        return {name: np.stack([text.ids for text in found]) for name, found in encoded.items()}
 
     def _sizes(self, rows: int) -> dict[str, Floats]:
         """SDXL's time ids [rows, 6]: original height and width, crop's top and left, target's size."""

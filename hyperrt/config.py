@@ -192,6 +192,7 @@ class ExportConfig(Checked):
     base: str | None = (
         None  # folder, file or hub id of the base model; None: that of the hypernetwork's training
     )
+    vae: str | None = None  # folder, file or hub id of a VAE in place of the base model's
     hypernet: str | None = None  # checkpoint of the weight decoder
     random_weights: int | None = None  # seed: random weights in place of both
     image_encoder: str | None = None  # folder of the ViT that the hypernetwork reads

@@ -169,13 +169,15 @@ class Prompts:
     max_tokens: int
     default_class: str
     nouns: tuple[str, ...]
-    pad_2: int | None = None  # what follows the end token in the ids of a second text encoder
+    pad: int | None = None  # what follows the end token in the ids; None: the end token again
+    pad_2: int | None = None  # the same for a second text encoder, which there is if this is said
     zero_empty: bool = False  # an empty text, if it is no negative prompt, is all zeros and is not encoded
 
     def __post_init__(self) -> None:
         _positive(max_tokens=self.max_tokens)
-        if self.pad_2 is not None and not 0 <= self.pad_2 < 2**31:
-            raise ValueError(f"pad_2 is {str(self.pad_2)[:20]}; a token id is from 0 to {2**31 - 1}")
+        for name, pad in (("pad", self.pad), ("pad_2", self.pad_2)):
+            if pad is not None and not 0 <= pad < 2**31:
+                raise ValueError(f"{name} is {str(pad)[:20]}; a token id is from 0 to {2**31 - 1}")
         if not (self.placeholder and self.token and self.default_class):
             raise ValueError("placeholder, token and default_class must not be empty")
 

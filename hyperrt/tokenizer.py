@@ -1,8 +1,11 @@
-"""Text to token ids, by CLIP's rules: `[start, tokens..., end, end, ...]`, int64 [L].
+"""Text to token ids, by CLIP's rules: `[start, tokens..., end, pad, pad, ...]`, int64 [L].
 
 The vocabulary is the bundle's `tokenizer.json`, as transformers' CLIPTokenizer writes it; ids are those of
 `CLIPTokenizer(text, padding="max_length", truncation=True)`. What does not fit is not lost silently: it is
 `Encoded.dropped`.
+
+Two text encoders share the vocabulary, and differ in the pad: SDXL's second one has "!". As in transformers
+the word of a pad is a token of its own wherever the text has it: "mug!" ends in the id of the pad.
 """
 
 from __future__ import annotations
@@ -24,18 +27,12 @@ class Encoded:
     """One text as the text encoder takes it.
 
     Attributes:
-        ids: [L] int64; after the text's end token the end token is repeated.
+        ids: [L] int64; the pad follows the text's end token.
         dropped: the end of the text that did not fit; empty when all of it did.
-        length: how many ids are the text, its start and end token included.
     """
 
     ids: NDArray[np.int64]
     dropped: str
-    length: int
-
-    def padded_with(self, pad: int) -> NDArray[np.int64]:
-        """The ids [L] with `pad` after the end token, as SDXL's second text encoder takes them."""
-        return np.where(np.arange(len(self.ids)) < self.length, self.ids, pad)
 
 
 class Tokenizer:
@@ -44,12 +41,13 @@ class Tokenizer:
     Args:
         path: a `tokenizer.json`.
         max_tokens: L, the start and end tokens included.
+        pad: id that follows the end token; None: the end token again.
 
     Raises:
         BundleError: the file is missing, is no tokenizer, or puts no start and end token around text.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_tokens: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], max_tokens: int, pad: int | None = None) -> None:
         import tokenizers  # here, because `hyperrt --help` does not need it
 
         self.max_tokens = max_tokens
@@ -69,14 +67,16 @@ class Tokenizer:
                 REBUILD,
             )
         self._start, self._end = ends
+        self._pad = self._end if pad is None else pad
+        if pad is not None and (word := self._tokenizer.id_to_token(pad)):
+            self._tokenizer.add_special_tokens([word])  # a word of the vocabulary keeps its id
 
     def encode(self, text: str) -> Encoded:
         """Token ids [L] of a text, and the part of the text that did not fit."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         room = self.max_tokens - 2
-        ids = np.full(self.max_tokens, self._end, dtype=np.int64)
+        ids = np.full(self.max_tokens, self._pad, dtype=np.int64)
         kept = encoding.ids[:room]
-        ids[0] = self._start
-        ids[1 : 1 + len(kept)] = kept
+        ids[: len(kept) + 2] = [self._start, *kept, self._end]
         dropped = text[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
-        return Encoded(ids, dropped, len(kept) + 2)
+        return Encoded(ids, dropped)

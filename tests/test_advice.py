@@ -274,6 +274,14 @@ def _(folder, monkeypatch):
     return advice_of(lambda: prepare._claimed(cache, folder / "photos").__enter__())
 
 
+@message("export/verify.py:checked")
+def _(folder, monkeypatch):
+    pytest.importorskip("torch")
+    from hyperrt.export import verify
+
+    return advice_of(verify.checked, "graph", 1.0, 0.5)
+
+
 def said_by(*words: str) -> str:
     """What a command says on stderr, as one line."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -29,6 +29,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from hyperrt.errors import HyperRTError, IntegrityError, NotFound
+from hyperrt.training import model_config
+from hyperrt.training.latents import LatentScale
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,6 +57,11 @@ class Encoders:
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
     zero_empty: bool = False
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        """What lies between the VAE's latents and the UNet's; errors as `LatentScale.of`."""
+        return LatentScale.of(self.vae.config, self.text_encoder_2 is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {  # classes that each may have
     "image_encoder": (ViTModel, CLIPVisionModelWithProjection),
     "scheduler": (DDIMScheduler,),
 }
+CLIP_TEXT = ("clip_text_model", "clip")  # model_type of a text encoder, and of a whole CLIP's configuration
 OF_SDXL = ("text_encoder_2", "tokenizer_2")
 OF_TINY = tuple(name for name in PARTS if name not in OF_SDXL)
 # transformers names weights of another shape only if it may ignore them; `read_part` does not.
@@ -152,6 +160,7 @@ def load(folder: Path | str) -> Base:
         ValueError: a part cannot be read, is of another class, lacks weights, or does not fit the others.
     """
     folder = Path(folder)
+    model_config.check_index(folder, PARTS)
     return _checked(folder, Base(**_read_parts(folder, parts_of(folder))))
 
 
@@ -159,6 +168,7 @@ def load_encoders(folder: Path | str) -> Encoders:
     """The same without the UNet, which is the largest part; errors as `load`."""
     folder = Path(folder)
     names = [name for name in parts_of(folder) if name not in ("unet", "scheduler")]
+    model_config.check_index(folder, PARTS)
     return _checked(folder, Encoders(**_read_parts(folder, names)))
 
 
@@ -168,7 +178,7 @@ def parts_of(folder: Path) -> tuple[str, ...]:
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
     """
-    names = (*OF_TINY, *OF_SDXL) if (folder / "text_encoder_2").is_dir() else OF_TINY
+    names = (*OF_TINY, *OF_SDXL) if model_config.is_sdxl(folder) else OF_TINY
     if missing := [name for name in names if not (folder / name).is_dir()]:
         what = f"{folder} is not a base model: it has no {', '.join(missing)}"
         if missing == ["image_encoder"]:  # a model of diffusers
@@ -177,48 +187,35 @@ def parts_of(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def picture_size(folder: Path) -> tuple[int, int]:
-    """Pixels that the UNet was trained for, and what the sides of a picture must be a multiple of.
-
-    Raises:
-        ValueError, OSError: a configuration cannot be read.
-    """
-    unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-    try:
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        return unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the configuration of unet or vae in {folder} lacks {error}") from error
-
-
 def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     disable_progress_bar()  # the parts of one model are not worth six bars
     parts = {name: read_part(folder / name, name) for name in names}
     if "text_encoder_2" not in parts:
         return parts
-    index = folder / "model_index.json"
-    about = json.loads(index.read_text(encoding="utf-8-sig")) if index.is_file() else {}
-    return parts | {"zero_empty": bool(about.get("force_zeros_for_empty_prompt", True))}  # diffusers' default
+    index = model_config.index_of(folder)
+    return parts | {"zero_empty": bool(index.get("force_zeros_for_empty_prompt", True))}  # diffusers' default
 
 
 def _checked(folder: Path, found: Any) -> Any:
-    """The parts, if each tokenizer fits its encoder: an empty tokenizer folder makes a tokenizer, too.
+    """The parts, if each tokenizer fits its encoder, and the VAE's latents can be scaled.
 
     Raises:
-        ValueError: one does not.
+        ValueError: one does not, they cannot.
     """
-    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        if getattr(found, tokenizer) is None:
-            continue
-        tokens, embeddings = len(getattr(found, tokenizer)), getattr(found, encoder).config.vocab_size
-        if not 3 <= tokens <= embeddings:
-            raise ValueError(f"{folder / tokenizer} knows {tokens} tokens, the text encoder {embeddings}")
+    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizer = getattr(found, name)
+        if tokenizer is not None and (why := model_config.misfit(tokenizer, getattr(found, encoder).config)):
+            raise ValueError(f"{folder / name}: {why}")
+    try:
+        found.latent_scale  # noqa: B018
+    except ValueError as error:
+        raise ValueError(f"{folder / 'vae'}: {error}") from error
     return found
 
 
 def opened(folder: Path | str) -> Base:
     """`load` for a command; errors as `readable`."""
-    with readable(folder, "make it anew: python -m training.pretrain"):
+    with readable(folder, "make it again with hyperrt pretrain"):
         return load(folder)
 
 
@@ -244,14 +241,16 @@ def readable(folder: Path | str, remedy: str) -> Iterator[None]:
 def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """One part of a base folder (a key of `PARTS`), frozen and in eval mode; errors as `load`."""
     try:
+        if name == "scheduler":
+            return DDIMScheduler.from_config(model_config.scheduler(folder.parent))
         cls = class_of(folder, name)
         if not issubclass(cls, nn.Module):
             return cls.from_pretrained(folder)
         options = OPTIONS.get(cls.__name__, {})
         if cls.__module__.startswith("diffusers"):
-            options = {"torch_dtype": dtype, "variant": _variant(folder)}
+            options = {"torch_dtype": dtype, "variant": _variant(folder, name)}
         else:
-            options = options | {"dtype": dtype, "variant": _variant(folder)}
+            options = options | {"dtype": dtype, "variant": _variant(folder, name)}
         part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except MemoryError:
         raise
@@ -260,7 +259,7 @@ def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> An
     if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         why = f"{len(lacking)} weights are absent or of another shape"
         raise ValueError(f"{folder}: {why}, the first is {lacking[0]}")
-    return part.to(dtype).eval().requires_grad_(False)
+    return _as_pipelines_have_it(part, folder).to(dtype).eval().requires_grad_(False)
 
 
 def empty_part(folder: Path, name: str) -> nn.Module:
@@ -268,33 +267,48 @@ def empty_part(folder: Path, name: str) -> nn.Module:
     try:
         cls = class_of(folder, name)
         if cls.__module__.startswith("diffusers"):
-            return cls.from_config(cls.load_config(folder))
+            return _as_pipelines_have_it(cls.from_config(cls.load_config(folder)), folder)
         options = {"add_pooling_layer": False} if cls is ViTModel else {}
         return cls(cls.config_class.from_pretrained(folder), **options)
     except Exception as error:  # as above
         raise ValueError(f"{folder} cannot be read: {(str(error).strip() or repr(error))}") from error
 
 
+def _as_pipelines_have_it(part: Any, folder: Path) -> Any:
+    """The part; a UNet with the sample_size that diffusers' pipeline would give it."""
+    if isinstance(part, UNet2DConditionModel):
+        part.register_to_config(sample_size=model_config.sample_size(part.config, folder.parent))
+    return part
+
+
 def class_of(folder: Path, name: str) -> type[Any]:
-    """The class that config.json names, where there is a choice.
+    """The class that config.json names; where it may not, the only one that the part may have.
 
     Raises:
         OSError, ValueError: it cannot be read, or names another.
     """
     classes = {cls.__name__: cls for cls in PARTS[name]}
-    if len(classes) == 1:
-        return PARTS[name][0]
+    first = PARTS[name][0]
+    if not issubclass(first, nn.Module):
+        return first
     config = json.loads((folder / "config.json").read_text())
-    found = config.get("_class_name") or config.get("architectures", [config.get("model_type")])[0]
+    if name.startswith("text_encoder"):  # its architectures may name a class with more around it
+        found = config.get("model_type", CLIP_TEXT[0])
+        if found in CLIP_TEXT:
+            return first
+    else:
+        found = config.get("_class_name") or config.get("architectures", [config.get("model_type")])[0]
+    if found is None and len(classes) == 1:
+        return first
     if found not in classes:
         raise ValueError(f"it is of the class {found!r}; known are {', '.join(classes)}")
     return classes[found]
 
 
-def _variant(folder: Path) -> str | None:
-    """ "fp16" where the weights are there in that variant alone."""
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+def _variant(folder: Path, name: str) -> str | None:
+    """ "fp16" where the weights of a part are there in that variant alone."""
+    found = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
+    return "fp16" if found and ".fp16" in found[0] else None
 
 
 def save(base: Base, folder: Path) -> None:

@@ -6,6 +6,7 @@ simply takes more tokens.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,14 @@ def build(folder: Path, max_tokens: int, nouns: Sequence[str] = scenes.NOUNS) ->
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def padded(tokenizer: CLIPTokenizer, pad: str) -> CLIPTokenizer:
+    """A copy with another pad, as SDXL's second text encoder has "!": its word is then a token of its own."""
+    copied = copy.deepcopy(tokenizer)
+    copied.pad_token = pad
+    copied.add_tokens(pad, special_tokens=True)
+    return copied
 
 
 def _corpus(nouns: Sequence[str]) -> list[str]:

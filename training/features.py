@@ -87,8 +87,7 @@ def latents_of_pixels(base: Encoders, pixels: Tensor) -> Tensor:
     """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of hyperrt.training.sample.decode."""
     encoded = base.vae.encode(pixels.to(next(base.vae.parameters()).device))
     mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    config = base.vae.config
-    return (mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    return base.latent_scale.for_unet(mean)
 
 
 def encode_ids(
@@ -186,7 +185,7 @@ def image_features(base: Encoders, cache: SceneCache) -> np.ndarray:
 
 def latents(base: Encoders, cache: SceneCache, mirrored: bool = False) -> np.memmap:
     """Latents of every picture, or of its mirror image, (N, V, C, h, w) float16, memory-mapped."""
-    name = f"{'mirrored' if mirrored else 'latents'}-{fingerprint(base.vae, cache)}.npy"
+    name = f"{'mirrored' if mirrored else 'latents'}-{_of_vae(base, cache)}.npy"
     batch = max(1, min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // cache.images.shape[2] ** 2))
     return _of_pictures(cache, name, lambda pictures: encode_latents(base, pictures, mirrored), batch)
 
@@ -207,7 +206,7 @@ def check_latents(base: Encoders, cache: SceneCache) -> None:
         if not (error := _latents_error(base, cache)) <= MOST_LATENTS_ERROR:
             why = f"its latents are {error:.0%} off what the VAE makes of its pictures; {meaning}"
             warn(what, why, "give --model the base that hyperrt pretrain made with it, or make both anew")
-    elif name != f"latents-{fingerprint(base.vae, cache)}.npy":
+    elif name != f"latents-{_of_vae(base, cache)}.npy":
         why = f"it was prepared for a base model with another VAE, and {meaning}"
         raise Incompatible(what, why, "prepare it again with hyperrt prepare --force")
 
@@ -229,6 +228,12 @@ def fingerprint(encoder: nn.Module, cache: SceneCache, *more: object) -> str:
     for picture in cache.images[:: max(1, len(cache.images) // 64), 0]:
         digest.update(picture.tobytes())
     return digest.hexdigest()[:HASH_DIGITS]
+
+
+def _of_vae(base: Encoders, cache: SceneCache) -> str:
+    """`fingerprint` of the VAE, and of its statistics where it has them: other names stay as they were."""
+    scale = base.latent_scale
+    return fingerprint(base.vae, cache, *([scale] if scale.mean else []))
 
 
 def feature_statistics(features: np.ndarray, sample: int = 512) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ import torch
 from hyperrt import files, images
 from hyperrt.errors import IntegrityError, NotFound, UsageError
 from hyperrt.training import base as bases
-from hyperrt.training import device, features, ingest, scenes
+from hyperrt.training import device, features, ingest, model_config, scenes
 from hyperrt.training.checkpoint import hash_of
 from hyperrt.training.data import (
     BACKGROUNDS,
@@ -205,7 +205,7 @@ def _hashes(base: bases.Encoders) -> dict[str, str]:
 
 def _size(config: PrepareConfig) -> int:
     try:
-        trained, step = bases.picture_size(config.model)
+        trained, step = model_config.picture_size(config.model)
     except (ValueError, OSError) as error:
         raise IntegrityError(f"{config.model} is no base model", str(error), "copy it again") from error
     size = config.size or trained

@@ -79,9 +79,8 @@ def sample(
 @torch.no_grad()
 def decode(base: Base, latents: Tensor) -> np.ndarray:
     """Latents as the UNet takes them [n, C, h, w] => uint8 [n, H, W, 3]."""
-    config = base.vae.config
     latents = latents.float().to(next(base.vae.parameters()).device)
-    pixels = base.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
+    pixels = base.vae.decode(base.latent_scale.for_vae(latents)).sample
     return pictures_from_pixels(pixels.cpu().numpy())
 
 

@@ -37,12 +37,12 @@ UNET = {
     "sample_size": 16, "norm_num_groups": 8, "attention_head_dim": 2, "block_out_channels": (16, 32),
     "layers_per_block": 1,
 }  # fmt: skip
+SD15_BLOCKS = {
+    "cross_attention_dim": 16, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
 SD15 = {
-    "unet": lambda: UNet2DConditionModel(
-        **UNET, cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ),
+    "unet": lambda: UNet2DConditionModel(**UNET, **SD15_BLOCKS),
     "vae": lambda: vae(),
     "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
     "image_encoder": lambda: vision(),
@@ -89,11 +89,14 @@ def source(family: str, folder: Path, scheduler: Mapping[str, Any] = SCHEDULER) 
     parts = {name: random_part(name, build, 0) for name, build in (SDXL if xl else SD15).items()}
     unet = parts["unet"].skeleton
     if xl:
-        build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=1)  # noqa: E731
+        build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=4)  # noqa: E731
         parts["image_prompt"] = random_part("image_prompt", build, 0)
     config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
     found = _random(parts, clip_tokenizer.build(folder, 77), scheduler, 0, 2, config, 32, "none")
-    return dataclasses.replace(found, pad_2=0, zero_empty=True) if xl else found
+    if not xl:
+        return found
+    tokenizer_2 = clip_tokenizer.padded(found.tokenizer, "!")
+    return dataclasses.replace(found, tokenizer_2=tokenizer_2, zero_empty=True)
 
 
 def save(
@@ -117,7 +120,7 @@ def save(
 
 def save_prompt(path: Path, unet: nn.Module, seed: int = 0) -> Path:
     """Random weights of an IP-Adapter-Plus for that UNet, three tokens of the features of `vision`."""
-    build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=1, depth=1)  # noqa: E731
+    build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=1, depth=4)  # noqa: E731
     save_file(random_part("image_prompt", build, seed).read().state_dict(), path)
     return path
 

@@ -50,14 +50,14 @@ def test_every_option_reaches_the_export(tmp_path, called):
     given = {
         "image-encoder": "vit", "image-prompt": "ip.safetensors", "like": "folder", "size": "768",
         "precision": "bf16", "quantize": "int8", "verify": "none", "hypernet": "run", "base": "a/b",
-        "adapt": "refit",
+        "adapt": "refit", "vae": "c/d",
     }  # fmt: skip
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     command.run(["export", "--model", "sdxl", "--offline", *options, "-o", str(tmp_path / "new")])
     expected = {
         "image_encoder": Path("vit"), "image_prompt": Path("ip.safetensors"), "like": "folder", "size": 768,
         "precision": "bf16", "int8": True, "verify": "none", "hypernet": Path("run"), "base": "a/b",
-        "offline": True, "model": "sdxl", "adapt": "refit",
+        "offline": True, "model": "sdxl", "adapt": "refit", "vae": "c/d",
     }  # fmt: skip
     assert called.items() >= expected.items()
 

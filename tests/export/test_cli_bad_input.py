@@ -81,7 +81,37 @@ def cut_scheduler(base, hypernet, new):
 
 
 def no_betas(base, hypernet, new):
-    edit(scheduler(base), beta_start=None)
+    """Nor a class whose defaults there could be."""
+    edit(scheduler(base), beta_start=None, _class_name=None)
+    edit(base / "model_index.json", scheduler=None)
+
+
+def of_edm(base, hypernet, new):
+    edit(scheduler(base), _class_name="EDMDPMSolverMultistepScheduler")
+
+
+def of_flow_matching(base, hypernet, new):
+    edit(base / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+
+
+def of_another_pipeline(base, hypernet, new):
+    edit(base / "model_index.json", text_encoder=["kolors", "ChatGLMModel"])
+
+
+def with_motion(base, hypernet, new):
+    edit(base / "unet" / "config.json", _class_name="UNetMotionModel")
+
+
+def shifted_latents(base, hypernet, new):
+    edit(base / "vae" / "config.json", shift_factor=0.1159)
+
+
+def no_length(base, hypernet, new):
+    edit(base / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
+
+
+def no_vae(base, hypernet, new):
+    shutil.rmtree(base / "vae")
 
 
 def unknown_schedule(base, hypernet, new):
@@ -180,6 +210,13 @@ def output_is_a_file(base, hypernet, new):
         (no_scheduler, 4, "scheduler_config.json"),
         (cut_scheduler, 8, "scheduler_config.json is damaged"),
         (no_betas, 5, "its betas go from None"),
+        (of_edm, 5, "its scheduler is EDMDPMSolverMultistepScheduler"),
+        (of_flow_matching, 5, "its scheduler is FlowMatchEulerDiscreteScheduler"),
+        (of_another_pipeline, 3, "text_encoder is of the class 'ChatGLMModel'"),
+        (with_motion, 3, "of the class 'UNetMotionModel'"),
+        (shifted_latents, 5, "its shift_factor is 0.1159"),
+        (no_length, 8, "its model_max_length is 1e+30"),
+        (no_vae, 4, "--vae FILE, DIR or OWNER/NAME@COMMIT"),
         (unknown_schedule, 5, "'sigmoid'"),
         (no_signal_at_the_end, 5, "rescale_betas_zero_snr"),
         (unknown_prediction, 5, "'flow_prediction'"),
@@ -234,6 +271,11 @@ def test_a_pickled_hypernetwork_is_not_read(trained, tmp_path, capfd):
         (["--base", "nowhere at all"], 4, "no folder, no file and no hub id"),
         (["--base", __file__], 3, "only .safetensors are read"),
         (["--like", "somewhere"], 2, "leave --like out"),
+        (["--vae", "nowhere at all"], 4, "no VAE nowhere at all"),
+        (["--vae", "nowhere.safetensors"], 4, "there is no VAE nowhere.safetensors"),
+        (["--vae", "vae.pt"], 3, "can run code"),
+        (["--vae", __file__], 3, "is no VAE"),
+        (["--vae", "."], 4, "no VAE can be read from ."),
         (["--model", "sd9"], 2, "no model family 'sd9'"),
         (["--size", "33"], 2, "pictures of 33 pixels"),
         (["--size", "4096"], 2, "pictures of 4096 pixels"),
@@ -260,6 +302,7 @@ def test_options_that_cannot_be_met_end_in_three_lines(
         (["--model", "sd15", "--random-weights", "0", "--verify", "full"], 2, "--verify full cannot be done"),
         (["--model", "sdxl", "--random-weights", "0", "--like", "x"], 2, "--like and --random-weights"),
         (["--model", "sd15", "--random-weights", "0", "--hypernet", "x"], 2, "--hypernet and"),
+        (["--model", "sd15", "--random-weights", "0", "--vae", "x"], 2, "--vae and"),
         (["--model", "sd15", "--random-weights", "0", "--size", "500"], 2, "multiples of 64"),
         (["--model", "sd15"], 2, "--hypernet is not given"),
         (["--model", "BASE", "--base", "BASE"], 2, "there are two base models"),

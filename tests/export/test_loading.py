@@ -3,21 +3,22 @@
 import json
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from hyperrt.bundle import Bundle
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
 from hyperrt.export import assemble, export_bundle, families, loading
 from hyperrt.export.errors import ExportError
+from hyperrt.export.parts import random_part
 from hyperrt.export.source import Inputs
-from tests.export import small_models
+from hyperrt.training import checkpoint
+from tests.export import original_layout, small_models
 from tests.export.small_models import SDXL
 
-COMMIT = "0123456789" * 4
 SCHEDULER = small_models.SCHEDULER | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 
 
@@ -135,7 +136,7 @@ def test_a_unet_of_another_kind_is_refused(key, value, saved, folder):
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with (
-        pytest.raises(ExportError, match=f"of a kind that is not known(?s:.*){key}|layouts differ"),
+        pytest.raises(ExportError, match=rf"of a kind that is not known(?s:.*){key}|layouts differ"),
         families.opened(families.get("sdxl"), Inputs(folder, saved / "hypernet")),
     ):
         pass
@@ -144,7 +145,7 @@ def test_a_unet_of_another_kind_is_refused(key, value, saved, folder):
 @pytest.mark.parametrize("size", [33, 2, 10_000])
 def test_a_size_that_the_unet_cannot_draw_is_refused(size, saved):
     with (
-        pytest.raises(UsageError, match=f"pictures of {size} pixels(?s:.*)multiples of 4"),
+        pytest.raises(UsageError, match=rf"pictures of {size} pixels(?s:.*)multiples of 4"),
         families.opened(families.get("sdxl"), Inputs(saved, saved / "hypernet", size=size)),
     ):
         pass
@@ -176,32 +177,152 @@ def test_a_configuration_of_something_that_has_its_own_is_refused(saved):
         find(saved, like=saved)
 
 
-def test_a_hub_id_must_name_its_commit():
-    with pytest.raises(UsageError, match="no pinned revision"):
-        find("someone/model")
-    with pytest.raises(UsageError, match="no pinned revision"):
-        find("someone/model@main")
-
-
 def test_a_name_that_is_nothing_is_not_found():
     with pytest.raises(NotFound, match="no folder, no file and no hub id"):
         find("no such thing")
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_hub_that_cannot_be_reached_is_said(offline, monkeypatch):
-    asked = {}
+# another VAE
 
-    def download(name, **options):
-        asked.update(options, name=name)
-        raise LocalEntryNotFoundError("not in the cache")
+ALONE = {
+    "original, with its prefix": lambda vae: {
+        original_layout.VAE + k: t for k, t in original_layout.of_vae(vae).items()
+    },
+    "original": lambda vae: original_layout.of_vae(vae),
+    "diffusers'": lambda vae: vae.state_dict(),
+    "diffusers' of before 0.16": lambda vae: {
+        old_name(key): tensor for key, tensor in vae.state_dict().items()
+    },
+}
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(NotFound, match="--offline is given" if offline else "cannot be had from the hub"):
-        find(f"someone/model@{COMMIT}", offline=offline)
-    assert asked["name"] == "someone/model" and asked["revision"] == COMMIT
-    assert asked["local_files_only"] is offline
-    assert not any(pattern.endswith((".bin", ".ckpt", ".py")) for pattern in asked["allow_patterns"])
+
+def old_name(key):
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        key = key.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{old}.")
+    return key
+
+
+def another_vae(seed=1):
+    """Of the architecture and the scale of the saved model's, with other weights."""
+    return random_part("vae", SDXL["vae"], seed).read().float()
+
+
+def with_vae(saved, vae):
+    """The networks of the saved model with another VAE."""
+    return loading.parts_of(saved, vae=loading.find_vae(str(vae), saved, False))
+
+
+@pytest.mark.parametrize("layout", ALONE)
+def test_a_vae_may_come_as_a_file(layout, saved, tmp_path):
+    vae, file = another_vae(), tmp_path / "vae.safetensors"
+    tensors = {key: tensor.contiguous() for key, tensor in ALONE[layout](vae).items()}
+    save_file(tensors | {"loss.logvar": torch.zeros(1)}, file)
+    parts = with_vae(saved, file)
+    assert parts["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+    assert parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
+
+
+@pytest.mark.parametrize("place", ["", "vae"])
+def test_a_vae_may_come_as_a_folder_or_in_a_model_s(place, saved, tmp_path):
+    vae = another_vae()
+    vae.save_pretrained(tmp_path / place)
+    assert with_vae(saved, tmp_path)["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+
+
+def test_a_model_without_a_vae_takes_one(folder, saved, tmp_path):
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(NotFound, match=r"has no VAE(?s:.*)--vae FILE"):
+        loading.parts_of(folder)
+    with pytest.raises(NotFound, match=r"the VAE has no configuration(?s:.*)a folder in diffusers' format"):
+        save_file(another_vae().state_dict(), tmp_path / "vae.safetensors")
+        with_vae(folder, tmp_path / "vae.safetensors")
+    assert "vae" in with_vae(folder, saved)
+
+
+def test_a_single_file_without_a_vae_takes_one(saved, tmp_path):
+    modules = {name: part.read() for name, part in loading.parts_of(saved).items()}
+    file, vae = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
+    tensors = original_layout.original(modules)
+    save_file({key: t for key, t in tensors.items() if not key.startswith(original_layout.VAE)}, file)
+    with pytest.raises(BadInput, match=r"has no vae(?s:.*)--vae FILE, DIR or OWNER/NAME@COMMIT"):
+        loading.parts_of(saved, file=file)
+    save_file(another_vae().state_dict(), vae)
+    found = loading.parts_of(saved, file=file, vae=loading.find_vae(str(vae), saved, False))
+    assert found["vae"].hash(half=True) == checkpoint.hash_of(another_vae(), half=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scaling_factor": 0.5}, "scaling_factor 0.5, the base model's scaling_factor 0.18215"),
+        ({"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}, "mean .* std"),
+    ],
+)
+def test_a_vae_whose_latents_mean_something_else_is_refused(settings, words, saved, tmp_path):
+    small_models.vae(**settings).save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match=rf"does not fit the base model(?s:.*){words}"):
+        with_vae(saved, tmp_path)
+
+
+def test_a_tiny_vae_has_a_scale_of_its_own(saved, tmp_path):
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path)
+    assert with_vae(saved, tmp_path)["vae"].skeleton.config.scaling_factor == 1.0
+
+
+def test_a_vae_of_another_architecture_is_refused(saved, tmp_path):
+    file = tmp_path / "vae.safetensors"
+    save_file(another_vae().state_dict() | {"decoder.conv_out.weight": torch.zeros(3, 9, 3, 3)}, file)
+    with pytest.raises(ExportError, match=r"of another architecture than the VAE of(?s:.*)--vae a folder"):
+        with_vae(saved, file)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"], ids=["empty", "a zip"])
+def test_a_vae_that_is_damaged_is_said(content, saved, tmp_path):
+    (tmp_path / "vae.safetensors").write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"vae\.safetensors is damaged"):
+        with_vae(saved, tmp_path / "vae.safetensors")
+
+
+def test_a_bundle_with_another_vae_is_of_the_same_base_model(saved, tmp_path):
+    """A LoRA belongs to the UNet: subject files and hypernetworks fit as before."""
+    vae = another_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "LICENSE").write_text("the VAE's")
+    with families.opened(
+        families.get("sdxl"), Inputs(saved, saved / "hypernet", vae=tmp_path / "vae")
+    ) as source:
+        assert source.parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
+        assert source.parts["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+        assert source.license.startswith("theirs\n---- the VAE") and source.license.endswith("the VAE's")
+
+
+# two tokenizers
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_max_length": 20}, {"added": "<subject>"}], ids=["length", "token"]
+)
+def test_tokenizers_that_read_text_in_two_ways_are_refused(change, folder, saved):
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+    tokenizer.model_max_length = change.get("model_max_length", tokenizer.model_max_length)
+    tokenizer.add_tokens(change.get("added", "!"), special_tokens=True)
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+    with (
+        pytest.raises(ExportError, match="read text in two ways"),
+        families.opened(families.get("sdxl"), Inputs(folder, saved / "hypernet")),
+    ):
+        pass
+
+
+def test_a_word_that_stands_for_several_is_refused(folder):
+    """As diffusers keeps a textual inversion of several vectors."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<mug>", "<mug>_1"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(ExportError, match="'<mug>' as '<mug>' '<mug>_1'"):
+        loading.tokenizer_of(folder / "tokenizer", loading.parts_of(folder)["text_encoder"])
 
 
 def test_a_dry_run_tells_disk_and_memory(saved):

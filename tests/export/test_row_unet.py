@@ -15,6 +15,7 @@ from hyperrt.training.lora_layers import Rows
 COMMON = {
     "sample_size": 8, "norm_num_groups": 8, "cross_attention_dim": 32, "attention_head_dim": 2,
     "block_out_channels": (16, 32), "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
 }  # fmt: skip
 KINDS = {
     "sd15": {
@@ -22,10 +23,31 @@ KINDS = {
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     },
     "two transformer layers, linear projections": {
-        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
         "transformer_layers_per_block": 2,
         "use_linear_projection": True,
+    },
+    "no middle block": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "mid_block_type": None,
+    },
+    "a middle block without attention": {"mid_block_type": "UNetMidBlock2D"},
+    "a centred input": {"center_input_sample": True},
+    "an activation after the time embedding": {"time_embedding_act_fn": "silu"},
+    "a wider time embedding": {"time_embedding_dim": 80},
+    "a Fourier time embedding": {"time_embedding_type": "fourier"},
+    "other functions": {
+        "act_fn": "gelu",
+        "timestep_post_act": "silu",
+        "resnet_time_scale_shift": "scale_shift",
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-3,
+        "mid_block_scale_factor": 2.0,
+        "conv_in_kernel": 1,
+        "conv_out_kernel": 5,
+        "downsample_padding": 0,
+        "upcast_attention": True,
     },
     "sdxl": {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -40,7 +62,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_share_their_beginning_give_what_diffusers_gives(kind):
     torch.manual_seed(0)
-    plain = UNet2DConditionModel(**COMMON, **KINDS[kind]).eval().requires_grad_(False)
+    plain = UNet2DConditionModel(**COMMON | KINDS[kind]).eval().requires_grad_(False)
     for vector in plain.parameters():  # a norm as it is made may be applied twice, and nobody sees it
         if vector.ndim == 1:
             vector += 0.1 * torch.randn_like(vector)

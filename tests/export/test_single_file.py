@@ -239,6 +239,13 @@ def test_a_noise_schedule_that_the_file_contradicts_is_refused(names, model, fil
         loading.scheduler_of(model.folder, file)
 
 
+@pytest.mark.parametrize("name", ["edm_mean", "edm_std", "edm_vpred.sigma_max"])
+def test_a_file_that_was_trained_as_edm_is_refused(name, models, file):
+    save_file(models["sdxl"].tensors | {name: torch.zeros(4)}, file)
+    with pytest.raises(ExportError, match=f"unknown noise schedule(?s:.*){name} in the file"):
+        loading.scheduler_of(models["sdxl"].folder, file)
+
+
 def test_a_noise_schedule_that_the_file_confirms_is_taken(models, file):
     save_file(models["sdxl"].tensors | {"v_pred": torch.zeros(0)}, file)
     single_file.check_schedule(file, {"prediction_type": "v_prediction"})

@@ -11,7 +11,7 @@ import torch
 from hyperrt import Runtime, compiling
 from hyperrt import cli as command
 from hyperrt.bundle import Bundle
-from hyperrt.export import assemble, export_bundle, families, verify
+from hyperrt.export import assemble, expected, export_bundle, families, verify
 from hyperrt.export.errors import ParityError
 from hyperrt.export.source import Inputs
 from hyperrt.plans import PlanCache
@@ -46,8 +46,8 @@ def exported(family, folder, **options):
 def test_the_runtime_draws_with_them(plain, drawn_photos):
     path = plain
     parity = Bundle.open(path).parity
-    assert parity.keys() == Bundle.open(path).graphs.keys()
-    assert max(parity.values()) <= 1e-4
+    assert parity.keys() == {*Bundle.open(path).graphs, "solvers"}
+    assert all(error <= verify.TOLERANCE[rung] for rung, error in parity.items())
     with Runtime.open(path, backend="onnxruntime") as runtime:
         subject = runtime.personalize(drawn_photos)
         plain, personal, again = (
@@ -153,14 +153,12 @@ def test_eight_bits_halve_the_denoiser_and_stay_close(family, plain, tmp_path, m
 
 
 def test_a_graph_that_computes_something_else_ends_the_export(family, tmp_path, monkeypatch):
-    right = verify.expectations
+    right = expected.of_graph
 
-    def wrong(graph, modules, sizes):
-        return [
-            (feeds, {k: v * 1.01 for k, v in found.items()}) for feeds, found in right(graph, modules, sizes)
-        ]
+    def wrong(*of):
+        return [(feeds, {k: v * 1.01 for k, v in found.items()}) for feeds, found in right(*of)]
 
-    monkeypatch.setattr(verify, "expectations", wrong)
+    monkeypatch.setattr(expected, "of_graph", wrong)
     with pytest.raises(ParityError, match="image_encoder"):
         exported(family, tmp_path / "b")
     assert not (tmp_path / "b").exists()

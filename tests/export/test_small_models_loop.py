@@ -10,10 +10,10 @@ import shutil
 from types import SimpleNamespace
 from unittest import mock
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hyperrt import Runtime, sampling
 from hyperrt.bundle import Bundle
@@ -22,17 +22,11 @@ from hyperrt.export import assemble, export_bundle, families, onnx_graph, refere
 from hyperrt.export.source import Inputs
 from hyperrt.lora import save_subject
 from hyperrt.runtime import pictures_from_pixels
-from hyperrt.training.base import tokens
 from tests.export import small_models
 
 SEED = 3
-PROMPTS = {"uncond": "", "subject": "a sks toy on a beach", "generic": "a toy on a beach"}
-SCHEDULERS = {
-    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-}
+PROMPT = "a [V] toy on a beach!"  # "!" is a token of its own for SDXL's second text encoder
+PROMPTS = {"subject": "a sks toy on a beach!", "generic": "a toy on a beach!"}
 OF_V = {"prediction_type": "v_prediction"}
 OF_FEW_STEPS = {"timestep_spacing": "trailing"}
 
@@ -81,54 +75,24 @@ def copied_from(bundle):
     return write
 
 
-@torch.no_grad()
-def told(model):
-    """By branch, what the UNet reads beside the latents: hidden states, and SDXL's additions."""
-    source, modules = model.source, model.modules
-    ids = tokens(source.tokenizer, list(PROMPTS.values()))
-    if not source.is_sdxl:
-        texts = modules["text_encoder"](ids).last_hidden_state.split(1)
-        return {name: (text, {}) for name, text in zip(PROMPTS, texts, strict=True)}
-    after_end = (ids == source.tokenizer.eos_token_id).cumsum(1).cumsum(1) > 1
-    first = modules["text_encoder"](ids, output_hidden_states=True)
-    second = modules["text_encoder_2"](ids.masked_fill(after_end, source.pad_2), output_hidden_states=True)
-    hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    pooled = second.text_embeds
-    hidden[0] = pooled[0] = 0  # force_zeros_for_empty_prompt
-    time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
-    return {
-        name: (text[None], {"text_embeds": more[None], "time_ids": time_ids})
-        for name, text, more in zip(PROMPTS, hidden, pooled, strict=True)
-    }
-
-
-@torch.no_grad()
 def latents_of_diffusers(model, solver, steps, s, kappa):
-    """The paper's equation 20 in a loop of diffusers' networks; branches of weight zero are left out."""
-    kind, more = SCHEDULERS[solver]
-    config = small_models.SCHEDULER | {"timestep_spacing": "leading", "steps_offset": 1} | model.own | more
-    scheduler = kind(**config)
-    scheduler.set_timesteps(steps)
-    base = reference.plain(model.modules["unet"])
-    personal = reference.personalised(base, model.source.layout, model.subject.lora)
-    weights = {"uncond": 1 - 2 * s, "subject": kappa * s, "generic": (2 - kappa) * s}
-    texts = told(model)
-    latents = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1)) * scheduler.init_noise_sigma
+    """diffusers' pipeline, its UNet's output the paper's eq. 20; branches of weight zero are left out."""
+    pipe = reference.pipeline(model.source, model.modules, solver)
+    prompts = reference.encoded(pipe, [PROMPTS["subject"], PROMPTS["generic"]])
+    told = reference.encoded_empty(pipe), prompts.of(0), prompts.of(1)
+    weights = 1 - 2 * s, kappa * s, (2 - kappa) * s
+    branches = [branch for branch in zip(weights, (0.0, 1.0, 0.0), told, strict=True) if branch[0]]
+    noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
     generator = sampling.noise_generators(SEED, 1)[0]
 
     def fresh_noise(*_, **__):
-        return torch.from_numpy(generator.standard_normal(latents.shape, np.float32))
+        return torch.from_numpy(generator.standard_normal(noise.shape, np.float32))
 
     place = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
-    with mock.patch(place, fresh_noise):
-        for t in scheduler.timesteps:
-            x, guided = scheduler.scale_model_input(latents, t), 0
-            for name, weight in weights.items():
-                if weight:
-                    (text, added), unet = texts[name], personal if name == "subject" else base
-                    guided = guided + weight * unet(x, t, text, added_cond_kwargs=added).sample
-            latents = scheduler.step(guided, t, latents).prev_sample
-    return latents.numpy()
+    unet, lora = model.modules["unet"], {name: row[None] for name, row in model.subject.lora.items()}
+    with reference.adapted(unet, model.source.layout, lora) as use, mock.patch(place, fresh_noise):
+        pipe.register_modules(unet=reference.Guided(unet, branches, use))
+        return reference.drawn(pipe, told[0], noise, steps)
 
 
 def compared(model, solver, steps, s, kappa=1.0, **more):
@@ -136,7 +100,7 @@ def compared(model, solver, steps, s, kappa=1.0, **more):
     options = {"solver": solver, "steps": steps, "guidance_scale": s, "kappa": kappa, "seed": SEED, **more}
     if model.source.is_sdxl:
         options["image_scale"] = 0.0  # diffusers' loop has no image tokens here
-    found = model.runtime.generate("a [V] toy on a beach", model.subject, **options).latents
+    found = model.runtime.generate(PROMPT, model.subject, **options).latents
     expected = latents_of_diffusers(model, solver, steps, s, kappa)
     return verify.relative({"latents": found}, {"latents": expected})
 
@@ -147,7 +111,7 @@ def test_the_bundle_knows_of_what_kind_it_is(model):
     assert bundle.timestep_spacing == model.own.get("timestep_spacing", "leading")
 
 
-@pytest.mark.parametrize("solver", SCHEDULERS)
+@pytest.mark.parametrize("solver", reference.SCHEDULERS)
 def test_many_steps_are_those_of_diffusers(model, solver):
     assert compared(model, solver, 6, s=2.0) < 1e-4
     assert compared(model, solver, 6, s=2.0, kappa=0.5) < 1e-4
@@ -173,24 +137,10 @@ def test_few_steps_without_the_empty_prompt_are_two_rows_and_those_of_diffusers(
 
 @pytest.fixture
 def pipeline(model):
-    """diffusers' own pipeline of the networks."""
-    source, modules = model.source, dict(model.modules)
-    names = ("vae", "text_encoder", "text_encoder_2") if source.is_sdxl else ("vae", "text_encoder")
-    config = small_models.SCHEDULER | {"timestep_spacing": "leading", "steps_offset": 1} | model.own
-    parts = {name: modules[name] for name in names} | {
-        "unet": reference.plain(modules["unet"]),
-        "tokenizer": source.tokenizer,
-        "scheduler": diffusers.EulerDiscreteScheduler(**config),
-    }
-    if source.is_sdxl:
-        padded = copy.deepcopy(source.tokenizer)
-        padded.pad_token = padded.convert_ids_to_tokens(source.pad_2)
-        found = diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=padded, add_watermarker=False)
-    else:
-        off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        found = diffusers.StableDiffusionPipeline(**parts, **off)
-    found.set_progress_bar_config(disable=True)
-    return found
+    """diffusers' own pipeline of the networks, the test's own."""
+    return reference.pipeline(
+        model.source, {**model.modules, "unet": copy.deepcopy(model.modules["unet"])}, "euler"
+    )
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
@@ -214,7 +164,7 @@ def is_drawn_by(pipeline, model, tmp_path, format, scale, **options):
     if model.source.is_sdxl:
         options["image_scale"] = 0.0
     ours, without = (
-        model.runtime.generate("a [V] toy on a beach", model.subject, strength=strength, **options).latents
+        model.runtime.generate(PROMPT, model.subject, strength=strength, **options).latents
         for strength in (1, 0)
     )
     path = tmp_path / "toy.safetensors"
@@ -229,11 +179,32 @@ def is_drawn_by(pipeline, model, tmp_path, format, scale, **options):
     assert np.abs(latents - ours).max() / largest < 1e-4
 
 
+def test_a_photo_prompts_as_diffusers_ip_adapter_does(model, pipeline, tmp_path):
+    """From the photo on: its pixels, the image encoder, the tokens beside a prompt and beside none."""
+    if not model.source.is_sdxl:
+        pytest.skip("the small SD1.5 has no image prompt")
+    photo = Image.fromarray(np.random.default_rng(0).integers(256, size=(60, 60, 3), dtype=np.uint8))
+    subject = model.runtime.personalize([np.asarray(photo)])
+    tensors = reference.published(model.modules["image_prompt"])
+    pipeline.load_ip_adapter(tensors, subfolder="", weight_name="", image_encoder_folder=None)
+    pipeline.set_ip_adapter_scale(0.55)
+    path = tmp_path / "toy.safetensors"
+    save_subject(path, subject.lora, model.source.layout, subject.metadata)
+    pipeline.load_lora_weights(str(path), use_safetensors=True)
+    noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
+    options = {"guidance_scale": 5.0, "num_inference_steps": 4, "latents": noise, "output_type": "latent"}
+    expected = pipeline(PROMPTS["subject"], ip_adapter_image=photo, **options).images.numpy()
+    options = {"solver": "euler", "steps": 4, "guidance_scale": 5.0, "cfg": True, "seed": SEED}
+    found, without = (
+        model.runtime.generate(PROMPT, subject, image_scale=scale, **options).latents for scale in (0.55, 0)
+    )
+    assert verify.relative({"x": found}, {"x": expected}) < 1e-3
+    assert verify.relative({"x": without}, {"x": expected}) > 1e-2
+
+
 def test_pictures_are_those_of_diffusers_decoder(model):
     latents = sampling.initial_noise(SEED, (4, 16, 16), 2)
-    vae = model.modules["vae"]
-    with torch.no_grad():
-        pixels = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample.numpy()
+    pixels = reference.decoded(model.source, model.modules["vae"], torch.from_numpy(latents))
     assert np.ptp(pixels) > 0.1
     difference = model.runtime.decode(latents).astype(int) - pictures_from_pixels(pixels)
     assert np.abs(difference).max() <= 1  # of 255

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hyperrt import Runtime, combine, sampling
 from hyperrt.lora import save_subject
+from tests.export import merged
 
 peft = pytest.importorskip("peft")
 
@@ -21,9 +22,7 @@ PROMPT, STEPS, SEED = "a [V] robot on a beach", 6, 11
 @pytest.fixture
 def unet(modules):
     """The base model's UNet as diffusers would load it, the test's own."""
-    from hyperrt.export import reference
-
-    return reference.plain(modules["unet"])
+    return copy.deepcopy(modules["unet"])
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +110,8 @@ def load_in_peft(unet, path, layout):
 
 @pytest.mark.parametrize(("format", "load"), [("diffusers", load_in_diffusers), ("peft", load_in_peft)])
 def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, made, format, load):
-    from hyperrt.export import reference
-
     layout, subject = source.layout, made[0]
-    expected = run(reference.personalised(unet, layout, subject.lora))
+    expected = run(merged.personalised(unet, layout, subject.lora))
     theirs = copy.deepcopy(unet)
     load(theirs, save(tmp_path / "robot.safetensors", source, subject, format), layout)
     assert np.abs(expected - run(unet)).max() > 1e-2
@@ -122,20 +119,16 @@ def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, 
 
 
 def test_peft_loads_the_folder(tmp_path, unet, source, made):
-    from hyperrt.export import reference
-
-    expected = run(reference.personalised(unet, source.layout, made[0].lora))
+    expected = run(merged.personalised(unet, source.layout, made[0].lora))
     folder = save(tmp_path / "robot", source, made[0], "peft")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder))
     np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_photos_side_by_side_are_in_diffusers_the_mean_of_what_each_changes(tmp_path, unet, source, made):
-    from hyperrt.export import reference
-
     layout, subject = source.layout, made[0]
     photos = [subject.lora, {name: vector[::-1].copy() for name, vector in subject.lora.items()}]
-    each = [reference.personalised(unet, layout, lora) for lora in photos]
+    each = [merged.personalised(unet, layout, lora) for lora in photos]
     mean = copy.deepcopy(unet)
     for site in layout.sites:
         weights = [one.get_submodule(site.path).weight.data for one in each]

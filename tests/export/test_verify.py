@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperrt import engines
-from hyperrt.export import verify
+from hyperrt.export import expected, verify
 from hyperrt.export.errors import ParityError
 
 
@@ -16,7 +16,7 @@ def test_the_manifest_holds_the_figure_of_every_rung(exported):
     assert all(error <= verify.TOLERANCE[rung] for rung, error in parity.items())
 
 
-def test_a_graph_that_differs_from_its_module_is_seen(exported, parts, modules):
+def test_a_graph_that_differs_from_its_module_is_seen(exported, source, parts, modules):
     changed = {"unet": copy.deepcopy(modules["unet"])}
     with torch.no_grad():
         changed["unet"].conv_out.weight.mul_(1.01)
@@ -24,7 +24,7 @@ def test_a_graph_that_differs_from_its_module_is_seen(exported, parts, modules):
         verify.graph_error(
             exported / "denoiser.onnx",
             backend="onnxruntime",
-            expected=verify.expectations(parts["denoiser"], unets, verify.GRAPH_SIZES[:1]),
+            expected=expected.of_graph(parts["denoiser"], source, unets, verify.GRAPH_SIZES[:1]),
         )
         for unets in (modules, changed)
     ]

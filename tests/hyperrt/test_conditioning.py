@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 
 import numpy as np
@@ -54,6 +55,18 @@ def test_the_second_text_encoder_has_its_own_padding(sdxl):
         np.testing.assert_array_equal(second[: end + 1], first[: end + 1])
         assert set(first[end + 1 :]) <= {1} and set(second[end + 1 :]) <= {PAD_2}
     assert seen["input_ids_2"].dtype == np.int64 and (seen["input_ids_2"] == PAD_2).any()
+
+
+def test_the_only_text_encoder_may_have_a_padding_of_its_own(tmp_path):
+    fake_bundle.register()
+    folder = fake_bundle.write(tmp_path / "b")
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["prompts"]["pad"] = PAD_2
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    with Runtime.open(folder, "fake") as runtime:
+        seen = spy("text_encoder")
+        runtime.generate("a robot", steps=1)
+    assert (seen["input_ids"][:, -1] == PAD_2).all()
 
 
 def test_a_prompt_that_is_too_long_is_cut_the_same_for_both_and_said_once(sdxl, caplog):

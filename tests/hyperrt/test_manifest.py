@@ -48,7 +48,8 @@ def folder(tmp_path):
 def test_what_a_bundle_does_not_say_has_the_value_of_the_first_bundles(folder):
     opened = Bundle.open(folder)
     assert (opened.timestep_spacing, opened.image_prompt) == ("leading", None)
-    assert (opened.prompts.pad_2, opened.prompts.zero_empty) == (None, False)
+    prompts = opened.prompts
+    assert (prompts.pad, prompts.pad_2, prompts.zero_empty) == (None, None, False)
     assert (opened.graphs["denoiser"].weight_bytes, opened.graphs["denoiser"].row_bytes) == (0, 0)
     assert opened.graphs["denoiser"].weights == ()
 
@@ -69,7 +70,7 @@ def test_the_manifest_in_the_wheel_is_written_again_byte_for_byte(tmp_path):
 def test_what_a_bundle_says_is_written_and_read_back(folder, tmp_path):
     def change(manifest):
         manifest.update(timestep_spacing="trailing", storage="int8")
-        manifest["prompts"]["zero_empty"] = True
+        manifest["prompts"].update(zero_empty=True, pad=2)
         manifest["graphs"]["denoiser"].update(weight_bytes=5_000_000_000, row_bytes=12)
 
     manifest = read_manifest(edited(folder, change))
@@ -94,6 +95,7 @@ def test_the_weights_of_a_refit_are_written_and_read_back(tmp_path):
         (lambda m: m.update(storage="int4"), "storage"),
         (lambda m: m["graphs"]["context"].update(weight_bytes=-1), "weight_bytes is -1"),
         (lambda m: m["graphs"]["context"].update(row_bytes=2**60), "row_bytes is 115"),
+        (lambda m: m["prompts"].update(pad=-1), "pad is -1"),
         (lambda m: m["prompts"].update(pad_2=-1), "pad_2 is -1"),
         (
             lambda m: m["prompts"].update(pad_2=0),

@@ -71,6 +71,24 @@ def test_ids_of_random_text_are_those_of_transformers(clip):
         assert tokenizer.encode(text).ids.tolist() == expected, ascii(text)
 
 
+@pytest.mark.parametrize("text", ["a robot!", "!", "wow!! ok", "a! b", "robot " * 20 + "!"])
+def test_the_word_of_a_pad_is_a_token_of_its_own_as_in_transformers(clip, text):
+    from hyperrt.training import clip_tokenizer
+
+    reference, folder = clip_tokenizer.padded(clip[0], "!"), clip[1]
+    assert reference.pad_token_id != reference.eos_token_id
+    expected = reference(text, padding="max_length", truncation=True)["input_ids"]
+    padded = Tokenizer(folder / "tokenizer.json", LENGTH, reference.pad_token_id)
+    assert padded.encode(text).ids.tolist() == expected
+    plain = Tokenizer(folder / "tokenizer.json", LENGTH).encode(text).ids.tolist()
+    assert plain == clip[0](text, padding="max_length", truncation=True)["input_ids"]
+
+
+@pytest.mark.parametrize("pad", [4, 99])
+def test_the_pad_follows_the_end(small, pad):
+    assert Tokenizer(small, 5, pad).encode("a b").ids.tolist() == [0, 2, 3, 1, pad]
+
+
 @pytest.mark.parametrize(
     ("text", "ids", "dropped"),
     [

@@ -54,11 +54,42 @@ def test_weights_that_do_not_fill_a_part_are_refused(part, file, change, folder)
     if change != "absent":
         tensors[name] = weight.flatten()[:4].clone()
     save_file(tensors, folder / part / file, {"format": "pt"})
-    with pytest.raises(ValueError, match=f"{part}(?s:.*){name}"):
+    with pytest.raises(ValueError, match=rf"{part}(?s:.*){name}"):
         bases.load(folder)
 
 
 def test_a_part_that_is_missing_is_named(folder):
     (folder / "scheduler").rename(folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match="it has no scheduler"):
+        bases.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "words"),
+    [
+        ("unet", {"_class_name": "UNetMotionModel"}, "of the class 'UNetMotionModel'"),
+        ("text_encoder", {"model_type": "roberta"}, "of the class 'roberta'"),
+        ("vae", {"shift_factor": 0.1}, "shift_factor is 0.1"),
+        ("unet", {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]"),
+    ],
+)
+def test_a_setting_of_another_kind_of_model_is_refused_by_name(part, setting, words, folder):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(ValueError, match=words):
+        bases.load(folder)
+
+
+def test_a_noise_schedule_that_cannot_be_exported_is_refused_before_the_training(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "EDMEulerScheduler"}))
+    (folder / "model_index.json").unlink()
+    with pytest.raises(ValueError, match="its scheduler is EDMEulerScheduler"):
+        bases.load(folder)
+
+
+def test_a_tokenizer_that_knows_no_length_is_refused(folder):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 10**30}))
+    with pytest.raises(ValueError, match="model_max_length is 1e\\+30, and the text encoder has"):
         bases.load(folder)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hyperrt.errors import Incompatible, NumericError
 from hyperrt.training import base as bases
-from hyperrt.training import features, prepare, train
+from hyperrt.training import features, model_config, prepare, train
 from hyperrt.training.config import TrainConfig
 from hyperrt.training.data import SceneCache
 from tests.export import small_models
@@ -149,4 +149,4 @@ def test_a_part_that_the_folder_lacks_is_named(world, tmp_path):
     (tmp_path / "base" / "image_encoder").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="no image_encoder; put the folder of the ViT there"):
         bases.load_encoders(tmp_path / "base")
-    assert bases.picture_size(tmp_path / "base") == (64, 16)
+    assert model_config.picture_size(tmp_path / "base") == (64, 16)

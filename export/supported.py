@@ -1,0 +1,95 @@
+"""What of a base model's configurations the graphs do not compute: refused by name, before the work.
+
+Most settings need no mention here: networks are exported as diffusers and transformers build them from their
+configurations. These are the rest: what a pipeline of diffusers does around its networks, and where the
+graphs take a path of their own. docs/log.md has the whole table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import AutoencoderTiny
+
+from hyperrt.export.errors import ExportError
+from hyperrt.export.source import Source, betas
+from hyperrt.training import lora_layers
+
+TIME_IDS = 6  # of SDXL: height and width, crop's top and left, target's height and width
+TEXT_TO_IMAGE = "give a text-to-image Stable Diffusion 1, 2 or XL model"
+
+
+def check(source: Source) -> None:
+    """Whether the graphs compute what diffusers' pipeline does with such a model.
+
+    Raises:
+        ExportError: they do not.
+    """
+    _refuse("the UNet is of a kind that is not known", _unet(source))
+    _refuse("the VAE is of a kind that is not known", _vae(source))
+    _refuse("the text encoder is of a kind that is not known", _text_encoder(source))
+    betas(source)
+
+
+def _refuse(what: str, found: list[str]) -> None:
+    if found:
+        raise ExportError(what, "; ".join(found), TEXT_TO_IMAGE)
+
+
+def _unet(source: Source) -> list[str]:
+    unet: Any = source.parts["unet"].skeleton
+    config = unet.config
+    odd = {
+        "addition_embed_type": config.addition_embed_type != ("text_time" if source.is_sdxl else None),
+        "class_embed_type": config.class_embed_type is not None,
+        "class_embeddings_concat": bool(config.class_embeddings_concat),
+        "num_class_embeds": config.num_class_embeds is not None,
+        "encoder_hid_dim_type": config.encoder_hid_dim_type is not None,
+        "time_cond_proj_dim": config.time_cond_proj_dim is not None,
+        "in_channels": config.in_channels != source.config("vae").latent_channels,
+        "out_channels": config.out_channels != config.in_channels,
+        "cross_attention_dim": config.cross_attention_dim != source.text_width,
+        # Keys and values of attn1 are then the text's, or of two texts: `context` has those of attn2.
+        "only_cross_attention": _any(config.only_cross_attention),
+        "dual_cross_attention": bool(config.dual_cross_attention),
+        "attention_type": config.attention_type != "default",  # GLIGEN's boxes
+    }
+    if source.is_sdxl and config.addition_embed_type == "text_time":
+        width = source.config("text_encoder_2").projection_dim + TIME_IDS * config.addition_time_embed_dim
+        # The refiner's has 5 time ids, one of them an aesthetics score.
+        odd["projection_class_embeddings_input_dim"] = config.projection_class_embeddings_input_dim != width
+    found = [f"{name} is {config.get(name)!r}" for name, is_odd in odd.items() if is_odd]
+    try:
+        lora_layers.install(unet)
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def _any(value: Any) -> bool:
+    return any(value) if isinstance(value, (list, tuple)) else bool(value)
+
+
+def _vae(source: Source) -> list[str]:
+    config, found = source.config("vae"), []
+    if config.out_channels != 3:
+        found.append(f"out_channels is {config.out_channels!r}; a picture has 3")
+    tiny = isinstance(source.parts["vae"].skeleton, AutoencoderTiny)
+    if tiny and config.upsampling_scaling_factor != 2:
+        found.append(
+            f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; a block doubles, elsewhere"
+        )
+    try:
+        source.latent_scale  # noqa: B018
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def _text_encoder(source: Source) -> list[str]:
+    config = source.config("text_encoder")
+    if (
+        getattr(config, "use_attention_mask", False) and not source.is_sdxl
+    ):  # SDXL's pipeline does not read it
+        return ["use_attention_mask is True; the graphs attend to the whole length of a prompt"]
+    return []
