@@ -130,7 +130,7 @@ def _explained(error: BaseException) -> Any:
         return UsageError(what, "the system refuses it", "check that name, or choose another")
     click = sys.modules.get("click")
     if click is not None and isinstance(error, click.ClickException):
-        from hyperrt.cli_commands import explain_click
+        from hyperrt.cli_origin import explain_click
 
         return UsageError(*explain_click(error))
     return _Bug(

@@ -7,46 +7,37 @@ else the default.
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from hyperrt import __version__
 from hyperrt.cli_compile import compile_
 from hyperrt.cli_config import default_map, user_config
+from hyperrt.cli_export import export
 from hyperrt.cli_images import PhotosCommand
 from hyperrt.cli_lora import lora
+from hyperrt.cli_origin import checked, given
 from hyperrt.cli_output import Output, with_json
 from hyperrt.cli_plans import plans
-from hyperrt.cli_training import COMMANDS, TrainingCommand, require
+from hyperrt.cli_training import COMMANDS, TrainingCommand
 from hyperrt.config import (
-    ADAPTED,
     COMBINED,
     COMBINED_TO_SAVE,
-    PRECISIONS,
-    QUANTIZED,
     RANDOM,
     SOLVER_NAMES,
     SUBJECT_FORMATS,
-    VERIFIED,
-    ExportConfig,
     GenerateConfig,
     PersonalizeConfig,
 )
-from hyperrt.errors import UsageError
 
 ENV = "HYPERRT"
-EXPORT_NEEDS = ("accelerate", "torch", "diffusers", "transformers", "peft", "onnx", "onnxscript")
 SETTINGS = {
     "auto_envvar_prefix": ENV,
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
 }
-Config = TypeVar("Config", GenerateConfig, PersonalizeConfig, ExportConfig)
 
 
 def _load_config(context: click.Context, option: click.Parameter, value: str | None) -> None:
@@ -182,13 +173,13 @@ def generate(context: click.Context, /, **options: Any) -> None:
     if options["recipe"] is not None:
         from hyperrt.cli_recipe import chosen
 
-        of_recipe = chosen(options, _given(context))
+        of_recipe = chosen(options, given(context))
         context.meta["hyperrt.recipe"] = options["recipe"], of_recipe
         options |= of_recipe
     elif options["prompt"] is None:
         [missing] = (option for option in context.command.params if option.name == "prompt")
         raise click.MissingParameter(ctx=context, param=missing)
-    command(_config(context, GenerateConfig, options), context.obj)
+    command(checked(context, GenerateConfig, options), context.obj)
 
 
 @hyperrt.command(cls=PhotosCommand)
@@ -245,69 +236,7 @@ def personalize(context: click.Context, /, **options: Any) -> None:
     """
     from hyperrt.cli_generate import personalize as command
 
-    command(_config(context, PersonalizeConfig, options), context.obj)
-
-
-@hyperrt.command()
-@click.option(
-    "--model", required=True, metavar="NAME|DIR", help="tiny, sd15, sdxl, or the folder of a base model."
-)
-@click.option("--output", "-o", required=True, metavar="DIR", help="Folder of the new bundle.")
-@click.option(
-    "--hypernet", metavar="CKPT", help="Checkpoint of the weight decoder: its run's folder, or its file."
-)
-@click.option(
-    "--base",
-    metavar="MODEL",
-    help="The base model: a diffusers folder, a .safetensors file, or OWNER/NAME@COMMIT on the hub.  "
-    "[default: what the hypernet was trained on]",
-)
-@click.option(
-    "--vae",
-    metavar="MODEL",
-    help="Another VAE than the base model's: a diffusers folder, a .safetensors file, or OWNER/NAME@COMMIT.",
-)
-@click.option("--like", metavar="MODEL", help="Folder or hub id whose configuration a single file has.")
-@click.option("--offline", is_flag=True, help="Use of the hub only what was downloaded before.")
-@click.option("--image-encoder", metavar="DIR", help="The ViT that the hypernet reads, if the base has none.")
-@click.option("--image-prompt", metavar="FILE", help="IP-Adapter-Plus weights, for the open category.")
-@click.option(
-    "--random-weights", type=int, metavar="SEED", help="Random weights in place of all, to test and time."
-)
-@click.option("--size", type=int, metavar="PIXELS", help="Of the pictures.  [default: the base model's]")
-@click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the arithmetic."
-)
-@click.option(
-    "--quantize", type=click.Choice(QUANTIZED), default="none", show_default=True, help="Of stored weights."
-)
-@click.option(
-    "--adapt",
-    type=click.Choice(ADAPTED),
-    default="inputs",
-    show_default=True,
-    help="How a LoRA enters: as an input, or by refitting constants, for one subject a call.",
-)
-@click.option(
-    "--verify",
-    type=click.Choice(VERIFIED),
-    help="What is compared with PyTorch.  [default: full for tiny, graphs for the others]",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and what disk and memory it takes.")
-@click.option("--force", "-f", is_flag=True, help="Replace a bundle that exists.")
-@with_json
-@click.pass_context
-def export(context: click.Context, /, **options: Any) -> None:
-    """Turn a PyTorch model into a bundle, and check that it computes the same (needs PyTorch).
-
-    \b
-    Examples:
-      hyperrt export --model tiny --hypernet hypernet.safetensors -o my-bundle
-      hyperrt generate --bundle my-bundle -p "a house in the snow"
-    """
-    config = _config(context, ExportConfig, options)
-    require("export", "export", EXPORT_NEEDS)
-    importlib.import_module("hyperrt.export.cli").run(config, context.obj)
+    command(checked(context, PersonalizeConfig, options), context.obj)
 
 
 @hyperrt.command()
@@ -354,50 +283,9 @@ def doctor(output: Output, bundle: str, backend: str) -> None:
     output.event("result", ok=True, warnings=sum(check.status == "warn" for check in found))
 
 
+hyperrt.add_command(export)
 hyperrt.add_command(compile_)
 hyperrt.add_command(plans)
 hyperrt.add_command(lora)
 for name, summary in COMMANDS.items():
     hyperrt.add_command(TrainingCommand(name, summary))
-
-
-def _config(context: click.Context, kind: type[Config], options: dict[str, Any]) -> Config:
-    """The command's config; an error names the variable or the file that a bad value came from."""
-    try:
-        return kind(**options)
-    except UsageError as error:
-        for field in fields(kind):
-            if error.what.startswith(f"{field.name.replace('_', ' ')} is ") and (
-                origin := _origin(context, field.name)
-            ):
-                raise UsageError(error.what, f"{error.why}; set by {origin}", error.do) from None
-        raise
-
-
-def _given(context: click.Context) -> set[str]:
-    """Names of the options that are on the command line."""
-    source = context.get_parameter_source
-    return {name for name in context.params if source(name) is ParameterSource.COMMANDLINE}
-
-
-def _origin(context: click.Context, name: str) -> str:
-    """Where an option's value came from, if not from the command line."""
-    file, names = context.meta.get("hyperrt.recipe", ("", ()))
-    if name in names:
-        return f"the recipe of {file}"
-    source = context.get_parameter_source(name)
-    if source is ParameterSource.ENVIRONMENT:
-        return f"the environment variable {context.auto_envvar_prefix}_{name.upper()}"
-    if source is ParameterSource.DEFAULT_MAP:
-        return f"the config file {context.meta.get('hyperrt.config', '')}"
-    return ""
-
-
-def explain_click(error: click.ClickException) -> tuple[str, str, str]:
-    """What, why and do of an error that click found in the command line."""
-    context = getattr(error, "ctx", None)
-    what = " ".join(error.format_message().split())
-    parameter = getattr(error, "param", None)
-    origin = _origin(context, parameter.name) if context and parameter and parameter.name else ""
-    command = context.command_path if context else "hyperrt"
-    return what.rstrip("."), f"it was set by {origin}" if origin else "", f"{command} --help"
