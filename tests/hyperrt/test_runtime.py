@@ -56,7 +56,7 @@ def test_a_result_is_pictures_seeds_recipe_and_latents(runtime, subject):
 def test_the_final_latents_are_those_of_the_formula_computed_by_hand(runtime, subject):
     result = runtime.generate("a [V] robot on the beach", subject, kappa=0.4, guidance_scale=2.0, steps=3)
     graphs = fake_bundle.GRAPHS
-    tokenizer = runtime._conditioning._tokenizer
+    tokenizer = runtime._conditioning._tokenizers["input_ids"]
     tokens = [tokenizer.encode(t).ids for t in ("", "a sks robot on the beach", "a robot on the beach")]
     hidden = graphs["text_encoder"]({"input_ids": np.stack(tokens)})["hidden_states"]
     lora_q, lora_kv = subject.lora["lora_q"][None], subject.lora["lora_kv"][None]
