@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -322,10 +322,11 @@ def resolve(backend: str) -> str:
             return "openvino"
         return "onnxruntime"
     if backend not in BACKENDS:
+        known = [name for name in BACKENDS if name != "fake"]  # which is for tests
         raise BackendMissing(
             f"no backend is called {backend[:60]!r}",
-            f"there are: {listed(BACKENDS)}, auto",
-            nearest(backend, [*BACKENDS, "auto"]),
+            f"there are: {listed(known)}, auto",
+            nearest(backend, [*known, "auto"]),
         )
     return backend
 
@@ -358,9 +359,10 @@ def load(backend: str) -> Any:
     """
     about = BACKENDS[backend]
     try:
-        if about.vendor:
-            telemetry.import_vendor(about.vendor)
-        return importlib.import_module(f"hyperrt.engines.{about.module}")
+        with telemetry.IMPORTING:
+            if about.vendor:
+                _check_package(telemetry.import_vendor(about.vendor), about.install)
+            return importlib.import_module(f"hyperrt.engines.{about.module}")
     except (ImportError, OSError) as error:  # OSError: packages that load their libraries themselves
         if isinstance(error, ModuleNotFoundError) and error.name == about.vendor:
             raise BackendMissing(
@@ -373,3 +375,11 @@ def load(backend: str) -> Any:
             str(error),
             f"install it again: {about.install}",
         ) from error
+
+
+def _check_package(found: ModuleType, install: str) -> None:
+    """Refuse a file of the user's that is called as a vendor's package."""
+    file = getattr(found, "__file__", None)
+    if file and not hasattr(found, "__path__"):
+        what, why = f"{found.__name__} is not the package of that name", f"Python found {file} first"
+        raise EngineError(what, why, f"rename that file; the package comes with: {install}")

@@ -11,16 +11,26 @@ import ctypes
 import os
 import threading
 import weakref
+from typing import TypeVar
 
 from hyperrt.engines.errors import EngineForked
 
+Held = TypeVar("Held")
+
 _OPEN: weakref.WeakSet[object] = weakref.WeakSet()
+_HELD: list[object] = []  # of vendors, for as long as the process lives
 
 
 def watch(engine: object) -> int:
     """Note an engine that is being opened; returns the process that it belongs to, for `check`."""
     _OPEN.add(engine)
     return os.getpid()
+
+
+def hold(vendors: Held) -> Held:
+    """Keep something of a vendor's until the process ends, in a forked one without freeing it then."""
+    _HELD.append(vendors)
+    return vendors
 
 
 def check(process: int) -> None:
@@ -62,8 +72,8 @@ class Lock:
 
 def _keep() -> None:
     """Hold what the engines hold until the process ends, whatever else is freed."""
-    for engine in _OPEN:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(vars(engine)))
+    for kept in (*map(vars, _OPEN), *_HELD):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

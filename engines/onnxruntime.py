@@ -52,7 +52,7 @@ NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/onnxr
 ASKED_FOR = re.compile(r"requested buffer of size (\d+)")
 OUT_OF_MEMORY = (
     "failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "alloc_failed",
-    "smaller than requested bytes",
+    "smaller than requested bytes", "resource temporarily unavailable",
 )  # fmt: skip
 
 

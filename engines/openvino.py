@@ -189,7 +189,7 @@ def _first_core() -> tuple[ov.Core, int]:
     of two that end in the order in which they began, the second puts back one that is gone, and the next
     Ctrl-C ends in a segmentation fault.
     """
-    return ov.Core(), os.getpid()
+    return forks.hold(ov.Core()), os.getpid()
 
 
 def _read(path: Path, inputs: Mapping[str, Dims]) -> ov.Model:

@@ -10,7 +10,7 @@ What each does when nobody stops it (seen with strace; docs/log.md has the calls
                      imported, OpenVINO works without it.
     huggingface_hub  names the libraries in each download.  HF_HUB_DISABLE_TELEMETRY=1 stops that.
 
-A program that imports one of them itself before HyperRT has started its telemetry already.
+A program that imports one of them itself, before HyperRT opens an engine, has started its telemetry already.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
+from hyperrt.engines import forks
+
 VARIABLES: Mapping[str, str] = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 OPENVINO = "openvino_telemetry"
 
@@ -31,13 +33,18 @@ def switch_off() -> None:
     os.environ.update(VARIABLES)
 
 
+# Two imports at once would undo each other's hiding; and a forked process must not wait for a half-done one.
+IMPORTING = forks.Lock()
+
+
 def import_vendor(name: str) -> ModuleType:
     """The module of a vendor, imported without its telemetry.
 
     Raises:
         ImportError, OSError: as the import does.
+        EngineForked: this process was forked while a thread imported one.
     """
-    with _cannot_be_imported(OPENVINO):
+    with IMPORTING, _hidden(OPENVINO):
         return importlib.import_module(name)
 
 
@@ -49,13 +56,13 @@ def left_on() -> list[str]:
 
 
 @contextmanager
-def _cannot_be_imported(name: str) -> Iterator[None]:
-    """Make `import name` fail for a while; a module that is there already stays."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # Python's own way to say so
+def _hidden(package: str) -> Iterator[None]:
+    """Make `import package` fail for a while; what was imported of it is there again afterwards."""
+    inside = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
+    before = {name: sys.modules.pop(name) for name in inside}
+    sys.modules[package] = None  # type: ignore[assignment]  # Python's own way to say so
     try:
         yield
     finally:
-        sys.modules.pop(name, None)
+        sys.modules.pop(package, None)
+        sys.modules.update(before)

@@ -16,6 +16,7 @@ from pathlib import Path
 from hyperrt import strict_json
 from hyperrt.arguments import checked
 from hyperrt.errors import BundleError, BundleMismatch, NotFound, UsageError
+from hyperrt.home import SCARCE
 from hyperrt.manifest import (
     GRAPHS,
     Betas,
@@ -148,6 +149,7 @@ class Bundle(Manifest):
         try:
             found = sha256_of(path)
         except OSError as error:
+            _pass_if_scarce(error)
             what = f"{file} of the bundle {self.name} cannot be read"
             raise BundleError(what, f"{error.strerror}", REDO) from error
         if found != expected:
@@ -159,11 +161,18 @@ class Bundle(Manifest):
         try:
             others = external_files(self.path / graph.file) - {(graph.data_file or "").encode()}
         except (OSError, ValueError) as error:
+            _pass_if_scarce(error)
             what = f"{graph.file} of the bundle {self.name} is no graph"
             raise BundleError(what, str(error), REDO) from error
         if others:
             why = f"it has weights in {min(others)[:60]!r}, which {MANIFEST} does not name"
             raise BundleError(f"{graph.file} of the bundle {self.name} cannot be used", why, REDO)
+
+
+def _pass_if_scarce(error: Exception) -> None:
+    """What the system lacks, memory for example, is no fault of the bundle."""
+    if isinstance(error, OSError) and error.errno in SCARCE:
+        raise error
 
 
 def find(bundle: str | os.PathLike[str]) -> Path:

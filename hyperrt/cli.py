@@ -128,6 +128,9 @@ def _explained(error: BaseException) -> Any:
     if isinstance(error, OSError) and error.filename:
         what = f"{str(error.filename)[-200:]}: {error.strerror}"
         return UsageError(what, "the system refuses it", "check that name, or choose another")
+    if isinstance(error, FileNotFoundError):  # without a name: os.getcwd
+        do = "change to another folder, then try again"
+        return UsageError("the current folder is not there any more", "it was removed", do)
     click = sys.modules.get("click")
     if click is not None and isinstance(error, click.ClickException):
         from hyperrt.cli_origin import explain_click

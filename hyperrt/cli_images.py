@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from hyperrt.errors import BadInput, LinkedPhotos, UsageError
+from hyperrt.shell import advice
 
 OPTION, SHORT = "--images", "-i"
 
@@ -43,7 +44,7 @@ class PhotosCommand(click.Command):
             return super().invoke(ctx)
         except LinkedPhotos as error:
             command = [*ctx.command_path.split(), *_with_files(ctx.meta[OPTION], error)]
-            raise BadInput(error.what, error.why, shlex.join(command)) from error
+            raise BadInput(error.what, error.why, advice("name the files", *command)) from error
 
 
 def one_name_each(args: Sequence[str]) -> list[str]:

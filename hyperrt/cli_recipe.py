@@ -47,7 +47,8 @@ def chosen(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]
         why = "a recipe holds neither photos nor a LoRA"
         do = "give the subject again, with --images or --subject"
         raise UsageError(f"{name} was drawn with a subject, and none is given", why, do)
-    found = recipes.options_of(recipe) | _beside(recipe, options) | _guidance(recipe, given, has_subject)
+    found = recipes.options_of(recipe) | _guidance(recipe, given, has_subject)
+    found |= _beside(recipe, options, given)
     found = {key: value for key, value in found.items() if key not in given}
     bundle = Bundle.open(found.get("bundle", options["bundle"]))
     _check_bundle(name, recipe, bundle, is_given="bundle" in given)
@@ -66,12 +67,15 @@ def check_subject(recipe: Mapping[str, Any], runtime: Runtime, subject: Subject 
         log.warning("the backend is %r, the recipe's is %s: pixels may differ a little", *both)
 
 
-def _beside(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _beside(
+    recipe: Mapping[str, Any], options: Mapping[str, Any], given: Collection[str]
+) -> dict[str, Any]:
     """What `generate` takes of a recipe beside the options of a sampling, as far as it is of use here."""
     names = ("class_noun", "combine", "bundle", "backend")
     noun, combine, bundle, backend = (recipe.get(name) for name in names)
     found = {
-        "class_noun": noun if options["images"] or options["subject"] else None,
+        # A new prompt is about the subject that is given, which says itself what it is.
+        "class_noun": noun if (options["images"] or options["subject"]) and "prompt" not in given else None,
         "combine": combine if options["images"] and combine in COMBINED else None,
         "bundle": bundle if bundle in packaged() else None,
         "backend": backend if _runs_here(backend) else None,

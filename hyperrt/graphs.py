@@ -25,6 +25,7 @@ from hyperrt.plans import Plan
 COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
 CACHING = frozenset({"openvino"})  # backends that take `cache`
 REFITTING = PLANNED | {"fake", "onnxruntime", "onnxruntime-cuda"}  # backends whose engines have `weights`
+OWN_OPTIONS = {"path", "backend", "threads", "sizes", "device", "plan", "weights"}  # that HyperRT sets
 
 Sizes = Mapping[str, int]
 
@@ -62,6 +63,9 @@ class Graphs:
         self._device = device
         self._threads = threads
         self._options = dict(options or {})
+        if own := self._options.keys() & OWN_OPTIONS:
+            why = "HyperRT sets it itself; threads and device are arguments of Runtime.open"
+            raise UsageError(f"{min(own)!r} is no backend option", why, "leave it out")
         self._engines: dict[str, Engine] = {}
         self._adapters: dict[str, Adapter] = {}
         self._compared: set[str] = set()  # plans, by their sha256

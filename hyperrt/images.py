@@ -12,7 +12,6 @@ import hashlib
 import io
 import os
 import re
-import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from hyperrt.image_formats import (
     opened,
     printable,
 )
+from hyperrt.shell import advice
 from hyperrt.srgb import Picture, upright_srgb
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _linked(folder: Path, found: Sequence[os.DirEntry[str]], what: str, why: str
     if not any(entry.is_symlink() for entry in photos):
         return None
     files = tuple(entry.path for entry in photos[:MAX_PHOTOS])
-    return LinkedPhotos(what, why, f"name the files: {shlex.join(files)}", str(folder), files)
+    return LinkedPhotos(what, why, advice("name the files", *files), str(folder), files)
 
 
 def _decode(file: BinaryIO, name: str, keep_side: int) -> Picture:

@@ -22,6 +22,7 @@ from hyperrt.safetensors_file import shown
 Config = Mapping[str, Any]
 Patterns = Mapping[str, tuple[int, Any]]  # a key of alpha_pattern -> its place among the keys, and its value
 
+MAX_ALPHA = 1e6
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what PEFT looks for in a folder
 CONFIG = "lora_adapter_metadata"  # where diffusers keeps the configuration
 MAX_CONFIG = 2**20  # bytes of PEFT's file of it
@@ -125,8 +126,9 @@ def alpha(config: Config, patterns: Patterns, name: str, site: str, rank: int) -
     keys = [f"^{site}", *(".".join(parts[start:]) for start in range(len(parts)))]
     meant = [patterns[key] for key in keys if key in patterns]
     found = min(meant, key=itemgetter(0))[1] if meant else config.get("lora_alpha", ALPHA)
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
-        raise LoraError(f"{name}: alpha is {shown(repr(found))}", "it must be a number above 0", CORRECT)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or abs(found) > MAX_ALPHA:
+        why = f"it must be a number above 0, and at most {MAX_ALPHA:g}"
+        raise LoraError(f"{name}: alpha is {shown(repr(found))}", why, CORRECT)
     return float(found) * math.sqrt(rank) if config.get("use_rslora") else float(found)
 
 

@@ -19,12 +19,16 @@ from hyperrt.errors import BadPrompt
 MAX_CHARACTERS = 10_000  # some 30 times what fits a text encoder
 
 # What follows "a [V]" in a prompt that leaves the noun out: "a [V] on a beach", "a [V], watercolour".
-_PUNCTUATION = ".,;:!?)'’"
-_NO_NOUN_FOLLOWS = re.compile(
-    rf"\s*(?:$|[{_PUNCTUATION}]|\b(?:above|against|and|as|at|behind|below|beside|by|for|from|in|inside|is|near|next|"
-    r"of|on|or|over|under|underwater|while|with|without)\b)",
-    re.IGNORECASE,
+_PUNCTUATION = ".,;:!?)'’、。，！？"
+_NO_NOUNS = (
+    "above|across|against|along|among|and|are|around|as|at|before|behind|below|beneath|beside|between|by|during|"
+    "for|from|has|in|inside|into|is|near|next|of|on|onto|or|outside|over|that|through|to|toward|towards|under|"
+    "underwater|upon|was|were|which|while|who|with|without|"
+    "climbing|cooking|dancing|dressed|drinking|driving|eating|floating|flying|holding|hugging|jumping|laughing|"
+    "looking|lying|made|painted|playing|posing|reading|resting|riding|running|sitting|sleeping|smiling|standing|"
+    "surrounded|swimming|talking|walking|watching|wearing|working"
 )
+_NO_NOUN_FOLLOWS = re.compile(rf"\s*(?:$|[{_PUNCTUATION}]|\b(?:{_NO_NOUNS})\b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

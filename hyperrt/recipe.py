@@ -182,6 +182,10 @@ def _of_text(name: str, text: str) -> dict[str, Any]:
         try:
             found = strict_json.loads(text.encode())
             inner = found.get("recipe", found)
+            if "branches" not in inner and "schema" not in inner:
+                why = "it is JSON of another program: a recipe of HyperRT's says its schema or its branches"
+                do = "give the prompt, seed and steps as options"
+                raise BadInput(f"{name} holds no recipe", why, do)
             return _known(name, {"schema": SCHEMA, **inner})
         except (strict_json.StrictError, TypeError):  # other programs' prompts begin like this, too
             pass

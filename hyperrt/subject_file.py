@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hyperrt import lora_names, peft_config, safetensors_file
 from hyperrt.errors import LoraError, LoraMismatch, NotFound
-from hyperrt.peft_config import PEFT_CONFIG, PEFT_FILE
+from hyperrt.peft_config import MAX_ALPHA, PEFT_CONFIG, PEFT_FILE
 from hyperrt.safetensors_file import FETCH, REMAKE, Entry, Stored, shown
 from hyperrt.shell import advice
 
@@ -33,7 +33,6 @@ IMAGE_TOKENS = "hyperrt.lora_image_tokens"
 ORIGIN = "hyperrt."  # prefix of our metadata
 LAYERS = "hyperrt.layers_per_block"  # beside kohya's names of the first publication
 MAX_WEIGHT = 1e4  # trained factors stay below 10; a file beyond this is damaged or hostile
-MAX_ALPHA = 1e6
 NOT_USABLE = f"it holds NaN, infinity or values beyond {MAX_WEIGHT:g}"
 
 

@@ -26,9 +26,13 @@ from tests.pasting import commands_in
 
 AWKWARD = "it's (a) folder"  # in which commands without quotes fall apart
 # Messages that are pasted by the tests of their own module.
+IMAGES = "tests/hyperrt/test_cli_images.py"
 LORA = "tests/hyperrt/test_lora_advice.py"
 ABSENT = "test_a_file_that_is_not_there_leads_to_how_one_is_made"
+LINKS = "test_a_folder_of_links_is_refused_with_the_command_that_names_the_files"
 ELSEWHERE = {
+    "hyperrt/cli_images.py:invoke": f"{IMAGES}::{LINKS}",
+    "hyperrt/images.py:_linked": f"{IMAGES}::{LINKS}",
     "hyperrt/subject_file.py:check_used": f"{LORA}::test_what_a_file_adapts_that_cannot_be_used_is_shown",
     "hyperrt/subject_file.py:how_to_reduce": f"{LORA}::test_a_shell_runs_the_command_as_it_is_printed",
     "hyperrt/safetensors_file.py:read_header": f"{LORA}::{ABSENT}",

@@ -109,3 +109,26 @@ def test_a_lock_that_a_thread_of_the_parent_holds_is_not_waited_for(state, end):
     command = [sys.executable, "-W", "ignore", "-c", HELD, state]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, f"{end}\n"), result.stderr
+
+
+CLOSED = """
+import os, sys, numpy as np
+from hyperrt import engines
+with engines.open(sys.argv[1], sys.argv[2], threads=2) as engine:
+    sizes = {spec: [n if isinstance(n, int) else 2 for n in spec.shape] for spec in engine.inputs}
+    engine.run({spec.name: np.ones(size, spec.dtype) for spec, size in sizes.items()})
+child = os.fork()
+if child == 0:
+    import signal
+    signal.alarm(30)
+    sys.exit(3)  # with the interpreter's own end, unlike os._exit
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_process_that_is_forked_after_engines_were_closed_ends_by_itself(backend):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", CLOSED, str(GRAPH), backend]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

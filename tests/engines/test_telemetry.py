@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 
 import pytest
 
@@ -59,3 +61,24 @@ def test_importing_a_package_that_loads_vendors_switches_it_off(module):
     env = os.environ | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "0"}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert result.stdout == "1\n"
+
+
+@pytest.mark.usefixtures("package")
+def test_telemetry_that_is_imported_already_is_hidden_and_then_back(monkeypatch):
+    theirs = ModuleType("openvino_telemetry")
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", theirs)
+    assert telemetry.import_vendor("somevendor").reports is False
+    assert sys.modules["openvino_telemetry"] is theirs
+
+
+@pytest.mark.usefixtures("package")
+def test_two_threads_that_import_vendors_do_not_undo_each_others_hiding(tmp_path, monkeypatch):
+    code = (tmp_path / "somevendor.py").read_text()
+    (tmp_path / "slowvendor.py").write_text(f"import time; time.sleep(0.2)\n{code}")
+    (tmp_path / "quickvendor.py").write_text("import time; time.sleep(0.1)")
+    threads = [Thread(target=telemetry.import_vendor, args=(name,)) for name in ("quickvendor", "slowvendor")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.modules.pop("slowvendor").reports is False

@@ -15,7 +15,7 @@ from tests.hyperrt.command_line import PROMPT, events, is_three_lines
 def command_in(err: str) -> list[str]:
     """The arguments of the command that an error tells to write, without the program's name."""
     assert is_three_lines(err)
-    words = shlex.split(err.splitlines()[-1].removeprefix("  do:  "))
+    words = shlex.split(err.splitlines()[-1].removeprefix("  do:  ").removeprefix("name the files: "))
     assert words[0] == "hyperrt"
     return words[1:]
 

@@ -151,3 +151,9 @@ def test_the_first_key_of_alpha_pattern_that_ends_a_path_counts(patterns, alpha)
     config = {"alpha_pattern": patterns}
     found = peft_config.alpha(config, peft_config.alpha_patterns(config, "x"), "x", "a.attn2.to_k", 4)
     assert found == alpha
+
+
+def test_an_alpha_that_is_no_number_of_a_computer_is_refused():
+    for config in ({"lora_alpha": 10**400}, {"alpha_pattern": {"to_k": 10**400}}):
+        with pytest.raises(LoraError, match="at most 1e"):
+            peft_config.alpha(config, peft_config.alpha_patterns(config, "x"), "x", "a.to_k", 4)

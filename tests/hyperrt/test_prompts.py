@@ -38,6 +38,10 @@ def test_the_placeholder_becomes_the_token_and_is_left_out_for_the_base_model():
         ("a [V] tiger in snow", "a sks tiger in snow", "a tiger in snow"),
         ("a [V] old cat", "a sks old cat", "a old cat"),
         ("a [V]cat", "a sks cat", "a cat"),
+        ("a [V] wearing a hat", "a sks cat wearing a hat", "a cat wearing a hat"),
+        ("a [V] sitting between trees", "a sks cat sitting between trees", "a cat sitting between trees"),
+        ("a [V] that sleeps", "a sks cat that sleeps", "a cat that sleeps"),
+        ("[V]、雪", "sks cat、雪", "cat、雪"),
     ],
 )
 def test_the_class_noun_is_put_in_where_no_noun_stands(prompt, subject, generic):

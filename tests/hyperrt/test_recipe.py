@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 import hyperrt
 from hyperrt import infotext, recipe
 from hyperrt.config import SOLVER_NAMES
-from hyperrt.errors import BadImage, NotFound, UsageError
+from hyperrt.errors import BadImage, BadInput, NotFound, UsageError
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 RECIPE = {
@@ -199,8 +199,8 @@ def test_any_text_and_any_png_with_parameters_is_a_recipe(tmp_path):
         "theirs.txt": text.encode(),
         "bom.txt": b"\xef\xbb\xbf" + text.encode(),
         "choice.txt": b"{a|b} cat\nSteps: 3, Seed: 5, Size: 8x8",
-        "ours.json": b'{"seed": 5}',
-        "info.json": b'{"event": "result", "recipe": {"seed": 5}}',
+        "ours.json": b'{"seed": 5, "branches": ["subject"]}',
+        "info.json": b'{"event": "result", "recipe": {"schema": 1, "seed": 5}}',
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -208,6 +208,13 @@ def test_any_text_and_any_png_with_parameters_is_a_recipe(tmp_path):
         if name != "ours.png":
             with pytest.raises(BadImage):
                 recipe.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "a mug", "seed": 1, "guidance_scale": 7.5}', "{}"])
+def test_json_of_another_program_is_no_recipe(content, tmp_path):
+    (tmp_path / "theirs.json").write_text(content)
+    with pytest.raises(BadInput, match="JSON of another program"):
+        recipe.read_any(tmp_path / "theirs.json")
 
 
 def test_options_are_those_that_the_recipe_names():
