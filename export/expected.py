@@ -16,7 +16,7 @@ from transformers import CLIPVisionModelWithProjection
 from hyperrt import bundle
 from hyperrt.export import reference
 from hyperrt.export.graphs import Graph
-from hyperrt.export.reference import Switch, Told
+from hyperrt.export.reference import Switch, Text
 from hyperrt.export.source import Source, save_tokenizer
 from hyperrt.tokenizer import Tokenizer
 
@@ -105,7 +105,7 @@ def token_ids(source: Source, prompts: Sequence[str]) -> Feeds:
 
 def _context(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
     feeds, unet = graph.feeds(size, seed), modules["unet"]
-    told = Told(feeds["hidden_states"], feeds.get("pooled"))
+    texts = Text(feeds["hidden_states"], feeds.get("pooled"))
     with contextlib.ExitStack() as stack:
         if "image_prompt" in modules:
             stack.enter_context(reference.image_prompted(unet, modules["image_prompt"]))
@@ -114,14 +114,14 @@ def _context(graph: Graph, source: Source, modules: Any, size: Mapping[str, int]
         rows = []
         for row in range(size["rows"]):
             _use_for(use, feeds, size, row)
-            text = text_keys_values(unet, told.of(row))
+            keys_values = [text_keys_values(unet, texts.of(row))]
             if "image_tokens" in feeds:
                 tokens, scale = feeds["image_tokens"][row : row + 1], feeds["image_scale"][row]
-                text = torch.cat([text, _image_keys_values(unet, tokens, scale)], dim=1)
-            rows.append(text)
+                keys_values.append(_image_keys_values(unet, tokens, scale))
+            rows.append(torch.cat(keys_values, dim=1))
     arrays = {"context": torch.cat(rows).numpy()}
     if "time_ids" in feeds:
-        arrays["added"] = added(unet, told, feeds["time_ids"]).numpy()
+        arrays["added"] = added(unet, texts, feeds["time_ids"]).numpy()
     return feeds, arrays
 
 
@@ -129,11 +129,10 @@ def _use_for(use: Switch, feeds: Feeds, size: Mapping[str, int], row: int) -> No
     use(row if size["subjects"] > 1 else 0, float(feeds["gate"][row]))
 
 
-def text_keys_values(unet: Any, told: Told) -> Tensor:
+def text_keys_values(unet: Any, text: Text) -> Tensor:
     """K and V of every cross-attention, [1, L, W], as the bundle's format packs them."""
-    return torch.cat(
-        [linear(told.hidden) for _, attn in cross_attentions(unet) for linear in (attn.to_k, attn.to_v)], -1
-    )
+    linears = [linear for _, attn in cross_attentions(unet) for linear in (attn.to_k, attn.to_v)]
+    return torch.cat([linear(text.hidden) for linear in linears], -1)
 
 
 def _image_keys_values(unet: Any, tokens: Tensor, scale: Tensor) -> Tensor:
@@ -150,10 +149,10 @@ def cross_attentions(unet: nn.Module) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in unet.named_modules() if path.endswith("attn2")]
 
 
-def added(unet: Any, told: Told, time_ids: Tensor) -> Tensor:
+def added(unet: Any, texts: Text, time_ids: Tensor) -> Tensor:
     """What an SDXL's UNet adds to its time embedding, [n, E]."""
-    condition = {"text_embeds": told.pooled, "time_ids": time_ids}
-    return unet.get_aug_embed(told.hidden, told.hidden, condition)
+    condition = {"text_embeds": texts.pooled, "time_ids": time_ids}
+    return unet.get_aug_embed(texts.hidden, texts.hidden, condition)
 
 
 def _denoiser(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
@@ -164,12 +163,12 @@ def _denoiser(graph: Graph, source: Source, modules: Any, size: Mapping[str, int
     def random(*shape: int) -> Tensor:
         return torch.from_numpy(rng.standard_normal(shape, np.float32))
 
-    told = Told(random(rows, source.max_tokens, source.text_width))
+    texts = Text(random(rows, source.max_tokens, source.text_width))
     time_ids = None
     if source.is_sdxl:
-        told = Told(told.hidden, random(rows, source.config("text_encoder_2").projection_dim))
+        texts = Text(texts.hidden, random(rows, source.config("text_encoder_2").projection_dim))
         time_ids = 1000 * torch.from_numpy(rng.random((rows, 6), np.float32))
-        feeds["added"] = added(unet, told, time_ids)
+        feeds["added"] = added(unet, texts, time_ids)
     image = feeds["context"][:, source.max_tokens :]  # of the image prompt, if there is one
     lora = {"lora_q": feeds["lora_q"].numpy()}
     lora["lora_kv"] = 0.2 * random(len(feeds["lora_q"]), source.layout.size("lora_kv")).numpy()
@@ -178,13 +177,12 @@ def _denoiser(graph: Graph, source: Source, modules: Any, size: Mapping[str, int
     with reference.adapted(unet, source.layout, lora) as use:
         for row in range(rows):
             _use_for(use, feeds, size, row)
-            one, own = told.of(row), image[row : row + 1]
-            context.append(torch.cat([text_keys_values(unet, one), own], dim=1))
-            picture = row % len(x)
-            ids = None if time_ids is None else {"time_ids": time_ids[row : row + 1]}
-            with image_given(unet, own) as tokens:
+            text, own_image, k = texts.of(row), image[row : row + 1], row % len(x)
+            context.append(torch.cat([text_keys_values(unet, text), own_image], dim=1))
+            ids = None if time_ids is None else time_ids[row : row + 1]
+            with image_given(unet, own_image) as tokens:
                 outputs.append(
-                    reference.predicted(unet, x[picture : picture + 1], feeds["timestep"], one, ids, tokens)
+                    reference.predicted(unet, x[k : k + 1], feeds["timestep"], text, ids, tokens)
                 )
     feeds["context"] = torch.cat(context)
     return feeds, _stepped(feeds, torch.cat(outputs))

@@ -183,9 +183,9 @@ def _license_of_vae(vae: Found | None) -> str:
     """What is added for a VAE that is not the base model's: its licence, if it came with one."""
     if vae is None:
         return ""
-    paths = (
-        [] if vae.file else sorted(vae.folder.glob("LICENSE*")) or sorted(vae.folder.parent.glob("LICENSE*"))
-    )
+    model = vae.folder.parent  # a base model's, if it has an index
+    folders = [vae.folder, model] if (model / "model_index.json").is_file() else [vae.folder]
+    paths = [] if vae.file else [path for folder in folders for path in sorted(folder.glob("LICENSE*"))]
     text = paths[0].read_text(encoding="utf-8", errors="replace") if paths else OF_ANOTHER_VAE
     return f"\n---- the VAE, which is not the base model's ----\n\n{text}"
 

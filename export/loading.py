@@ -208,8 +208,7 @@ def tokenizer_of(folder: Path, text_encoder: Part) -> CLIPTokenizer:
         raise IntegrityError(what, why, do)
     added = tokenizer.added_tokens_encoder
     if several := sorted(word for word in added if f"{word}_1" in added):
-        first = several[0]
-        why = f"diffusers reads {first!r} as {first!r} {first + '_1'!r} ..., the runtime does not"
+        why = f"diffusers reads {several[0]} as {several[0]} {several[0]}_1 ..., which the runtime does not"
         raise ExportError(what, why, "use the model without that textual inversion")
     return tokenizer
 

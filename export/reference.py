@@ -85,24 +85,24 @@ def pipeline(source: Source, modules: Mapping[str, Any], solver: str = "ddim", u
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a UNet reads of a prompt: hidden states [n, L, D], and an SDXL's pooled text [n, P]."""
+class Text:
+    """What a UNet reads of prompts: hidden states [n, L, D], and an SDXL's pooled text [n, P]."""
 
     hidden: Tensor
     pooled: Tensor | None = None
 
-    def of(self, row: int) -> Told:
+    def of(self, row: int) -> Text:
         """The same of one prompt."""
-        return Told(self.hidden[row : row + 1], None if self.pooled is None else self.pooled[row : row + 1])
+        return Text(self.hidden[row : row + 1], None if self.pooled is None else self.pooled[row : row + 1])
 
 
 @torch.no_grad()
-def encoded(pipe: Any, prompts: Sequence[str]) -> Told:
+def encoded(pipe: Any, prompts: Sequence[str]) -> Text:
     """Prompts as the pipeline encodes them."""
     options = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
     with _quietly():
         found = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **options)
-    return Told(found[0], found[2] if len(found) == 4 else None)
+    return Text(found[0], found[2] if len(found) == 4 else None)
 
 
 @contextlib.contextmanager
@@ -120,11 +120,11 @@ def _quietly() -> Iterator[None]:
 
 
 @torch.no_grad()
-def encoded_empty(pipe: Any) -> Told:
+def encoded_empty(pipe: Any) -> Text:
     """What stands beside a prompt where there is no negative one."""
     options = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
     found = pipe.encode_prompt(["a"], do_classifier_free_guidance=True, **options)
-    return Told(found[1], found[3] if len(found) == 4 else None)
+    return Text(found[1], found[3] if len(found) == 4 else None)
 
 
 class _InPlaceOfUnet(nn.Module):
@@ -137,18 +137,25 @@ class _InPlaceOfUnet(nn.Module):
             self.add_embedding = unet.add_embedding
 
 
+Branch = tuple[float, float, Text]  # weight in the guided sum, strength of the LoRA, prompt
+
+
+def hybrid(s: float, kappa: float, uncond: Text, subject: Text, generic: Text) -> list[Branch]:
+    """The branches of HM-CFG, arXiv 2511.03156 eq. 20; those of weight zero are left out."""
+    branches = [(1 - 2 * s, 0.0, uncond), (kappa * s, 1.0, subject), ((2 - kappa) * s, 0.0, generic)]
+    return [branch for branch in branches if branch[0]]
+
+
 class Guided(_InPlaceOfUnet):
-    """A pipeline's UNet whose output is the guided sum: HM-CFG, arXiv 2511.03156 eq. 20, a call per branch.
+    """A pipeline's UNet whose output is the guided sum, by a call for each branch.
 
     Args:
         unet: diffusers'.
-        branches: (weight in the sum, strength of the LoRA, prompt) of each.
+        branches: as `hybrid` makes them.
         use: switches the LoRA.
     """
 
-    def __init__(
-        self, unet: Any, branches: Sequence[tuple[float, float, Told]], use: Switch = lambda *_: None
-    ) -> None:
+    def __init__(self, unet: Any, branches: Sequence[Branch], use: Switch) -> None:
         super().__init__(unet)
         self.unet, self.branches, self.use = unet, branches, use
 
@@ -156,9 +163,10 @@ class Guided(_InPlaceOfUnet):
         self, sample: Tensor, timestep: Any, *_: Any, added_cond_kwargs: Any = None, **__: Any
     ) -> tuple[Tensor]:
         guided = torch.zeros_like(sample)
-        for weight, strength, told in self.branches:
+        ids = added_cond_kwargs["time_ids"] if added_cond_kwargs else None
+        for weight, strength, text in self.branches:
             self.use(0, strength)
-            guided = guided + weight * predicted(self.unet, sample, timestep, told, added_cond_kwargs)
+            guided = guided + weight * predicted(self.unet, sample, timestep, text, ids)
         return (guided,)
 
 
@@ -166,14 +174,13 @@ def predicted(
     unet: Any,
     x: Tensor,
     timestep: Any,
-    told: Told,
-    added: Mapping[str, Any] | None,
+    text: Text,
+    time_ids: Tensor | None = None,
     image: list[Tensor] | None = None,
 ) -> Tensor:
-    """diffusers' UNet on x [n, C, h, w]; `added` has an SDXL's time ids, `image` is of `image_given`."""
-    if told.pooled is not None and added is not None:
-        added = {"time_ids": added["time_ids"], "text_embeds": told.pooled}
-    hidden = told.hidden if image is None else (told.hidden, image)
+    """diffusers' UNet on x [n, C, h, w]; time_ids: an SDXL's [n, 6]; image: what `image_given` gives."""
+    added = None if time_ids is None else {"time_ids": time_ids, "text_embeds": text.pooled}
+    hidden = text.hidden if image is None else (text.hidden, image)
     return unet(x, timestep, hidden, added_cond_kwargs=added, return_dict=False)[0]
 
 
@@ -190,15 +197,15 @@ class Given(_InPlaceOfUnet):
 
 @torch.no_grad()
 def drawn(
-    pipe: Any, told: Told, noise: Tensor, steps: int, output: str = "latent", **more: Any
+    pipe: Any, text: Text, noise: Tensor, steps: int, output: str = "latent", **more: Any
 ) -> np.ndarray:
     """The pipeline's own loop from unit noise [n, C, h, w]: latents, or ("pt") pictures in [0, 1].
 
-    The guided sum is that of its UNet (`Guided`): the pipeline is told to guide nothing.
+    The guided sum is that of its UNet (`Guided`): the pipeline is text to guide nothing.
     """
-    given = {"prompt_embeds": told.hidden.expand(len(noise), -1, -1)}
-    if told.pooled is not None:
-        given["pooled_prompt_embeds"] = told.pooled.expand(len(noise), -1)
+    given = {"prompt_embeds": text.hidden.expand(len(noise), -1, -1)}
+    if text.pooled is not None:
+        given["pooled_prompt_embeds"] = text.pooled.expand(len(noise), -1)
     factor = pipe.vae_scale_factor
     height, width = (factor * side for side in noise.shape[2:])
     found = pipe(
@@ -220,10 +227,10 @@ def decoded(source: Source, vae: Any, latents: Tensor) -> np.ndarray:
     )
 
 
-def nothing(source: Source) -> Told:
+def nothing(source: Source) -> Text:
     """A prompt for a UNet that reads none."""
     pooled = torch.zeros(1, source.config("text_encoder_2").projection_dim) if source.is_sdxl else None
-    return Told(torch.zeros(1, 1, source.text_width), pooled)
+    return Text(torch.zeros(1, 1, source.text_width), pooled)
 
 
 @contextlib.contextmanager

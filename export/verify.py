@@ -28,7 +28,7 @@ from hyperrt.export import expected, reference, refit_form
 from hyperrt.export.errors import ParityError
 from hyperrt.export.expected import Expected
 from hyperrt.export.graphs import Graph
-from hyperrt.export.reference import Guided, Told
+from hyperrt.export.reference import Guided, Text
 from hyperrt.export.source import Source, betas, prediction_type, timestep_spacing
 from hyperrt.graphs import REFITTING
 from hyperrt.lora import LoraLayout
@@ -269,23 +269,18 @@ def fused_step_error(source: Source, modules: Modules, opened: Mapping[str, Fed]
         "coefficients": rng.uniform(0.5, 1, 7).astype(np.float32),
     }
     width = (1, source.max_tokens, source.text_width)
-    told = [Told(torch.from_numpy(rng.standard_normal(width, np.float32))) for _ in guidance.BRANCHES]
-    weights = guidance.hm_cfg_weights(2.0, 0.8)
+    texts = [Text(torch.from_numpy(rng.standard_normal(width, np.float32))) for _ in guidance.BRANCHES]
+    s, kappa = 2.0, 0.8
     x = torch.from_numpy(feeds["latents"] * feeds["coefficients"][0])
     with reference.adapted(unet, layout, lora) as use:
-        many = [Told(one.hidden.expand(2, -1, -1)) for one in told]
-        (guided,) = Guided(unet, hybrid(weights, many), use)(x, torch.from_numpy(feeds["timestep"]))
+        branches = reference.hybrid(s, kappa, *(Text(text.hidden.expand(2, -1, -1)) for text in texts))
+        (guided,) = Guided(unet, branches, use)(x, torch.from_numpy(feeds["timestep"]))
     following = solvers.apply(
         feeds["coefficients"], feeds["latents"], guided.numpy(), feeds["previous"], feeds["noise"]
     )
     right = dict(zip(("next_latents", "denoised"), following, strict=True))
-    return relative(_stepper(opened, lora, told, weights, images=2)(feeds), right)
-
-
-def hybrid(weights: Sequence[float], told: Sequence[Told]) -> list[tuple[float, float, Told]]:
-    """The branches of HM-CFG for `reference.Guided`, by `guidance.BRANCHES`: the subject's has the LoRA."""
-    strengths = [float(name == "subject") for name in guidance.BRANCHES]
-    return list(zip(weights, strengths, told, strict=True))
+    step = _stepper(opened, lora, texts, guidance.hm_cfg_weights(s, kappa), images=2)
+    return relative(step(feeds), right)
 
 
 @torch.no_grad()
@@ -294,8 +289,8 @@ def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defa
     rng = np.random.default_rng(5)
     size = source.config("image_encoder").image_size
     pixels = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
-    text = [f"a {source.token} toy on a beach", "a toy on a beach"]
-    weights = guidance.hm_cfg_weights(defaults.guidance_scale, defaults.kappa)
+    prompts = [f"a {source.token} toy on a beach", "a toy on a beach"]
+    s, kappa = defaults.guidance_scale, defaults.kappa
     schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
     table = solvers.table(
         LOOP_SOLVER, schedule, LOOP_STEPS, prediction_type(source), timestep_spacing(source)
@@ -305,20 +300,21 @@ def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defa
     features = modules["image_encoder"](torch.from_numpy(pixels)).last_hidden_state
     lora = {name: vector.numpy() for name, vector in modules["weight_decoder"](features).items()}
     pipe = reference.pipeline(source, modules, LOOP_SOLVER)
-    prompts = reference.encoded(pipe, text)
-    told = [reference.encoded_empty(pipe), prompts.of(0), prompts.of(1)]
+    uncond, texts = reference.encoded_empty(pipe), reference.encoded(pipe, prompts)
+    branches = reference.hybrid(s, kappa, uncond, texts.of(0), texts.of(1))
     with reference.adapted(modules["unet"], source.layout, lora) as use:
-        pipe.register_modules(unet=Guided(modules["unet"], hybrid(weights, told), use))
+        pipe.register_modules(unet=Guided(modules["unet"], branches, use))
         right = {
-            name: reference.drawn(pipe, told[0], torch.from_numpy(noise), LOOP_STEPS, output)
+            name: reference.drawn(pipe, uncond, torch.from_numpy(noise), LOOP_STEPS, output)
             for name, output in (("latents", "latent"), ("pictures", "pt"))
         }
 
     seen = opened["image_encoder"].run({"pixels": pixels})
     found_lora = opened["weight_decoder"].run(seen)
-    ids = _arrays(expected.token_ids(source, ["", *text]))
+    ids = _arrays(expected.token_ids(source, ["", *prompts]))
     hidden = torch.from_numpy(opened["text_encoder"].run(ids)["hidden_states"])
-    step = _stepper(opened, found_lora, [Told(one) for one in hidden.split(1)], weights, images=1)
+    weights = guidance.hm_cfg_weights(s, kappa)
+    step = _stepper(opened, found_lora, [Text(one) for one in hidden.split(1)], weights, images=1)
     latents = _denoised(step, table, noise)
     decoded = opened["vae_decoder"].run({"latents": latents})["pixels"]
     return relative({"latents": latents, "pictures": np.clip(decoded / 2 + 0.5, 0, 1)}, right)
@@ -327,16 +323,16 @@ def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defa
 def _stepper(
     opened: Mapping[str, Fed],
     lora: Arrays,
-    told: Sequence[Told],
+    texts: Sequence[Text],
     weights: Sequence[float],
     images: int,
 ) -> Callable[[Mapping[str, Any]], Arrays]:
     """The step of `sampling.denoise` on the graphs.
 
-    lora: packed vectors [1, N]; told: per branch, of one prompt.
+    lora: packed vectors [1, N]; texts: of each branch's prompt.
     """
     gate = np.repeat(np.array([0, 1, 0], np.float32), images)
-    text = np.concatenate([branch.hidden.numpy().repeat(images, axis=0) for branch in told])
+    text = np.concatenate([branch.hidden.numpy().repeat(images, axis=0) for branch in texts])
     resident = opened["context"].run({"hidden_states": text, "gate": gate, "lora_kv": lora["lora_kv"]})
     resident |= {"gate": gate, "lora_q": lora["lora_q"], "guidance": np.array(weights, np.float32)}
     return lambda feeds: opened["denoiser"].run({**feeds, **resident})

@@ -321,7 +321,7 @@ def test_a_word_that_stands_for_several_is_refused(folder):
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.add_tokens(["<mug>", "<mug>_1"])
     tokenizer.save_pretrained(folder / "tokenizer")
-    with pytest.raises(ExportError, match="'<mug>' as '<mug>' '<mug>_1'"):
+    with pytest.raises(ExportError, match="reads <mug> as <mug> <mug>_1"):
         loading.tokenizer_of(folder / "tokenizer", loading.parts_of(folder)["text_encoder"])
 
 

@@ -76,12 +76,10 @@ def copied_from(bundle):
 
 
 def latents_of_diffusers(model, solver, steps, s, kappa):
-    """diffusers' pipeline, its UNet's output the paper's eq. 20; branches of weight zero are left out."""
+    """diffusers' pipeline, its UNet's output the paper's eq. 20."""
     pipe = reference.pipeline(model.source, model.modules, solver)
-    prompts = reference.encoded(pipe, [PROMPTS["subject"], PROMPTS["generic"]])
-    told = reference.encoded_empty(pipe), prompts.of(0), prompts.of(1)
-    weights = 1 - 2 * s, kappa * s, (2 - kappa) * s
-    branches = [branch for branch in zip(weights, (0.0, 1.0, 0.0), told, strict=True) if branch[0]]
+    uncond, texts = reference.encoded_empty(pipe), reference.encoded(pipe, PROMPTS.values())
+    branches = reference.hybrid(s, kappa, uncond, texts.of(0), texts.of(1))
     noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
     generator = sampling.noise_generators(SEED, 1)[0]
 
@@ -92,7 +90,7 @@ def latents_of_diffusers(model, solver, steps, s, kappa):
     unet, lora = model.modules["unet"], {name: row[None] for name, row in model.subject.lora.items()}
     with reference.adapted(unet, model.source.layout, lora) as use, mock.patch(place, fresh_noise):
         pipe.register_modules(unet=reference.Guided(unet, branches, use))
-        return reference.drawn(pipe, told[0], noise, steps)
+        return reference.drawn(pipe, uncond, noise, steps)
 
 
 def compared(model, solver, steps, s, kappa=1.0, **more):

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -6,8 +7,10 @@ import pytest
 import torch
 
 from hyperrt import engines
-from hyperrt.export import expected, verify
+from hyperrt.export import expected, reference, verify
 from hyperrt.export.errors import ParityError
+from hyperrt.export.source import betas
+from hyperrt.solvers import SOLVERS
 
 
 def test_the_manifest_holds_the_figure_of_every_rung(exported):
@@ -29,6 +32,44 @@ def test_a_graph_that_differs_from_its_module_is_seen(exported, source, parts, m
         for unets in (modules, changed)
     ]
     assert errors[0] <= verify.TOLERANCE["denoiser"] < errors[1]
+
+
+def test_every_solver_has_its_scheduler_of_diffusers():
+    assert reference.SCHEDULERS.keys() == SOLVERS
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}, {"num_train_timesteps": 500},
+        {"prediction_type": "epsilon"}, {"prediction_type": "sample"}, {"timestep_spacing": "trailing"},
+        {"use_karras_sigmas": True, "steps_offset": 0, "set_alpha_to_one": True, "solver_order": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tables_are_diffusers_schedulers_for_whatever_the_configuration_says(setting, source):
+    changed = dataclasses.replace(source, scheduler={**source.scheduler, **setting})
+    assert verify.solvers_error(changed) <= verify.TOLERANCE["solvers"]
+
+
+def test_a_noise_schedule_that_is_read_wrongly_is_seen(source, monkeypatch):
+    wrong = dataclasses.replace(source, scheduler={**source.scheduler, "beta_end": 0.02})
+    monkeypatch.setattr(verify, "betas", lambda _: betas(wrong))
+    assert verify.solvers_error(source) > verify.TOLERANCE["solvers"]
+
+
+def test_comparing_leaves_the_networks_as_they_were(source, parts, modules):
+    unet = modules["unet"]
+
+    def kinds():
+        modules = {name: type(module) for name, module in unet.named_modules()}
+        return modules, {name: type(processor) for name, processor in unet.attn_processors.items()}
+
+    before, weights = kinds(), {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    for name in ("context", "denoiser"):
+        expected.of_graph(parts[name], source, modules, verify.GRAPH_SIZES[1:])
+    assert kinds() == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in unet.state_dict().items())
 
 
 def test_a_rung_above_its_tolerance_ends_the_export():
