@@ -71,7 +71,9 @@ class SamplingConfig(Checked):
         in_range("batch size", self.batch_size, 1, MAX_IMAGES)
         if self.seed == RANDOM:
             object.__setattr__(self, "seed", random_seed(self.n))
-        in_range("seed", self.seed, 0, MAX_SEED - self.n)
+        if not 0 <= self.seed <= MAX_SEED - self.n:
+            why = f"it must be from 0 to {MAX_SEED - self.n}, or {RANDOM} for a random one"
+            raise UsageError(f"seed is {shown(self.seed)}", why)
         in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
             _one_of("solver", self.solver, SOLVER_NAMES)

@@ -49,7 +49,7 @@ def _explain(number: int, text: str, target: Path) -> HyperRTError:
 def already(target: Path) -> UsageError:
     """The error of a name that is taken."""
     why = "nothing is overwritten unasked"
-    return UsageError(f"{target} exists", why, "add --force, or choose another name")
+    return UsageError(f"{target} exists", why, "add --force (in Python force=True), or choose another name")
 
 
 def not_writable(target: Path) -> UsageError:

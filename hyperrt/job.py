@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -116,6 +117,10 @@ def pairs_of(prompt: Any, subject: Any) -> tuple[list[str], list[Subject | None]
         )
     else:
         asked, subjects = list(prompt), list(subject)
+    if files := [one for one in subjects if isinstance(one, (str, os.PathLike))]:
+        why = "a subject is what personalize or load_subject returns, and this is the name of a file"
+        do = "read it with runtime.load_subject first"
+        raise UsageError(f"subject is {str(files[0])[:200]!r}", why, do)
     texts = [taken("prompt", one, str) for one in asked]
     return texts, [taken("subject", one, Subject | None) for one in subjects], not one_prompt
 
