@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from hyperrt.errors import BadInput, HyperRTError, NotFound, UsageError
+from hyperrt.errors import BadInput, NotFound, UsageError
 from hyperrt.training.loop import first_line
 from hyperrt.training.model_config import STEMS, weights
 
@@ -65,14 +65,9 @@ def _part(files: Sequence[str], place: str, stem: str) -> list[str]:
     """The weights of the part whose folder begins with `place`."""
     inside = [name.removeprefix(place) for name in files if name.startswith(place)]
     if not (found := weights(inside, stem)):
-        pickled = [
-            name for name in inside if name.startswith((stem, "pytorch_model")) and name.endswith(".bin")
-        ]
-        why = (
-            f"{pickled[0]} is a pickle, which can run code, and is not read"
-            if pickled
-            else f"no {stem}.safetensors"
-        )
+        pickled = next((name for name in inside if name.endswith((".bin", ".ckpt"))), "")
+        why = f"there is no {place}{stem}.safetensors"
+        why += f"; {place}{pickled} is a pickle, which can run code, and is not read" if pickled else ""
         raise BadInput(f"{place or 'the repository'} has no safetensors", why, CONVERT)
     return [place + name for name in found]
 
@@ -88,6 +83,7 @@ def fetch(model: str, offline: bool, choice: Choice, kind: str = "base model") -
     Raises:
         UsageError: there is no revision, or it can mean another model tomorrow.
         NotFound: it is no hub id, or cannot be had.
+        BadInput: `choice` finds none in the repository.
     """
     if not HUB_ID.fullmatch(model):
         if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", model) and not os.path.lexists(model):
@@ -98,8 +94,8 @@ def fetch(model: str, offline: bool, choice: Choice, kind: str = "base model") -
     name, _, revision = model.partition("@")
     try:
         return _cached(name, revision) if offline else _downloaded(name, revision, choice)
-    except HyperRTError:
-        raise
+    except BadInput as error:
+        raise BadInput(f"{model}: {error.what}", error.why, error.do) from None
     except Exception as error:  # the hub's client and the library below it have no common one
         why = "--offline is given, and it was not downloaded before" if offline else first_line(error)
         do = "give a folder, or download it on a machine with a network"

@@ -14,6 +14,7 @@ from diffusers import AutoencoderTiny
 from hyperrt.export.errors import ExportError
 from hyperrt.export.source import Source, betas
 from hyperrt.training import lora_layers
+from hyperrt.training.latents import LatentScale
 
 TIME_IDS = 6  # of SDXL: height and width, crop's top and left, target's height and width
 TEXT_TO_IMAGE = "give a text-to-image Stable Diffusion 1, 2 or XL model"
@@ -80,7 +81,7 @@ def _vae(source: Source) -> list[str]:
             f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; a block doubles, elsewhere"
         )
     try:
-        source.latent_scale  # noqa: B018
+        LatentScale.of(config, source.is_sdxl)
     except ValueError as error:
         found.append(str(error))
     return found

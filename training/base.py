@@ -207,7 +207,7 @@ def _checked(folder: Path, found: Any) -> Any:
         if tokenizer is not None and (why := model_config.misfit(tokenizer, getattr(found, encoder).config)):
             raise ValueError(f"{folder / name}: {why}")
     try:
-        found.latent_scale  # noqa: B018
+        LatentScale.of(found.vae.config, found.text_encoder_2 is not None)
     except ValueError as error:
         raise ValueError(f"{folder / 'vae'}: {error}") from error
     return found
