@@ -161,3 +161,8 @@ def test_after_numpy_s_numbers_the_recipe_is_json(runtime):
     result = runtime.generate(PROMPT, runtime.personalize([PHOTO]), **options)
     found = json.loads(json.dumps(dict(result.recipe)))
     assert (found["seed"], found["kappa"]) == (7, 0.5)
+
+
+def test_the_name_of_a_subject_file_is_answered_with_how_to_read_it(pretend):
+    with Runtime.open(pretend, "fake") as runtime, pytest.raises(UsageError, match="load_subject first"):
+        runtime.generate("a [V] robot", "mug.safetensors")
