@@ -2,7 +2,7 @@
 
 Most settings need no mention here: networks are exported as diffusers and transformers build them from their
 configurations. These are the rest: what a pipeline of diffusers does around its networks, and where the
-graphs take a path of their own. docs/log.md has the whole table.
+graphs take a path of their own. docs/base-model-settings.md has the whole table.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def _vae(source: Source) -> list[str]:
         found.append(f"out_channels is {config.out_channels!r}; a picture has 3")
     tiny = isinstance(source.parts["vae"].skeleton, AutoencoderTiny)
     if tiny and config.upsampling_scaling_factor != 2:
-        found.append(
-            f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; a block doubles, elsewhere"
-        )
+        found.append(f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; it must be 2")
     try:
         LatentScale.of(config, source.is_sdxl)
     except ValueError as error:
@@ -89,8 +87,7 @@ def _vae(source: Source) -> list[str]:
 
 def _text_encoder(source: Source) -> list[str]:
     config = source.config("text_encoder")
-    if (
-        getattr(config, "use_attention_mask", False) and not source.is_sdxl
-    ):  # SDXL's pipeline does not read it
+    # SDXL's pipeline does not read it.
+    if getattr(config, "use_attention_mask", False) and not source.is_sdxl:
         return ["use_attention_mask is True; the graphs attend to the whole length of a prompt"]
     return []

@@ -14,7 +14,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from hyperrt import engines, plan_parity, tiling
-from hyperrt.bundle import PACKAGED, Bundle
+from hyperrt.bundle import Bundle
 from hyperrt.engines import tensorrt_build
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.base import Engine
@@ -94,7 +94,7 @@ def find(
     target = engines.load(backend).target(BACKENDS[backend].vendor, device)
     key = key_of(bundle, name, backend, target, sizes)
     try:
-        return (cache or PlanCache()).load(key, bundle=_named(bundle), graph_name=name)
+        return (cache or PlanCache()).load(key, bundle=bundle.reference, graph_name=name)
     except HyperRTError as error:
         if dict(key.sizes).get("h") not in (None, bundle.latent.size):  # a key does not say that it is a tile
             raise type(error)(error.what, error.why, f"{error.do} --low-memory") from error
@@ -112,24 +112,19 @@ def compare_once(bundle: Bundle, name: str, plan: Plan, engine: Engine) -> None:
     """
     if plan_parity.known(plan) is None:
         log.info("comparing the plan of %s with its graph, once", name)
-        do = rebuild_command(plan.key, _named(bundle))
+        do = rebuild_command(plan.key, bundle.reference)
         if found := plan_parity.check(bundle, name, engine, _usual(plan.key), do):
             plan_parity.keep(plan, found)
 
 
 def unusable(bundle: Bundle, plan: Plan, error: engines.EngineLoadError) -> engines.EngineLoadError:
     """The error of a plan that is whole and does not load, with the command that builds it again."""
-    return engines.EngineLoadError(error.what, error.why, rebuild_command(plan.key, _named(bundle)))
+    return engines.EngineLoadError(error.what, error.why, rebuild_command(plan.key, bundle.reference))
 
 
 def _usual(key: PlanKey) -> dict[str, int]:
     """Sizes to compare a plan with: those that it has, and the usual ones of its ranges."""
     return {size: usual for size, (_, usual, _) in RANGES.items()} | dict(key.sizes)
-
-
-def _named(bundle: Bundle) -> str:
-    """The bundle as a command takes it."""
-    return bundle.path.name if bundle.path.parent == PACKAGED else str(bundle.path)
 
 
 def sizes_of(

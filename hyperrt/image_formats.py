@@ -192,9 +192,8 @@ def _jpeg(file: BinaryIO) -> PilImage:
 
         def load_read(self, read_bytes: int) -> bytes:
             content = super().load_read(read_bytes)
-            self.scans += (self.last + content).count(
-                b"\xff\xda"
-            )  # never in coded pixels, rarely in metadata
+            # The marker of a scan is never in coded pixels, and rarely in metadata.
+            self.scans += (self.last + content).count(b"\xff\xda")
             self.last = content[-1:]
             if self.scans > MAX_SCANS:
                 raise OSError(f"more than {MAX_SCANS} scans")

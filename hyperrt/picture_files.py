@@ -60,7 +60,7 @@ def targets(output: str | None, prompt: str, seeds: Sequence[int], force: bool =
         found = [Target(path) for path in _named(target, seeds)]
     elif os.path.lexists(target) and not os.path.isdir(target):
         why = "a name without .png means a folder"
-        raise UsageError(f"{target} is not a folder", why, shlex.join(["use", "-o", f"{target}.png"]))
+        raise UsageError(f"{target} is not a folder", why, f"use -o {shlex.quote(f'{target}.png')}")
     else:
         stems = [f"{words(prompt)}-{seed}" for seed in seeds]
         if not os.path.isdir(target):  # it will be made: look whether it can be
@@ -119,7 +119,7 @@ def _named(target: Path, seeds: Sequence[int]) -> list[Path]:
         raise UsageError(
             f"{target} ends in {target.suffix}",
             "pictures are written as PNG",
-            shlex.join(["use", "-o", str(target.with_suffix(".png"))]),
+            f"use -o {shlex.quote(str(target.with_suffix('.png')))}",
         )
     if len(seeds) == 1:
         return [target]

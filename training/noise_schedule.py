@@ -3,7 +3,8 @@
 HyperRT samples with solvers of its own (hyperrt/solvers.py). So a scheduler's configuration is read for what
 the model was trained with: the betas, the prediction type, the spacing of few-step models. How to sample
 (orders, Karras' sigmas, the last step) is the choice of `--solver`. What says that the model was trained with
-other noise, or that diffusers changes its predictions, is refused by name. docs/log.md has the whole table.
+other noise, or that diffusers changes its predictions, is refused by name. The whole table:
+docs/base-model-settings.md.
 """
 
 from __future__ import annotations

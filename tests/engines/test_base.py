@@ -157,3 +157,11 @@ def test_a_device_beside_the_processor_is_refused_and_not_ignored(tmp_path):
     (tmp_path / "graph").touch()
     with pytest.raises(EngineInputError, match=r"the device is 1\n.*'fake' runs on no GPU\n.*leave it out"):
         engines.open(tmp_path / "graph", "fake", device=1)
+
+
+def test_a_file_of_the_users_called_as_a_vendors_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(EngineError, match=r"not the package of that name\n.*onnxruntime\.py first\n.*rename"):
+        engines.load("onnxruntime")

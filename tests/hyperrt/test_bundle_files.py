@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
 from hyperrt import bundle as bundles
@@ -59,3 +62,12 @@ def test_other_files_and_folders_in_a_bundle_are_ignored(folder):
 def test_a_bundle_opens_without_its_licences(folder):
     (folder / "LICENSES").unlink()
     Bundle.open(folder).verify()
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_bundle(pretend, monkeypatch):
+    def scarce(path):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path))
+
+    monkeypatch.setattr(bundles, "sha256_of", scarce)
+    with pytest.raises(OSError, match="allocate memory"):
+        Bundle.open(pretend).graph("denoiser")

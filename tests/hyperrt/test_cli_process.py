@@ -174,3 +174,14 @@ def test_generate_loads_no_network_no_huggingface_and_no_bar_where_there_is_no_t
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert out == "a-robot-0.png\n\n"
+
+
+def test_a_current_folder_that_was_removed_is_said(tmp_path):
+    (tmp_path / "gone").mkdir()
+    code = "import os, sys; os.rmdir(os.getcwd()); from hyperrt import cli; sys.exit(cli.run(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "generate", "-p", "a mug", "--backend", "onnxruntime"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, cwd=tmp_path / "gone", env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "the current folder is not there any more" in result.stderr

@@ -56,20 +56,8 @@ def again(run, subject_file):
     "options",
     [
         (),
-        (
-            "--seed",
-            7,
-            "--steps",
-            3,
-            "--solver",
-            "euler_ancestral",
-            "--kappa",
-            0.4,
-            "-g",
-            2,
-            "--strength",
-            0.5,
-        ),
+        ("--seed", 7, "--steps", 3, "--solver", "euler_ancestral"),
+        ("--kappa", 0.4, "-g", 2, "--strength", 0.5),
         ("--cfg",),
         ("--cfg", "-g", 5),
         ("--negative", "blurry", "--generic-prompt", "a red robot"),
@@ -122,6 +110,11 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_rest(draw
     assert same("a.png", "b.png")
     found = again("--kappa", 0.5, "--seed", 8)[0]
     assert [found[name] for name in ("steps", "kappa", "seed", "prompt")] == [3, 0.5, 8, PROMPT]
+
+
+def test_a_new_prompt_is_of_the_noun_of_the_subject_that_is_given(drawn, again):
+    drawn("--class", "mug", "-p", "a [V] on the beach")
+    assert again("-p", "a [V] in snow")[0]["generic_prompt"] == "a robot in snow"  # the file's own noun
 
 
 def test_another_prompt_takes_the_recipe_s_generic_prompt_with_it(drawn, again):

@@ -146,3 +146,9 @@ def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path, monkeypatch
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "compiled").symlink_to(tmp_path / "mine")
     assert graphs.compile_cache() is None
+
+
+@pytest.mark.parametrize("name", ["threads", "sizes", "device", "plan"])
+def test_what_hyperrt_sets_itself_is_no_backend_option(pretend, name):
+    with pytest.raises(UsageError, match=f"'{name}' is no backend option"):
+        Runtime.open(pretend, "fake", backend_options={name: 1})
