@@ -39,11 +39,12 @@ import small_world
 from small_drawing import Guidance, Studio
 
 from hyperrt import Runtime
-from hyperrt.subject import Subject
-from hyperrt.training import base as bases
-from hyperrt.training import checkpoint, device, scenes
-from hyperrt.training.dreambooth import DreamBoothConfig, Finetuned, finetune
-from hyperrt.training.intervals import mean_interval
+from hyperrt.lora.subject import Subject
+from hyperrt.training.data import scenes
+from hyperrt.training.evaluation.intervals import mean_interval
+from hyperrt.training.finetune import DreamBoothConfig, Finetuned, finetune
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.run import checkpoint, device
 
 STOPS = (50, 100, 200, 400, 800)
 METHODS = ("hypernet", "dreambooth")

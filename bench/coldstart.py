@@ -37,7 +37,7 @@ HYPERRT = (sys.executable, "-m", "hyperrt")
 # Runs the command as `python -m hyperrt` does, and then says which modules came with it.
 SPY = f"""
 import sys
-from hyperrt.cli import main
+from hyperrt.cli.main import main
 code = main()
 print(*[name for name in {FORBIDDEN!r} if name in sys.modules], sep=",", file=open({{report!r}}, "w"))
 sys.exit(code)

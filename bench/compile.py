@@ -27,7 +27,7 @@ from typing import Any
 
 import report
 
-from hyperrt.bundle import Bundle
+from hyperrt.bundle.bundle import Bundle
 
 TARGETS = "sm86,sm89,sm120"
 BARS = {"peak_gb_sdxl_sm86": "< 20", "peak_gb_sdxl_sm89": "< 20", "peak_gb_sdxl_sm120": "< 20"}

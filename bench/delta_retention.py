@@ -27,8 +27,8 @@ import numpy as np
 import report
 
 from hyperrt import engines
-from hyperrt.bundle import Bundle
-from hyperrt.lora import VECTORS
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.lora.layout import VECTORS
 
 BARS = {"beside": ">= 0.98", "beside_step": ">= 0.98"}
 TEXT, RANK, ROWS = 768, 3, 256  # width of SD1.5's text, rank of its LoRA, rows of the random inputs

@@ -14,7 +14,7 @@ picture is made by the runtime with the bundle's defaults, in three ways: with t
     identity_hist_cutouts   with --cutouts: the same on other people's drawings (split test), reported only
 
 A candidate is known by four views of its own on white, other than the photos and other than the views behind
-`_real`. --seed draws other subjects; the judges (training/judges.py) stay as they are.
+`_real`. --seed draws other subjects; the judges (training/evaluation/judges.py) stay as they are.
 """
 
 from __future__ import annotations
@@ -27,9 +27,18 @@ import report
 from PIL import Image
 
 from hyperrt import Runtime
-from hyperrt.subject import Subject
-from hyperrt.training import cutouts, drawn, judges, scenes
-from hyperrt.training.drawn import CANDIDATES, FIRST_INDEX, PHOTO_SIZE, SEED_STRIDE, VIEW_SIZE, WHITE, Case
+from hyperrt.lora.subject import Subject
+from hyperrt.training.data import cutouts, scenes
+from hyperrt.training.evaluation import drawn, judges
+from hyperrt.training.evaluation.drawn import (
+    CANDIDATES,
+    FIRST_INDEX,
+    PHOTO_SIZE,
+    SEED_STRIDE,
+    VIEW_SIZE,
+    WHITE,
+    Case,
+)
 
 SCENES_EACH = 2
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0

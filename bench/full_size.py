@@ -134,7 +134,7 @@ def step(args: argparse.Namespace, backend: str) -> dict[str, float]:
     from fused_step import random_constants, random_latents
 
     from hyperrt import engines
-    from hyperrt.bundle import Bundle
+    from hyperrt.bundle.bundle import Bundle
 
     bundle = Bundle.open(bundle_of(args, "fp32"))
     sizes = {"images": 1, "branches": 3, "rows": 3, "subjects": 1}

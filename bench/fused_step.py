@@ -27,8 +27,9 @@ import onnx_ir as ir
 import report
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from hyperrt import engines, guidance
-from hyperrt.bundle import Bundle
+from hyperrt import engines
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.sampling import guidance
 
 BARS = {"fused_over_two_calls": "< 0.95", "lora_overhead": "< 0.05"}
 WARM_UP = 5  # rounds that are not counted

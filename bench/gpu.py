@@ -44,7 +44,8 @@ import gpu_results
 import gpu_timing
 import report
 
-from hyperrt.engines import EngineError, nvidia
+from hyperrt.engines import EngineError
+from hyperrt.engines.nvidia import driver as nvidia
 from hyperrt.errors import HyperRTError
 
 FAMILIES = ("sd15", "sdxl")

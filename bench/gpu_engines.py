@@ -21,7 +21,7 @@ import peer_ours
 import report
 
 from hyperrt import Runtime
-from hyperrt.compiling import PLANNED
+from hyperrt.plans.build import PLANNED
 
 PROMPT = "a [V] on a beach"
 

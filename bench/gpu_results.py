@@ -29,7 +29,7 @@ class Results:
     """Figures by key, and reasons by "FAMILY_KIND"; written after every kind: what is done stays done.
 
     Args:
-        driver: of `hyperrt.engines.nvidia`; None on a CPU.
+        driver: of `hyperrt.engines.nvidia.driver`; None on a CPU.
         path: the file; None: bench/results/gpu-CARD.json where there is a card, else none.
     """
 

@@ -26,7 +26,7 @@ try:
 
     from hyperrt.export import families, graphs, precision
     from hyperrt.export.source import Source
-    from hyperrt.training import lora_layers
+    from hyperrt.training.model import lora_layers
 except ModuleNotFoundError as error:
     raise gpu_timing.Absent(f"PyTorch's kinds need the package {error.name!r}") from error
 

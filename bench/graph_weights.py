@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from hyperrt.bundle import Bundle
+from hyperrt.bundle.bundle import Bundle
 
 KINDS = {
     "Conv": nn.Conv2d,

@@ -77,8 +77,8 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
     from hyperrt.engines.tensors import TensorSpec
     from hyperrt.export import families, graphs, modules, onnx_graph
     from hyperrt.export.source import Inputs
-    from hyperrt.training import lora_layers
-    from hyperrt.training.lora_layers import Rows
+    from hyperrt.training.model import lora_layers
+    from hyperrt.training.model.lora_layers import Rows
 
     class InStep(modules.Denoiser):
         """The denoiser that projects the text itself, site by site as diffusers does."""
@@ -125,13 +125,13 @@ class Projected(Mapping):
     """Path of an attn2 -> its K and V, computed when it is asked for."""
 
     def __init__(self, unet: object, hidden_states: object, rows: object) -> None:
-        from hyperrt.training import lora_layers
+        from hyperrt.training.model import lora_layers
 
         self.modules = dict(lora_layers.attentions(unet, "attn2"))
         self.hidden_states, self.rows = hidden_states, rows
 
     def __getitem__(self, path: str) -> tuple[object, object]:
-        from hyperrt.training.lora_layers import project
+        from hyperrt.training.model.lora_layers import project
 
         key, value = (
             project(getattr(self.modules[path], name), f"{path}.{name}", self.hidden_states, self.rows)

@@ -38,9 +38,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from parity import NOUN, PHOTOS, SCENE, reference_of, relative, scheduler_of
 
-from hyperrt import Runtime, engines, lora, sampling
-from hyperrt.bundle import Bundle
-from hyperrt.lora_names import FORMATS
+from hyperrt import Runtime, engines
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.lora import layout
+from hyperrt.lora.names import FORMATS
+from hyperrt.sampling import loop
 
 SEED, STEPS, SOLVER = 11, 30, "ddim"
 ALONE = {"kappa": 2.0, "guidance_scale": 0.5, "solver": SOLVER, "seed": SEED}
@@ -75,7 +77,7 @@ def compare(
     bundle = runtime.bundle
     made = runtime.personalize(PHOTOS, NOUN)
     path = folder / ("peft" if format == "peft" else f"{format}.safetensors")
-    lora.save_subject(path, made.lora, bundle.layout, made.metadata, format)
+    layout.save_subject(path, made.lora, bundle.layout, made.metadata, format)
     prompt, subject = f"a [V] {NOUN} {SCENE}", runtime.load_subject(path)
     ours, plain = (
         runtime.generate(prompt, subject, steps=steps, strength=strength, **ALONE).latents
@@ -104,7 +106,7 @@ def drawn_by_diffusers(bundle: Bundle, path: Path, format: str, prompt: str, ste
     if format != "peft":
         pipeline.load_lora_weights(str(path), use_safetensors=True)
     shape = (bundle.latent.channels, bundle.latent.size, bundle.latent.size)
-    noise = torch.from_numpy(sampling.initial_noise(SEED, shape, 1))
+    noise = torch.from_numpy(loop.initial_noise(SEED, shape, 1))
     drawn = pipeline(
         prompt_embeds=text, guidance_scale=1.0, num_inference_steps=steps, latents=noise, output_type="latent"
     )

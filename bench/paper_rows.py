@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scoring
 
-from hyperrt.training.intervals import Interval, mean_interval
+from hyperrt.training.evaluation.intervals import Interval, mean_interval
 
 
 @dataclass(frozen=True, eq=False)

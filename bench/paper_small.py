@@ -18,9 +18,9 @@ exported bundle are kept in --work and used again.
 The hypernetworks of table 3 are trained as the paper's of the closed category, which is what makes them
 overfit: the picture that is denoised is the one photo that they see (photos 1, cross_view 0), and its
 caption, "a [V] robot", says nothing of its scene.  So the LoRA has to hold the scene, and draws it whatever
-the prompt says.  With the defaults of training/config.py, other views as targets and captions that name the
-scene, there is little to overfit, and scenes come right at any κ.  Such training from nothing takes hours to
-find what a subject looks like; with --start it goes on from a run that knows.  The other tables take the
+the prompt says.  With the defaults of training/run/config.py, other views as targets and captions that name
+the scene, there is little to overfit, and scenes come right at any κ.  Such training from nothing takes hours
+to find what a subject looks like; with --start it goes on from a run that knows.  The other tables take the
 hypernetwork of --lambda, unless --hypernet names another run.
 """
 
@@ -44,11 +44,11 @@ from paper_rows import Row, Table
 from paper_subjects import Lab
 
 from hyperrt import Runtime, files
-from hyperrt.bundle import Bundle
-from hyperrt.training import base as bases
-from hyperrt.training import device
-from hyperrt.training.config import TrainConfig
-from hyperrt.training.dreambooth import DreamBoothConfig
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.training.finetune import DreamBoothConfig
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.run import device
+from hyperrt.training.run.config import TrainConfig
 
 OUTPUT = report.ROOT / "docs" / "results"
 TABLES: dict[str, Callable[[Lab], Table]] = {

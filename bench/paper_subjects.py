@@ -23,14 +23,16 @@ import torch
 from small_drawing import Studio
 from small_world import World
 
-from hyperrt import files, lora
-from hyperrt.subject import Subject
-from hyperrt.training import base as bases
-from hyperrt.training import checkpoint, train
-from hyperrt.training.config import to_json
-from hyperrt.training.dreambooth import DreamBoothConfig, finetune
-from hyperrt.training.features import encode_images
-from hyperrt.training.hypernet import Decoder
+from hyperrt import files
+from hyperrt.lora import layout as lora
+from hyperrt.lora.subject import Subject
+from hyperrt.training import train
+from hyperrt.training.data.features import encode_images
+from hyperrt.training.finetune import DreamBoothConfig, finetune
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.model.hypernet import Decoder
+from hyperrt.training.run import checkpoint
+from hyperrt.training.run.config import to_json
 
 # How a hypernetwork goes on from another: at a rate that stays, and its EMA forgets the other soon.
 GOING_ON = {"lr": 3e-4, "final_lr": 1.0, "ema": 0.98}

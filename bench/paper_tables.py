@@ -19,7 +19,7 @@ from paper_subjects import Lab, Made
 from scoring import COLOURS, PROMPT, SUBJECT
 from small_drawing import Guidance
 
-# The default of training/config.py, 0.05, adds 0.0003 to a loss of 0.17: it cannot be told from 0 here.
+# The default of training/run/config.py, 0.05, adds 0.0003 to a loss of 0.17: it cannot be told from 0 here.
 LAMBDAS = (0.0, 2.0, 5.0, 20.0)
 KAPPAS = {"table9": (0.4, 0.6, 0.8, 1.0, 1.2, 1.6), "table10": (0.4, 0.8, 1.0, 1.2, 1.4, 1.6)}
 SCALES = {"table5": 1.0, "table9": 0.7, "table10": 0.7}  # of HM-CFG, in those of the bundle

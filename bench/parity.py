@@ -32,13 +32,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from hyperrt import Runtime, engines, lora, sampling, solvers
-from hyperrt.bundle import Bundle
+from hyperrt import Runtime, engines
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.export import storage
-from hyperrt.subject import Subject
-from hyperrt.tokenizer import Tokenizer
-from hyperrt.training import base as tiny
-from hyperrt.training.features import encode_text
+from hyperrt.lora import layout
+from hyperrt.lora.subject import Subject
+from hyperrt.sampling import loop, solvers
+from hyperrt.sampling.tokenizer import Tokenizer
+from hyperrt.training.data.features import encode_text
+from hyperrt.training.model import base_model as tiny
 
 KAPPAS = (0.4, 1.0, 2.0)
 SOLVERS = sorted(solvers.SOLVERS)
@@ -113,7 +115,7 @@ def inject(unet: UNet2DConditionModel, subject: Subject, bundle: Bundle) -> None
     """The subject as a PEFT adapter of the UNet, read from a subject file by diffusers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subject.safetensors"
-        lora.save_subject(path, subject.lora, bundle.layout, subject.metadata)
+        layout.save_subject(path, subject.lora, bundle.layout, subject.metadata)
         unet.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
 
 
@@ -132,7 +134,7 @@ def sample(
     scheduler = scheduler_of(bundle, solver)
     scheduler.set_timesteps(steps)
     shape = (bundle.latent.channels, bundle.latent.size, bundle.latent.size)
-    latents = torch.from_numpy(sampling.initial_noise(SEED, shape, 1)) * scheduler.init_noise_sigma
+    latents = torch.from_numpy(loop.initial_noise(SEED, shape, 1)) * scheduler.init_noise_sigma
     noise = fresh_noise(shape)
     with mock.patch(
         "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor", lambda *_, **__: next(noise)
@@ -160,7 +162,7 @@ def scheduler_of(bundle: Bundle, solver: str) -> diffusers.SchedulerMixin:
 
 def fresh_noise(shape: tuple[int, ...]) -> Iterator[Tensor]:
     """What the runtime's stochastic solver adds, step by step: [1, *shape]."""
-    generator = sampling.noise_generators(SEED, 1)[0]
+    generator = loop.noise_generators(SEED, 1)[0]
     while True:
         yield torch.from_numpy(generator.standard_normal((1, *shape), np.float32))
 

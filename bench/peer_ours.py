@@ -20,9 +20,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from hyperrt import Runtime
-from hyperrt.bundle import Bundle
-from hyperrt.lora import VECTORS
-from hyperrt.subject import Subject
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.lora.layout import VECTORS
+from hyperrt.lora.subject import Subject
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from importlib.util import find_spec
 import peer_environment
 import report
 
-from hyperrt.engines.cores import multiplies_bf16
+from hyperrt.engines.cpu import multiplies_bf16
 
 BARS = {"vs_openvino_genai": "<= 0.9", "vs_diffusers_toggle": "<= 0.3", "vs_diffusers_two_unets": "< 1"}
 BARS |= {"vs_onnxruntime": "< 1"}

@@ -9,9 +9,9 @@
     background        rate: the scene is the right one
 
 The first three go on where the rates are at 0 or 1.  Every subject is drawn on white and in other scenes; its
-value is the mean over these.  Cases, photos and judges are those of training/drawn.py; the encoder is that of
-training/identity_encoder.py, which is trained when it is first asked for (two minutes) and a stranger to all
-that is judged.
+value is the mean over these.  Cases, photos and judges are those of training/evaluation/drawn.py; the encoder
+is that of training/evaluation/identity_encoder.py, which is trained when it is first asked for (two minutes)
+and a stranger to all that is judged.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hyperrt.bundle import Bundle
-from hyperrt.training import drawn, identity_encoder, judges, scenes
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.training.data import scenes
+from hyperrt.training.evaluation import drawn, identity_encoder, judges
 
 Case = drawn.Case
 Picture = np.ndarray  # [H, W, 3] uint8

@@ -17,9 +17,9 @@ import scoring
 from small_world import World
 
 from hyperrt import Runtime
-from hyperrt.bundle import Bundle
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import Incompatible
-from hyperrt.subject import Subject
+from hyperrt.lora.subject import Subject
 
 TRAIN = "hyperrt train --model BASE --data CACHE --output RUN; then say --hypernet RUN"
 NOISE_STRIDE = 10  # between the seeds of two cases
@@ -96,7 +96,7 @@ def exported(world: World, hypernet: Path, work: Path) -> Path:
     from hyperrt.export import export_bundle
     from hyperrt.export.assemble import Options
     from hyperrt.export.source import Inputs
-    from hyperrt.training.checkpoint import HYPERNET
+    from hyperrt.training.run.checkpoint import HYPERNET
 
     weights = hypernet / f"{HYPERNET}.safetensors" if hypernet.is_dir() else hypernet
     if not weights.is_file():

@@ -22,9 +22,10 @@ import torch
 
 from hyperrt import files
 from hyperrt.errors import HyperRTError, NotFound
-from hyperrt.training import base as bases
-from hyperrt.training import clip_tokenizer, data
-from hyperrt.training.config import TrainConfig
+from hyperrt.training.data import cache as data
+from hyperrt.training.data import clip_tokenizer
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.run.config import TrainConfig
 
 MAKE = "hyperrt pretrain --out RUN; then say --model RUN/base --data RUN/cache"
 OF_CAPTIONS = ("text-", "pooled-")  # files that hold what the text encoders make of them

@@ -39,10 +39,10 @@ import peer_ours
 import report
 
 from hyperrt import Runtime, engines
-from hyperrt.adapt import Adapter
-from hyperrt.bundle import Bundle
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.base import Engine
-from hyperrt.subject import Subject
+from hyperrt.lora.subject import Subject
+from hyperrt.session.adapter import Adapter
 
 BARS = {"switch_ms": "< 2", "aba_max_diff": "0", "a_base_max_diff": "0", "row_alone_max_rel": "< 1e-5"}
 SUBJECTS = report.ROOT / "examples" / "subjects"

@@ -9,8 +9,8 @@
 A PEFT layer holds one adapter for all rows of a call, so the plain loops call the UNet once for each subject,
 with the hypernetwork's output in place of the layer's weights, through which the gradient flows.  All three
 see the same batches, take the same losses and update with the same optimizer; batch, rank and decoder are the
-defaults of training/config.py.  They take turns in one process; the figures are medians.  Without --model a
-random base model of the tiny family's sizes is used: speed does not depend on weights.
+defaults of training/run/config.py.  They take turns in one process; the figures are medians.  Without --model
+a random base model of the tiny family's sizes is used: speed does not depend on weights.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import small_world
 import torch
 from torch import Tensor, nn
 
-from hyperrt.training import base as bases
-from hyperrt.training import device
-from hyperrt.training.batches import Batch
-from hyperrt.training.config import TrainConfig
-from hyperrt.training.dreambooth import ADAPTER, adapted
-from hyperrt.training.loop import Descent
-from hyperrt.training.lora_layers import unpack
-from hyperrt.training.losses import row_loss
+from hyperrt.training.finetune import ADAPTER, adapted
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.model.lora_layers import unpack
+from hyperrt.training.model.losses import row_loss
+from hyperrt.training.run import device
+from hyperrt.training.run.batches import Batch
+from hyperrt.training.run.config import TrainConfig
+from hyperrt.training.run.loop import Descent
 from hyperrt.training.train import Trainer
 
 BARS = {"vs_plain": ">= 5"}

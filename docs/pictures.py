@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hyperrt import Runtime
-from hyperrt.subject import Subject
-from hyperrt.training.scenes import NOUNS
+from hyperrt.lora.subject import Subject
+from hyperrt.training.data.scenes import NOUNS
 
 Picture = NDArray[np.uint8]
 

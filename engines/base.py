@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from hyperrt.engines import cores, forks, telemetry
+from hyperrt.engines import cpu as cores
+from hyperrt.engines import forks, telemetry
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.engines.errors import BackendMissing as BackendMissing

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hyperrt.engines.base import Engine, EngineError, EngineLoadError
-from hyperrt.engines.cores import thread_count
+from hyperrt.engines.cpu import thread_count
 from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked, listed
 
 Function = Callable[[dict[str, Array]], Tensors]

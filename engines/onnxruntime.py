@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from hyperrt.engines import memory, nvidia
+from hyperrt.engines import memory
 from hyperrt.engines.base import (
     Engine,
     EngineError,
@@ -29,7 +29,8 @@ from hyperrt.engines.base import (
     EngineMemoryError,
     closed,
 )
-from hyperrt.engines.cores import thread_count
+from hyperrt.engines.cpu import thread_count
+from hyperrt.engines.nvidia import driver
 from hyperrt.engines.onnx_dims import multiplies_halves, tensor_dims
 from hyperrt.engines.tensors import Array, TensorSpec, listed
 
@@ -241,9 +242,9 @@ def check(provider: str = CPU, device: int = 0) -> None:
     if provider != CPU:
         built_with = getattr(ort, "cuda_version", "").split(".")[0]
         needed = int(built_with) if built_with.isdigit() else None
-        found = nvidia.driver()
-        nvidia.check_cuda(found, needed, "onnxruntime-gpu")
-        nvidia.check_device(found, device)
+        found = driver.driver()
+        driver.check_cuda(found, needed, "onnxruntime-gpu")
+        driver.check_device(found, device)
 
 
 def _gpu_session(

@@ -37,7 +37,7 @@ from hyperrt.engines.base import (
     EngineMemoryError,
     closed,
 )
-from hyperrt.engines.cores import thread_count
+from hyperrt.engines.cpu import thread_count
 from hyperrt.engines.onnx_dims import Dims, tensor_dims
 from hyperrt.engines.tensors import Array, TensorSpec
 

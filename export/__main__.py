@@ -2,7 +2,7 @@
 
 import sys
 
-from hyperrt.cli import run
+from hyperrt.cli.main import run
 
 if __name__ == "__main__":
     sys.exit(run(["export", *sys.argv[1:]]))

@@ -15,7 +15,8 @@ from typing import Literal
 
 from torch import nn
 
-from hyperrt import __version__, bundle, files, memory
+from hyperrt import __version__, files
+from hyperrt.bundle import bundle, memory
 from hyperrt.errors import ResourceError, UsageError
 from hyperrt.export import expected, families, graphs, onnx_graph, source, verify
 from hyperrt.export.families import Family

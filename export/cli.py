@@ -1,4 +1,4 @@
-"""`hyperrt export`: what the command does once its options are parsed (hyperrt/cli_commands.py)."""
+"""`hyperrt export`: what the command does once its options are parsed (hyperrt/cli/commands.py)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperrt import files
-from hyperrt.bundle import MANIFEST, Bundle
+from hyperrt.bundle.bundle import MANIFEST, Bundle
 from hyperrt.errors import UsageError
 
 if TYPE_CHECKING:
-    from hyperrt.cli_output import Output
-    from hyperrt.config import ExportConfig
+    from hyperrt.cli.output import Output
     from hyperrt.export.assemble import Options
     from hyperrt.export.source import Inputs
+    from hyperrt.sampling.options import ExportConfig
 
 
 def run(config: ExportConfig, output: Output) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from hyperrt import bundle
+from hyperrt.bundle import bundle
 from hyperrt.export import reference
 from hyperrt.export.graphs import Graph
 from hyperrt.export.reference import Switch, Text
 from hyperrt.export.source import Source, save_tokenizer
-from hyperrt.tokenizer import Tokenizer
+from hyperrt.sampling.tokenizer import Tokenizer
 
 Modules = Mapping[str, nn.Module]
 Feeds = dict[str, Tensor]

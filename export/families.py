@@ -18,18 +18,20 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
-from hyperrt.bundle import Defaults, Prompts
+from hyperrt.bundle.bundle import Defaults, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
 from hyperrt.export import architectures, loading, supported
 from hyperrt.export.errors import ExportError
 from hyperrt.export.loading import Found
 from hyperrt.export.parts import Part, random_part
 from hyperrt.export.source import Inputs, Source, sized, vae_factor
-from hyperrt.training import base as tiny
-from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers, scenes
-from hyperrt.training.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
-from hyperrt.training.hypernet import decoder_of
-from hyperrt.training.loop import first_line
+from hyperrt.training.data import clip_tokenizer, scenes
+from hyperrt.training.model import base_model as tiny
+from hyperrt.training.model import image_prompt, lora_layers
+from hyperrt.training.model.hypernet import decoder_of
+from hyperrt.training.run import checkpoint
+from hyperrt.training.run.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
+from hyperrt.training.run.loop import first_line
 
 RANDOM_RANK = 4  # of tiny
 TOKEN = "sks"
@@ -42,7 +44,7 @@ NOUNS = (
 )  # fmt: skip
 LICENSE = """\
 Weights, tokenizer and graphs of this bundle were made by HyperRT (Apache License 2.0) from pictures that
-HyperRT itself draws (training/scenes.py). No other model, text or picture went into them.
+HyperRT itself draws (training/data/scenes.py). No other model, text or picture went into them.
 """
 RANDOM_LICENSE = """\
 The weights of this bundle are random numbers; it draws noise. Its graphs were made by HyperRT (Apache License

@@ -17,13 +17,13 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from hyperrt import parity
 from hyperrt.engines.tensors import TensorSpec
 from hyperrt.export import modules, operators, row_unet
 from hyperrt.export.parts import FAKE
 from hyperrt.export.source import Source
-from hyperrt.lora import LoraLayout
-from hyperrt.training import lora_layers, resampler
+from hyperrt.lora.layout import LoraLayout
+from hyperrt.plans import compare
+from hyperrt.training.model import lora_layers, resampler
 
 Modules = Mapping[str, nn.Module]
 
@@ -59,7 +59,7 @@ class Graph:
 
     def feeds(self, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
         """Random inputs; `sizes` says how large each symbolic dim is."""
-        arrays = parity.random_feeds(self.inputs, sizes, seed, self.integers)
+        arrays = compare.random_feeds(self.inputs, sizes, seed, self.integers)
         return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hyperrt.export import operators, row_unet
-from hyperrt.lora import LoraLayout
-from hyperrt.training import features, lora_layers
-from hyperrt.training.latents import LatentScale
-from hyperrt.training.lora_layers import Rows
+from hyperrt.lora.layout import LoraLayout
+from hyperrt.training.data import features
+from hyperrt.training.model import lora_layers
+from hyperrt.training.model.latents import LatentScale
+from hyperrt.training.model.lora_layers import Rows
 
 
 class GraphModule(nn.Module):
@@ -147,7 +148,7 @@ class Denoiser(GraphModule):
 
     x            = tile(c0 latents)                                         export/row_unet.py
     g            = sum_b guidance_b UNet(x, timestep, context, lora)_b      paper eq. 20
-    next_latents = c1 latents + c2 g + c3 previous + c4 noise               hyperrt/solvers.py
+    next_latents = c1 latents + c2 g + c3 previous + c4 noise               hyperrt/sampling/solvers.py
     denoised     = c5 latents + c6 g
     """
 

@@ -20,7 +20,7 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from hyperrt.training import lora_layers
+from hyperrt.training.model import lora_layers
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hyperrt.export.errors import ExportError
-from hyperrt.training import checkpoint
+from hyperrt.training.run import checkpoint
 
 # What a graph is traced with must be fake in one and the same mode; buffers that are computed stay real.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from hyperrt.export.source import Source, timestep_spacing
-from hyperrt.lora import LoraLayout
+from hyperrt.lora.layout import LoraLayout
 
 Switch = Callable[[int, float], None]  # which subject's LoRA the UNet has, and at what strength
 
-# HyperRT's solvers as diffusers' schedulers (hyperrt/solvers.py). All else is the model's configuration.
+# HyperRT's solvers as diffusers' schedulers (hyperrt/sampling/solvers.py). All else is the model's
+# configuration.
 SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {"set_alpha_to_one": False}),
     "euler": (diffusers.EulerDiscreteScheduler, {"interpolation_type": "linear"}),

@@ -20,7 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from hyperrt.engines.tensors import TensorSpec
 from hyperrt.export.errors import ExportError
-from hyperrt.lora import LoraLayout
+from hyperrt.lora.layout import LoraLayout
 
 
 def apply(model: ir.Model, layout: LoraLayout, vector: str = "lora_q") -> None:

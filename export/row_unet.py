@@ -25,7 +25,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from hyperrt.export import operators
-from hyperrt.training.lora_layers import Rows
+from hyperrt.training.model.lora_layers import Rows
 
 Tile = Callable[[Tensor], Tensor]  # [images, C, h, w] to [rows, C, h, w]
 

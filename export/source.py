@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from transformers import CLIPTokenizer
 
-from hyperrt.bundle import Betas, ImagePrompt, Preprocess
+from hyperrt.bundle.bundle import Betas, ImagePrompt, Preprocess
 from hyperrt.errors import UsageError
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import Part
-from hyperrt.lora import LoraLayout
-from hyperrt.training import features, image_prompt, noise_schedule
-from hyperrt.training.latents import LatentScale
+from hyperrt.lora.layout import LoraLayout
+from hyperrt.training.data import features
+from hyperrt.training.model import image_prompt, noise_schedule
+from hyperrt.training.model.latents import LatentScale
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def timestep_spacing(source: Source) -> Literal["leading", "trailing"]:
 
 
 def preprocess(source: Source) -> Preprocess:
-    """Photo preprocessing for the manifest: that of training/features.py."""
+    """Photo preprocessing for the manifest: that of training/data/features.py."""
     return features.preprocess_of(source.config("image_encoder"))
 
 

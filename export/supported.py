@@ -13,8 +13,8 @@ from diffusers import AutoencoderTiny
 
 from hyperrt.export.errors import ExportError
 from hyperrt.export.source import Source, betas
-from hyperrt.training import lora_layers
-from hyperrt.training.latents import LatentScale
+from hyperrt.training.model import lora_layers
+from hyperrt.training.model.latents import LatentScale
 
 TIME_IDS = 6  # of SDXL: height and width, crop's top and left, target's height and width
 TEXT_TO_IMAGE = "give a text-to-image Stable Diffusion 1, 2 or XL model"

@@ -21,8 +21,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from hyperrt import engines, guidance, sampling, solvers
-from hyperrt.bundle import Defaults
+from hyperrt import engines
+from hyperrt.bundle.bundle import Defaults
 from hyperrt.engines.base import Engine
 from hyperrt.export import expected, reference, refit_form
 from hyperrt.export.errors import ParityError
@@ -30,10 +30,11 @@ from hyperrt.export.expected import Expected
 from hyperrt.export.graphs import Graph
 from hyperrt.export.reference import Guided, Text
 from hyperrt.export.source import Source, betas, prediction_type, timestep_spacing
-from hyperrt.graphs import REFITTING
-from hyperrt.lora import LoraLayout
-from hyperrt.parity import relative
-from hyperrt.solvers import SolverTable
+from hyperrt.lora.layout import LoraLayout
+from hyperrt.plans.compare import relative
+from hyperrt.sampling import guidance, loop, solvers
+from hyperrt.sampling.solvers import SolverTable
+from hyperrt.session.graphs import REFITTING
 
 LEVELS = ("none", "graphs", "full")
 # rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
@@ -208,7 +209,7 @@ def solvers_error(source: Source) -> float:
     schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
     spacing, predicts = timestep_spacing(source), prediction_type(source)
     side = 8  # of the latents: diffusers takes pictures of multiples of 8 pixels
-    noise = sampling.initial_noise(0, (source.config("unet").in_channels, side, side), 1)
+    noise = loop.initial_noise(0, (source.config("unet").in_channels, side, side), 1)
 
     def output(x: Tensor, timestep: Any) -> Tensor:
         return torch.sin(3 * x + float(timestep) / 300)
@@ -249,7 +250,7 @@ def _denoised(
     step: Callable[[Mapping[str, Any]], Arrays], table: SolverTable, noise: np.ndarray
 ) -> np.ndarray:
     latents = noise * np.float32(table.initial_scale)
-    for done in sampling.denoise(step, table, latents, sampling.noise_generators(0, len(noise))):
+    for done in loop.denoise(step, table, latents, loop.noise_generators(0, len(noise))):
         latents = done.latents
     return latents
 
@@ -295,7 +296,7 @@ def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defa
     table = solvers.table(
         LOOP_SOLVER, schedule, LOOP_STEPS, prediction_type(source), timestep_spacing(source)
     )
-    noise = sampling.initial_noise(0, (source.config("unet").in_channels, *(source.latent_size,) * 2), 1)
+    noise = loop.initial_noise(0, (source.config("unet").in_channels, *(source.latent_size,) * 2), 1)
 
     features = modules["image_encoder"](torch.from_numpy(pixels)).last_hidden_state
     lora = {name: vector.numpy() for name, vector in modules["weight_decoder"](features).items()}

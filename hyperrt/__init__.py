@@ -15,12 +15,13 @@ import os.path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperrt.bundle import Bundle
+    from hyperrt.bundle.bundle import Bundle
     from hyperrt.errors import HyperRTError
-    from hyperrt.lora import load_subject, save_subject
+    from hyperrt.lora.layout import load_subject, save_subject
+    from hyperrt.lora.subject import Subject
     from hyperrt.runtime import Result, Runtime
-    from hyperrt.sampling import Step
-    from hyperrt.subject import Subject
+    from hyperrt.sampling import recipe
+    from hyperrt.sampling.loop import Step
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "Subject",
     "__version__",
     "load_subject",
+    "recipe",
     "save_subject",
 ]
 
@@ -41,25 +43,27 @@ if not os.path.isdir(os.path.join(_FOLDER, "engines")):
     # In the repository `hyperrt.engines`, `.training` and `.export` lie beside this folder, not in it.
     __path__.append(os.path.dirname(_FOLDER))
 
-_HOME = {
-    "Bundle": "bundle",
+_DEFINED_IN = {
+    "Bundle": "bundle.bundle",
     "HyperRTError": "errors",
     "Result": "runtime",
     "Runtime": "runtime",
-    "Step": "sampling",
-    "Subject": "subject",
-    "load_subject": "lora",
-    "save_subject": "lora",
+    "Step": "sampling.loop",
+    "Subject": "lora.subject",
+    "load_subject": "lora.layout",
+    "recipe": "sampling.recipe",
+    "save_subject": "lora.layout",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _DEFINED_IN:
         raise AttributeError(f"module 'hyperrt' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"hyperrt.{_HOME[name]}"), name)
+    module = importlib.import_module(f"hyperrt.{_DEFINED_IN[name]}")
+    value = getattr(module, name, module)  # `recipe` is a module itself
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_DEFINED_IN})

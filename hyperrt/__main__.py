@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from hyperrt.cli import main
+from hyperrt.cli.main import main
 
 sys.exit(main())

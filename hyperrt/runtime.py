@@ -22,24 +22,28 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt import engines, lora, memory, sampling, tiling
+from hyperrt import engines
 from hyperrt.arguments import checked
-from hyperrt.bundle import Bundle
-from hyperrt.combine import check_way
-from hyperrt.conditioning import Conditioning
-from hyperrt.config import SamplingConfig
+from hyperrt.bundle import memory
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines import forks
 from hyperrt.engines.base import Engine
 from hyperrt.errors import UsageError
-from hyperrt.graphs import Graphs
-from hyperrt.images import preprocess
-from hyperrt.job import Job, check, pairs_of, plan
-from hyperrt.making import Making
-from hyperrt.personalize import Photos, check_finite, origin, read_photos
-from hyperrt.pictures import Pictures, check_not_flat, pictures_from_pixels
-from hyperrt.prompts import noun_of_trigger
-from hyperrt.sampling import Feeds, Step
-from hyperrt.subject import Subject
+from hyperrt.lora import layout
+from hyperrt.lora.combine import check_way
+from hyperrt.lora.subject import Subject
+from hyperrt.photos.load import preprocess
+from hyperrt.sampling import loop
+from hyperrt.sampling.loop import Feeds, Step
+from hyperrt.sampling.options import SamplingConfig
+from hyperrt.sampling.prompts import noun_of_trigger
+from hyperrt.sampling.request import Job, check, pairs_of, plan
+from hyperrt.session import tiling
+from hyperrt.session.conditioning import Conditioning
+from hyperrt.session.graphs import Graphs
+from hyperrt.session.making import Making
+from hyperrt.session.personalizer import Photos, check_finite, origin, read_photos
+from hyperrt.session.pictures import Pictures, check_not_flat, pictures_from_pixels
 
 Floats = NDArray[np.float32]
 FEWER = "end other programs, or use a smaller batch (--batch-size)"
@@ -165,7 +169,7 @@ class Runtime:
             NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
         """
         shape, base, bundle = self.bundle.token_shape, self.bundle.hashes.base_model, self.bundle.reference
-        subject = lora.load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
+        subject = layout.load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
         rules, trigger = self.bundle.prompts, subject.metadata.get("trigger", "")
         noun = subject.class_noun or noun_of_trigger(trigger, rules.nouns, rules.default_class)
         return dataclasses.replace(subject, class_noun=noun)
@@ -273,10 +277,10 @@ class Runtime:
         finished = []
         for batch, start in enumerate(starts):
             count, seed = min(job.batch_size, job.n - start), job.seed + start
-            noise = sampling.initial_noise(seed, shape, count) * np.float32(job.table.initial_scale)
-            generators = [one for _ in range(pairs) for one in sampling.noise_generators(seed, count)]
+            noise = loop.initial_noise(seed, shape, count) * np.float32(job.table.initial_scale)
+            generators = [one for _ in range(pairs) for one in loop.noise_generators(seed, count)]
             noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
-            for step in sampling.denoise(self._stepper(job, count), job.table, noises, generators):
+            for step in loop.denoise(self._stepper(job, count), job.table, noises, generators):
                 check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
             latents = np.asarray(step.latents)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from hyperrt.cli_commands import hyperrt as group
+from hyperrt.cli.commands import hyperrt as group
 from tests.pasting import PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def is_join(node: ast.AST) -> bool:
 
 
 def is_advice(node: ast.AST) -> bool:
-    """A call of `hyperrt.shell.advice`."""
+    """A call of `hyperrt.text.advice`."""
     return isinstance(node, ast.Call) and ast.unparse(node.func) == "advice"
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from hyperrt import engines
-from hyperrt.engines import TensorSpec, tensorrt_build
+from hyperrt.engines import TensorSpec
+from hyperrt.engines.nvidia import tensorrt_build
 
 GRAPHS = Path(__file__).parent / "engines" / "graphs"
 ONNX = "affine.onnx"

@@ -43,7 +43,7 @@ def drawn_photos() -> list[Any]:
     """Four photos [96, 96, 3] uint8 of one drawn robot that is not in training, before four scenes."""
     import numpy as np
 
-    from hyperrt.training import scenes
+    from hyperrt.training.data import scenes
 
     rng = np.random.default_rng(0)
     robot = scenes.identity("robot", "test", 0)
@@ -65,10 +65,10 @@ def subject_folder(tmp_path: Path, drawn_photos: list[Any]) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def no_chance() -> Iterator[None]:
     """A seed that a test does not give is 0, not a random one."""
-    from hyperrt import config
+    from hyperrt.sampling import options
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "random_seed", lambda pictures: 0)
+        patch.setattr(options, "random_seed", lambda pictures: 0)
         yield
 
 

@@ -16,10 +16,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hyperrt import doctor, files, home, images, personalize, pictures, plans, recipe
-from hyperrt.cli_training import require
+from hyperrt import files
+from hyperrt.cli import doctor
+from hyperrt.cli.training import require
 from hyperrt.engines import BACKENDS, EngineError
 from hyperrt.errors import HyperRTError
+from hyperrt.photos import load
+from hyperrt.plans import cache as plans
+from hyperrt.plans import private_folder
+from hyperrt.sampling import recipe
+from hyperrt.session import personalizer, pictures
 from tests.advice import ROOT, fits, run, sites
 from tests.hyperrt import some_plans
 from tests.pasting import commands_in
@@ -31,16 +37,16 @@ LORA = "tests/hyperrt/test_lora_advice.py"
 ABSENT = "test_a_file_that_is_not_there_leads_to_how_one_is_made"
 LINKS = "test_a_folder_of_links_is_refused_with_the_command_that_names_the_files"
 ELSEWHERE = {
-    "hyperrt/cli_images.py:invoke": f"{IMAGES}::{LINKS}",
-    "hyperrt/images.py:_linked": f"{IMAGES}::{LINKS}",
-    "hyperrt/subject_file.py:check_used": f"{LORA}::test_what_a_file_adapts_that_cannot_be_used_is_shown",
-    "hyperrt/subject_file.py:how_to_reduce": f"{LORA}::test_a_shell_runs_the_command_as_it_is_printed",
-    "hyperrt/safetensors_file.py:read_header": f"{LORA}::{ABSENT}",
+    "hyperrt/cli/images.py:invoke": f"{IMAGES}::{LINKS}",
+    "hyperrt/photos/load.py:_linked": f"{IMAGES}::{LINKS}",
+    "hyperrt/lora/reader.py:check_used": f"{LORA}::test_what_a_file_adapts_that_cannot_be_used_is_shown",
+    "hyperrt/lora/reader.py:how_to_reduce": f"{LORA}::test_a_shell_runs_the_command_as_it_is_printed",
+    "hyperrt/lora/safetensors_file.py:read_header": f"{LORA}::{ABSENT}",
 }
 # What looks like a command and is none: no message, or words that begin like one.
 NO_COMMANDS = {
-    "hyperrt/cli_commands.py:hyperrt": "the version",
-    "hyperrt/infotext.py:": "the name of the program in A1111's parameters",
+    "hyperrt/cli/commands.py:hyperrt": "the version",
+    "hyperrt/sampling/infotext.py:": "the name of the program in A1111's parameters",
     "export/assemble.py:manifest": "who made a bundle",
 }
 
@@ -95,56 +101,56 @@ def _(folder, monkeypatch):
     return advice_of(module._private, cache, ROOT / "graph.onnx")
 
 
-@message("engines/cuda.py:_call")
+@message("engines/nvidia/cuda.py:_call")
 def _(folder, monkeypatch):
     from tests.engines import fake_nvidia
 
     cuda, _ = fake_nvidia.install(monkeypatch)
-    from hyperrt.engines import cuda as module
+    from hyperrt.engines.nvidia import cuda as module
 
     return advice_of(module._call, lambda: (next(code for code in type(cuda).cudaError_t if int(code) > 2),))
 
 
-@message("engines/tensorrt.py:_compile")
+@message("engines/nvidia/tensorrt.py:_compile")
 def _(folder, monkeypatch):
     from tests.engines import fake_nvidia
 
     fake_nvidia.install(monkeypatch)
-    from hyperrt.engines import tensorrt as module
+    from hyperrt.engines.nvidia import tensorrt as module
 
     return advice_of(lambda: module.open(folder / "denoiser.onnx", vendor="tensorrt"))
 
 
-@message("hyperrt/cli_training.py:require")
+@message("hyperrt/cli/training.py:require")
 def _(folder, monkeypatch):
     return advice_of(require, "training", "train", ("no_such_package",))
 
 
-@message("hyperrt/cli_plans.py:rm")
+@message("hyperrt/cli/plans.py:rm")
 def _(folder, monkeypatch):
     return said_by("plans", "rm")
 
 
-@message("hyperrt/cli_plans.py:list_")
+@message("hyperrt/cli/plans.py:list_")
 def _(folder, monkeypatch):
-    (home.base_folder() / "plans" / ("0" * 32)).mkdir(parents=True)
+    (private_folder.base_folder() / "plans" / ("0" * 32)).mkdir(parents=True)
     return said_by("plans", "list")
 
 
-@message("hyperrt/cli_plans.py:verify")
+@message("hyperrt/cli/plans.py:verify")
 def _(folder, monkeypatch):
     for digit in "01":
-        (home.base_folder() / "plans" / (digit * 32)).mkdir(parents=True)
+        (private_folder.base_folder() / "plans" / (digit * 32)).mkdir(parents=True)
     return said_by("plans", "verify")
 
 
-@message("hyperrt/doctor.py:_one_onnxruntime")
+@message("hyperrt/cli/doctor.py:_one_onnxruntime")
 def _(folder, monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
     return advice_of(doctor._one_onnxruntime)
 
 
-@message("hyperrt/doctor.py:_dependencies")
+@message("hyperrt/cli/doctor.py:_dependencies")
 def _(folder, monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "")
     missing = doctor._dependencies().do
@@ -169,78 +175,78 @@ def _(folder, monkeypatch):
     return advice_of(files.check_file, folder / "no such folder" / "file")
 
 
-@message("hyperrt/home.py:open_file")
+@message("hyperrt/plans/private_folder.py:open_file")
 def _(folder, monkeypatch):
     (folder / "plan").mkdir()
-    return advice_of(lambda: home.open_file(folder / "plan").__enter__())
+    return advice_of(lambda: private_folder.open_file(folder / "plan").__enter__())
 
 
-@message("hyperrt/home.py:_open")
+@message("hyperrt/plans/private_folder.py:_open")
 def _(folder, monkeypatch):
     (folder / "plan").symlink_to(folder)
-    return advice_of(lambda: home.open_file(folder / "plan").__enter__())
+    return advice_of(lambda: private_folder.open_file(folder / "plan").__enter__())
 
 
-@message("hyperrt/home.py:_judge")
+@message("hyperrt/plans/private_folder.py:_judge")
 def _(folder, monkeypatch):
     (folder / "plan").touch()
     (folder / "plan").chmod(0o666)
-    first = advice_of(lambda: home.open_file(folder / "plan").__enter__())
-    monkeypatch.setattr(home.os, "geteuid", lambda: 12345)
-    return f"{first}; or: {advice_of(lambda: home.open_file(folder / 'plan').__enter__())}"
+    first = advice_of(lambda: private_folder.open_file(folder / "plan").__enter__())
+    monkeypatch.setattr(private_folder.os, "geteuid", lambda: 12345)
+    return f"{first}; or: {advice_of(lambda: private_folder.open_file(folder / 'plan').__enter__())}"
 
 
-@message("hyperrt/image_formats.py:_heic")
+@message("hyperrt/photos/formats.py:_heic")
 def _(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    return advice_of(images.load_image, b"\0\0\0\x18ftypheic\0\0\0\0heicmif1")
+    return advice_of(load.load_image, b"\0\0\0\x18ftypheic\0\0\0\0heicmif1")
 
 
-@message("hyperrt/image_formats.py:_open")
+@message("hyperrt/photos/formats.py:_open")
 def _(folder, monkeypatch):
     from PIL import AvifImagePlugin
 
     monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
-    return advice_of(images.load_image, b"\0\0\0\x18ftypavif\0\0\0\0avifmif1")
+    return advice_of(load.load_image, b"\0\0\0\x18ftypavif\0\0\0\0avifmif1")
 
 
-@message("hyperrt/personalize.py:check_finite")
+@message("hyperrt/session/personalizer.py:check_finite")
 def _(folder, monkeypatch):
-    return advice_of(personalize.check_finite, {"x": np.array([np.nan])}, "it")
+    return advice_of(personalizer.check_finite, {"x": np.array([np.nan])}, "it")
 
 
-@message("hyperrt/pictures.py:check_not_flat")
+@message("hyperrt/session/pictures.py:check_not_flat")
 def _(folder, monkeypatch):
     return advice_of(pictures.check_not_flat, np.zeros((1, 3, 8, 8), np.float32))
 
 
-@message("hyperrt/plan_words.py:compile_command")
+@message("hyperrt/plans/messages.py:compile_command")
 def _(folder, monkeypatch):
     cache = plans.PlanCache(folder / "plans")
     return advice_of(lambda: cache.load(some_plans.KEY, bundle=str(folder)))
 
 
-@message("hyperrt/plan_words.py:rebuild_command")
+@message("hyperrt/plans/messages.py:rebuild_command")
 def _(folder, monkeypatch):
-    from hyperrt import plan_words
+    from hyperrt.plans import messages
 
     some_plans.publish(plans.PlanCache())
-    return plan_words.rebuild_command(some_plans.KEY, str(folder))
+    return messages.rebuild_command(some_plans.KEY, str(folder))
 
 
-@message("hyperrt/plans.py:_read")
+@message("hyperrt/plans/cache.py:_read")
 def _(folder, monkeypatch):
     plan = some_plans.publish(plans.PlanCache())
     some_plans.flip(plan.path.with_name("plan.json"), 100)
     return advice_of(plans.PlanCache().load, some_plans.KEY)
 
 
-@message("hyperrt/plans.py:_only")
+@message("hyperrt/plans/cache.py:_only")
 def _(folder, monkeypatch):
     return advice_of(plans.PlanCache().remove, ["abc"])
 
 
-@message("hyperrt/recipe.py:_known")
+@message("hyperrt/sampling/recipe.py:_known")
 def _(folder, monkeypatch):
     with monkeypatch.context() as later:
         later.setattr(recipe, "SCHEMA", 9)
@@ -249,10 +255,10 @@ def _(folder, monkeypatch):
     return advice_of(recipe.read, folder / "picture.png")
 
 
-@message("training/scorers.py:__init__")
+@message("training/evaluation/scorers.py:__init__")
 def _(folder, monkeypatch):
     pytest.importorskip("torch")
-    from hyperrt.training import scorers
+    from hyperrt.training.evaluation import scorers
 
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     with pytest.raises(scorers.Absent) as caught:
@@ -260,10 +266,10 @@ def _(folder, monkeypatch):
     return str(caught.value)
 
 
-@message("training/subjects200k.py:_pyarrow")
+@message("training/data/subjects200k.py:_pyarrow")
 def _(folder, monkeypatch):
     pytest.importorskip("torch")
-    from hyperrt.training import subjects200k
+    from hyperrt.training.data import subjects200k
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     return advice_of(subjects200k._pyarrow)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hyperrt.bundle import packaged
+from hyperrt.bundle.bundle import packaged
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 # Keys by which figures are compared between commits; a script may have more.
@@ -243,7 +243,7 @@ def coloured(*colours: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_the_colour_judge_sees_colours_and_not_white_or_place():
-    from hyperrt.training.judges import histogram
+    from hyperrt.training.evaluation.judges import histogram
 
     mine = histogram(coloured((200, 30, 40), (20, 90, 200)))
     assert np.linalg.norm(mine) == pytest.approx(1)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from hyperrt import compiling
-from hyperrt.bundle import Bundle, packaged
-from hyperrt.engines import nvidia
+from hyperrt.bundle.bundle import Bundle, packaged
+from hyperrt.engines.nvidia import driver
+from hyperrt.plans import build
 from tests.conftest import has_gpu
 from tests.engines import fake_nvidia
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-CARD = nvidia.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)
-DRIVER = nvidia.Driver("580.95.05", (13, 0), (CARD,))
+CARD = driver.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)
+DRIVER = driver.Driver("580.95.05", (13, 0), (CARD,))
 OURS = ("onnxruntime_cuda", "tensorrt_inputs")
 FOUND = {"step_ms": 2.0, "switch_ms": 0.5, "picture_s": 0.06, "peak_gb": 3.0}
 
@@ -199,12 +199,12 @@ def test_a_backend_with_plans_is_compiled_and_waited_for(bench, monkeypatch, tmp
     cuda, _ = fake_nvidia.install(monkeypatch)
     waits = []
     monkeypatch.setattr(cuda, "cudaDeviceSynchronize", lambda: waits.append(1), raising=False)
-    monkeypatch.setattr(compiling.tensorrt_build, "build", fake_nvidia.build)
-    monkeypatch.setattr(compiling, "version", lambda backend: "11.4.0.106")
+    monkeypatch.setattr(build.tensorrt_build, "build", fake_nvidia.build)
+    monkeypatch.setattr(build, "version", lambda backend: "11.4.0.106")
 
     def compile_bundle(name, backend):
         bundle = Bundle.open(name)
-        list(compiling.compile_bundle(bundle, backend, ["current"], compiling.sizes_of(bundle, 1, 3)))
+        list(build.compile_bundle(bundle, backend, ["current"], build.sizes_of(bundle, 1, 3)))
 
     engines_kind = bench("gpu_engines")
     monkeypatch.setattr(engines_kind, "compile_bundle", compile_bundle)

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hyperrt.bundle import packaged
-from hyperrt.training.drawn import WHITE
+from hyperrt.bundle.bundle import packaged
+from hyperrt.training.evaluation.drawn import WHITE
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -99,7 +99,7 @@ def tiny():
 
 
 def subject_of(runtime, scale: float):
-    from hyperrt.lora import VECTORS, Subject
+    from hyperrt.lora.layout import VECTORS, Subject
 
     rng = np.random.default_rng(0)
     size = runtime.bundle.layout.size
@@ -171,7 +171,7 @@ def test_the_plain_loop_takes_the_same_steps_as_ours(load, tmp_path):
     ours = trainer.losses(batch, None)["loss"]
     ours.backward()
     wanted = {name: p.grad.clone() for name, p in trainer.decoder.named_parameters() if p.grad is not None}
-    tolerance = 0.05 if load("hyperrt.training.device").has_bf16(trainer.device) else 1e-3
+    tolerance = 0.05 if load("hyperrt.training.run.device").has_bf16(trainer.device) else 1e-3
     for way in (plain.alone, plain.shared):
         plain.decoder.zero_grad(set_to_none=True)
         assert way(batch) == pytest.approx(ours.item(), rel=tolerance)
@@ -215,7 +215,7 @@ def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
 
 def test_a_cache_is_captioned_by_noun(load, tmp_path):
     small_world = load("small_world")
-    from hyperrt.training import data
+    from hyperrt.training.data import cache as data
 
     data.build(tmp_path / "cache", 9, 2, 64, workers=1)
     np.save(tmp_path / "cache" / data.LATENTS, np.zeros((9, 2, 1), np.float16))
@@ -263,7 +263,7 @@ def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
 
 
 def test_a_margin_is_from_minus_one_to_one(load):
-    scoring, judges = load("scoring"), importlib.import_module("hyperrt.training.judges")
+    scoring, judges = load("scoring"), importlib.import_module("hyperrt.training.evaluation.judges")
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200)))
     judge = judges.Scenes([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
     assert scoring.margin(judge, red, "red") == pytest.approx(1)

@@ -17,7 +17,7 @@ PACKAGES = ("engines", "hyperrt", "training", "export")
 FILE_LINES, FUNCTION_LINES, README_LINES = 400, 60, 185  # the README's without its tree
 RUNTIME_DEPENDENCIES = 7
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-LONG_FUNCTIONS: dict[str, str] = {}  # "training/loop.py:train" -> why it is better in one piece
+LONG_FUNCTIONS: dict[str, str] = {}  # "training/run/loop.py:train" -> why it is better in one piece
 
 
 def python_files(*folders: str) -> list[Path]:

@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hyperrt import (
-    bundle,
-    image_formats,
-    images,
-    lora,
-    lora_metadata,
-    manifest,
-    safetensors_file,
-    subject_file,
-)
+from hyperrt.bundle import bundle, manifest
+from hyperrt.lora import layout, metadata, reader, safetensors_file
+from hyperrt.photos import formats, load
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT, SECURITY = ROOT / "docs" / "bundle-format.md", ROOT / "SECURITY.md"
@@ -25,20 +18,20 @@ POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 LIMITS = [
     (FORMAT, "the manifest; UTF-8, at most # MiB", bundle.MAX_MANIFEST, 2**20),
     (FORMAT, "Counts and sizes MUST be at most #,", manifest.MAX_SIZE, 1),
-    (FORMAT, "in the `shape` of a tensor is from 1 to #,", lora.MAX_WEIGHTS, 1),
+    (FORMAT, "in the `shape` of a tensor is from 1 to #,", layout.MAX_WEIGHTS, 1),
     (FORMAT, "`row_bytes` are at most #,", manifest.MAX_BYTES, 1),
-    (FORMAT, "a LoRA has at most # weights", lora.MAX_WEIGHTS, 1),
+    (FORMAT, "a LoRA has at most # weights", layout.MAX_WEIGHTS, 1),
     (FORMAT, "`scale`, 0 to #, where", manifest.MAX_IMAGE_SCALE, 1),
     (FORMAT, "a header of more than # MiB", safetensors_file.MAX_HEADER, 2**20),
-    (FORMAT, "a weight beyond ±#", subject_file.MAX_WEIGHT, 1),
-    (FORMAT, "alpha not above 0, or above #;", subject_file.MAX_ALPHA, 1),
-    (FORMAT, "| 1 to # printable characters |", lora_metadata.MAX_NOUN, 1),
-    (SECURITY, "at most # of each folder", images.MAX_PHOTOS, 1),
-    (SECURITY, "of at most # MiB", images.MAX_FILE_BYTES, 2**20),
-    (SECURITY, ", # million pixels", image_formats.MAX_PIXELS, 10**6),
-    (SECURITY, "smaller scale may have # of them", image_formats.MAX_JPEG_PIXELS, 1),
-    (SECURITY, "at most # scans", image_formats.MAX_SCANS, 1),
-    (SECURITY, "# pixels a side", image_formats.MAX_SIDE, 1),
+    (FORMAT, "a weight beyond ±#", reader.MAX_WEIGHT, 1),
+    (FORMAT, "alpha not above 0, or above #;", reader.MAX_ALPHA, 1),
+    (FORMAT, "| 1 to # printable characters |", metadata.MAX_NOUN, 1),
+    (SECURITY, "at most # of each folder", load.MAX_PHOTOS, 1),
+    (SECURITY, "of at most # MiB", load.MAX_FILE_BYTES, 2**20),
+    (SECURITY, ", # million pixels", formats.MAX_PIXELS, 10**6),
+    (SECURITY, "smaller scale may have # of them", formats.MAX_JPEG_PIXELS, 1),
+    (SECURITY, "at most # scans", formats.MAX_SCANS, 1),
+    (SECURITY, "# pixels a side", formats.MAX_SIDE, 1),
 ]
 
 

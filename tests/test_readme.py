@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperrt.cli_training import COMMANDS
+from hyperrt.cli.training import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_licence_and_the_command(wheel):
     members = wheel.namelist()
     assert any(member.endswith("licenses/LICENSE") for member in members)
     entry_points = next(member for member in members if member.endswith("entry_points.txt"))
-    assert "hyperrt = hyperrt.cli:main" in wheel.read(entry_points).decode()
+    assert "hyperrt = hyperrt.cli.main:main" in wheel.read(entry_points).decode()
 
 
 def test_the_wheel_installs_one_name(wheel):
@@ -140,7 +140,7 @@ def test_modules_of_the_user_called_as_our_folders_are_never_run(wheel, tmp_path
         path.write_text("raise SystemExit('the file of the user was run')")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(project), str(site)])}
     code = "from hyperrt import engines, training, export; print(engines.__file__, training.__file__)"
-    for command in (["-c", code], ["-m", "hyperrt", "--help"], ["-m", "hyperrt.training.scenes"]):
+    for command in (["-c", code], ["-m", "hyperrt", "--help"], ["-m", "hyperrt.training.data.scenes"]):
         result = subprocess.run(
             [sys.executable, *command], cwd=project, env=env, capture_output=True, text=True, check=False
         )

@@ -5,9 +5,9 @@
     hyperrt evaluate --calibrate ...        scores the real photos alone
 
 OUT gets pictures/SUBJECT/*.png, photos/SUBJECT/*.png (small, for the page), report.json and index.html. The
-pictures come from the runtime, the scores from training/scorers.py; the protocols are those of
-training/protocols.py. Started by `accelerate launch -m hyperrt.training.evaluate ...`, each process takes its
-part of the subjects; the figures are the same. A run that was killed goes on with --resume.
+pictures come from the runtime, the scores from training/evaluation/scorers.py; the protocols are those of
+training/evaluation/protocols.py. Started by `accelerate launch -m hyperrt.training.evaluate ...`, each
+process takes its part of the subjects; the figures are the same. A run that was killed goes on with --resume.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
-from hyperrt import Runtime, files, images
-from hyperrt.config import SamplingConfig
+from hyperrt import Runtime, files
 from hyperrt.engines import BACKENDS, resolve
 from hyperrt.errors import BadInput, UsageError
-from hyperrt.training import drawn_scorers, evaluation_report, pictures, protocols, scores
-from hyperrt.training.evaluation_report import PHOTOS, PICTURES, REPORT
-from hyperrt.training.loop import reported, stopping
-from hyperrt.training.pictures import Drawing, Found, Made
-from hyperrt.training.protocols import PROTOCOLS, Entry
-from hyperrt.training.scorers import Absent, Clip, Dino, Face, Scorer
+from hyperrt.photos import load
+from hyperrt.sampling.options import SamplingConfig
+from hyperrt.training.evaluation import drawing as pictures
+from hyperrt.training.evaluation import drawn_scorers, protocols, report, scores
+from hyperrt.training.evaluation.drawing import Drawing, Found, Made
+from hyperrt.training.evaluation.protocols import PROTOCOLS, Entry
+from hyperrt.training.evaluation.report import PHOTOS, PICTURES, REPORT
+from hyperrt.training.evaluation.scorers import Absent, Clip, Dino, Face, Scorer
+from hyperrt.training.run.loop import reported, stopping
 
 log = logging.getLogger("hyperrt.training")
 
@@ -125,7 +127,7 @@ def run(config: EvaluateConfig) -> Path:
     if state.is_main_process:
         ordered = [by_name[entry.name] for entry in listing.entries]
         _refuse_nothing(config, ordered)
-        evaluation_report.write(config, runtime, listing, ordered, scorers, absent)
+        report.write(config, runtime, listing, ordered, scorers, absent)
     state.wait_for_everyone()
     return report_path
 
@@ -172,7 +174,7 @@ def evaluate_one(
 
 def _score(
     entry: Entry,
-    photos: images.Photos,
+    photos: load.Photos,
     folder: Path,
     config: EvaluateConfig,
     scorers: Mapping[str, Scorer],
@@ -194,7 +196,7 @@ def _score(
 def _draw(
     config: EvaluateConfig,
     entry: Entry,
-    photos: images.Photos,
+    photos: load.Photos,
     runtime: Runtime,
     folder: Path,
     stopped: Sequence[int],
@@ -211,7 +213,7 @@ def _draw(
 def _scored(
     entry: Entry, photos: Sequence[np.ndarray], found: Sequence[Found], scorers: Mapping[str, Scorer]
 ) -> list[dict[str, Any]]:
-    loaded = [images.load_image(one.file) for one in found]
+    loaded = [load.load_image(one.file) for one in found]
     columns: dict[str, Sequence[scores.Score]] = {}
     for scorer in scorers.values():
         columns |= scorer.score(entry, photos, loaded, [one.number for one in found])
@@ -224,7 +226,7 @@ def _scored(
     ]  # fmt: skip
 
 
-def _small_copies(photos: images.Photos, folder: Path) -> list[str]:
+def _small_copies(photos: load.Photos, folder: Path) -> list[str]:
     """The photos, reduced, for the page; their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
@@ -299,7 +301,8 @@ def _refuse_nothing(config: EvaluateConfig, rows: Sequence[Row]) -> None:
     if not any(row[wanted] for row in rows):
         why = "; ".join(f"{row['name']}: {row['reason']}" for row in rows[:3])
         where = config.pictures or config.subjects or config.output
-        raise BadInput(f"nothing in {where} can be scored", why, "see training/pictures.py for the names")
+        what = f"nothing in {where} can be scored"
+        raise BadInput(what, why, "see training/evaluation/drawing.py for the names")
 
 
 def _in_words(row: Row) -> str:
@@ -312,7 +315,9 @@ def _in_words(row: Row) -> str:
 PATH = click.Path(path_type=Path)
 
 
-@click.command(context_settings={"show_default": True}, epilog="The protocols: training/protocols.py")
+@click.command(
+    context_settings={"show_default": True}, epilog="The protocols: training/evaluation/protocols.py"
+)
 @click.argument("bundle", required=False)
 @click.option("--protocol", required=True, help=f"One of {', '.join(PROTOCOLS)}.")
 @click.option("--output", type=PATH, required=True, help="Folder of the report and the pictures.")

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from hyperrt import files
-from hyperrt.training import scenes
-from hyperrt.training.loop import reported
+from hyperrt.training.data import scenes
+from hyperrt.training.run.loop import reported
 
 PHOTO_SIZE = 256
 PLACES = ("on a plain white background", "in a forest", "in a city", "in the snow")

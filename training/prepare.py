@@ -4,8 +4,8 @@
 
 Stages, each of which is kept when a later one is stopped:
 
-    pictures   reads the photos, in worker processes (training/ingest.py)
-    encoders   latents, image features, texts (training/features.py)
+    pictures   reads the photos, in worker processes (training/data/ingest.py)
+    encoders   latents, image features, texts (training/data/features.py)
     cache.json is written last
 
 What cannot be read is left out and named in skipped.jsonl; more than a share of it ends the work.
@@ -30,12 +30,11 @@ from typing import Any
 import click
 import torch
 
-from hyperrt import files, images
+from hyperrt import files
 from hyperrt.errors import IntegrityError, NotFound, UsageError
-from hyperrt.training import base as bases
-from hyperrt.training import device, features, ingest, model_config, scenes
-from hyperrt.training.checkpoint import hash_of
-from hyperrt.training.data import (
+from hyperrt.photos import load
+from hyperrt.training.data import features, ingest, scenes
+from hyperrt.training.data.cache import (
     BACKGROUNDS,
     CAPTIONS,
     DESCRIPTIONS,
@@ -47,11 +46,15 @@ from hyperrt.training.data import (
     cutout_subjects,
     read_json,
 )
-from hyperrt.training.folders import afhq, celeba, folders
-from hyperrt.training.loop import reported
-from hyperrt.training.shards import webdataset
-from hyperrt.training.subjects import Found, Options
-from hyperrt.training.subjects200k import subjects200k
+from hyperrt.training.data.folders import afhq, celeba, folders
+from hyperrt.training.data.shards import webdataset
+from hyperrt.training.data.subjects import Found, Options
+from hyperrt.training.data.subjects200k import subjects200k
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.model import model_config
+from hyperrt.training.run import device
+from hyperrt.training.run.checkpoint import hash_of
+from hyperrt.training.run.loop import reported
 
 log = logging.getLogger("hyperrt.training")
 
@@ -251,7 +254,7 @@ def _claimed(output: Path, source: Path) -> Iterator[None]:
     names = [path.name for path in output.iterdir()]
     strangers = [name for name in names if name not in FILES and not OURS.fullmatch(name)]
     if strangers:
-        why = f"it holds {images.printable(strangers[0])}, and only a cache is replaced"
+        why = f"it holds {load.printable(strangers[0])}, and only a cache is replaced"
         raise UsageError(f"{output} is no cache", why, "name a new folder")
     descriptor = os.open(output, os.O_RDONLY)
     try:

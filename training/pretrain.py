@@ -2,14 +2,14 @@
 
 Stages, each resumable, in RUN/<stage>/ with log.jsonl, state.pt and sample sheets:
 
-    cache          draws the scenes, of drawn subjects and cut-outs       training/data.py, cutouts.py
+    cache          draws the scenes, of drawn subjects and cut-outs       training/data/cache.py, cutouts.py
     vae            autoencoder: pixels <-> latents [C, 8, 8]
     image_encoder  ViT, contrastive on two views of a subject (InfoNCE)
     latents        encodes the cache, so that the UNet trains on latents alone
     decoder        the autoencoder's second half goes on alone, on whole pictures
     unet           UNet and text encoder together, denoising captioned latents
 
-The result is RUN/base, a folder in diffusers' format (training/base.py).
+The result is RUN/base, a folder in diffusers' format (training/model/base_model.py).
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hyperrt import files
-from hyperrt.pictures import pictures_from_pixels
-from hyperrt.training import base as bases
-from hyperrt.training import clip_tokenizer, cutouts, data, device, scenes
-from hyperrt.training.loop import Schedule, fit, reported
-from hyperrt.training.lora_layers import install
-from hyperrt.training.sample import sample, write_sheet
+from hyperrt.session.pictures import pictures_from_pixels
+from hyperrt.training.data import cache as data
+from hyperrt.training.data import clip_tokenizer, cutouts, scenes
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.model.lora_layers import install
+from hyperrt.training.run import device
+from hyperrt.training.run.loop import Schedule, fit, reported
+from hyperrt.training.run.sample import sample, write_sheet
 
 log = logging.getLogger("hyperrt.training")
 

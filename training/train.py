@@ -4,9 +4,9 @@
     python -m training.train ...                          the same, in the repository
     accelerate launch -m hyperrt.training.train ...       several GPUs, several machines: the same run, sooner
 
-OUT gets log.jsonl, samples/*.png, and the checkpoints of training/checkpoint.py. A run that was killed goes
-on with --resume, with the loss curve that it would have had; what it may be told otherwise then is
-`hyperrt.training.config.FREE`.
+OUT gets log.jsonl, samples/*.png, and the checkpoints of training/run/checkpoint.py. A run that was killed
+goes on with --resume, with the loss curve that it would have had; what it may be told otherwise then is
+`hyperrt.training.run.config.FREE`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from hyperrt.errors import Incompatible, UsageError
-from hyperrt.training import base as bases
-from hyperrt.training import checkpoint, device, dry_run, features, image_prompt, processes
-from hyperrt.training.batches import Ahead, Batch, Batches
-from hyperrt.training.config import TrainConfig, resolve
-from hyperrt.training.data import SceneCache
-from hyperrt.training.hypernet import Packed, decoder_of
-from hyperrt.training.journal import LOSSES, Journal
-from hyperrt.training.loop import LOG, Descent, Schedule, reported, stopping, warn
-from hyperrt.training.lora_layers import Rows, install, layout_of, unpack
-from hyperrt.training.losses import Noising, Regulariser, row_loss
-from hyperrt.training.presets import PRESETS
+from hyperrt.training.data import features
+from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.model import image_prompt
+from hyperrt.training.model.hypernet import Packed, decoder_of
+from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack
+from hyperrt.training.model.losses import Noising, Regulariser, row_loss
+from hyperrt.training.run import checkpoint, device, distributed, dry_run
+from hyperrt.training.run.batches import Ahead, Batch, Batches
+from hyperrt.training.run.config import TrainConfig, resolve
+from hyperrt.training.run.loop import LOG, Descent, Schedule, reported, stopping, warn
+from hyperrt.training.run.presets import PRESETS
+from hyperrt.training.run.reporter import LOSSES, Journal
 
 log = logging.getLogger("hyperrt.training")
 
@@ -55,7 +57,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.accelerator = processes.start(config.device == "cpu", config.compress_gradients)
+        self.accelerator = distributed.start(config.device == "cpu", config.compress_gradients)
         if not self.accelerator.is_main_process:
             log.setLevel(logging.ERROR)  # the main process speaks for all
         alone = self.accelerator.num_processes == 1
@@ -67,7 +69,7 @@ class Trainer:
             if isinstance(module, nn.Module):
                 module.to(self.device)
         self.noising = Noising(self.base.scheduler, self.device)
-        part = processes.share(config.batch // config.targets, self.accelerator)
+        part = distributed.share(config.batch // config.targets, self.accelerator)
         # What one process of a machine computes and keeps, the others find.
         with self.accelerator.local_main_process_first(), bases.readable(config.data, "build it anew"):
             self.cache = SceneCache.open(config.data)
@@ -287,7 +289,7 @@ def run(config: TrainConfig, resume: bool = False, allow_changes: bool = False) 
         )
         for name, (then, now) in changed.items():
             log.warning("%s was %s and is %s now", name, then, now)
-    processes.check_start(trainer.accelerator, start, out)
+    distributed.check_start(trainer.accelerator, start, out)
     with stopping(launched=trainer.accelerator.num_processes > 1) as stopped:
         _loop(trainer, out, start, window, stopped)
         trainer.close()
@@ -306,7 +308,7 @@ def _loop(trainer: Trainer, out: Path, start: int, window: Tensor, stopped: list
         if end or done % config.log_every == 0:
             window = window[:0]
         # Asked once: a signal that comes later is for the next step. One process's is for all.
-        leaving = max(processes.said(accelerator, stopped[0] if stopped else 0))
+        leaving = max(distributed.said(accelerator, stopped[0] if stopped else 0))
         if leaving and not stopped:
             stopped.append(leaving)
         if end or done % config.save_every == 0 or leaving:
@@ -332,7 +334,7 @@ def _options(command: click.Command) -> click.Command:
     return command
 
 
-@click.command(epilog="The fields and their meaning: training/config.py")
+@click.command(epilog="The fields and their meaning: training/run/config.py")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="tiny", show_default=True)
 @click.option(
     "--config",

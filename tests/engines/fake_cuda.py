@@ -1,8 +1,8 @@
-"""A stand-in for libcuda: what engines/nvidia.py calls, with the driver and the GPUs that a test wants."""
+"""A stand-in for libcuda: what driver.py calls, with the driver and the GPUs that a test wants."""
 
 from __future__ import annotations
 
-from hyperrt.engines import nvidia
+from hyperrt.engines.nvidia import driver
 
 OLD, NEW = 12040, 13000  # CUDA 12.4 and 13.0, as cuDriverGetVersion says them
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0), 80 * 10**9)
@@ -38,7 +38,7 @@ class FakeCuda:
         return 0
 
     def cuDeviceGetAttribute(self, number, which, device):
-        number._obj.value = self.gpus[device][1][which - nvidia.MAJOR]
+        number._obj.value = self.gpus[device][1][which - driver.MAJOR]
         return 0
 
     def cuDeviceTotalMem_v2(self, size, device):
@@ -48,10 +48,10 @@ class FakeCuda:
 
 def install(monkeypatch, tmp_path, *gpus, mig=False, **options):
     """Make this machine one that has NVIDIA's driver, these GPUs, and no variable that hides them."""
-    monkeypatch.setattr(nvidia, "_libcuda", lambda: FakeCuda(*gpus, **options))
-    monkeypatch.delenv(nvidia.VISIBLE, raising=False)
+    monkeypatch.setattr(driver, "_libcuda", lambda: FakeCuda(*gpus, **options))
+    monkeypatch.delenv(driver.VISIBLE, raising=False)
     (tmp_path / "version").write_text(VERSION)
-    monkeypatch.setattr(nvidia, "KERNEL_MODULE", tmp_path / "version")
+    monkeypatch.setattr(driver, "KERNEL_MODULE", tmp_path / "version")
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\necho {'Enabled' if mig else 'Disabled'}\n")
     smi.chmod(0o755)
@@ -64,4 +64,4 @@ def uninstall(monkeypatch):
     def missing():
         raise OSError("libcuda.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(nvidia, "_libcuda", missing)
+    monkeypatch.setattr(driver, "_libcuda", missing)

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA's runtime in host memory: what engines/cuda.py calls, faults on demand.
+"""A stand-in for CUDA's runtime in host memory: what engines/nvidia/cuda.py calls, faults on demand.
 
 A stream does nothing before somebody waits for it, and memory that was freed or never written holds NaN: what
 is not ordered between two streams gives wrong results, every time.

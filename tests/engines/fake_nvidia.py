@@ -1,10 +1,11 @@
-"""A stand-in for TensorRT, beside that for CUDA: what engines/tensorrt.py asks of it, faults on demand.
+"""A stand-in for TensorRT, beside that for CUDA: what engines/nvidia/tensorrt.py asks of it, faults on
+demand.
 
 A plan is JSON of the tensors of y = x gain + w, where w is a weight that can be refitted:
 
     {"inputs": {"x": [2], "gain": [1]}, "outputs": {"y": [2]}, "weights": {"w": 2}}
 
-or, as `build` writes it in place of hyperrt.engines.tensorrt_build's, a graph that ONNX Runtime computes:
+or, as `build` writes it in place of tensorrt_build's, a graph that ONNX Runtime computes:
 
     {"onnx": "denoiser.onnx", "sizes": {"rows": 3}}
 
@@ -240,7 +241,7 @@ OnnxEngine.context = OnnxContext  # defined after it
 
 def build(recipe, progress=None, **more):
     """In place of the compiler."""
-    from hyperrt.engines.tensorrt_build import Built
+    from hyperrt.engines.nvidia.tensorrt_build import Built
 
     with open(recipe.output, "w") as file:
         json.dump({"onnx": recipe.onnx, "sizes": dict(recipe.sizes), **more}, file)
@@ -283,7 +284,7 @@ class Refitter:
 
 
 def install(monkeypatch, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
-    """Put both in the place of the vendor's packages, for engines/cuda.py and engines/tensorrt.py anew."""
+    """Put both in the place of the vendor's packages, for cuda.py and tensorrt.py anew."""
     cuda = Cuda()
     trt = TensorRT(cuda, vendor)
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
@@ -307,7 +308,7 @@ def open_plan(folder, plan, **options) -> engines.Engine:
 
 def machine(monkeypatch, home, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
     """A machine with a GPU of sm89, a compiler, and a cache of plans of its own in `home`."""
-    from hyperrt import compiling
+    from hyperrt.plans import build as compiling
 
     monkeypatch.setenv("HYPERRT_HOME", str(home))
     monkeypatch.setattr(compiling.tensorrt_build, "build", build)

@@ -113,7 +113,7 @@ def test_auto_is_the_fastest_backend_that_is_installed(monkeypatch, installed, s
     monkeypatch.setattr(
         "hyperrt.engines.base.find_spec", lambda name: ModuleSpec(name, None) if name in installed else None
     )
-    monkeypatch.setattr("hyperrt.engines.cores.suits_openvino", lambda: suits)
+    monkeypatch.setattr("hyperrt.engines.cpu.suits_openvino", lambda: suits)
     assert engines.resolve("auto") == chosen
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from hyperrt import engines
 from hyperrt.engines import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
-from hyperrt.engines.cores import multiplies_bf16
+from hyperrt.engines.cpu import multiplies_bf16
 
 pytest.importorskip("openvino")
 ROOT = Path(__file__).resolve().parents[2]

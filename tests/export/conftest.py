@@ -17,9 +17,10 @@ TINY_BASE = Path(__file__).resolve().parents[1] / "training" / "tiny_base.py"
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Folders of a base model and of a hypernetwork that fits it: `base`, `hypernet`."""
-    from hyperrt.training import base, checkpoint, lora_layers
-    from hyperrt.training.config import TrainConfig
-    from hyperrt.training.hypernet import decoder_of
+    from hyperrt.training.model import base_model, lora_layers
+    from hyperrt.training.model.hypernet import decoder_of
+    from hyperrt.training.run import checkpoint
+    from hyperrt.training.run.config import TrainConfig
 
     spec = importlib.util.spec_from_file_location("tiny_base", TINY_BASE)
     tiny_base = importlib.util.module_from_spec(spec)
@@ -28,7 +29,7 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("trained")
     tiny_base.make(folder / "base")
     torch.manual_seed(1)
-    parts = base.load(folder / "base")
+    parts = base_model.load(folder / "base")
     config = TrainConfig(
         model=str(folder / "base"), data="cache", output="hypernet",
         rank=2, dim=32, layers=1, iterations=2, head_dim=8,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from hyperrt.lora import LoraLayout
+from hyperrt.lora.layout import LoraLayout
 
 
 def personalised(

@@ -22,9 +22,11 @@ from transformers import (
 from hyperrt.export.families import _random
 from hyperrt.export.parts import random_part
 from hyperrt.export.source import Source
-from hyperrt.training import checkpoint, clip_tokenizer, image_prompt, lora_layers
-from hyperrt.training.config import DecoderConfig, TrainConfig
-from hyperrt.training.hypernet import decoder_of
+from hyperrt.training.data import clip_tokenizer
+from hyperrt.training.model import image_prompt, lora_layers
+from hyperrt.training.model.hypernet import decoder_of
+from hyperrt.training.run import checkpoint
+from hyperrt.training.run.config import DecoderConfig, TrainConfig
 
 SCHEDULER = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon",

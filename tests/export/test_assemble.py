@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hyperrt import bundle, memory
-from hyperrt.bundle import Bundle
+from hyperrt.bundle import bundle, memory
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import NotFound, ResourceError, UsageError
 from hyperrt.export import export_bundle, families, onnx_graph, verify
 from hyperrt.export.errors import ExportError, ParityError
@@ -71,7 +71,7 @@ def test_the_base_model_is_known_by_the_hash_that_training_uses(exported, traine
 
 
 def test_the_tokenizer_in_the_bundle_counts_tokens_as_the_text_encoder_expects(exported, source):
-    from hyperrt.tokenizer import Tokenizer
+    from hyperrt.sampling.tokenizer import Tokenizer
 
     bundle = Bundle.open(exported)
     text = "a sks robot on a beach"

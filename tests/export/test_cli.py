@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperrt import cli as command
+from hyperrt.cli import main as command
 from hyperrt.export import assemble, verify
 from hyperrt.export.errors import ParityError
 from tests.export.command_line import arguments, three_lines

@@ -11,8 +11,8 @@ from collections import namedtuple
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hyperrt import cli as command
-from hyperrt import memory
+from hyperrt.bundle import memory
+from hyperrt.cli import main as command
 from hyperrt.export import onnx_graph
 from tests.export import small_models
 from tests.export.command_line import arguments, three_lines

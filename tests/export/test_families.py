@@ -8,7 +8,8 @@ import torch
 from hyperrt.export import families
 from hyperrt.export.errors import ExportError
 from hyperrt.export.source import Inputs, betas, image_prompt_section
-from hyperrt.training import checkpoint, image_prompt
+from hyperrt.training.model import image_prompt
+from hyperrt.training.run import checkpoint
 from tests.export import small_models
 
 

@@ -9,10 +9,10 @@ from diffusers import AutoencoderTiny
 from onnx import numpy_helper
 
 from hyperrt import engines
-from hyperrt.bundle import GRAPHS
+from hyperrt.bundle.bundle import GRAPHS
 from hyperrt.export import graphs, onnx_graph
 from hyperrt.export.parts import Part
-from hyperrt.training import lora_layers
+from hyperrt.training.model import lora_layers
 
 
 @pytest.fixture(scope="session")

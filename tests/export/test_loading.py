@@ -9,13 +9,13 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from hyperrt.bundle import Bundle
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
 from hyperrt.export import assemble, export_bundle, families, loading
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import random_part
 from hyperrt.export.source import Inputs
-from hyperrt.training import checkpoint
+from hyperrt.training.run import checkpoint
 from tests.export import original_layout, small_models
 from tests.export.small_models import SDXL
 

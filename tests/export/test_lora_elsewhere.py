@@ -21,13 +21,14 @@ from diffusers import (
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
-from hyperrt import lora_writer
 from hyperrt.errors import LoraError, LoraMismatch
 from hyperrt.export import architectures
-from hyperrt.lora import load_subject, save_subject
-from hyperrt.lora_names import FORMATS
-from hyperrt.subject_file import open_lora
-from hyperrt.training import clip_tokenizer, lora_layers
+from hyperrt.lora import writer
+from hyperrt.lora.layout import load_subject, save_subject
+from hyperrt.lora.names import FORMATS
+from hyperrt.lora.reader import open_lora
+from hyperrt.training.data import clip_tokenizer
+from hyperrt.training.model import lora_layers
 from tests.export import small_models
 from tests.hyperrt import lora_files
 
@@ -272,7 +273,7 @@ def test_what_was_converted_computes_the_same_there(tmp_path, pipeline, family, 
     unet = adapted_unet(family, **(PATTERNS if format != "kohya" else {"rank_pattern": {"to_k": 1}}))
     saved_by_peft(unet, tmp_path)
     target = tmp_path / ("folder" if format == "peft" else "x.safetensors")
-    lora_writer.convert(open_lora(tmp_path), target, format, family=family)
+    writer.convert(open_lora(tmp_path), target, format, family=family)
     if format == "peft":
         found = deltas(peft.PeftModel.from_pretrained(small_unet(family), str(target)))
     else:

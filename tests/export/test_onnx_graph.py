@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hyperrt import engines
-from hyperrt.bundle import GRAPHS
+from hyperrt.bundle.bundle import GRAPHS
 from hyperrt.export import onnx_graph
 from hyperrt.export.errors import ExportError
 from hyperrt.export.modules import GraphModule

@@ -1,9 +1,9 @@
 import numpy as np
 import torch
 
-from hyperrt import guidance
 from hyperrt.export import operators
-from hyperrt.training import lora_layers
+from hyperrt.sampling import guidance
+from hyperrt.training.model import lora_layers
 
 
 def test_rows_are_branch_major():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from hyperrt import peft_config
 from hyperrt.errors import LoraError
-from hyperrt.lora import LoraLayout, Site, load_subject
-from hyperrt.subject_file import open_lora
+from hyperrt.lora import peft_config
+from hyperrt.lora.layout import LoraLayout, Site, load_subject
+from hyperrt.lora.reader import open_lora
 
 peft = pytest.importorskip("peft")
 

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hyperrt import Runtime, compiling
-from hyperrt.bundle import Bundle
+from hyperrt import Runtime
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines import EngineUnusable
 from hyperrt.errors import BundleMismatch, NumericError
 from hyperrt.export import export_bundle, onnx_graph
 from hyperrt.export.assemble import Options
 from hyperrt.export.source import Inputs
-from hyperrt.plans import PlanCache
+from hyperrt.plans import build
+from hyperrt.plans.cache import PlanCache
 from tests.engines import fake_nvidia, fake_ort_gpu
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -116,8 +117,8 @@ def on_tensorrt(refitted, gpu):
     """The bundle there, ONNX Runtime computing."""
     bundle = Bundle.open(refitted)
     for branches in (3, 2):
-        sizes = compiling.sizes_of(bundle, 1, branches)
-        plans = [one.plan for one in compiling.compile_bundle(bundle, "tensorrt", ["current"], sizes)]
+        sizes = build.sizes_of(bundle, 1, branches)
+        plans = [one.plan for one in build.compile_bundle(bundle, "tensorrt", ["current"], sizes)]
     weights = {plan.graph_name: plan.weights for plan in plans}
     assert weights["denoiser"] == tuple(spec.name for spec in bundle.graphs["denoiser"].weights)
     with Runtime.open(refitted, "tensorrt") as opened:
@@ -153,9 +154,9 @@ def test_a_plan_that_does_not_take_what_it_is_refitted_with_is_not_published(ref
     """As it comes it is right: its LoRA is zeros."""
     monkeypatch.setattr(fake_nvidia.Refitter, "_write", lambda *_: None)
     bundle = Bundle.open(refitted)
-    sizes = compiling.sizes_of(bundle, 1, 3)
+    sizes = build.sizes_of(bundle, 1, 3)
     with pytest.raises(NumericError, match="the plan of denoiser computes something else"):
-        list(compiling.compile_bundle(bundle, "tensorrt", ["current"], sizes, ["denoiser"]))
+        list(build.compile_bundle(bundle, "tensorrt", ["current"], sizes, ["denoiser"]))
     assert PlanCache().list() == []
 
 

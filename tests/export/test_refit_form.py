@@ -8,7 +8,7 @@ import pytest
 from hyperrt import engines
 from hyperrt.export import refit_form, verify
 from hyperrt.export.errors import ExportError
-from hyperrt.lora import LoraLayout
+from hyperrt.lora.layout import LoraLayout
 
 SIZES = {"images": 2, "branches": 3, "rows": 6, "subjects": 1}
 

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 
 from hyperrt.export import modules, row_unet
-from hyperrt.training import lora_layers
-from hyperrt.training.lora_layers import Rows
+from hyperrt.training.model import lora_layers
+from hyperrt.training.model.lora_layers import Rows
 
 COMMON = {
     "sample_size": 8, "norm_num_groups": 8, "cross_attention_dim": 32, "attention_head_dim": 2,

@@ -11,12 +11,12 @@ from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hyperrt import cli as command
+from hyperrt.cli import main as command
 from hyperrt.errors import BadInput, IntegrityError
 from hyperrt.export import architectures, families, loading, single_file
 from hyperrt.export.errors import ExportError
 from hyperrt.export.source import Inputs
-from hyperrt.training import checkpoint
+from hyperrt.training.run import checkpoint
 from tests.export import original_layout, small_models
 from tests.export.command_line import three_lines
 

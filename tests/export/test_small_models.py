@@ -8,13 +8,14 @@ import onnx
 import pytest
 import torch
 
-from hyperrt import Runtime, compiling
-from hyperrt import cli as command
-from hyperrt.bundle import Bundle
+from hyperrt import Runtime
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.cli import main as command
 from hyperrt.export import assemble, expected, export_bundle, families, verify
 from hyperrt.export.errors import ParityError
 from hyperrt.export.source import Inputs
-from hyperrt.plans import PlanCache
+from hyperrt.plans import build
+from hyperrt.plans.cache import PlanCache
 from tests.engines import fake_nvidia
 from tests.export import small_models
 
@@ -62,7 +63,7 @@ def test_on_a_device_a_photo_becomes_a_subject_without_the_host(plain, drawn_pho
     """SDXL's image tokens, too.  CUDA and TensorRT are stand-ins, in which ONNX Runtime computes."""
     cuda, _ = fake_nvidia.machine(monkeypatch, tmp_path)
     bundle, prompt = Bundle.open(plain), "a [V] toy"
-    for _ in compiling.compile_bundle(bundle, "tensorrt", ["current"], compiling.sizes_of(bundle, 1, 3)):
+    for _ in build.compile_bundle(bundle, "tensorrt", ["current"], build.sizes_of(bundle, 1, 3)):
         pass
     with Runtime.open(plain, "tensorrt") as there, Runtime.open(plain, "onnxruntime") as here:
         there.prepare(prompt, there.personalize(drawn_photos[:1]))
@@ -88,9 +89,9 @@ def test_no_two_attentions_of_a_graph_read_one_query(plain):
 def test_every_graph_compiles_for_a_gpu_that_is_not_here(plain, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     bundle = Bundle.open(plain)
-    sizes = compiling.sizes_of(bundle, images=1, branches=3)
+    sizes = build.sizes_of(bundle, images=1, branches=3)
     cache = PlanCache(tmp_path / "plans")
-    made = list(compiling.compile_bundle(bundle, "tensorrt-rtx", ["sm89"], sizes, cache=cache))
+    made = list(build.compile_bundle(bundle, "tensorrt-rtx", ["sm89"], sizes, cache=cache))
     assert len(made) == len(bundle.graphs)
     assert {"lora_q", "lora_kv"} <= {name for plan in made for name in plan.built.inputs}
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from hyperrt import Runtime, sampling
-from hyperrt.bundle import Bundle
+from hyperrt import Runtime
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.base import Engine
 from hyperrt.export import assemble, export_bundle, families, onnx_graph, reference, verify
 from hyperrt.export.source import Inputs
-from hyperrt.lora import save_subject
+from hyperrt.lora.layout import save_subject
 from hyperrt.runtime import pictures_from_pixels
+from hyperrt.sampling import loop
 from tests.export import small_models
 
 SEED = 3
@@ -80,8 +81,8 @@ def latents_of_diffusers(model, solver, steps, s, kappa):
     pipe = reference.pipeline(model.source, model.modules, solver)
     uncond, texts = reference.encoded_empty(pipe), reference.encoded(pipe, PROMPTS.values())
     branches = reference.hybrid(s, kappa, uncond, texts.of(0), texts.of(1))
-    noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
-    generator = sampling.noise_generators(SEED, 1)[0]
+    noise = torch.from_numpy(loop.initial_noise(SEED, (4, 16, 16), 1))
+    generator = loop.noise_generators(SEED, 1)[0]
 
     def fresh_noise(*_, **__):
         return torch.from_numpy(generator.standard_normal(noise.shape, np.float32))
@@ -168,7 +169,7 @@ def is_drawn_by(pipeline, model, tmp_path, format, scale, **options):
     path = tmp_path / "toy.safetensors"
     save_subject(path, model.subject.lora, model.source.layout, model.subject.metadata, format)
     pipeline.load_lora_weights(str(path), use_safetensors=True)
-    noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
+    noise = torch.from_numpy(loop.initial_noise(SEED, (4, 16, 16), 1))
     latents = pipeline(
         PROMPTS["subject"], guidance_scale=scale, num_inference_steps=4, latents=noise, output_type="latent"
     ).images.numpy()
@@ -189,7 +190,7 @@ def test_a_photo_prompts_as_diffusers_ip_adapter_does(model, pipeline, tmp_path)
     path = tmp_path / "toy.safetensors"
     save_subject(path, subject.lora, model.source.layout, subject.metadata)
     pipeline.load_lora_weights(str(path), use_safetensors=True)
-    noise = torch.from_numpy(sampling.initial_noise(SEED, (4, 16, 16), 1))
+    noise = torch.from_numpy(loop.initial_noise(SEED, (4, 16, 16), 1))
     options = {"guidance_scale": 5.0, "num_inference_steps": 4, "latents": noise, "output_type": "latent"}
     expected = pipeline(PROMPTS["subject"], ip_adapter_image=photo, **options).images.numpy()
     options = {"solver": "euler", "steps": 4, "guidance_scale": 5.0, "cfg": True, "seed": SEED}
@@ -201,7 +202,7 @@ def test_a_photo_prompts_as_diffusers_ip_adapter_does(model, pipeline, tmp_path)
 
 
 def test_pictures_are_those_of_diffusers_decoder(model):
-    latents = sampling.initial_noise(SEED, (4, 16, 16), 2)
+    latents = loop.initial_noise(SEED, (4, 16, 16), 2)
     pixels = reference.decoded(model.source, model.modules["vae"], torch.from_numpy(latents))
     assert np.ptp(pixels) > 0.1
     difference = model.runtime.decode(latents).astype(int) - pictures_from_pixels(pixels)

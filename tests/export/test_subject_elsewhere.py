@@ -10,8 +10,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from hyperrt import Runtime, combine, sampling
-from hyperrt.lora import save_subject
+from hyperrt import Runtime
+from hyperrt.lora import combine
+from hyperrt.lora.layout import save_subject
+from hyperrt.sampling import loop
 from tests.export import merged
 
 peft = pytest.importorskip("peft")
@@ -58,7 +60,7 @@ def draw(pipeline, source, output):
     """What the pipeline makes of the prompt, as "latent" or "np"; no guidance, so one branch here too."""
     unet = source.config("unet")
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
-    latents = torch.from_numpy(sampling.initial_noise(SEED, shape, 1))
+    latents = torch.from_numpy(loop.initial_noise(SEED, shape, 1))
     prompt = PROMPT.replace("[V]", source.token)
     result = pipeline(
         prompt, guidance_scale=1.0, num_inference_steps=STEPS, latents=latents, output_type=output

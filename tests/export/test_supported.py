@@ -10,7 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from hyperrt.export import expected, graphs, onnx_graph, supported, verify
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import Part, random_part
-from hyperrt.training import clip_tokenizer, lora_layers
+from hyperrt.training.data import clip_tokenizer
+from hyperrt.training.model import lora_layers
 from tests.export import small_models
 
 STATISTICS = {"latents_mean": [-1.5, 0.5, 2.0, 0.0], "latents_std": [8.0, 5.0, 0.5, 3.0]}
@@ -134,7 +135,7 @@ def test_a_vae_with_statistics_draws_what_diffusers_does(sources, tmp_path):
 
 
 def test_the_reference_does_not_share_what_the_graph_leaves_out(sources, tmp_path, monkeypatch):
-    scale = "hyperrt.training.latents.LatentScale.for_vae"
+    scale = "hyperrt.training.model.latents.LatentScale.for_vae"
     monkeypatch.setattr(scale, lambda self, latents: latents / self.factor)
     assert error_of("vae_decoder", vae_of(sources["sdxl"], **STATISTICS), tmp_path) > 0.1
 

@@ -10,7 +10,7 @@ from hyperrt import engines
 from hyperrt.export import expected, reference, verify
 from hyperrt.export.errors import ParityError
 from hyperrt.export.source import betas
-from hyperrt.solvers import SOLVERS
+from hyperrt.sampling.solvers import SOLVERS
 
 
 def test_the_manifest_holds_the_figure_of_every_rung(exported):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hyperrt import cli
+from hyperrt.cli import main
 from tests.hyperrt import fake_bundle
 
 TINY = Path(__file__).resolve().parents[2] / "hyperrt" / "bundles" / "tiny"
@@ -68,7 +68,7 @@ def run(alone, pretend, capsys):
 
     def run(command, *arguments, here=("--backend", "fake")):
         bundle = ["--bundle", str(pretend), *here] if here else []
-        code = cli.run([command, *bundle, *map(str, arguments)])
+        code = main.run([command, *bundle, *map(str, arguments)])
         return code, *capsys.readouterr()
 
     return run

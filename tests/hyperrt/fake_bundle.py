@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from hyperrt import solvers
-from hyperrt.adapt import write_context
 from hyperrt.engines import fake
-from hyperrt.lora import LoraLayout, Site
+from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.sampling import solvers
+from hyperrt.session.adapter import write_context
 
 S, T, F, L, D, W, C, SIZE, IMAGE = 8, 2, 3, 8, 4, 12, 4, 4, 16
 P, E, TOKENS, WIDTH, PAD_2 = 5, 3, 2, 4, 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from hyperrt import images
+from hyperrt.photos import load
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -45,7 +45,7 @@ def png_that_claims(width: int, height: int, *chunks: bytes) -> bytes:
 
 def load_bytes(content: bytes, tmp_path: Path, name: str = "photo.png") -> np.ndarray:
     (tmp_path / name).write_bytes(content)
-    return images.load_image(tmp_path / name)
+    return load.load_image(tmp_path / name)
 
 
 def shows(picture: np.ndarray, left=RED, right=BLUE, within: int = 3) -> bool:

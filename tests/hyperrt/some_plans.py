@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hyperrt.errors import HyperRTError, IntegrityError
-from hyperrt.plans import Plan, PlanCache, PlanKey
+from hyperrt.plans.cache import Plan, PlanCache, PlanKey
 
 KEY = PlanKey("ab" * 32, "tensorrt", "10.16.0.71", "sm89", (("h", 64), ("rows", 3)))
 COMPILE = "hyperrt compile tiny --backend tensorrt"

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hyperrt import Bundle, Runtime, Subject, config, load_subject, recipe, save_subject
+from hyperrt import Bundle, Runtime, Subject, load_subject, save_subject
 from hyperrt.arguments import checked, shown, taken
 from hyperrt.engines import EngineError
 from hyperrt.errors import HyperRTError, UsageError
+from hyperrt.sampling import options as config
+from hyperrt.sampling import recipe
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"

@@ -7,11 +7,13 @@ import threading
 import numpy as np
 import pytest
 
-from hyperrt import config, engines, guidance, sampling, solvers
+from hyperrt import engines
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
-from hyperrt.pictures import pictures_from_pixels
-from hyperrt.recipe import options_of
 from hyperrt.runtime import Runtime
+from hyperrt.sampling import guidance, loop, solvers
+from hyperrt.sampling import options as config
+from hyperrt.sampling.recipe import options_of
+from hyperrt.session.pictures import pictures_from_pixels
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"
@@ -65,8 +67,8 @@ def test_the_final_latents_are_those_of_the_formula_computed_by_hand(runtime, su
     weights = np.array(guidance.hm_cfg_weights(2.0, 0.4), np.float32)
     resident = {"context": context, "gate": gate, "lora_q": lora_q, "guidance": weights}
     table = solvers.table("ddim", solvers.NoiseSchedule.named("scaled_linear", 0.00085, 0.012), 3, "epsilon")
-    noise = sampling.initial_noise(0, (4, 4, 4), 1)
-    steps = list(sampling.denoise(lambda feeds: graphs["denoiser"]({**feeds, **resident}), table, noise, []))
+    noise = loop.initial_noise(0, (4, 4, 4), 1)
+    steps = list(loop.denoise(lambda feeds: graphs["denoiser"]({**feeds, **resident}), table, noise, []))
     np.testing.assert_array_equal(result.latents, steps[-1].latents)
 
 
@@ -372,7 +374,7 @@ def test_a_closed_runtime_says_so(pretend):
 
 
 def test_a_subject_file_gives_the_same_picture_as_its_photos(runtime, subject, tmp_path):
-    from hyperrt.lora import save_subject
+    from hyperrt.lora.layout import save_subject
 
     save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
     loaded = runtime.load_subject(tmp_path / "s.safetensors")

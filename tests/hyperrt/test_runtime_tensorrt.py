@@ -12,11 +12,12 @@ import shutil
 import numpy as np
 import pytest
 
-from hyperrt import Runtime, compiling
-from hyperrt.bundle import Bundle
+from hyperrt import Runtime
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import Incompatible, NotFound, NumericError
-from hyperrt.lora import VECTORS, save_subject
+from hyperrt.lora.layout import VECTORS, save_subject
+from hyperrt.plans import build
 from tests.engines import fake_nvidia
 
 pytest.importorskip("onnxruntime")
@@ -31,8 +32,8 @@ def nvidia(monkeypatch, tmp_path):
 
 
 def compiled(bundle, images=1, branches=3, **options):
-    sizes = compiling.sizes_of(bundle, images, branches, **options)
-    return list(compiling.compile_bundle(bundle, "tensorrt", ["current"], sizes))
+    sizes = build.sizes_of(bundle, images, branches, **options)
+    return list(build.compile_bundle(bundle, "tensorrt", ["current"], sizes))
 
 
 def subjects(runtime, drawn_photos):

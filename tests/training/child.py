@@ -12,7 +12,8 @@ import signal
 import torch
 
 from hyperrt import files
-from hyperrt.training import preview, train
+from hyperrt.training import train
+from hyperrt.training.run import preview
 
 
 def die_in_publishing(count: int, when: str) -> None:

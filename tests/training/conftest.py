@@ -35,7 +35,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def parts(world):
     """The loaded base model."""
-    from hyperrt.training import base
+    from hyperrt.training.model import base_model as base
 
     return base.load(world.base)
 
@@ -71,7 +71,9 @@ def settings(short_run, tmp_path) -> dict:
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory) -> SimpleNamespace:
     """A small SDXL and a cache that was prepared for it: `model`, its folder; `base`, `cache`, `table`."""
-    from hyperrt.training import base, features, prepare
+    from hyperrt.training import prepare
+    from hyperrt.training.data import features
+    from hyperrt.training.model import base_model as base
     from tests.export import small_models
     from tests.training import data_sets
 
@@ -109,7 +111,7 @@ def curve() -> Callable[[Path | str], list[dict]]:
 @pytest.fixture
 def no_sheets(monkeypatch):
     """Sample sheets are tested once; they are the longest part of a short run."""
-    from hyperrt.training import preview
+    from hyperrt.training.run import preview
 
     monkeypatch.setattr(preview, "write", lambda path, trainer: None)
 
@@ -117,8 +119,9 @@ def no_sheets(monkeypatch):
 @pytest.fixture(scope="session")
 def straight(short_run, tmp_path_factory) -> Path:
     """A run of `short_run` that nothing interrupted."""
-    from hyperrt.training import preview, train
-    from hyperrt.training.config import TrainConfig
+    from hyperrt.training import train
+    from hyperrt.training.run import preview
+    from hyperrt.training.run.config import TrainConfig
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "write", lambda path, trainer: None)
@@ -194,7 +197,7 @@ def networks(tmp_path_factory) -> SimpleNamespace:
     """Folders of a small CLIP and a small ViT of random weights, as scorers read them: `clip`, `dino`."""
     from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-    from hyperrt.training import clip_tokenizer
+    from hyperrt.training.data import clip_tokenizer
 
     folder = tmp_path_factory.mktemp("networks")
     (folder / "clip").mkdir()

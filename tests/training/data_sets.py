@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hyperrt.training import scenes
+from hyperrt.training.data import scenes
 
 SIZE = 64
 

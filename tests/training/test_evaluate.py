@@ -18,11 +18,13 @@ from accelerate import PartialState
 from click.testing import CliRunner
 from PIL import Image
 
-from hyperrt import images
-from hyperrt.bundle import packaged
+from hyperrt.bundle.bundle import packaged
 from hyperrt.errors import BadInput, NotFound
-from hyperrt.training import drawn, evaluate, identity_encoder, pretrain, prompts, scenes
-from hyperrt.training.scorers import Clip, Dino
+from hyperrt.photos import load
+from hyperrt.training import evaluate, pretrain
+from hyperrt.training.data import scenes
+from hyperrt.training.evaluation import drawn, identity_encoder, prompt_packs
+from hyperrt.training.evaluation.scorers import Clip, Dino
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -35,8 +37,9 @@ def few_prompts():
         pytest.skip("the default bundle is not in this checkout")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("dreambench-objects", "dreambench-live", "hyperrt-faces-v1"):
-            pack = prompts.PACKS[name]
-            patch.setitem(prompts.PACKS, name, dataclasses.replace(pack, templates=pack.templates[:NUMBER]))
+            pack = prompt_packs.PACKS[name]
+            shorter = dataclasses.replace(pack, templates=pack.templates[:NUMBER])
+            patch.setitem(prompt_packs.PACKS, name, shorter)
         yield
 
 
@@ -89,8 +92,8 @@ def test_the_figures_are_those_of_a_plain_loop_over_the_files(out, subjects, net
     clip, dino = Clip(str(networks.clip), CPU), Dino(str(networks.dino), CPU)
     of_subjects = {"clip_i": [], "clip_t": [], "dino": []}
     for name, noun in (("can", "can"), ("dog", "dog")):
-        photos = images.load_folder(subjects / name).images
-        made = {path: images.load_image(path) for path in sorted((out / "pictures" / name).iterdir())}
+        photos = load.load_folder(subjects / name).images
+        made = {path: load.load_image(path) for path in sorted((out / "pictures" / name).iterdir())}
         assert len(made) == 2 * NUMBER
         scores = {key: [] for key in of_subjects}
         for path, picture in made.items():
@@ -146,7 +149,7 @@ def test_real_photos_are_the_calibration_beside_the_published_figures(out, subje
     found = report_of(out)["calibration"]
     assert (found["dino"]["published"], found["clip_i"]["published"]) == (0.774, 0.885)
     for key, scorer in (("dino", Dino(str(networks.dino), CPU)), ("clip_i", Clip(str(networks.clip), CPU))):
-        features = scorer.features(images.load_folder(subjects / "can").images)
+        features = scorer.features(load.load_folder(subjects / "can").images)
         pairs = [features[i] @ features[j] for i in range(3) for j in range(3) if i != j]
         assert found[key]["leave_self_out"] == pytest.approx(np.mean(pairs), abs=1e-6)  # dog has one photo
         everything = (np.mean(features @ features.T) + 1) / 2

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from hyperrt.training import prompts
-from hyperrt.training.prompts import PACKS
+from hyperrt.training.evaluation import prompt_packs
+from hyperrt.training.evaluation.prompt_packs import PACKS
 
 
 @pytest.mark.parametrize(
@@ -20,15 +20,15 @@ def test_a_pack_has_its_number_of_different_prompts_that_all_name_the_subject(na
 
 
 def test_dreambench_has_21_objects_and_9_live_subjects():
-    live = [name for name, noun in prompts.DREAMBENCH.items() if noun in prompts.LIVE]
-    assert (len(prompts.DREAMBENCH), len(live)) == (30, 9)
+    live = [name for name, noun in prompt_packs.DREAMBENCH.items() if noun in prompt_packs.LIVE]
+    assert (len(prompt_packs.DREAMBENCH), len(live)) == (30, 9)
 
 
 def test_subjects_and_prompts_are_those_of_the_published_file(shared_data):
     text = (shared_data / "dreambench" / "prompts_and_classes.txt").read_text()
     assert dict(re.findall(r"^(\w+),([\w ]+)$", text, re.M)) == {
         "subject_name": "class",
-        **prompts.DREAMBENCH,
+        **prompt_packs.DREAMBENCH,
     }
     objects, live = text.split("Live Subject Prompts")
     for published, name in ((objects, "dreambench-objects"), (live, "dreambench-live")):

@@ -6,7 +6,8 @@ import numpy as np
 from click.testing import CliRunner
 from PIL import Image
 
-from hyperrt.training import examples, scenes
+from hyperrt.training import examples
+from hyperrt.training.data import scenes
 
 SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "subjects"
 

@@ -19,10 +19,12 @@ import torch
 from click.testing import CliRunner
 
 from hyperrt.errors import BadInput, Incompatible, NotFound, ResourceError, UsageError
-from hyperrt.training import data, features, prepare, train
-from hyperrt.training.config import TrainConfig
-from hyperrt.training.data import SceneCache
+from hyperrt.training import prepare, train
+from hyperrt.training.data import cache as data
+from hyperrt.training.data import features
+from hyperrt.training.data.cache import SceneCache
 from hyperrt.training.prepare import PrepareConfig
+from hyperrt.training.run.config import TrainConfig
 from tests.training import data_sets
 
 SHAPES = {  # layout -> subjects, views

@@ -13,11 +13,12 @@ from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
 
 from hyperrt.errors import UsageError
-from hyperrt.training import base as bases
-from hyperrt.training import data, pretrain
-from hyperrt.training.features import encode_text
-from hyperrt.training.loop import Schedule
-from hyperrt.training.sample import sample
+from hyperrt.training import pretrain
+from hyperrt.training.data import cache as data
+from hyperrt.training.data.features import encode_text
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.run.loop import Schedule
+from hyperrt.training.run.sample import sample
 
 SCHEDULE = Schedule(steps=4, lr=1e-3, warmup=2, log_every=1, report_every=2)
 STAGES = pretrain.STAGES

@@ -13,9 +13,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from hyperrt.training import checkpoint, lora_layers, preview, train
-from hyperrt.training.config import TrainConfig
-from hyperrt.training.sample import sample
+from hyperrt.training import train
+from hyperrt.training.model import lora_layers
+from hyperrt.training.run import checkpoint, preview
+from hyperrt.training.run.config import TrainConfig
+from hyperrt.training.run.sample import sample
 
 ROOT = Path(__file__).resolve().parents[2]
 

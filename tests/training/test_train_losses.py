@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from hyperrt.training.config import PRIORS, REGULARISED, TrainConfig
+from hyperrt.training.run.config import PRIORS, REGULARISED, TrainConfig
 from hyperrt.training.train import Trainer
 
 

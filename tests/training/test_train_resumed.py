@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from hyperrt.errors import Incompatible, IntegrityError, UsageError
-from hyperrt.training import checkpoint, config, train
-from hyperrt.training.config import TrainConfig
+from hyperrt.training import train
+from hyperrt.training.run import checkpoint, config
+from hyperrt.training.run.config import TrainConfig
 
 
 def resume(settings, allow_changes=False, **changes) -> Path:

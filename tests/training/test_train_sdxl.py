@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from hyperrt.errors import Incompatible, UsageError
-from hyperrt.training import base as bases
-from hyperrt.training import checkpoint, train
-from hyperrt.training.config import TrainConfig
-from hyperrt.training.image_prompt import ImagePrompt
-from hyperrt.training.lora_layers import Rows, unpack
+from hyperrt.training import train
+from hyperrt.training.model import base_model as bases
+from hyperrt.training.model.image_prompt import ImagePrompt
+from hyperrt.training.model.lora_layers import Rows, unpack
+from hyperrt.training.run import checkpoint
+from hyperrt.training.run.config import TrainConfig
 
 TOKENS = 3
 

@@ -15,9 +15,10 @@ from click.testing import CliRunner
 
 from hyperrt import files
 from hyperrt.errors import NumericError
-from hyperrt.training import checkpoint, train
-from hyperrt.training.config import TrainConfig
-from hyperrt.training.loop import RunLog
+from hyperrt.training import train
+from hyperrt.training.run import checkpoint
+from hyperrt.training.run.config import TrainConfig
+from hyperrt.training.run.loop import RunLog
 
 KILLS = 20
 

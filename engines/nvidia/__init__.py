@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: the driver, CUDA streams and buffers, TensorRT."""

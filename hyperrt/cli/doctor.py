@@ -1,0 +1,255 @@
+"""Is this machine all right?  Checks of the installation, the backends, a bundle's files, and a test run.
+
+Each check is independent of the others: one that fails does not hide the next.  Nothing is changed, nothing
+is sent, and no value of the environment is shown.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hyperrt import __version__, engines
+from hyperrt.engines import telemetry
+from hyperrt.engines.nvidia import driver as nvidia
+from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
+
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # both install the module `onnxruntime`
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: what was checked.
+        status: "ok", "warn" (works, but look at it) or "fail".
+        detail: what was found, one line.
+        do: the next step, where there is one.
+        code: the exit code that a failure stands for.
+    """
+
+    name: str
+    status: str
+    detail: str
+    do: str = ""
+    code: int = 0
+
+    def text(self) -> str:
+        """One line, and a second one with what to do."""
+        line = f"{MARKS[self.status]}  {self.name}: {self.detail}"
+        return f"{line}\n      do: {self.do}" if self.do and self.status != "ok" else line
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+
+def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
+    """Every check in turn, as it is done.
+
+    Args:
+        bundle: name or folder of the bundle to check and to run.
+        backend: which backend is to run it; "auto" for the one that suits this machine.
+
+    Raises:
+        BackendMissing: there is no such backend.
+    """
+    asked, backend = backend, engines.resolve(backend)
+    yield Check(
+        "hyperrt", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+    )
+    yield _guarded("dependencies", _dependencies)
+    yield _guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))
+    for name in engines.BACKENDS:
+        if name != "fake":
+            yield _guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
+    yield _guarded("one ONNX Runtime", _one_onnxruntime)
+    yield _guarded("telemetry", _telemetry)
+    hashes = _guarded(f"bundle {bundle}", functools.partial(_bundle, bundle))
+    yield hashes
+    if hashes.status != "fail":
+        yield _guarded("test run", functools.partial(_test_run, bundle, asked))
+
+
+def raise_first(checks: Iterable[Check]) -> None:
+    """Raise if a check failed.
+
+    Raises:
+        HyperRTError: with the exit code of the first failure.
+    """
+    failed = [check for check in checks if check.status == "fail"]
+    if failed:
+        raise _Failed(failed)
+
+
+class _Failed(HyperRTError):
+    def __init__(self, failed: list[Check]) -> None:
+        first = failed[0]
+        count = "a check" if len(failed) == 1 else f"{len(failed)} checks"
+        super().__init__(f"{count} failed", f"{first.name}: {first.detail}", first.do)
+        self.code = first.code  # type: ignore[misc]
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """The check's result; what it raises is a failure."""
+    try:
+        return check()
+    except (HyperRTError, engines.EngineError) as error:
+        return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
+
+
+def _dependencies() -> Check:
+    """Every dependency of the distribution is installed."""
+    try:
+        wanted = importlib.metadata.requires("hyperrt") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Check(
+            "dependencies",
+            "warn",
+            "HyperRT runs from a folder and is not installed",
+            shlex.join(["pip", "install", f"{Path(__file__).parents[2]}[cpu]"]),
+        )
+    names = [re.split(r"[^A-Za-z0-9._-]", entry)[0] for entry in wanted if "extra ==" not in entry]
+    versions = {name: _version(name) for name in names}
+    missing = [name for name, version in versions.items() if not version]
+    if missing:
+        return Check(
+            "dependencies",
+            "fail",
+            f"missing: {', '.join(missing)}",
+            "pip install --force-reinstall hyperrt",
+            4,
+        )
+    return Check("dependencies", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _gpu(wanted: bool) -> Check:
+    """The driver runs and shows a GPU; only a backend that needs one may fail for want of it."""
+    try:
+        driver = nvidia.driver()
+    except engines.EngineError as error:
+        if wanted:
+            raise
+        return Check("NVIDIA GPU", "ok", f"none: {error.what}", error.do)
+    gpus = [
+        f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}, {gpu.memory / 1e9:.0f} GB)"
+        for gpu in driver.gpus
+    ]
+    major, minor = driver.cuda
+    version = f"driver {driver.version}, " if driver.version else ""
+    return Check("NVIDIA GPU", "ok", f"{version}CUDA {major}.{minor}; {', '.join(gpus)}")
+
+
+def _backend(name: str, wanted: bool) -> Check:
+    """The vendor's package is installed, and starts; only a backend that was asked for may fail."""
+    about = engines.BACKENDS[name]
+    title = f"backend {name}"
+    if not importlib.util.find_spec(about.vendor):
+        status, code = ("fail", engines.BackendMissing.code) if wanted else ("ok", 0)
+        return Check(title, status, "not installed", about.install, code)
+    found = [version for dist in (about.vendor, f"{about.vendor}-gpu") if (version := _version(dist))]
+    detail = " ".join([about.vendor, *found[:1]])
+    status = "warn"
+    try:
+        if about.nvidia:
+            module = engines.load(name)
+            status = "ok"  # a machine without a GPU may have what needs one
+            _check_device(module, name)
+    except engines.EngineError as error:
+        if wanted:
+            raise
+        return Check(title, status, f"{detail}; {error.what}: {error.why}", error.do)
+    return Check(title, "ok", detail)
+
+
+def _check_device(module: Any, name: str) -> None:
+    """Refuse a driver, a GPU or a build of the package that the backend cannot use."""
+    about = engines.BACKENDS[name]
+    if hasattr(module, "check"):
+        module.check(**about.options)
+    else:
+        nvidia.check_cuda(nvidia.driver(), _cuda_of(about.vendor), about.vendor)
+
+
+def _cuda_of(distribution: str) -> int | None:
+    """Major version of the CUDA that a package is for: it is in the name of what the package asks for."""
+    try:
+        wanted = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = re.search(r"[_-]cu(\d\d)", " ".join(wanted))
+    return int(found[1]) if found else None
+
+
+def _one_onnxruntime() -> Check:
+    found = [name for name in ONNX_RUNTIMES if _version(name)]
+    if len(found) < 2:
+        return Check("one ONNX Runtime", "ok", ", ".join(found) or "none")
+    raise Incompatible(
+        "two ONNX Runtimes are installed",
+        f"{' and '.join(found)} overwrite each other's files",
+        f"remove both, then install the one you need: {shlex.join(['pip', 'uninstall', '--yes', *found])}",
+    )
+
+
+def _telemetry() -> Check:
+    """The vendors' packages report nothing; after the backends, which load them."""
+    if left := telemetry.left_on():
+        do = "start hyperrt by itself: another program in this process has switched it on"
+        return Check("telemetry", "warn", f"on: {', '.join(left)}", do)
+    return Check("telemetry", "ok", f"off: {', '.join([*telemetry.VARIABLES, telemetry.OPENVINO])}")
+
+
+def _bundle(name: str) -> Check:
+    """Every file of the bundle has the hash that the manifest names."""
+    from hyperrt.bundle.bundle import Bundle
+
+    bundle = Bundle.open(name)
+    bundle.verify()
+    files = [file for graph in bundle.graphs.values() for file, _ in graph.files()]
+    size = sum((bundle.path / file).stat().st_size for file in files)
+    return Check(
+        f"bundle {name}",
+        "ok",
+        f"{bundle.name}: {len(bundle.graphs)} graphs, {size / 1e6:.1f} MB, hashes agree",
+    )
+
+
+def _test_run(name: str, backend: str) -> Check:
+    """Two steps of the whole line with a made-up photo; the base model must come back bit for bit."""
+    import numpy as np
+
+    from hyperrt.runtime import Runtime
+
+    with Runtime.open(name, backend) as runtime:
+        photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        subject = runtime.personalize([photo])
+        rules = runtime.bundle.prompts
+        prompt = f"a {rules.placeholder} {rules.default_class}"
+        plain = f"a {rules.default_class}"
+        before = runtime.generate(plain, steps=2, seed=0)
+        personal = runtime.generate(prompt, subject, steps=2, seed=0)
+        after = runtime.generate(plain, steps=2, seed=0)
+    if not np.array_equal(before.latents, after.latents):
+        do = "report it, with the output of hyperrt doctor --json"
+        raise IntegrityError("the base model does not come back after a subject", "its latents differ", do)
+    height, width = personal.images.shape[1:3]
+    done = f"{runtime.backend}: photos to a {width} x {height} picture; the base model comes back"
+    return Check("test run", "ok", done)

@@ -1,0 +1,138 @@
+"""What `hyperrt generate` and `hyperrt personalize` do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from hyperrt import files
+from hyperrt.cli import picture_files
+from hyperrt.cli import recipe as cli_recipe
+from hyperrt.cli.output import Output
+from hyperrt.errors import UsageError
+from hyperrt.lora import layout as lora
+from hyperrt.lora.combine import concat_layout
+from hyperrt.lora.peft_config import PEFT_CONFIG
+from hyperrt.lora.subject import Subject
+from hyperrt.runtime import Result, Runtime
+from hyperrt.sampling import options as configs
+from hyperrt.sampling import recipe
+from hyperrt.sampling.loop import Step
+from hyperrt.sampling.options import GenerateConfig, PersonalizeConfig
+from hyperrt.sampling.request import noun_in
+
+
+def generate(config: GenerateConfig, output: Output) -> None:
+    """Photos or a subject file, and a prompt, to PNG files; each is written as soon as it is drawn."""
+    to_stdout = config.output == configs.STDOUT
+    if to_stdout and output.json:
+        raise UsageError(
+            "-o - and --json were both given", "stdout takes the picture or the events", "leave one out"
+        )
+    seeds = range(config.seed, config.seed + config.n)
+    targets = [] if to_stdout else picture_files.targets(config.output, config.prompt, seeds, config.force)
+    pictures: list[dict[str, Any]] = []
+    with Runtime.open(
+        config.bundle, config.backend, config.threads, low_memory=config.low_memory, device=config.device
+    ) as runtime:
+        for result in _drawn(runtime, config, output):
+            if not pictures:
+                output.note(_seeds(seeds), seed=config.seed)
+            if to_stdout:
+                output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
+                return
+            for k, image in enumerate(result.images):
+                target = targets[len(pictures)]
+                path = picture_files.save(target, image, result.recipe_of(k), config.force)
+                pictures.append({"path": str(path), "seed": result.seeds[k]})
+                output.event("picture", **pictures[-1])
+    first = {**result.recipe, "seed": config.seed}  # that of the result is its batch's
+    output.result("\n".join(picture["path"] for picture in pictures), pictures=pictures, recipe=first)
+
+
+def _seeds(seeds: range) -> str:
+    return f"seed: {seeds[0]}" if len(seeds) == 1 else f"seeds: {seeds[0]} to {seeds[-1]}"
+
+
+def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator[Result]:
+    """The pictures of a command, a batch at a time, under one progress bar.
+
+    To save memory the denoiser is closed before anything is decoded; then all batches are drawn first.
+    """
+    if not config.subject:  # the file tells what its prompt must hold
+        runtime.check(config.prompt, bool(config.images), **dataclasses.asdict(config.sampling()))
+    subject = _subject(runtime, config, output)
+    if config.recipe is not None:
+        cli_recipe.check_subject(config.recipe, runtime, subject)
+    per_batch = config.steps or runtime.bundle.defaults.steps
+    batches = -(-config.n // config.batch_size)
+    size = config.n if config.low_memory else config.batch_size
+    with output.progress("drawing", batches * per_batch) as advance_to:
+        for start in range(0, config.n, size):
+            n = min(size, config.n - start)
+            options = dataclasses.asdict(config.sampling(seed=config.seed + start, n=n))
+            done = start // config.batch_size * per_batch
+            yield _result(runtime.steps(config.prompt, subject, **options), advance_to, done)
+
+
+def _result(steps: Generator[Step, None, Result], advance_to: Callable[[int], None], done: int) -> Result:
+    """Run a sampling to its end, `done` steps being behind."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        advance_to(done + step.index + 1)
+
+
+def personalize(config: PersonalizeConfig, output: Output) -> None:
+    """Photos to a subject file."""
+    path = Path(config.output)
+    if config.format == "peft" and not path.suffix:
+        files.check_folder(path, PEFT_CONFIG, config.force)
+    else:
+        files.check_file(path, config.force)
+    with Runtime.open(config.bundle, config.backend, config.threads, device=config.device) as runtime:
+        photos, layout = _photos(config.images), runtime.bundle.layout
+        subject = runtime.personalize(photos, config.class_noun, config.strict_images, config.combine)
+        if config.combine == "concat":
+            layout = concat_layout(layout, subject.photos)
+            output.note(f"rank {layout.rank}: for other programs, not to draw with here", rank=layout.rank)
+        lora.save_subject(
+            path,
+            subject.lora,
+            layout,
+            subject.metadata,
+            config.format,
+            config.force,
+            subject.image_tokens,
+        )
+    weights = sum(vector.size for vector in subject.lora.values())
+    output.note(f"subject: {_count(subject)}, {weights:,} weights", photos=subject.photos)
+    output.result(
+        str(path), path=str(path), format=config.format, photos=subject.photos, class_noun=subject.class_noun
+    )
+
+
+def _subject(runtime: Runtime, config: GenerateConfig, output: Output) -> Subject | None:
+    if config.subject:
+        subject = runtime.load_subject(config.subject, config.partial)
+        return dataclasses.replace(subject, class_noun=config.class_noun) if config.class_noun else subject
+    if not config.images:
+        return None
+    noun = config.class_noun or noun_in(config.prompt, runtime.bundle)
+    subject = runtime.personalize(_photos(config.images), noun, config.strict_images, config.combine)
+    output.note(f"subject: {_count(subject)} of a {subject.class_noun}", photos=subject.photos)
+    return subject
+
+
+def _count(subject: Subject) -> str:
+    return "1 photo" if subject.photos == 1 else f"{subject.photos} photos"
+
+
+def _photos(images: tuple[str, ...]) -> Any:
+    # One folder goes as such, so that its limits and its report of bad photos are those of a folder.
+    return images[0] if len(images) == 1 else images

@@ -1,0 +1,160 @@
+"""The commands `hyperrt lora ...`: what a LoRA file is, whether it can be used, and in which format it is."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hyperrt.cli.output import Output, with_json
+from hyperrt.errors import LoraMismatch, UsageError
+from hyperrt.sampling.options import SUBJECT_FORMATS, ConvertConfig
+
+if TYPE_CHECKING:
+    from hyperrt.bundle.bundle import Bundle
+    from hyperrt.lora.reader import LoraFile
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def lora(context: click.Context, /) -> None:
+    """Inspect, convert and check files of a LoRA: HyperRT's subjects, and those of other programs.
+
+    \b
+    Examples:
+      hyperrt lora inspect mug.safetensors
+      hyperrt lora convert mug.safetensors mug-kohya.safetensors --format kohya
+      hyperrt lora verify other.safetensors --bundle my-bundle
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@lora.command()
+@click.argument("file", metavar="FILE|DIR")
+@with_json
+@click.pass_obj
+def inspect(output: Output, file: str) -> None:
+    """Say what a file of a LoRA is: format, rank, scale, what it adapts and how strongly, and its origin.
+
+    \b
+    Examples:
+      hyperrt lora inspect mug.safetensors
+      hyperrt lora inspect adapter-folder --json
+    """
+    from hyperrt.cli.info import text
+    from hyperrt.cli.lora_report import facts
+
+    found = facts(file)
+    output.result(text(found), **found)
+
+
+@lora.command()
+@click.argument("source", metavar="IN")
+@click.argument("output", metavar="OUT")
+@click.option(
+    "--format", default="diffusers", show_default=True, type=click.Choice(SUBJECT_FORMATS),
+    help="Whose key names.",
+)  # fmt: skip
+@click.option("--bundle", metavar="NAME|DIR", help="Model that it must fit.  [default: that is not checked]")
+@click.option("--rank", type=int, help="Reduce it to this rank, as closely as that can be.")
+@click.option("--partial", is_flag=True, help="Leave out what is not the cross-attention's q, k or v.")
+@click.option("--force", "-f", is_flag=True, help="Replace a file that exists.")
+@with_json
+@click.pass_context
+def convert(context: click.Context, /, **options: Any) -> None:
+    """Write a LoRA in another format: the same numbers under the names that another program looks for.
+
+    For PEFT a name without suffix is a folder, as PeftModel.from_pretrained takes it.
+
+    \b
+    Examples:
+      hyperrt lora convert mug.safetensors mug-kohya.safetensors --format kohya
+      hyperrt lora convert mug.safetensors mug --format peft
+      hyperrt lora convert other.safetensors small.safetensors --rank 4 --bundle tiny
+    """
+    config = ConvertConfig(**options)
+    output: Output = context.obj
+    lost = _convert(config, output)
+    if config.rank is not None:
+        output.note(f"the lower rank loses {100 * lost:.1f} % of the LoRA's norm", lost=lost)
+    output.result(config.output, path=config.output, format=config.format, lost=lost)
+
+
+def _convert(config: ConvertConfig, output: Output) -> float:
+    """Share of the LoRA's norm that is lost."""
+    if "numpy" not in sys.modules:  # else it is too late
+        # On small matrices the threads of NumPy's library wait for each other while other programs run.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from hyperrt import files
+    from hyperrt.bundle.bundle import Bundle
+    from hyperrt.lora import peft_config, reader, writer
+
+    bundle = Bundle.open(config.bundle) if config.bundle is not None else None
+    layout = bundle.layout if bundle else None
+    file = reader.open_lora(config.source, [site.path for site in layout.sites] if layout else ())
+    if os.path.realpath(config.output) in (os.path.realpath(config.source), os.path.realpath(file.path)):
+        why = "a file that is read cannot be the one that is written"
+        raise UsageError(f"{config.output} is the file to convert", why, "choose another name")
+    reader.check_used(file, config.partial)
+    if config.format == "peft" and not os.path.splitext(config.output)[1]:
+        files.check_folder(config.output, peft_config.PEFT_CONFIG, config.force)
+    else:
+        files.check_file(config.output, config.force)
+    if bundle:
+        _check_fit(file, bundle, config)
+    family = bundle.family if bundle else ""
+    write = functools.partial(
+        writer.convert, file, config.output, config.format, family=family, force=config.force
+    )
+    if config.rank is None:
+        return write()
+    with output.progress("reducing", len(file.pairs)) as advance_to:
+        return write(rank=config.rank, advance_to=advance_to)
+
+
+def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
+    """Refuse a file that, once converted, the bundle would not take."""
+    from hyperrt.lora.layout import LoraLayout, load_file
+
+    layout = bundle.layout
+    if config.rank is not None:
+        if config.rank > layout.rank:
+            why = f"the bundle takes at most {layout.rank}"
+            raise UsageError(f"rank is {config.rank}", why, f"use --rank {layout.rank}")
+        if not file.origin:
+            layout = LoraLayout(layout.sites, max(layout.rank, file.rank))
+    elif file.rank > layout.rank and not file.origin:
+        do = f"add --rank {layout.rank}, which loses a part of it"
+        raise LoraMismatch(f"the rank of {file.name} is {file.rank}", f"the bundle's is {layout.rank}", do)
+    load_file(file, layout, bundle.hashes.base_model, bundle.token_shape, partial=config.partial)
+
+
+@lora.command()
+@click.argument("file", metavar="FILE|DIR")
+@click.option("--bundle", metavar="NAME|DIR", help="Model that it must fit.  [default: the file alone]")
+@click.option("--partial", is_flag=True, help="Other layers than the cross-attention's q, k, v may be there.")
+@with_json
+@click.pass_obj
+def verify(output: Output, file: str, bundle: str | None, partial: bool) -> None:
+    """Check a file of a LoRA: that it is whole, that its numbers are, and that it fits a bundle.
+
+    \b
+    Examples:
+      hyperrt lora verify mug.safetensors --bundle tiny
+      hyperrt lora verify other.safetensors --json
+    """
+    from hyperrt.cli.doctor import raise_first
+    from hyperrt.cli.lora_report import checks
+
+    found = []
+    for check in checks(file, bundle, partial):
+        found.append(check)
+        output.event("check", **check.to_json())
+        if not output.json:
+            output.result(check.text())
+    raise_first(found)
+    output.event("result", ok=True, warnings=sum(check.status == "warn" for check in found))

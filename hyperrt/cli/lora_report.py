@@ -1,0 +1,157 @@
+"""What `hyperrt lora inspect` and `verify` say of a LoRA file.  What is read is untrusted."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.cli.doctor import Check
+from hyperrt.errors import HyperRTError, LoraError
+from hyperrt.lora import layout as lora
+from hyperrt.lora import metadata, reader, writer
+from hyperrt.lora.reader import IMAGE_TOKENS, Factors, LoraFile, counted
+from hyperrt.lora.safetensors_file import REMAKE
+
+PROJECTIONS = ("to_q", "to_k", "to_v")
+FEW = 3  # of what may be thousands
+OTHERS = ("modelspec.", "ss_network", "ss_base_model", "ss_sd_model", "ss_output_name")  # worth showing
+
+
+def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file is, as JSON values; `kind` is subject.
+
+    Raises:
+        NotFound, LoraError: as `subject_file.open_lora`.
+    """
+    file = reader.open_lora(path)
+    sites, faults = _sites(file)
+    names = [name for pair in file.pairs.values() for name in (pair.a, pair.b)]
+    tokens = file.entries.get(IMAGE_TOKENS)
+    return {
+        "kind": "subject",
+        "format": file.format,
+        "names": "first publication" if file.layers else "diffusers",
+        "tensors": len(file.entries),
+        "types": counted(entry.dtype for entry in file.entries.values()),
+        "weights": sum(math.prod(file.entries[name].shape) for name in names),
+        "rank": _one_or_counted([pair.rank for pair in file.pairs.values()]),
+        "alpha": _one_or_counted([pair.alpha for pair in file.pairs.values()]),
+        "sites": {name: len(of) for name, of in _by_projection(file.pairs).items()},
+        "norms": {name: _norms(of) for name, of in _by_projection(sites).items() if of},
+        **({} if tokens is None else {"image_tokens": list(tokens.shape)}),
+        "finite": not faults,
+        "faults": [*(f"{method.name}: {method.why}" for method in file.methods), *faults, *file.notes],
+        "no_pairs": list(file.odd[:FEW]),
+        "other_modules": reader.unused_kinds(file),
+        "base_model": {
+            "family": metadata.family_of(file.metadata, writer.text_width(sites)) or "unknown",
+            "sha256": file.origin.get("base_model", "not said"),
+            "in_words": metadata.base_of(file.metadata) or "not said",
+        },
+        "origin": file.origin,
+        "metadata": {key: text for key, text in file.metadata.items() if key.startswith(OTHERS)},
+    }
+
+
+def checks(path: str | os.PathLike[str], bundle: str | None, partial: bool = False) -> Iterator[Check]:
+    """Every check in turn.
+
+    Args:
+        bundle: name or folder of the bundle that the file is to fit; None: the file alone.
+        partial: other modules than the sites are no fault.
+
+    Raises:
+        NotFound, LoraError: as `subject_file.open_lora`: there is nothing to check.
+        NotFound, BundleError: the bundle cannot be opened.
+    """
+    opened = Bundle.open(bundle) if bundle is not None else None
+    layout = opened.layout if opened else None
+    file = reader.open_lora(path, [site.path for site in layout.sites] if layout else ())
+    yield Check("file", "ok", f"{file.name}: {file.format}, {len(file.entries)} tensors")
+    alone = [
+        _guarded("tensors", lambda: _tensors(file, partial)),
+        _guarded("numbers", lambda: _numbers(file)),
+        _guarded("origin", lambda: _origin(file)),
+        *(Check("configuration", "warn", note) for note in file.notes),
+    ]
+    yield from alone
+    if opened and not any(check.status == "fail" for check in alone):  # it would fail for the same reason
+        yield _guarded(f"bundle {bundle}", lambda: _fits(file, opened, partial))
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except HyperRTError as error:
+        return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
+
+
+def _tensors(file: LoraFile, partial: bool) -> Check:
+    reader.check_used(file, partial)
+    ranks = counted(pair.rank for pair in file.pairs.values())
+    counts = ", ".join(f"{len(of)} {name}" for name, of in _by_projection(file.pairs).items())
+    detail = f"{len(file.pairs)} sites ({counts}), rank {' and '.join(map(str, ranks))}"
+    if file.unused:
+        return Check("tensors", "warn", f"{detail}; {len(file.unused)} tensors of other modules are left out")
+    return Check("tensors", "ok", detail)
+
+
+def _numbers(file: LoraFile) -> Check:
+    norms = [writer.norm(file.factors(site)) for site in file.pairs]
+    if tokens := file.tokens():
+        lora.check_tokens(file.name, tokens.array(), tokens.shape[1:])
+    if norms and not any(norms):
+        return Check("numbers", "warn", "all are finite, but the LoRA is zero: it changes nothing")
+    return Check("numbers", "ok", "all are finite")
+
+
+def _origin(file: LoraFile) -> Check:
+    if not file.origin:
+        base = metadata.base_of(file.metadata)
+        made = f"made by another program{f' for {base}' if base else ''}; the base model cannot be compared"
+        return Check("origin", "warn", made, "draw a picture with it, and look")
+    if fault := metadata.fault(file.origin):
+        raise LoraError(f"{file.name} does not say what it is", fault, REMAKE)
+    noun, base = file.origin["class_noun"], file.origin["base_model"]
+    return Check("origin", "ok", f"a {noun} of {file.origin['photos']} photos, base model {base[:12]}")
+
+
+def _fits(file: LoraFile, bundle: Bundle, partial: bool) -> Check:
+    layout = bundle.layout
+    base, tokens = bundle.hashes.base_model, bundle.token_shape
+    lora.load_file(file, layout, base, tokens, partial=partial, bundle=bundle.reference)
+    missing = len(layout.sites) - len(file.pairs)
+    detail = f"{len(file.pairs)} of {len(layout.sites)} sites"
+    if missing:
+        return Check("bundle", "warn", f"{detail}; the others stay as they are in the base model")
+    return Check("bundle", "ok", f"{bundle.name}: {detail}")
+
+
+def _sites(file: LoraFile) -> tuple[dict[str, Factors], list[str]]:
+    """The sites that can be read, and why the others cannot."""
+    found, faults = {}, []
+    for site in file.pairs:
+        try:
+            found[site] = file.factors(site)
+        except LoraError as error:
+            faults.append(f"{error.what}: {error.why}")
+    return found, faults[:FEW]
+
+
+def _by_projection(sites: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: [one for path, one in sites.items() if path.endswith(name)] for name in PROJECTIONS}
+
+
+def _norms(sites: list[Factors]) -> dict[str, float]:
+    """Of what is added to the weights: mean and largest Frobenius norm."""
+    norms = [writer.norm(factors) for factors in sites]
+    return {"mean": float(f"{sum(norms) / len(norms):.4g}"), "max": float(f"{max(norms):.4g}")}
+
+
+def _one_or_counted(values: list[Any]) -> Any:
+    """The value if all are equal, otherwise each with how often it occurs: {"4": 30, "8": 2}."""
+    counts = counted(values)
+    return next(iter(counts), None) if len(counts) < 2 else {f"{key:g}": n for key, n in counts.items()}

@@ -1,0 +1,82 @@
+"""Several photos of a subject, and a LoRA of each, to one LoRA.
+
+A projection feels the product A B alone, and the mean of products is not the product of means:
+
+    mean(A_i B_i) = mean(A_i) mean(B_i) + Cov(A_i, B_i)
+
+mean     A = mean(A_i), B = mean(B_i): the paper's (arXiv 2511.03156, several reference images)
+product  A B is the best approximation of mean(A_i B_i) of the layout's rank r (hyperrt/lora/low_rank.py)
+concat   A B is mean(A_i B_i), exactly: A = [A_1 ... A_n], B = [B_1; ...; B_n] / n, of rank n r
+
+The first is taken while photos are decoded (hyperrt/session/personalizer.py), with one in memory at a time;
+the others need all, and are here. No product of size d_in x d_out is ever made. LoRAs are packed as
+`LoraLayout` says, i = 1 ... n photos.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from hyperrt.arguments import shown
+from hyperrt.errors import UsageError
+from hyperrt.lora.layout import LoraLayout
+from hyperrt.lora.low_rank import Matrix, truncated
+from hyperrt.lora.subject import Vector
+
+Packed = Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
+
+WAYS = ("mean", "product", "concat")
+
+
+def check_way(way: str) -> None:
+    """Refuse a word that is none of `WAYS`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if way not in WAYS:
+        raise UsageError(f"combine is {shown(way)}", f"it must be one of {', '.join(WAYS)}")
+
+
+def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
+    """The LoRA of the layout's rank whose products are closest to mean(A_i B_i).
+
+    Scale is shared evenly by A and B, and rank that is not needed is zero.
+
+    Raises:
+        LoraMismatch: a photo does not fit the layout.
+    """
+    return layout.pack({path: truncated(a, b, layout.rank) for path, a, b in _side_by_side(photos, layout)})
+
+
+def concatenated(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
+    """mean(A_i B_i) itself, packed as `concat_layout` says.
+
+    Raises:
+        LoraMismatch: a photo does not fit the layout.
+        UsageError: the layout becomes too large.
+    """
+    return concat_layout(layout, len(photos)).pack(
+        {path: (a, b) for path, a, b in _side_by_side(photos, layout)}
+    )
+
+
+def concat_layout(layout: LoraLayout, photos: int) -> LoraLayout:
+    """The layout of so many LoRAs side by side: the same sites, of rank n r.
+
+    Raises:
+        UsageError: it is larger than a layout may be.
+    """
+    return dataclasses.replace(layout, rank=photos * layout.rank)
+
+
+def _side_by_side(photos: Sequence[Packed], layout: LoraLayout) -> Iterator[tuple[str, Matrix, Matrix]]:
+    """Per site [A_1 ... A_n] [d_in, n r] and [B_1; ...; B_n] / n [n r, d_out], float64."""
+    each = [layout.unpack(photo) for photo in photos]
+    for site in layout.sites:
+        a = np.concatenate([factors[site.path][0] for factors in each], axis=1, dtype=np.float64)
+        b = np.concatenate([factors[site.path][1] for factors in each], axis=0, dtype=np.float64)
+        yield site.path, a, b / len(photos)

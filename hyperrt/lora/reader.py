@@ -1,0 +1,356 @@
+"""A file of a LoRA, opened: what is in it, whichever of three programs wrote it.
+
+`lora.load_subject` is built on it; which sites a bundle has is known there.
+Per site: A as [r, d_in] and B as [d_out, r] (transposed against `lora.py`), and alpha: what the LoRA adds to
+the projection's weight is alpha / r times B A.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperrt.errors import LoraError, LoraMismatch, NotFound
+from hyperrt.lora import names as lora_names
+from hyperrt.lora import peft_config, safetensors_file
+from hyperrt.lora.peft_config import MAX_ALPHA, PEFT_CONFIG, PEFT_FILE
+from hyperrt.lora.safetensors_file import FETCH, REMAKE, Entry, Stored, shown
+from hyperrt.text import advice
+
+Array = NDArray[np.float32]
+
+FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # PEFT's name, and diffusers'
+# The open category's tensor, [1, tokens, width].  diffusers loads a file only if "lora" is in every name.
+IMAGE_TOKENS = "hyperrt.lora_image_tokens"
+ORIGIN = "hyperrt."  # prefix of our metadata
+LAYERS = "hyperrt.layers_per_block"  # beside kohya's names of the first publication
+MAX_WEIGHT = 1e4  # trained factors stay below 10; a file beyond this is damaged or hostile
+NOT_USABLE = f"it holds NaN, infinity or values beyond {MAX_WEIGHT:g}"
+
+
+class Factors(NamedTuple):
+    """The LoRA of one site, as a file has it."""
+
+    a: Stored  # [r, d_in]
+    b: Stored  # [d_out, r]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The r of both."""
+        return self.a.shape[0]
+
+    def numbers(self) -> tuple[Array, Array]:
+        """A [r, d_in] and B [d_out, r] with the scale, alpha / r, folded into B."""
+        a, b = self.a.array(), self.b.array()
+        if self.alpha != self.rank:
+            with np.errstate(over="ignore"):  # infinity is for the caller to refuse
+                b = (b * np.float64(self.alpha / self.rank)).astype(np.float32)
+        return a, b
+
+
+class Pair(NamedTuple):
+    """The same before it is read: names of the tensors."""
+
+    a: str
+    b: str
+    alpha: float
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """An opened file of a LoRA; made by `open_lora`.
+
+    Attributes:
+        format: whose tensor names it has: "diffusers", "peft" or "kohya".
+        layers: per block, where kohya's names are those of the first publication; else None.
+        metadata: all of the header's.
+        entries: every tensor, in the order of the file.
+        pairs: path of a site -> its tensors, in the order of the file.
+        odd: tensors at a site that A, B and alpha do not express: DoRA, LoHa, LoKr, biases, halves of a pair.
+        methods: what PEFT's configuration says that A, B and alpha do not express.
+        unused: tensors of other modules.
+        notes: what had to be assumed, for people.
+    """
+
+    path: Path
+    format: str
+    layers: int | None
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    pairs: Mapping[str, Pair]
+    odd: tuple[str, ...]
+    methods: tuple[peft_config.Method, ...]
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the file, for messages."""
+        return self.path.name
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Our own metadata, without its prefix; empty if another program made the file."""
+        return _origin(self.metadata)
+
+    @property
+    def rank(self) -> int:
+        """The largest of its sites; 0 where there is no site."""
+        return max((pair.rank for pair in self.pairs.values()), default=0)
+
+    @property
+    def redo(self) -> str:
+        """What to do about a fault in the file."""
+        return _redo(self.metadata)
+
+    def stored(self, name: str) -> Stored:
+        """The tensor `name`; errors as `safetensors_file.read_tensor`."""
+        return safetensors_file.read_tensor(self.path, name, self.entries[name])
+
+    def factors(self, path: str) -> Factors:
+        """The LoRA of the site `path`.
+
+        Raises:
+            LoraError: as `stored`, or a number is NaN, infinite or beyond MAX_WEIGHT.
+        """
+        pair = self.pairs[path]
+        found = Factors(self.stored(pair.a), self.stored(pair.b), pair.alpha)
+        for key, numbers in zip((pair.a, pair.b), found.numbers(), strict=True):
+            if not usable(numbers):
+                raise LoraError(f"{self.name}: {shown(key)} cannot be used", NOT_USABLE, self.redo)
+        return found
+
+    def tokens(self) -> Stored | None:
+        """The image tokens of the open category, if there are any; errors as `stored`."""
+        return self.stored(IMAGE_TOKENS) if IMAGE_TOKENS in self.entries else None
+
+
+def open_lora(path: str | os.PathLike[str], paths: Collection[str] = ()) -> LoraFile:
+    """Read and check the header of a file of any of the three formats, or of a folder that has one.
+
+    Args:
+        paths: of a bundle's sites; kohya's names are understood by them.  Without, as in published models.
+
+    Raises:
+        NotFound: there is no such file, or the folder has none.
+        LoraError: it is no plain file, a pickle, no safetensors file, not whole, A and B do not match, or
+            PEFT's configuration is damaged.
+    """
+    source = _file_of(Path(path))
+    metadata, entries = safetensors_file.read_header(source)
+    said = metadata.get(LAYERS, "")
+    layers = int(said) if re.fullmatch("[1-9]", said) else lora_names.LAYERS
+    layers = lora_names.layers_of(paths) if paths else layers
+    known, among = lora_names.known_stems(paths, layers), set(paths)
+    parts = {name: lora_names.part_of(name, known, layers) for name in entries if name != IMAGE_TOKENS}
+    of_sites = {
+        name: part
+        for name, part in parts.items()
+        if part.path in among or lora_names.SITE.fullmatch(part.path)
+    }
+    format = next((part.format for part in [*of_sites.values(), *parts.values()]), "diffusers")
+    config = peft_config.read(source, format, metadata)
+    config_of_alpha = None if format == "kohya" else config
+    patterns = peft_config.alpha_patterns(config_of_alpha or {}, source.name)
+    header = _Header(source, metadata, entries, config_of_alpha, patterns)
+    pairs, odd, methods = {}, [], peft_config.methods(config or {})
+    for site, names in _by_site(of_sites).items():
+        complete = names.keys() >= {"A", "B"}
+        odd += [name for role, name in names.items() if not complete or role not in ("A", "B", "alpha")]
+        try:
+            if complete:
+                pairs[site] = _pair(header, names, site)
+        except LoraError:
+            if not methods:  # otherwise they say what it is
+                raise
+            odd += names.values()
+    first = layers if lora_names.is_first_published(list(of_sites)) else None
+    unused = tuple(name for name in parts if name not in of_sites)
+    notes = _notes(header, format)
+    return LoraFile(source, format, first, metadata, entries, pairs, tuple(odd), methods, unused, notes)
+
+
+def check_plain(file: LoraFile) -> None:
+    """Refuse a file whose configuration says more than alpha / r times B A.
+
+    Raises:
+        LoraError: it does, as for PiSSA or DoRA.
+    """
+    for method in file.methods:
+        raise LoraError(f"{file.name} is {method.name}, not a plain LoRA", method.why, method.do)
+
+
+def check_used(file: LoraFile, partial: bool = False) -> None:
+    """Refuse a file that is more than a LoRA of the cross-attention's q, k and v.
+
+    Args:
+        partial: other modules may be there, unless in a file of ours, and are left out.
+
+    Raises:
+        LoraError: as `check_plain`, a site has more than A, B and alpha, or there is no site.
+        LoraMismatch: there are other modules, and `partial` is off.
+    """
+    check_plain(file)
+    if file.odd:
+        method_name = lora_names.method_of(file.odd[0])
+        is_that = f"is {method_name} and not" if method_name else "is not"
+        why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shown(file.odd[0])}"
+        convert = "convert it to a plain LoRA where it came from, or use another file"
+        do = REMAKE if file.origin else convert
+        raise LoraError(f"{file.name} {is_that} a LoRA of pairs A and B", why, do)
+    if not file.pairs:
+        first = f"; its first tensor is {shown(next(iter(file.entries)))}" if file.entries else ""
+        why = f"it has no cross-attention q, k or v of a Stable Diffusion UNet{first}"
+        inspect = ("hyperrt", "lora", "inspect", file.path)
+        do = advice("use another file; to see what this one holds, run", *inspect)
+        raise LoraError(f"{file.name} adapts nothing that HyperRT adapts", why, do)
+    if file.unused and (file.origin or not partial):
+        what = f"{file.name} adapts more than q, k and v of the cross-attention"
+        found = ", ".join(f"{count} tensors of {kind}" for kind, count in unused_kinds(file).items())
+        leave_out = "add --partial (in Python partial=True), which leaves these out and so draws otherwise"
+        raise LoraMismatch(what, f"not used would be {found}", REMAKE if file.origin else leave_out)
+
+
+def how_to_reduce(file: LoraFile, rank: int, partial: bool, bundle: str) -> str:
+    """The advice to bring a file to a smaller rank, with the command for it.
+
+    Args:
+        partial: other modules are left out.
+        bundle: what `--bundle` takes; "": none.
+    """
+    stem = f"{file.path.stem[:60]}-rank{rank}"
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    paths = (file.path.with_name(f"{name}.safetensors") for name in names)
+    target = next(path for path in paths if not os.path.lexists(path))
+    options = ["--rank", str(rank), *["--partial"] * partial, *(["--bundle", bundle] if bundle else [])]
+    convert = ("hyperrt", "lora", "convert")
+    return advice("reduce it, which loses a part of it", *convert, file.path, target, *options)
+
+
+def unused_kinds(file: LoraFile) -> dict[str, int]:
+    """What the tensors of other modules belong to, and how many they are: {"self-attention": 128}."""
+    return counted(map(lora_names.kind_of, file.unused))
+
+
+def usable(array: Array) -> bool:
+    """Whether all numbers are finite, and within MAX_WEIGHT."""
+    return bool(np.all(np.abs(array) <= MAX_WEIGHT))  # False for NaN too
+
+
+def counted(items: Iterable[Any]) -> dict[Any, int]:
+    """How often each item occurs, the most frequent first."""
+    found: dict[Any, int] = {}
+    for item in items:
+        found[item] = found.get(item, 0) + 1
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def difference(found: set[str], expected: set[str]) -> str:
+    """What is missing from `found` and what is too much: counts and the first three names; "" if nothing."""
+    parts = []
+    for word, names in (("missing", expected - found), ("unknown", found - expected)):
+        if names:
+            first = ", ".join(shown(name) for name in sorted(names)[:3])
+            more = ", ..." if len(names) > 3 else ""
+            parts.append(f"{len(names)} {word} ({len(expected)} expected): {first}{more}")
+    return "; ".join(parts)
+
+
+def _file_of(path: Path) -> Path:
+    """The file itself, or the one in a folder of PEFT or diffusers."""
+    if not os.path.isdir(path):
+        return path
+    for name in FOLDER_FILES:
+        if os.path.exists(path / name):
+            return path / name
+    why = f"it holds no {' and no '.join(FOLDER_FILES)}"
+    raise NotFound(f"there is no subject file in the folder {path}", why, "name the file itself")
+
+
+def _by_site(parts: Mapping[str, lora_names.Part]) -> dict[str, dict[str, str]]:
+    """Path of a site -> role -> name; of two names for one role the second has itself as its role."""
+    found: dict[str, dict[str, str]] = {}
+    for name, part in parts.items():
+        names = found.setdefault(part.path, {})
+        names[name if part.role in names else part.role] = name
+    return found
+
+
+class _Header(NamedTuple):
+    """What is known of a file before its pairs are looked at."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    config: peft_config.Config | None  # that tells alpha
+    patterns: peft_config.Patterns
+
+
+def _origin(metadata: Mapping[str, str]) -> dict[str, str]:
+    ours = {key: text for key, text in metadata.items() if key.startswith(ORIGIN)}
+    return {key[len(ORIGIN) :]: text for key, text in ours.items() if key != LAYERS}
+
+
+def _redo(metadata: Mapping[str, str]) -> str:
+    return REMAKE if _origin(metadata) else FETCH
+
+
+def _notes(header: _Header, format: str) -> tuple[str, ...]:
+    """What had to be assumed."""
+    name = header.path.name
+    if header.config is None:
+        is_told = format != "peft" or _origin(header.metadata)
+        return () if is_told else (f"{name} has no {PEFT_CONFIG} beside it: alpha is taken to be the rank",)
+    unknown = peft_config.unknown(header.config)
+    if not unknown:
+        return ()
+    return (f"the configuration of {name} sets {', '.join(unknown[:3])}, which HyperRT does not know",)
+
+
+def _pair(header: _Header, names: Mapping[str, str], site: str) -> Pair:
+    rank = _rank(header, names["A"], names["B"])
+    return Pair(names["A"], names["B"], _alpha(header, names.get("alpha"), site, rank), rank)
+
+
+def _rank(header: _Header, a: str, b: str) -> int:
+    name, entries = header.path.name, header.entries
+    for key in (a, b):
+        safetensors_file.check_type(header.path, key, entries[key])
+    shape_a, shape_b = entries[a].shape, entries[b].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
+        why = f"beside it {shown(b)} is {shape_b}; they must be (rank, inputs) and (outputs, rank)"
+        raise LoraError(f"{name}: {shown(a)} is {shape_a}", why, _redo(header.metadata))
+    return shape_a[0]
+
+
+def _alpha(header: _Header, key: str | None, site: str, rank: int) -> float:
+    """A site's alpha: a tensor, or in PEFT's configuration, or not said, which means the rank."""
+    name, redo = header.path.name, _redo(header.metadata)
+    if key is not None:
+        entry = header.entries[key]
+        if math.prod(entry.shape) != 1:
+            raise LoraError(f"{name}: {shown(key)} is {entry.shape}", "it must be one number", redo)
+        types = (*safetensors_file.NUMBERS, "BF16")
+        stored = safetensors_file.read_tensor(header.path, key, entry, types)
+        alpha = float(stored.array().ravel()[0])
+    else:
+        alpha = rank if header.config is None else _configured(header, site, rank)
+    if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
+        why = f"it must be above 0 and at most {MAX_ALPHA:g}"
+        raise LoraError(f"{name}: alpha is {alpha:g} at {shown(site)}", why, redo)
+    return alpha
+
+
+def _configured(header: _Header, site: str, rank: int) -> float:
+    return peft_config.alpha(header.config or {}, header.patterns, header.path.name, site, rank)

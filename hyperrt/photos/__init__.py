@@ -1,0 +1,1 @@
+"""Photos: files of many formats as sRGB arrays."""

@@ -1,0 +1,224 @@
+"""The plans of a bundle for TensorRT: which there must be, made ahead of time, and found again.
+
+The two large graphs have a plan for fixed sizes, which is the fastest: the denoiser for so many pictures
+and branches, the decoder for one picture or a tile. The others are run once per subject or prompt, and have
+one plan for all sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+from hyperrt import engines
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.engines.backends import BACKENDS
+from hyperrt.engines.base import Engine
+from hyperrt.engines.nvidia import tensorrt_build
+from hyperrt.engines.nvidia.tensorrt_build import CURRENT, Built, Recipe
+from hyperrt.errors import HyperRTError, UsageError
+from hyperrt.plans import check
+from hyperrt.plans.cache import Plan, PlanCache, PlanKey, graph_hash
+from hyperrt.plans.check import Parity
+from hyperrt.plans.messages import rebuild_command
+from hyperrt.session import tiling
+
+log = logging.getLogger("hyperrt")
+
+PLANNED = frozenset({"tensorrt", "tensorrt-rtx"})  # backends that run plans
+FIXED = ("denoiser", "vae_decoder")  # graphs whose plans have fixed sizes
+RANGES = {"photos": (1, 1, 16), "prompts": (1, 3, 48), "rows": (1, 3, 48), "subjects": (1, 1, 48)}
+Sizes = Mapping[str, int]
+Progress = Callable[[str, str, float], None]  # graph, target, share that is done
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan in the cache; `built` is None where it was there already."""
+
+    plan: Plan
+    built: Built | None
+
+
+def key_of(bundle: Bundle, name: str, backend: str, target: str, sizes: Sizes) -> PlanKey:
+    """The key of a graph's plan.
+
+    Args:
+        target: as `tensorrt_build.Recipe` has it, or `hyperrt.engines.nvidia.tensorrt.target`.
+        sizes: of the call; those that the plan of this graph does not fix are left out.
+    """
+    graph = bundle.graphs[name]
+    fixed = {
+        dim: sizes[dim]
+        for spec in (graph.inputs if name in FIXED else ())
+        for dim in spec.shape
+        if isinstance(dim, str) and dim in sizes
+    }
+    flags = ("refit",) if graph.weights else ()
+    return PlanKey(graph_hash(graph), backend, version(backend), target, tuple(sorted(fixed.items())), flags)
+
+
+def version(backend: str) -> str:
+    """Of the vendor's package.
+
+    Raises:
+        engines.BackendMissing: it is not installed.
+    """
+    try:
+        return metadata.version(BACKENDS[backend].vendor)
+    except metadata.PackageNotFoundError:  # a system's own, without pip's records
+        engines.load(backend)
+        return str(import_module(BACKENDS[backend].vendor).__version__)
+
+
+def find(
+    bundle: Bundle,
+    name: str,
+    backend: str,
+    sizes: Sizes,
+    cache: PlanCache | None = None,
+    device: int = 0,
+) -> Plan:
+    """The plan of a graph for a GPU of this machine, checked to the last bit.
+
+    Args:
+        device: which GPU.
+
+    Raises:
+        NotFound: there is none.
+        Incompatible: there are others, of another version, card or size.
+        IntegrityError: it is damaged, or others may have written it.
+        engines.EngineError: there is no such GPU.
+    """
+    target = engines.load(backend).target(BACKENDS[backend].vendor, device)
+    key = key_of(bundle, name, backend, target, sizes)
+    try:
+        return (cache or PlanCache()).load(key, bundle=bundle.reference, graph_name=name)
+    except HyperRTError as error:
+        if dict(key.sizes).get("h") not in (None, bundle.latent.size):  # a key does not say that it is a tile
+            raise type(error)(error.what, error.why, f"{error.do} --low-memory") from error
+        raise
+
+
+def compare_once(bundle: Bundle, name: str, plan: Plan, engine: Engine) -> None:
+    """Refuse a plan that computes something else than its graph; one that was compared is not again.
+
+    Args:
+        engine: of the plan, as it was opened.
+
+    Raises:
+        NumericError: with the command that builds the plan again.
+    """
+    if check.known(plan) is None:
+        log.info("comparing the plan of %s with its graph, once", name)
+        do = rebuild_command(plan.key, bundle.reference)
+        if found := check.check(bundle, name, engine, _usual(plan.key), do):
+            check.keep(plan, found)
+
+
+def unusable(bundle: Bundle, plan: Plan, error: engines.EngineLoadError) -> engines.EngineLoadError:
+    """The error of a plan that is whole and does not load, with the command that builds it again."""
+    return engines.EngineLoadError(error.what, error.why, rebuild_command(plan.key, bundle.reference))
+
+
+def _usual(key: PlanKey) -> dict[str, int]:
+    """Sizes to compare a plan with: those that it has, and the usual ones of its ranges."""
+    return {size: usual for size, (_, usual, _) in RANGES.items()} | dict(key.sizes)
+
+
+def sizes_of(
+    bundle: Bundle, images: int, branches: int, *, several: bool = False, low_memory: bool = False
+) -> dict[str, int]:
+    """The sizes of a call, by name.
+
+    Args:
+        images: pictures, of all subjects together.
+        branches: of the guidance.
+        several: whether they have different subjects.
+        low_memory: whether large pictures are decoded in tiles.
+    """
+    side = (tiling.tile_of(bundle) if low_memory else None) or bundle.latent.size
+    rows = images * branches
+    fixed = {"images": images, "branches": branches, "rows": rows, "subjects": rows if several else 1}
+    return {**fixed, "h": side, "w": side}
+
+
+def compile_bundle(
+    bundle: Bundle,
+    backend: str,
+    targets: Sequence[str],
+    sizes: Sizes,
+    names: Sequence[str] = (),
+    *,
+    cache: PlanCache | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Compiled]:
+    """Compile graphs of a bundle for some targets, one by one; each is yielded when it is in the cache.
+
+    Args:
+        backend: one of `PLANNED`.
+        targets: "sm89", ...; "current" is the GPU of this machine, and the only one that TensorRT knows.
+        sizes: as `sizes_of`.
+        names: of the graphs; none means all.
+        force: compile what is in the cache, too.
+
+    Raises:
+        UsageError: no such backend or graph.
+        NumericError: a plan computes something else than its graph.
+        engines.EngineError: a graph cannot be compiled for a target; what was done before stays.
+    """
+    if backend not in PLANNED:
+        why = f"plans are compiled for {', '.join(sorted(PLANNED))}"
+        raise UsageError(f"the backend is {backend!r}", why)
+    unknown = [name for name in names if name not in bundle.graphs]
+    if unknown:
+        raise UsageError(f"a bundle has no graph {unknown[0]!r}", f"it has {', '.join(bundle.graphs)}")
+    cache = cache or PlanCache()
+    for target in targets:
+        for name in names or bundle.graphs:
+            yield _compile(bundle, name, backend, target, sizes, cache, force, progress)
+
+
+def _compile(
+    bundle: Bundle,
+    name: str,
+    backend: str,
+    target: str,
+    sizes: Sizes,
+    cache: PlanCache,
+    force: bool,
+    progress: Progress | None,
+) -> Compiled:
+    vendor = BACKENDS[backend].vendor
+    own = engines.load(backend).target(vendor) if target == CURRENT else ""
+    if name == "vae_decoder":
+        sizes = {**sizes, "images": 1}  # pictures are decoded one by one
+    key = key_of(bundle, name, backend, own or target, sizes)
+    if not force and (known := cache.find(key)):
+        return Compiled(known, None)
+    graph, path = bundle.graphs[name], bundle.graph(name)
+    weights = tuple(spec.name for spec in graph.weights)
+    built: list[Built] = []
+    compared: list[Parity | None] = []
+
+    def write(output: Path) -> None:
+        recipe = Recipe(
+            str(path), str(output), vendor, target, dict(key.sizes), RANGES, weights,
+            str(cache.folder.parent / f"{backend}.timing"),
+        )  # fmt: skip
+        tell = progress or (lambda *_: None)
+        built.append(tensorrt_build.build(recipe, lambda share: tell(name, target, share)))
+        if not own:
+            return  # what is for another GPU is compared when it is opened there
+        with engines.open(path, backend, plan=output, weights=graph.weights) as engine:
+            do = f"use another version of {vendor}"
+            compared.append(check.check(bundle, name, engine, _usual(key), do))
+
+    plan = cache.publish(key, write, bundle=bundle.path.name, graph_name=name, weights=weights)
+    if compared and compared[0]:
+        check.keep(plan, compared[0])
+    return Compiled(plan, built[0])

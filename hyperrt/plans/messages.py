@@ -1,0 +1,67 @@
+"""Plans in messages: who built one and for what, how two differ, and the command that builds one again."""
+
+from __future__ import annotations
+
+import shlex
+
+from hyperrt.plans.record import PlanKey
+
+BACKENDS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}  # name -> its vendor's spelling
+SHOWN = 12  # digits of an id in tables and messages
+USUAL = {"images": 1, "branches": 3}  # what `hyperrt compile` takes where it is told nothing
+
+
+def compile_command(key: PlanKey, bundle: str = "") -> str:
+    """The command that builds the plan of a key; TensorRT's for the GPU of the machine where it is run.
+
+    Words in place of it where it is not known which bundle the plan is for.
+    """
+    if not bundle:
+        return f"compile its bundle with --backend {key.backend}"
+    words = ["hyperrt", "compile", bundle, "--backend", key.backend]
+    if key.backend != "tensorrt":
+        words += ["--target", key.target.split()[0]]
+    sizes = dict(key.sizes)
+    for name, usual in USUAL.items():
+        if sizes.get(name, usual) != usual:
+            words += [f"--{name}", str(sizes[name])]
+    if sizes.get("subjects", 1) > 1:
+        words.append("--several-subjects")
+    return shlex.join(words)
+
+
+def rebuild_command(key: PlanKey, bundle: str = "") -> str:
+    """The commands that remove a plan and build it again."""
+    return again(shlex.join(["hyperrt", "plans", "rm", key.id[:SHOWN]]), key, bundle)
+
+
+def again(first: str, key: PlanKey, bundle: str = "") -> str:
+    """A command, and then the one that builds the plan of a key."""
+    return f"{first} && {compile_command(key, bundle)}" if bundle else first
+
+
+def maker(key: PlanKey) -> str:
+    """Who built a plan: "TensorRT 10.16"."""
+    return f"{BACKENDS.get(key.backend, key.backend)} {key.version}"
+
+
+def builder(key: PlanKey) -> str:
+    """Who built a plan, and for what: "TensorRT 10.16 for sm89"."""
+    return f"{maker(key)} for {key.target}"
+
+
+def sizes(key: PlanKey) -> str:
+    """The sizes that a plan is for: "branches=3 images=1"."""
+    return " ".join(f"{name}={value}" for name, value in key.sizes) or "any size"
+
+
+def differing(key: PlanKey, other: PlanKey) -> str:
+    """Who built a plan, for what, and how, as far as that is not the same for both."""
+    parts = [builder(key)]
+    if key.sizes != other.sizes:
+        parts.append(sizes(key))
+    if key.flags != other.flags:
+        parts.append(", ".join(key.flags) or "no flags")
+    if key.graph != other.graph:
+        parts.append(f"graph {key.graph[:SHOWN]}")
+    return ", ".join(parts)

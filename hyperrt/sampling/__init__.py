@@ -1,0 +1,1 @@
+"""What a request means: prompts, guidance, solvers, the loop and the recipe."""

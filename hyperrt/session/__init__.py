@@ -1,0 +1,1 @@
+"""Runs requests: open graphs, subjects in place, conditioning, pictures in flight."""

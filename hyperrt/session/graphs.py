@@ -1,0 +1,208 @@
+"""The graphs of a bundle on a backend: each is opened when it is first needed, and closed when it is told.
+
+A backend that compiles gets the sizes of a call with the graph, and another engine is made when they change:
+two rows are another program than three.  What it compiles is kept in this user's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hyperrt import engines
+from hyperrt.bundle.bundle import Bundle
+from hyperrt.bundle.manifest import shown
+from hyperrt.engines.base import Engine
+from hyperrt.engines.tensors import listed
+from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
+from hyperrt.plans import build, private_folder
+from hyperrt.plans.build import PLANNED
+from hyperrt.plans.cache import Plan
+from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS, in_range
+from hyperrt.session.adapter import Adapter
+
+# Backends that are faster when they know the sizes.
+COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
+CACHING = frozenset({"openvino"})  # backends that take `cache`
+REFITTING = PLANNED | {"fake", "onnxruntime", "onnxruntime-cuda"}  # backends whose engines have `weights`
+OWN_OPTIONS = {"path", "backend", "threads", "sizes", "device", "plan", "weights"}  # that HyperRT sets
+
+Sizes = Mapping[str, int]
+
+
+class Graphs:
+    """The open graphs of one bundle; not for two threads at once.
+
+    Args:
+        bundle: whose.
+        backend: one of `engines.BACKENDS`, or "auto".
+        threads: CPU threads of one engine call; None lets the backend decide.
+        options: the backend's own, see `engines.open`.
+        device: which GPU, for backends that run on one.
+
+    Raises:
+        BackendMissing: there is no such backend.
+        BundleMismatch: the bundle's LoRA enters by refit, which the backend cannot do.
+        UsageError: `threads` or `device` is out of range, or `device` is not 0 and the backend runs on the
+            processor.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        threads: int | None,
+        options: Mapping[str, Any] | None = None,
+        device: int = 0,
+    ) -> None:
+        self.bundle = bundle
+        in_range("threads", threads, 1, MAX_THREADS)
+        in_range("device", device, 0, MAX_DEVICE)
+        self.backend = _backend(bundle, backend)
+        _check_device(self.backend, device)
+        self._device = device
+        self._threads = threads
+        self._options = dict(options or {})
+        if own := self._options.keys() & OWN_OPTIONS:
+            why = "HyperRT sets it itself; threads and device are arguments of Runtime.open"
+            raise UsageError(f"{min(own)!r} is no backend option", why, "leave it out")
+        self._engines: dict[str, Engine] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._compared: set[str] = set()  # plans, by their sha256
+        self._closed = False
+
+    @property
+    def open_names(self) -> set[str]:
+        """Names of the graphs that are open."""
+        return set(self._engines)
+
+    def open(self, name: str, sizes: Sizes | None = None) -> Engine:
+        """A new engine of a graph, for the caller to close.
+
+        Raises:
+            BundleMismatch: the constants that a refit replaces are not those that the manifest names.
+            NotFound, Incompatible, IntegrityError: there is no plan for this machine, or none to be trusted.
+            NumericError: a plan that is opened for the first time computes something else than its graph.
+            engines.EngineError: it cannot be opened.
+        """
+        plan: Plan | None = None
+        options: dict[str, Any] = {"cache": compile_cache()} if self.backend in CACHING else {}
+        if self.backend == "openvino" and name == "vae_decoder":
+            options["precision"] = "f32"  # it would choose bf16, whose rounding is bands in the picture
+        if self.backend in PLANNED:
+            plan = build.find(self.bundle, name, self.backend, sizes or {}, device=self._device)
+            options = {"plan": plan.path, "weights": self.bundle.graphs[name].weights}
+        fixed = sizes if self.backend in COMPILING else None
+        path = self.bundle.graph(name)
+        try:
+            engine = engines.open(
+                path, self.backend, self._threads, fixed, device=self._device, **options | self._options
+            )
+        except engines.EngineLoadError as error:
+            if plan is None:
+                raise
+            raise build.unusable(self.bundle, plan, error) from error
+        try:
+            self._check_weights(name, engine)
+            if plan is not None and plan.sha256 not in self._compared:
+                build.compare_once(self.bundle, name, plan, engine)
+                self._compared.add(plan.sha256)
+        except BaseException:  # an interruption, too: to compare may take long
+            engine.close()
+            raise
+        return engine
+
+    def engine(self, name: str, sizes: Sizes | None = None) -> Engine:
+        """The engine of a graph, opened if it is not; another one than before where the sizes do not fit it.
+
+        Raises:
+            UsageError: after `close`.
+            BundleMismatch, engines.EngineError: as `open`.
+        """
+        if self._closed:
+            raise UsageError(
+                "the runtime is closed", "close() was called on it", "open another: Runtime.open"
+            )
+        if name in self._engines and not self._fits(name, sizes or {}):
+            self.free(name)
+        if name not in self._engines:
+            self._engines[name] = self.open(name, sizes)
+        return self._engines[name]
+
+    def adapter(self, name: str, vector: str) -> Adapter:
+        """What puts a LoRA into the open graph, which takes the packed `vector` or the factors in it."""
+        if name not in self._adapters:
+            mode = self.bundle.graphs[name].adapt
+            self._adapters[name] = Adapter(self.engine(name), vector, self.bundle.layout, mode)
+        return self._adapters[name]
+
+    def free(self, name: str) -> None:
+        """Close a graph, if it is open."""
+        self._adapters.pop(name, None)
+        if name in self._engines:
+            self._engines.pop(name).close()
+
+    def close(self) -> None:
+        """Close all for good; again does nothing."""
+        self._closed = True
+        for name in list(self._engines):
+            self.free(name)
+
+    def _check_weights(self, name: str, engine: Engine) -> None:
+        """Refuse a graph in which a refit would replace other constants than the manifest says."""
+        said = {spec.name: spec for spec in self.bundle.graphs[name].weights}
+        found = {spec.name: spec for spec in engine.weights}
+        for key in sorted(said.keys() | found.keys()):
+            if said.get(key) != found.get(key):
+                raise BundleMismatch(
+                    f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
+                    f"it has {shown(found.get(key))}; the manifest says {shown(said.get(key))}",
+                    "export the bundle again",
+                )
+
+    def _fits(self, name: str, sizes: Sizes) -> bool:
+        """Whether the sizes that the open engine was made for, if it was, are these."""
+        made_for = {spec.name: spec.shape for spec in self._engines[name].inputs}
+        return all(
+            not isinstance(fixed, int) or fixed == sizes.get(size, fixed)
+            for spec in self.bundle.graphs[name].inputs
+            for size, fixed in zip(spec.shape, made_for.get(spec.name, ()), strict=False)
+            if isinstance(size, str)
+        )
+
+
+def _backend(bundle: Bundle, asked: str) -> str:
+    """The backend that is to run the bundle: one that can refit, where its LoRA enters by that."""
+    found = engines.resolve(asked)
+    if bundle.adapt != "refit" or found in REFITTING:
+        return found
+    if asked == "auto":
+        return "onnxruntime"
+    raise BundleMismatch(
+        f"the backend {found!r} cannot take the LoRA of the bundle {bundle.name}",
+        f"its LoRA enters by refit, and {found} makes constants of it; {listed(REFITTING - {'fake'})} do not",
+        "export the bundle with --adapt inputs, or use another backend",
+    )
+
+
+def _check_device(backend: str, device: int) -> None:
+    """Refuse another device than 0 where there is one alone; whether there is such a GPU its backend says."""
+    if device and not engines.BACKENDS[backend].nvidia:
+        gpus = listed(name for name, one in engines.BACKENDS.items() if one.nvidia)
+        why = f"the backend {backend!r} runs on the processor"
+        raise UsageError(f"the device is {device}", why, f"leave it out, or use a backend of GPUs: {gpus}")
+
+
+def compile_cache() -> Path | None:
+    """This user's folder for compiled graphs, in $HYPERRT_HOME or the XDG cache; made if it is not there.
+
+    None where it cannot be made, is a link, or where others may write: what lies there is run.
+    """
+    try:
+        folder = private_folder.base_folder() / "compiled"
+        private_folder.make_folder(folder)
+        with private_folder.open_folder(folder):
+            return folder
+    except (OSError, HyperRTError):  # no home, a file in the way, a disk that is full or read-only
+        return None

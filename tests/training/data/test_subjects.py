@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hyperrt.errors import BadImage, BadPrompt
+from hyperrt.training.data.subjects import Subject, View, captions_of_text, read
+from tests.training.data_sets import drawn, encoded
+
+CAPTIONS = ("a [V] toy", "a toy")
+
+
+@pytest.mark.parametrize(
+    ("text", "noun", "subject", "generic"),
+    [
+        ("The Red Chair stands here", "red chair", "The [V] Red Chair stands here", None),
+        ("a cat sees a cat", "cat", "a [V] cat sees a cat", None),
+        ("many cats", "cat", "a [V] cat, many cats", None),
+        ("on a beach", "C-3PO (toy)", "a [V] C-3PO (toy), on a beach", None),
+        ("a [v] cat in snow", "cat", "a [V] cat in snow", "a cat in snow"),
+        ("a [V] on a hill", "dog", "a [V] dog on a hill", "a dog on a hill"),
+        ("  a \n cat ", "cat", "a [V] cat", "a cat"),
+    ],
+)
+def test_the_placeholder_goes_before_the_noun_or_before_all(text, noun, subject, generic):
+    assert captions_of_text(text, noun) == (subject, generic or text)
+
+
+@pytest.mark.parametrize("text", ["", "no noun", "bell \a", "x" * 20_000])
+def test_what_is_no_caption_is_refused(text):
+    with pytest.raises(BadPrompt):
+        captions_of_text(text, "" if text == "no noun" else "cat")
+
+
+def test_a_photo_becomes_the_square_in_its_middle(tmp_path):
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 200
+    (tmp_path / "wide.png").write_bytes(encoded(wide))
+    found = read(Subject("toy", (View("wide", tmp_path / "wide.png", CAPTIONS),)), 40)
+    assert found.images.shape == (1, 40, 40, 3)
+    assert (found.images[0, :, 2:-2] == 200).all()
+
+
+def test_photos_that_cannot_be_used_are_left_out_and_the_others_kept(tmp_path):
+    one, other = (encoded(picture) for picture in drawn(2))
+
+    def refuse(_):
+        raise BadImage("x", "it is cut wrongly")
+
+    views = (
+        View("broken", one[:100], ("a", "b")),
+        View("good", one, CAPTIONS),
+        View("again", bytes(bytearray(one)), ("a", "b")),
+        View("cut", other, ("a", "b"), refuse),
+        View("absent", tmp_path / "absent.png", ("a", "b")),
+    )
+    found = read(Subject("toy", views), 64)
+    assert found.captions == [CAPTIONS]
+    assert len(found.images) == 1
+    assert {item.name: item.bad for item in found.left_out} == dict.fromkeys(
+        ("broken", "again", "cut", "absent"), True
+    )
+    assert "the same picture as good" in found.left_out[1].why
+
+
+def test_a_picture_that_views_share_is_made_once():
+    made = []
+
+    def draw():
+        made.append(1)
+        return np.stack(list(drawn(2, 16)))
+
+    views = tuple(View(str(k), draw, CAPTIONS, lambda pictures, k=k: pictures[k]) for k in (0, 1))
+    assert len(read(Subject("toy", views), 16).images) == 2
+    assert len(made) == 1

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperrt.errors import BadInput, NotFound
+from hyperrt.training.data import folders, scenes
+from hyperrt.training.data.subjects import Options
+from hyperrt.training.evaluation import drawn, protocols
+from hyperrt.training.evaluation.protocols import PROTOCOLS, subjects
+
+
+def photo(path: Path, colour: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 40), (colour, 10, 10)).save(path)
+    return path
+
+
+def names(listing: protocols.Listing) -> list[str]:
+    return [entry.name for entry in listing.entries]
+
+
+def test_dreambench_knows_its_subjects_by_their_folders(tmp_path):
+    for name in ("dog2", "dog", "can"):
+        photo(tmp_path / name / "00.png")
+    photo(tmp_path / "loose.png")
+    found = subjects(PROTOCOLS["dreambench"], tmp_path)
+    assert names(found) == ["can", "dog", "dog2"]
+    assert [entry.noun for entry in found.entries] == ["can", "dog", "dog"]
+    assert [entry.pack.name for entry in found.entries] == ["dreambench-objects"] + ["dreambench-live"] * 2
+    missing = protocols.missing(PROTOCOLS["dreambench"], found.entries)
+    assert len(missing) == 27 and "backpack" in missing
+
+
+def test_another_subject_needs_a_noun_and_is_left_out_without(tmp_path):
+    for name in ("can", "rex", "thing"):
+        photo(tmp_path / name / "1.png")
+    (tmp_path / "metadata.csv").write_text(
+        "file,subject,class_noun,live\nrex/1.png,rex,dragon,1\ncan/1.png,can,jar,0\n"
+    )
+    found = subjects(PROTOCOLS["dreambench"], tmp_path)
+    assert [(e.name, e.noun, e.pack.name) for e in found.entries] == [
+        ("can", "can", "dreambench-objects"),  # DreamBench's own noun stands
+        ("rex", "dragon", "dreambench-live"),
+    ]
+    ((name, why),) = found.left_out
+    assert name == "thing" and "class noun" in why
+
+
+def test_a_table_of_nouns_may_begin_with_a_byte_order_mark(tmp_path):
+    photo(tmp_path / "rex" / "1.png")
+    (tmp_path / "metadata.csv").write_text("subject,class_noun\nrex,dragon\n", encoding="utf-8-sig")
+    assert [entry.noun for entry in subjects(PROTOCOLS["dreambench"], tmp_path).entries] == ["dragon"]
+
+
+def test_every_file_and_folder_is_a_face(tmp_path):
+    photo(tmp_path / "2.jpg")
+    photo(tmp_path / "10.jpg")
+    for k in (1, 2):
+        photo(tmp_path / "anna" / f"{k}.png", k)
+    (tmp_path / "list.txt").write_text("no photo")
+    found = subjects(PROTOCOLS["faces"], tmp_path)
+    assert names(found) == ["2.jpg", "10.jpg", "anna"]
+    assert [len(entry.photos().images) for entry in found.entries] == [1, 1, 2]
+    assert {entry.pack.name for entry in found.entries} == {"hyperrt-faces-v1"}
+
+
+def test_of_celeba_hq_the_faces_are_those_that_no_training_sees(tmp_path):
+    for number in ("0", "99", "29799", "29850", "29900", "029950", "29999", "30000"):
+        photo(tmp_path / f"{number}.jpg")
+    (tmp_path / "29901").mkdir()
+    found = subjects(PROTOCOLS["faces"], tmp_path)
+    assert names(found) == ["29900.jpg", "029950.jpg", "29999.jpg"]
+    trained = [subject.views[0].name for subject in folders.celeba(tmp_path, Options()).subjects]
+    assert trained == ["0.jpg", "99.jpg", "29799.jpg"]
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_of_afhq_the_animals_are_those_of_the_test(tmp_path, split):
+    for part, number in (("train", 1), (split, 2)):
+        for kind in ("cat", "dog", "wild"):
+            photo(tmp_path / part / kind / f"{number}.png")
+    found = subjects(PROTOCOLS["afhq"], tmp_path)
+    assert names(found) == ["cat-2.png", "dog-2.png", "wild-2.png"]
+    assert names(found) == names(subjects(PROTOCOLS["afhq"], tmp_path / split))
+
+
+def test_afhq_s_training_pictures_alone_are_refused(tmp_path):
+    photo(tmp_path / "train" / "cat" / "1.png")
+    with pytest.raises(BadInput, match="no animals to evaluate") as caught:
+        subjects(PROTOCOLS["afhq"], tmp_path)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_animal_may_be_called_as_a_split(tmp_path):
+    photo(tmp_path / "val" / "1.png")
+    photo(tmp_path / "rex.png")
+    assert names(subjects(PROTOCOLS["afhq"], tmp_path)) == ["rex.png", "val"]
+
+
+def test_afhq_is_read_as_it_lies_on_the_disk_and_cut_evenly(tmp_path):
+    for kind in ("cat", "dog", "wild"):
+        for k in range(3):
+            photo(tmp_path / kind / f"{k}.png")
+    found = subjects(PROTOCOLS["afhq"], tmp_path)
+    assert len(found.entries) == 9
+    assert names(found.chosen(limit=5)) == ["cat-0.png", "cat-1.png", "dog-0.png", "dog-1.png", "wild-0.png"]
+    assert {entry.noun for entry in found.entries} == {"cat", "dog", "wild animal"}
+
+
+def test_drawn_subjects_need_no_folder_and_are_five_of_each_noun(monkeypatch):
+    monkeypatch.setattr(drawn, "PHOTO_SIZE", 64)  # drawn sixteen times as fast
+    found = subjects(PROTOCOLS["drawn"], None)
+    assert len(set(names(found))) == 40
+    some = found.chosen(limit=8)
+    assert [entry.noun for entry in some.entries] == list(scenes.NOUNS)
+    assert all(len(entry.photos().images) == 4 for entry in some.entries[:2])
+
+
+def test_subjects_are_chosen_by_name_and_a_name_that_is_none_is_refused(tmp_path):
+    for name in ("dog", "can", "vase"):
+        photo(tmp_path / name / "1.png")
+    found = subjects(PROTOCOLS["dreambench"], tmp_path)
+    assert names(found.chosen(only=("vase", "can"))) == ["can", "vase"]
+    with pytest.raises(NotFound, match="no subject 'cat'"):
+        found.chosen(only=("cat",))
+
+
+def test_a_folder_that_is_missing_or_empty_is_an_error(tmp_path):
+    with pytest.raises(NotFound, match="there is no folder"):
+        subjects(PROTOCOLS["faces"], tmp_path / "nowhere")
+    with pytest.raises(NotFound, match="--subjects"):
+        subjects(PROTOCOLS["afhq"], None)
+    (tmp_path / "thing").mkdir()
+    with pytest.raises(BadInput, match="class noun"):
+        subjects(PROTOCOLS["dreambench"], tmp_path)
+    with pytest.raises(BadInput, match="it is empty"):
+        subjects(PROTOCOLS["faces"], (tmp_path / "thing"))
+
+
+def test_photos_that_cannot_be_read_are_named_and_the_others_used(tmp_path):
+    photo(tmp_path / "dog" / "1.png")
+    (tmp_path / "dog" / "2.png").write_bytes(b"broken")
+    (tmp_path / "can").mkdir()
+    dog, can = subjects(PROTOCOLS["dreambench"], tmp_path).chosen(only=("dog", "can")).entries[::-1]
+    found = dog.photos()
+    assert len(found.images) == 1 and np.array_equal(found.images[0][0, 0], [90, 10, 10])
+    assert [name for name, _ in found.rejected] == ["2.png"]
+    with pytest.raises(BadInput):
+        can.photos()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems refuse such names")
+def test_hostile_names_become_names_of_folders_that_cannot_leave_theirs(tmp_path):
+    photo(tmp_path / "a%2fb.png")
+    photo(tmp_path / '"><script>.png')
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes((tmp_path / "a%2fb.png").read_bytes())
+    found = names(subjects(PROTOCOLS["faces"], tmp_path))
+    assert len(set(found)) == 3
+    assert all(name.isascii() and not set(name) & set('/"<>&') for name in found)

@@ -1,0 +1,1 @@
+"""Data sets: layouts of photos, drawn scenes, the cache and what the encoders make of it."""

@@ -1,0 +1,344 @@
+"""What the frozen encoders make of a cache, computed once and kept on the disk beside it.
+
+    latents-*   (N, V, C, h, w)  the VAE's of the pictures, scaled as the UNet takes them
+    features-*  (N, V, T, F)     the image encoder's, which hypernetwork and image prompt read
+    text-*      (n, L, D)        the text encoder's of every different caption; row 0: no text
+    pooled-*    (n, P)           SDXL's pooled text of the same
+
+All float16 and memory-mapped: of ViT-H's 257 tokens a picture has 658 KB, of SDXL's text a caption 315 KB.
+They are written a batch at a time and appear whole. A name ends in a hash of the weights that made the file
+and of what they saw, so that another encoder, or other pictures, make another file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperrt import files
+from hyperrt.bundle.bundle import Preprocess
+from hyperrt.errors import Incompatible, NumericError, ResourceError
+from hyperrt.photos import load
+from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.model.base_model import Encoders, tokens
+from hyperrt.training.run.checkpoint import hash_of
+from hyperrt.training.run.loop import warn
+
+log = logging.getLogger("hyperrt.training")
+
+CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with projection or not
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALVES = (0.5, 0.5, 0.5)  # mean and deviation that take pixels to [-1, 1]
+HASH_DIGITS = 12
+PICTURES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
+PIXELS_AT_ONCE = 1 << 22  # that the VAE encodes at once: 16 pictures of 512 pixels
+LATENTS_COMPARED, MOST_LATENTS_ERROR = 4, 0.1  # pictures; of bf16 it is 0.01, of another VAE about 1
+STATISTICS_NUMBERS = 1 << 26  # 256 MB, and NumPy takes some copies
+
+
+def preprocess_of(config: Any) -> Preprocess:
+    """How pictures become the pixels of an image encoder, in training and in the runtime, which export tells.
+
+    config: the encoder's, of transformers.
+    """
+    clip = config.model_type == CLIP_VISION
+    mean, std = (CLIP_MEAN, CLIP_STD) if clip else (HALVES, HALVES)
+    return Preprocess(config.image_size, mean, std, "bicubic", "center")
+
+
+def encode_pixels(encoder: nn.Module, pixels: Tensor) -> Tensor:
+    """Pixels as the encoder takes them => the features that hypernetwork and image prompt read [n, T, F].
+
+    Of CLIP's vision model what goes into its last layer, as IP-Adapter does: the last layer is trained to
+    leave in the first token what a text can say, and forgets the rest. Of a ViT its output.
+    """
+    if encoder.config.model_type == CLIP_VISION:
+        return encoder(pixels, output_hidden_states=True).hidden_states[-2]
+    return encoder(pixels).last_hidden_state
+
+
+@torch.no_grad()
+def encode_images(base: Encoders, pictures: np.ndarray) -> Tensor:
+    """uint8 [n, H, W, 3] => features [n, T, F]."""
+    device = next(base.image_encoder.parameters()).device
+    pixels = load.preprocess(list(pictures), preprocess_of(base.image_encoder.config))
+    return encode_pixels(base.image_encoder, torch.from_numpy(pixels).to(device))
+
+
+def encode_latents(base: Encoders, pictures: np.ndarray, mirrored: bool = False) -> Tensor:
+    """uint8 [n, S, S, 3] => latents [n, C, h, w] as the UNet takes them: the mean of the VAE's, scaled."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return latents_of_pixels(base, pixels.flip(-1) if mirrored else pixels)
+
+
+@torch.no_grad()
+def latents_of_pixels(base: Encoders, pixels: Tensor) -> Tensor:
+    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of hyperrt.training.run.sample.decode."""
+    encoded = base.vae.encode(pixels.to(next(base.vae.parameters()).device))
+    mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return base.latent_scale.for_unet(mean)
+
+
+def encode_ids(
+    encoder: nn.Module, encoder_2: nn.Module | None, ids: Tensor, ids_2: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Token ids [n, L] => hidden states [n, L, D] and, of an SDXL's two encoders, pooled text [n, P].
+
+    An SDXL's hidden states are those before the last block of each, without the last norm; pooled is the
+    second's.
+    """
+    if encoder_2 is None:
+        return encoder(ids).last_hidden_state, None
+    first = encoder(ids, output_hidden_states=True).hidden_states[-2]
+    second = encoder_2(ids_2, output_hidden_states=True)
+    return torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+@torch.no_grad()
+def encode_prompts(base: Encoders, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """Prompts, padded to the tokenizer's length => hidden states [n, L, D], and an SDXL's pooled [n, P]."""
+    device = next(base.text_encoder.parameters()).device
+    ids = tokens(base.tokenizer, prompts).to(device)
+    ids_2 = None if base.tokenizer_2 is None else tokens(base.tokenizer_2, prompts).to(device)
+    hidden, pooled = encode_ids(base.text_encoder, base.text_encoder_2, ids, ids_2)
+    if base.zero_empty:
+        said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
+        hidden = hidden * said[:, None, None]
+        pooled = None if pooled is None else pooled * said[:, None]
+    return hidden, pooled
+
+
+def encode_text(base: Encoders, prompts: Sequence[str]) -> Tensor:
+    """The hidden states of `encode_prompts`."""
+    return encode_prompts(base, prompts)[0]
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """The text of every caption of a cache, by row; row 0: no text."""
+
+    hidden: np.ndarray  # [captions, L, D] float16
+    pooled: np.ndarray | None  # [captions, P]; of an SDXL
+    subject: np.ndarray  # [N, V] row of the caption with the token
+    generic: np.ndarray  # [N, V] row of the caption without
+
+    def text(self, rows: np.ndarray) -> Tensor:
+        """Hidden states of some rows, fp32 [rows, L, D]."""
+        return torch.from_numpy(self.hidden[rows].astype(np.float32))
+
+    def vectors(self, rows: np.ndarray) -> Tensor:
+        """What the UNet reads of some rows: `text`, and `pooled_text` as one more token behind it, filled up
+        with zeros; so that it goes where the text goes, and `split_vectors` parts them again."""
+        pooled = self.pooled_text(rows)
+        if pooled is None:
+            return self.text(rows)
+        text = self.text(rows)
+        return torch.cat([text, F.pad(pooled, (0, text.shape[-1] - pooled.shape[-1]))[:, None]], dim=1)
+
+    def pooled_text(self, rows: np.ndarray) -> Tensor | None:
+        """An SDXL's pooled text of some rows, fp32 [rows, P]."""
+        return None if self.pooled is None else torch.from_numpy(self.pooled[rows].astype(np.float32))
+
+
+def split_vectors(vectors: Tensor, pooled: int) -> tuple[Tensor, Tensor | None]:
+    """`CaptionTable.vectors` to text [rows, L, D] and pooled text [rows, P]; P is 0 where there is none."""
+    return (vectors[:, :-1], vectors[:, -1, :pooled]) if pooled else (vectors, None)
+
+
+def caption_table(base: Encoders, cache: SceneCache, token: str) -> CaptionTable:
+    """Encodes each different caption of the cache once."""
+    who, views = (index.ravel() for index in np.indices(cache.shape))
+    row_of = {"": 0}
+    subject, generic = (
+        np.array([row_of.setdefault(text, len(row_of)) for text in cache.captions(who, views, word)])
+        for word in (token, None)
+    )
+    texts = list(row_of)
+    name = _text_hash(base, texts)
+    hidden, pooled = cache.path / f"text-{name}.npy", cache.path / f"pooled-{name}.npy"
+    if not hidden.exists() or (base.text_encoder_2 is not None and not pooled.exists()):
+        _write_text(base, texts, hidden, pooled)
+    return CaptionTable(
+        np.load(hidden, mmap_mode="r"),
+        None if base.text_encoder_2 is None else np.load(pooled, mmap_mode="r"),
+        subject.reshape(cache.shape),
+        generic.reshape(cache.shape),
+    )
+
+
+def image_features(base: Encoders, cache: SceneCache) -> np.ndarray:
+    """Features of every picture of the cache, (N, V, T, F) float16, memory-mapped."""
+    name = f"features-{fingerprint(base.image_encoder, cache, preprocess_of(base.image_encoder.config))}.npy"
+    return _of_pictures(cache, name, lambda pictures: encode_images(base, pictures), PICTURES_AT_ONCE)
+
+
+def latents(base: Encoders, cache: SceneCache, mirrored: bool = False) -> np.memmap:
+    """Latents of every picture, or of its mirror image, (N, V, C, h, w) float16, memory-mapped."""
+    name = f"{'mirrored' if mirrored else 'latents'}-{_of_vae(base, cache)}.npy"
+    batch = max(1, min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // cache.images.shape[2] ** 2))
+    return _of_pictures(cache, name, lambda pictures: encode_latents(base, pictures, mirrored), batch)
+
+
+def check_latents(base: Encoders, cache: SceneCache) -> None:
+    """That the latents of a cache are those of this VAE.
+
+    Those of training/prepare.py are told by their name. Of others a few are made again and compared; if they
+    differ, a warning says so: a script may train on latents that are no pictures', to see how fast it is.
+
+    Raises:
+        Incompatible: prepared ones are another's.
+    """
+    what = f"the cache {cache.path} does not fit the base model"
+    meaning = "latents of one VAE mean nothing to another"
+    name = cache.recipe.get("latents")
+    if name is None:
+        if not (error := _latents_error(base, cache)) <= MOST_LATENTS_ERROR:
+            why = f"its latents are {error:.0%} off what the VAE makes of its pictures; {meaning}"
+            warn(what, why, "give --model the base that hyperrt pretrain made with it, or make both anew")
+    elif name != f"latents-{_of_vae(base, cache)}.npy":
+        why = f"it was prepared for a base model with another VAE, and {meaning}"
+        raise Incompatible(what, why, "prepare it again with hyperrt prepare --force")
+
+
+def _latents_error(base: Encoders, cache: SceneCache) -> float:
+    """|z - z'| / |z'| of the latents z that a cache holds and z' that the VAE makes, over a few pictures."""
+    count = min(len(cache.latents), len(cache.images))  # that they are as many is said elsewhere
+    who = np.linspace(0, count - 1, min(count, LATENTS_COMPARED)).astype(int)
+    found = torch.from_numpy(cache.latents[who, 0].astype(np.float32))
+    expected = encode_latents(base, cache.images[who, 0]).cpu()
+    if found.shape != expected.shape:
+        return math.inf
+    return float((found - expected).norm() / expected.norm())
+
+
+def fingerprint(encoder: nn.Module, cache: SceneCache, *more: object) -> str:
+    """Hex digits that stand for the encoder's weights, in fp32 or fp16 but not bf16, and some pictures."""
+    digest = hashlib.sha256(repr((hash_of(encoder, half=True), cache.images.shape, more)).encode())
+    for picture in cache.images[:: max(1, len(cache.images) // 64), 0]:
+        digest.update(picture.tobytes())
+    return digest.hexdigest()[:HASH_DIGITS]
+
+
+def _of_vae(base: Encoders, cache: SceneCache) -> str:
+    """`fingerprint` of the VAE, and of its statistics where it has them: other names stay as they were."""
+    scale = base.latent_scale
+    return fingerprint(base.vae, cache, *([scale] if scale.mean else []))
+
+
+def feature_statistics(features: np.ndarray, sample: int = 512) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [F] over pictures and tokens, from some evenly spaced identities."""
+    sample = min(sample, max(1, STATISTICS_NUMBERS // features[0].size))
+    some = np.asarray(features[:: max(1, len(features) // sample)], np.float32).reshape(
+        -1, features.shape[-1]
+    )
+    return torch.from_numpy(some.mean(0)), torch.from_numpy(some.std(0))
+
+
+def _of_pictures(cache: SceneCache, name: str, encode: Callable[[np.ndarray], Tensor], batch: int) -> Any:
+    """(N, V, ...) of what `encode` makes of each picture; a file of that name is not made again."""
+    path = cache.path / name
+    if not path.exists():
+        parts = _encoded_identities(cache, encode, batch)
+        _write(path, cache.shape, parts, f"{name.partition('-')[0]} of {cache.counts.sum():,} pictures")
+    return np.load(path, mmap_mode="r")
+
+
+def _encoded_identities(
+    cache: SceneCache, encode: Callable[[np.ndarray], Tensor], batch: int
+) -> Iterator[np.ndarray]:
+    """[identities, V, ...] of some identities after the other, each different view encoded once."""
+    identities, views = cache.shape
+    step = max(1, batch // views)
+    for start in range(0, identities, step):
+        counts = cache.counts[start : start + step, None]
+        different = np.arange(views) < counts
+        rows = encode(cache.images[start : start + step][different])
+        yield _half(rows, f"identities {start} to {start + len(counts) - 1}")[
+            np.cumsum(counts)[:, None] - counts + np.arange(views) % counts
+        ]
+
+
+def _half(rows: Tensor, which: str) -> np.ndarray:
+    """float16; what that cannot hold is refused."""
+    with np.errstate(over="ignore"):
+        half = rows.cpu().numpy().astype(np.float16)
+    if not np.isfinite(half).all():
+        why = f"an encoder made NaN, infinity or too large a number of {which}"
+        do = "check the weights of the base model"
+        raise NumericError("what was encoded cannot be trained on", why, do)
+    return half
+
+
+def _write(path: Path, leading: Sequence[int], parts: Iterator[np.ndarray], what: str) -> None:
+    """Writes parts one behind the other as one .npy of the shape (*leading, ...), whole or not at all.
+
+    Raises:
+        ResourceError: the disk is too small for it, which is said after the first part.
+    """
+    began = time.perf_counter()
+
+    def write(file: BinaryIO) -> None:
+        done = 0
+        for part in parts:
+            shape = (*leading, *part.shape[len(leading) :])
+            if not done:
+                _check_room(path.parent, 2 * int(np.prod(shape)), what)
+                header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(part.tobytes())
+            before, done = done, done + len(part)
+            if done * 10 // leading[0] > before * 10 // leading[0]:
+                seconds = time.perf_counter() - began
+                log.info("%s: %d %% in %.0f s", what, 100 * done // leading[0], seconds)
+
+    files.publish(path, write, force=True)
+
+
+def _check_room(folder: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        why = f"{needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free"
+        what = f"the disk of {folder} has no room for the {what}"
+        raise ResourceError(what, why, "make room, or use another disk")
+
+
+def _write_text(base: Encoders, texts: Sequence[str], hidden: Path, pooled: Path) -> None:
+    seconds: list[np.ndarray] = []
+
+    def parts() -> Iterator[np.ndarray]:
+        for start in range(0, len(texts), PROMPTS_AT_ONCE):
+            which = f"captions {start} to {start + PROMPTS_AT_ONCE - 1}"
+            states, second = encode_prompts(base, texts[start : start + PROMPTS_AT_ONCE])
+            if second is not None:
+                seconds.append(_half(second, which))
+            yield _half(states, which)
+
+    _write(hidden, (len(texts),), parts(), f"text of {len(texts):,} captions")
+    if seconds:
+        files.publish(pooled, lambda file: np.save(file, np.concatenate(seconds)), force=True)
+
+
+def _text_hash(base: Encoders, texts: Sequence[str]) -> str:
+    """Hex digits that stand for the text encoders, their tokenizers, and the texts."""
+    digest = hashlib.sha256()
+    for encoder in (base.text_encoder, base.text_encoder_2):
+        if encoder is not None:
+            digest.update(hash_of(encoder, half=True).encode())
+    for tokenizer in (base.tokenizer, base.tokenizer_2):
+        if tokenizer is not None:
+            about = sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token
+            digest.update(repr(about).encode())
+    digest.update(repr((base.zero_empty, texts)).encode())
+    return digest.hexdigest()[:HASH_DIGITS]

@@ -1,0 +1,154 @@
+"""Layouts of photos in folders: one folder per subject, CelebA-HQ, AFHQ-v2.
+
+    folders  DIR/SUBJECT/*.jpg, as DreamBench lies; or DIR/*.jpg, one subject. The noun of its class is
+             that of SUBJECT/class.txt, or "class_noun" of SUBJECT/metadata.json, or that of
+             DIR/prompts_and_classes.txt (the file of google/dreambooth), or of the option --noun
+    celeba   DIR/0.jpg ... 29999.jpg; each photo is a subject; 29,800 train, the last 100 are for evaluation
+    afhq     DIR/{train,test}/{cat,dog,wild}/*.png; each photo is a subject
+
+Links are not followed, pipes and devices not opened, hidden files not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hyperrt.errors import BadInput, BadPrompt, NotFound
+from hyperrt.photos import load
+from hyperrt.sampling import prompts
+from hyperrt.training.data.subjects import Captions, Found, LeftOut, Options, Subject, View, captions_of_noun
+
+MOST_VIEWS = 8  # of one subject, where the user says nothing else
+CLASS_FILE, METADATA, TABLE = "class.txt", "metadata.json", "prompts_and_classes.txt"
+MAX_TEXT = 65_536  # bytes of such a file
+CELEBA = {"train": range(29_800), "eval": range(29_900, 30_000)}  # the paper does not use the 100 between
+AFHQ = {"cat": "cat", "dog": "dog", "wild": "wild animal"}  # folder -> noun
+AFHQ_SPLITS = {"train": ("train",), "eval": ("test", "val")}  # "val" is that of AFHQ's first version
+
+
+def folders(source: Path, options: Options) -> Found:
+    """One folder per subject.
+
+    Raises:
+        NotFound, BadInput: there is no such folder; no photo is in it; a subject does not say what it is.
+    """
+    found = {folder: _photos(folder) for folder in _folders(source)} or {source: _photos(source)}
+    if not any(found.values()):
+        why = f"neither it nor one of its {len(found):,} folders has a file named like a photo"
+        raise BadInput(f"{source} holds no photos", why, "name a folder that has one folder for each subject")
+    table = _class_table(source)
+    most = options.views or MOST_VIEWS
+    subjects: list[Subject | LeftOut] = []
+    for folder, photos in found.items():
+        if not photos:
+            subjects.append(LeftOut(folder.name, "it holds no photos"))
+            continue
+        noun = _noun(folder, table, options.noun)
+        views = [_view(path, folder.name, captions_of_noun(noun)) for path in photos[:most]]
+        subjects.append(Subject(noun, tuple(views)))
+    return Found(iter(subjects), min(most, max(map(len, found.values()))))
+
+
+def celeba(source: Path, options: Options) -> Found:
+    """CelebA-HQ: numbered photos of faces. Errors as `folders`."""
+    photos = _photos(source)
+    wanted = CELEBA[options.split]
+    subjects: list[Subject | LeftOut] = []
+    for path in photos:
+        if number(path) is None:
+            subjects.append(LeftOut(path.name, "its name is no number"))
+        elif number(path) in wanted:
+            subjects.append(Subject("face", (_view(path, "", captions_of_noun("face")),)))
+    if not any(isinstance(subject, Subject) for subject in subjects):
+        why = f"of its {len(photos):,} photos none is numbered from {wanted.start:,} to {wanted.stop - 1:,}"
+        what = f"{source} has no photos of the split {options.split!r}"
+        raise BadInput(what, why, "check --source and --split")
+    return Found(iter(subjects), 1)
+
+
+def number(path: Path) -> int | None:
+    """That of CelebA-HQ's photo, "00012.jpg"; None where the name is no number."""
+    return int(path.stem[:18]) if path.stem.isascii() and path.stem.isdigit() else None
+
+
+def afhq(source: Path, options: Options) -> Found:
+    """AFHQ-v2: animals in three classes, in an order in which these are mixed. Errors as `folders`."""
+    names = AFHQ_SPLITS[options.split]
+    folder = next((source / name for name in names if (source / name).is_dir()), None)
+    if folder is None:
+        why = f"it has no folder {' or '.join(names)}"
+        raise NotFound(f"{source} is not AFHQ", why, "name the folder that holds train and test")
+    subjects = [
+        Subject(noun, (_view(path, kind, captions_of_noun(noun)),))
+        for kind, noun in AFHQ.items()
+        if (folder / kind).is_dir()
+        for path in _photos(folder / kind)
+    ]
+    if not subjects:
+        why = f"wanted are photos in its folders {', '.join(AFHQ)}"
+        raise BadInput(f"{folder} holds no photos", why, "check --source")
+    subjects.sort(key=lambda subject: hashlib.sha256(os.fsencode(subject.views[0].name)).digest())
+    return Found(iter(subjects), 1)
+
+
+def _view(path: Path, folder: str, captions: Captions) -> View:
+    return View(f"{folder}/{path.name}" if folder else path.name, path, captions)
+
+
+def _folders(source: Path) -> Iterator[Path]:
+    for entry in load.entries(source):
+        if entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
+
+
+def _photos(folder: Path) -> list[Path]:
+    """What is named like a photo, in natural order; whether it is one is seen when it is read."""
+    return [
+        Path(entry.path)
+        for entry in load.entries(folder)
+        if Path(entry.name).suffix.lower() in load.SUFFIXES and not entry.is_dir(follow_symlinks=False)
+    ]
+
+
+def _noun(folder: Path, table: dict[str, str], otherwise: str | None) -> str:
+    """What a subject is, by the first that says it."""
+    found = _text(folder / CLASS_FILE) or _from_json(folder / METADATA) or table.get(folder.name) or otherwise
+    name = load.printable(folder.name)
+    do = f"say it for all of them: --noun dog; or for this one: {CLASS_FILE} in its folder"
+    if not found:
+        raise BadInput(f"it is not known what the subject {name!r} is", "captions need a noun", do)
+    try:
+        return prompts.check_text(found, "class noun")
+    except BadPrompt as error:
+        raise BadInput(f"the class of the subject {name!r} is no noun", error.what, do) from error
+
+
+def _from_json(path: Path) -> str | None:
+    text = _text(path)
+    if text is None:
+        return None
+    try:
+        noun = json.loads(text)["class_noun"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        why = f"it has no class_noun: {type(error).__name__}"
+        raise BadInput(f"{path} cannot be used", why, 'write {"class_noun": "dog"} into it') from error
+    return str(noun)
+
+
+def _class_table(source: Path) -> dict[str, str]:
+    """{subject: class} of the first part of google/dreambooth's file; empty where there is none."""
+    classes, _, _ = (_text(source / TABLE) or "").partition("Prompts")
+    rows = [line.split(",") for line in classes.splitlines()]
+    return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+
+
+def _text(path: Path) -> str | None:
+    """A small text file; None where there is none."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(MAX_TEXT).decode("utf-8-sig", errors="replace").strip()
