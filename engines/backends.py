@@ -41,11 +41,11 @@ BACKENDS = {
     ),
     "openvino": Backend("openvino", "openvino", "pip install 'hyperrt[openvino]'", loads_fp32=True),
     "tensorrt": Backend(
-        "tensorrt", "tensorrt", "pip install 'hyperrt[tensorrt]'", nvidia=True,
+        "nvidia.tensorrt", "tensorrt", "pip install 'hyperrt[tensorrt]'", nvidia=True,
         options={"vendor": "tensorrt"},
     ),
     "tensorrt-rtx": Backend(
-        "tensorrt", "tensorrt_rtx", "pip install 'hyperrt[tensorrt-rtx]'", nvidia=True,
+        "nvidia.tensorrt", "tensorrt_rtx", "pip install 'hyperrt[tensorrt-rtx]'", nvidia=True,
         options={"vendor": "tensorrt_rtx"},
     ),
 }  # fmt: skip

@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from hyperrt.errors import NotFound, ResourceError, UsageError
-from hyperrt.file_errors import EXISTS, already, explained, not_writable
+from hyperrt.errors import EXISTS, NotFound, ResourceError, UsageError, already, explained, not_writable
 
 _POSIX = os.name == "posix"
 if _POSIX:

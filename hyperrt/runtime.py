@@ -7,7 +7,7 @@ latents -> pixels             once per picture   vae_decoder
 
 rows = branches x images, branch-major: row = branch * images + image.  gate[row] is the LoRA's strength
 there, 0 on rows of the base model.  Engines are opened when they are first needed.
-Source: arXiv 2511.03156, HM-CFG (eq. 20); a subject's rows and base rows share one call.
+Source: arXiv 2511.03156, HM-CFG (eq. 20).
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from hyperrt.lora import layout
 from hyperrt.lora.combine import check_way
 from hyperrt.lora.subject import Subject
 from hyperrt.photos.load import preprocess
-from hyperrt.sampling import loop
-from hyperrt.sampling.loop import Feeds, Step
+from hyperrt.sampling.loop import Feeds, Step, denoise, initial_noise, noise_generators
 from hyperrt.sampling.options import SamplingConfig
 from hyperrt.sampling.prompts import noun_of_trigger
 from hyperrt.sampling.request import Job, check, pairs_of, plan
@@ -46,7 +45,6 @@ from hyperrt.session.personalizer import Photos, check_finite, origin, read_phot
 from hyperrt.session.pictures import Pictures, check_not_flat, pictures_from_pixels
 
 Floats = NDArray[np.float32]
-FEWER = "end other programs, or use a smaller batch (--batch-size)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,10 +275,10 @@ class Runtime:
         finished = []
         for batch, start in enumerate(starts):
             count, seed = min(job.batch_size, job.n - start), job.seed + start
-            noise = loop.initial_noise(seed, shape, count) * np.float32(job.table.initial_scale)
-            generators = [one for _ in range(pairs) for one in loop.noise_generators(seed, count)]
+            noise = initial_noise(seed, shape, count) * np.float32(job.table.initial_scale)
+            generators = [one for _ in range(pairs) for one in noise_generators(seed, count)]
             noises = np.tile(noise, (pairs, 1, 1, 1))  # image = pair * count + k
-            for step in loop.denoise(self._stepper(job, count), job.table, noises, generators):
+            for step in denoise(self._stepper(job, count), job.table, noises, generators):
                 check_finite({"latents": step.latents}, f"the picture at step {step.index + 1}")
                 yield dataclasses.replace(step, index=batch * steps + step.index, total=len(starts) * steps)
             latents = np.asarray(step.latents)
@@ -308,9 +306,9 @@ class Runtime:
             return
         rows = len(job.gate) * min(job.batch_size, job.n)
         low = memory.to_draw(self.bundle, rows, low_memory=True, loads_fp32=backend.loads_fp32)
-        advice = FEWER
+        advice = fewer = "end other programs, or use a smaller batch (--batch-size)"
         if low and not self._low_memory:
-            advice = f"use --low-memory (low_memory=True), which needs about {low / 1e9:.1f} GB, or {FEWER}"
+            advice = f"use --low-memory (low_memory=True), which needs about {low / 1e9:.1f} GB, or {fewer}"
         is_open = self._graphs.open_names
         needed = memory.to_draw(self.bundle, rows, self._low_memory, is_open, backend.loads_fp32)
         memory.check(needed, "drawing", advice)
@@ -370,7 +368,7 @@ class Runtime:
         if latents.ndim != 4 or not len(latents):
             raise UsageError(f"the latents are {list(latents.shape)}", "they must be [n, C, h, w]")
         pictures = []
-        tile = tiling.tile_of(self.bundle) if self._low_memory else None
+        tile = memory.tile_of(self.bundle) if self._low_memory else None
         for k in range(len(latents)):
             with self._lock:
                 one = latents[k : k + 1]

@@ -32,8 +32,8 @@ from tests.pasting import commands_in
 
 AWKWARD = "it's (a) folder"  # in which commands without quotes fall apart
 # Messages that are pasted by the tests of their own module.
-IMAGES = "tests/hyperrt/test_cli_images.py"
-LORA = "tests/hyperrt/test_lora_advice.py"
+IMAGES = "tests/hyperrt/cli/test_images.py"
+LORA = "tests/hyperrt/lora/test_layout_advice.py"
 ABSENT = "test_a_file_that_is_not_there_leads_to_how_one_is_made"
 LINKS = "test_a_folder_of_links_is_refused_with_the_command_that_names_the_files"
 ELSEWHERE = {

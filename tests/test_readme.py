@@ -4,7 +4,7 @@ A comment on the line before a block says how it is treated; without one it is r
 
     <!-- ci: NAME -->        a command that .ci/run executes in a fresh environment; here without its pip part
     <!-- not run: why -->    its commands are only compared with their --help
-    <!-- tree -->            the annotated tree
+    <!-- folders -->         the annotated folders
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_every_block_is_run_or_says_why_not():
     fences = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("```")]
     assert len(fences) == 2 * len(blocks()), "a block without a language is not seen by these tests"
     others = [block for block in blocks() if block.language not in INTERPRETERS]
-    assert [block.mark for block in others] == ["tree"]
+    assert [block.mark for block in others] == ["folders"]
     not_run = [block.mark for block in blocks() if block.mark.startswith("not run")]
     assert all(re.fullmatch(r"not run: \S.*", mark) for mark in not_run), "a block says why it is not run"
 
@@ -140,9 +140,11 @@ def test_the_two_commands_of_ci_are_there():
 
 
 def tree() -> list[str]:
-    """The paths of the README's tree, each of which has something said about it."""
+    """The paths of the tree in docs/architecture.md, each with a description."""
     paths, folder = [], ""
-    for line in marked("tree").code.splitlines():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = next(m for m in BLOCK.finditer(text) if m["mark"] == "tree")
+    for line in block["code"].splitlines():
         name, _ = line.split(maxsplit=1)
         if not line.startswith(" "):
             folder = name
@@ -157,10 +159,10 @@ def test_the_tree_names_every_module_once_and_nothing_else():
         for path in (ROOT / package).rglob("*.py")
         if not path.name.startswith("__")
     }
-    in_readme = [path for path in tree() if path.endswith(".py")]
-    assert not on_disk - set(in_readme), "add to the tree"
-    assert not set(in_readme) - on_disk, "gone from the disk"
-    assert len(in_readme) == len(on_disk), "named twice"
+    described = [path for path in tree() if path.endswith(".py")]
+    assert not on_disk - set(described), "add to the tree"
+    assert not set(described) - on_disk, "gone from the disk"
+    assert len(described) == len(on_disk), "named twice"
 
 
 def test_the_tree_has_no_folder_that_is_not_there():

@@ -29,8 +29,7 @@ from hyperrt.bundle.manifest import (
     Prompts,
 )
 from hyperrt.bundle.onnx_file import external_files
-from hyperrt.errors import BundleError, BundleMismatch, NotFound, UsageError
-from hyperrt.plans.private_folder import SCARCE
+from hyperrt.errors import SCARCE, BundleError, BundleMismatch, NotFound, UsageError
 from hyperrt.strict_json import StrictError
 
 __all__ = [

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import ResourceError
-from hyperrt.session import tiling
 
+TILE = 512  # pixels: a picture up to this size is decoded whole, a larger one in tiles of it
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 DRAWING = ("text_encoder", "context", "denoiser", "vae_decoder")  # in the order in which they run
@@ -105,7 +105,7 @@ def _in_fp32(bundle: Bundle, name: str) -> int:
 
 def _of_decoding(bundle: Bundle, low_memory: bool) -> int:
     whole = bundle.graphs["vae_decoder"].row_bytes
-    tile = tiling.tile_of(bundle) if low_memory else None
+    tile = tile_of(bundle) if low_memory else None
     return math.ceil(whole * (tile / bundle.latent.size) ** 2) if tile else whole
 
 
@@ -138,3 +138,13 @@ def _of_cgroup() -> int | None:
         if limit.isdigit():
             return max(0, int(limit) - int(used) + int(stat.get(cached, 0)))
     return None
+
+
+def tile_of(bundle: Bundle) -> int | None:
+    """Side of a tile in latents, 512 pixels; None where the picture is small or the graph's size is fixed."""
+    if bundle.image_size <= TILE:
+        return None
+    latents = next(spec for spec in bundle.graphs["vae_decoder"].inputs if spec.name == "latents")
+    if not all(isinstance(size, str) for size in latents.shape[2:]):
+        return None
+    return TILE * bundle.latent.size // bundle.image_size

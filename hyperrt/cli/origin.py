@@ -46,7 +46,7 @@ def origin_of(context: click.Context, name: str) -> str:
     if source is ParameterSource.ENVIRONMENT:
         return f"the environment variable {context.auto_envvar_prefix}_{name.upper()}"
     if source is ParameterSource.DEFAULT_MAP:
-        return f"the config file {context.meta.get('hyperrt.sampling.options', '')}"
+        return f"the config file {context.meta.get('hyperrt.config', '')}"
     return ""
 
 

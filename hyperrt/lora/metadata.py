@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyperrt.lora.safetensors_file import shown
-from hyperrt.sampling.prompts import triggers_in
 
 REQUIRED = ("base_model", "hypernet", "class_noun", "photos", "trigger")
 # What other programs want to know: family of the base model, pixels, "epsilon", and of the open category how
@@ -43,6 +42,11 @@ def trigger_of(metadata: Mapping[str, str]) -> str:
     """What another program's file says to write in a prompt, triggers with commas between them, or ""."""
     found = triggers_in(metadata.get("modelspec.trigger_phrase", ""))[:MAX_TRIGGERS]
     return ", ".join(trigger for trigger in found if len(trigger) <= MAX_NOUN and trigger.isprintable())
+
+
+def triggers_in(text: str) -> list[str]:
+    """The triggers that commas separate."""
+    return [" ".join(part.split()) for part in text.split(",") if part.strip()]
 
 
 def base_of(metadata: Mapping[str, str]) -> str:

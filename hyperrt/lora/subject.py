@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from hyperrt.arguments import Checked
 from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.errors import LoraMismatch, UsageError
 
 Vector = NDArray[np.float32]
 
@@ -67,3 +69,58 @@ class LoraOnDevice(Mapping[str, Vector]):
 
     def __reduce__(self) -> Any:  # what is pickled is on the host
         return dict, (dict(self),)
+
+
+def only_subject(subjects: Iterable[Subject | None]) -> Subject | None:
+    """The subject of a call whose rows share one LoRA; None if all are the base model, whose gate is 0.
+
+    Raises:
+        UsageError: there are several.
+    """
+    different = [*dict.fromkeys(subject for subject in subjects if subject is not None)]
+    if len(different) > 1:
+        raise UsageError(
+            f"{len(different)} subjects cannot share a call of this bundle",
+            "its LoRA is part of the graph, one for all rows (adapt is 'refit')",
+            "draw them one after the other, or export the bundle with --adapt inputs",
+        )
+    return different[0] if different else None
+
+
+def packed(subject: Subject | None, name: str, size: int, there: bool = False) -> Vector | DeviceArray:
+    """The packed vector [size] of a subject; zeros for the base model.
+
+    Args:
+        there: leave it on the device, where it is on one.
+
+    Raises:
+        LoraMismatch: the subject has another number of weights.
+    """
+    if subject is None:
+        return np.zeros(size, np.float32)
+    if there and isinstance(subject.lora, LoraOnDevice):
+        vector: Vector | DeviceArray = subject.lora.there[name]
+    else:
+        vector = _on_host(subject, name)
+    if vector.shape != (size,):
+        raise LoraMismatch(
+            "the subject does not fit the bundle",
+            f"its {name} holds {math.prod(vector.shape)} weights, the bundle's {size}",
+            "make it again from its photos, with this bundle",
+        )
+    return vector
+
+
+def _on_host(subject: Subject, name: str) -> Vector:
+    """A vector of the subject as float32; what is too large becomes infinite.
+
+    Raises:
+        LoraMismatch: it is no array of floats.
+    """
+    try:
+        found = np.asarray(subject.lora.get(name))
+        with np.errstate(over="ignore"):
+            return found.astype(np.float32, casting="same_kind", copy=False)
+    except (TypeError, ValueError) as error:
+        why = f"its {name} is no array of floats: {error}"
+        raise LoraMismatch("the subject cannot be used", why, "make it again with this bundle") from error

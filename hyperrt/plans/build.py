@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hyperrt import engines
 from hyperrt.bundle.bundle import Bundle
+from hyperrt.bundle.memory import tile_of
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.base import Engine
 from hyperrt.engines.nvidia import tensorrt_build
@@ -24,7 +25,6 @@ from hyperrt.plans import check
 from hyperrt.plans.cache import Plan, PlanCache, PlanKey, graph_hash
 from hyperrt.plans.check import Parity
 from hyperrt.plans.messages import rebuild_command
-from hyperrt.session import tiling
 
 log = logging.getLogger("hyperrt")
 
@@ -140,7 +140,7 @@ def sizes_of(
         several: whether they have different subjects.
         low_memory: whether large pictures are decoded in tiles.
     """
-    side = (tiling.tile_of(bundle) if low_memory else None) or bundle.latent.size
+    side = (tile_of(bundle) if low_memory else None) or bundle.latent.size
     rows = images * branches
     fixed = {"images": images, "branches": branches, "rows": rows, "subjects": rows if several else 1}
     return {**fixed, "h": side, "w": side}

@@ -16,10 +16,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from hyperrt.errors import IntegrityError, NotFound, ResourceError, UsageError
+from hyperrt.errors import SCARCE, IntegrityError, NotFound, ResourceError, UsageError
 
 _POSIX = os.name == "posix"
-SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _FULL = {errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 _CODE = "what lies there is executable code"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt import strict_json
-from hyperrt.errors import IntegrityError
+from hyperrt.errors import SCARCE, IntegrityError
 from hyperrt.plans import private_folder
 
 PLAN, RECORD = "plan", "plan.json"
@@ -176,7 +176,7 @@ def _decode(data: bytes) -> Record:
 
 
 def _unreadable(path: Path, error: OSError) -> Exception:
-    if isinstance(error, FileNotFoundError) or error.errno in private_folder.SCARCE:
+    if isinstance(error, FileNotFoundError) or error.errno in SCARCE:
         return error
     return IntegrityError(f"{path} cannot be read", error.strerror or str(error))
 

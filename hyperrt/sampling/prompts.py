@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from hyperrt.errors import BadPrompt
+from hyperrt.lora.metadata import triggers_in
 
 MAX_CHARACTERS = 10_000  # some 30 times what fits a text encoder
 
@@ -114,11 +115,6 @@ def split_for_trigger(
     first = next(iter(triggers_in(trigger)), "")
     text = check_text(prompt, "prompt")
     return Prompts(_with_trigger(text, first, placeholder), plain.generic) if first else plain
-
-
-def triggers_in(text: str) -> list[str]:
-    """The triggers that commas separate."""
-    return [" ".join(part.split()) for part in text.split(",") if part.strip()]
 
 
 def noun_of_trigger(trigger: str, nouns: Collection[str], otherwise: str) -> str:

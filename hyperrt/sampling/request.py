@@ -23,10 +23,9 @@ from hyperrt.arguments import taken
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
 from hyperrt.lora.layout import VECTORS, check_tokens
-from hyperrt.lora.subject import Subject
+from hyperrt.lora.subject import Subject, only_subject, packed
 from hyperrt.sampling import guidance, prompt_syntax, prompts, solvers
 from hyperrt.sampling.options import SamplingConfig, check_needs_subject
-from hyperrt.session.adapter import packed, the_one
 
 log = logging.getLogger("hyperrt")
 
@@ -160,7 +159,7 @@ def plan(
         if subject is not None:
             _check_subject(subject, bundle)
     if bundle.adapt == "refit":
-        the_one(subjects)
+        only_subject(subjects)
     known = [subject is not None for subject in subjects]
     settings = settings_of(bundle, any(known), options)
     branches = _branches(settings)

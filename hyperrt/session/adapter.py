@@ -12,18 +12,16 @@ On a device either way reads the factors where the weight decoder wrote them (`L
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.engines.base import Engine, EngineUnusable
-from hyperrt.engines.dlpack import DeviceArray, concatenate
-from hyperrt.errors import BundleMismatch, LoraMismatch, UsageError
+from hyperrt.engines.dlpack import concatenate
+from hyperrt.errors import BundleMismatch
 from hyperrt.lora.layout import LoraLayout
-from hyperrt.lora.subject import LoraOnDevice, Subject, Vector
+from hyperrt.lora.subject import Subject, Vector, only_subject, packed
 
 TOKENS = 16  # of one row that are written at a time: SDXL's K and V of so many stay in a processor's cache
 
@@ -68,7 +66,7 @@ class Adapter:
                 `put` succeeds.
         """
         if self._mode == "refit":
-            subjects = (the_one(subjects),)
+            subjects = (only_subject(subjects),)
         if subjects == self.held:  # subjects compare by identity
             return
         size, there = self._layout.size(self._name), self._engine.on_device
@@ -85,61 +83,6 @@ class Adapter:
         except EngineUnusable:
             self.held = ()
             raise
-
-
-def the_one(subjects: Iterable[Subject | None]) -> Subject | None:
-    """The subject of a call whose rows share one LoRA; None if all are the base model, whose gate is 0.
-
-    Raises:
-        UsageError: there are several.
-    """
-    different = [*dict.fromkeys(subject for subject in subjects if subject is not None)]
-    if len(different) > 1:
-        raise UsageError(
-            f"{len(different)} subjects cannot share a call of this bundle",
-            "its LoRA is part of the graph, one for all rows (adapt is 'refit')",
-            "draw them one after the other, or export the bundle with --adapt inputs",
-        )
-    return different[0] if different else None
-
-
-def packed(subject: Subject | None, name: str, size: int, there: bool = False) -> Vector | DeviceArray:
-    """The packed vector [size] of a subject; zeros for the base model.
-
-    Args:
-        there: leave it on the device, where it is on one.
-
-    Raises:
-        LoraMismatch: the subject has another number of weights.
-    """
-    if subject is None:
-        return np.zeros(size, np.float32)
-    if there and isinstance(subject.lora, LoraOnDevice):
-        vector: Vector | DeviceArray = subject.lora.there[name]
-    else:
-        vector = _on_host(subject, name)
-    if vector.shape != (size,):
-        raise LoraMismatch(
-            "the subject does not fit the bundle",
-            f"its {name} holds {math.prod(vector.shape)} weights, the bundle's {size}",
-            "make it again from its photos, with this bundle",
-        )
-    return vector
-
-
-def _on_host(subject: Subject, name: str) -> Vector:
-    """A vector of the subject as float32; what is too large becomes infinite.
-
-    Raises:
-        LoraMismatch: it is no array of floats.
-    """
-    try:
-        found = np.asarray(subject.lora.get(name))
-        with np.errstate(over="ignore"):
-            return found.astype(np.float32, casting="same_kind", copy=False)
-    except (TypeError, ValueError) as error:
-        why = f"its {name} is no array of floats: {error}"
-        raise LoraMismatch("the subject cannot be used", why, "make it again with this bundle") from error
 
 
 def write_context(

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from hyperrt.engines.dlpack import DeviceArray, concatenate
 from hyperrt.engines.tensors import Tensors
-from hyperrt.lora.subject import Subject
+from hyperrt.lora.subject import Subject, packed
 from hyperrt.sampling import prompts
 from hyperrt.sampling.request import Job
 from hyperrt.sampling.tokenizer import Tokenizer
-from hyperrt.session.adapter import packed, write_context
+from hyperrt.session.adapter import write_context
 from hyperrt.session.graphs import Graphs
 from hyperrt.session.personalizer import check_finite
 

@@ -12,22 +12,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt.bundle.bundle import Bundle
-
-LARGE = 512  # pixels: a picture up to this size is decoded whole
 SHARE = 4  # a tile overlaps its neighbour by this part of itself
 
 Floats = NDArray[np.float32]
-
-
-def tile_of(bundle: Bundle) -> int | None:
-    """Side of a tile in latents, 512 pixels; None where the picture is small or the graph's size is fixed."""
-    if bundle.image_size <= LARGE:
-        return None
-    latents = next(spec for spec in bundle.graphs["vae_decoder"].inputs if spec.name == "latents")
-    if not all(isinstance(size, str) for size in latents.shape[2:]):
-        return None
-    return LARGE * bundle.latent.size // bundle.image_size
 
 
 def decode(run: Callable[[Floats], Floats], latents: Floats, tile: int) -> Floats:

@@ -24,6 +24,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from hyperrt import engines
+from hyperrt.engines import nvidia
 from tests.engines.fake_cudart import Code, Cuda
 
 __all__ = ["Code", "Cuda", "TensorRT", "build", "install", "machine", "open_plan"]
@@ -291,8 +292,8 @@ def install(monkeypatch, vendor="tensorrt") -> tuple[Cuda, TensorRT]:
     bindings.runtime = cuda
     package.bindings = bindings
     for name in ("cuda", "tensorrt"):
-        monkeypatch.delitem(sys.modules, f"hyperrt.engines.{name}", raising=False)
-        monkeypatch.delattr(engines, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"hyperrt.engines.nvidia.{name}", raising=False)
+        monkeypatch.delattr(nvidia, name, raising=False)
     for name, module in {"cuda": package, "cuda.bindings": bindings, vendor: trt}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return cuda, trt

@@ -14,7 +14,7 @@ PROMPT = "a [V] robot on the beach"
 # The command line with the fake graphs, as a process that says "ready" when it starts; WAIT slows steps down.
 PROCESS = """
 import sys, time
-from hyperrt import cli
+from hyperrt.cli import main as cli
 true_run = cli.run
 def run(arguments):
     print("ready", file=sys.stderr, flush=True)

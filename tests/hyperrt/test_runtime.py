@@ -11,7 +11,6 @@ from hyperrt import engines
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
 from hyperrt.runtime import Runtime
 from hyperrt.sampling import guidance, loop, solvers
-from hyperrt.sampling import options as config
 from hyperrt.sampling.recipe import options_of
 from hyperrt.session.pictures import pictures_from_pixels
 from tests.hyperrt import fake_bundle
@@ -93,7 +92,7 @@ def test_seed_zero_is_a_seed(runtime):
 
 @pytest.mark.parametrize("options", [{}, {"seed": None}, {"seed": -1}], ids=str)
 def test_a_seed_that_was_not_given_is_told_and_draws_the_picture_again(runtime, monkeypatch, options):
-    monkeypatch.setattr(config, "random_seed", lambda pictures: 2**32 - pictures)
+    monkeypatch.setattr("hyperrt.sampling.options.random_seed", lambda pictures: 2**32 - pictures)
     result = runtime.generate("a robot", n=2, **options)
     assert result.seeds == (2**32 - 2, 2**32 - 1) and result.recipe["seed"] == 2**32 - 2
     again = runtime.generate("a robot", seed=result.seeds[1])

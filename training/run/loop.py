@@ -27,8 +27,7 @@ from torch.optim import Optimizer
 
 from hyperrt import files
 from hyperrt.engines.errors import EngineError
-from hyperrt.errors import HyperRTError, IntegrityError, NumericError
-from hyperrt.file_errors import explained
+from hyperrt.errors import HyperRTError, IntegrityError, NumericError, explained
 from hyperrt.training.run import device, distributed
 
 log = logging.getLogger("hyperrt.training")

@@ -14,7 +14,7 @@ from hyperrt.engines import EngineError, EngineInputError, EngineLoadError, Engi
 from hyperrt.engines.nvidia import tensorrt_build
 from hyperrt.engines.nvidia.tensorrt_build import Recipe
 
-HERE = Path(__file__).parent / "graphs"
+HERE = Path(__file__).parents[1] / "graphs"
 SIZES = {"rows": 2, "subjects": 1}
 
 

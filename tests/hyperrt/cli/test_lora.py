@@ -158,7 +158,7 @@ def test_a_reduction_shows_how_far_it_is(lora, other):
 
 def test_a_conversion_computes_on_one_thread_unless_told_otherwise(other):
     show = "print(os.getenv('OMP_NUM_THREADS'))"
-    code = f"import os, sys; from hyperrt import cli; cli.run(sys.argv[1:]); {show}"
+    code = f"import os, sys; from hyperrt.cli import main as cli; cli.run(sys.argv[1:]); {show}"
     command = [sys.executable, "-c", code, "lora", "convert", str(other), "a.safetensors", "--force"]
     env = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
     for more, number in (({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")):
@@ -278,7 +278,7 @@ def test_nan_is_not_converted(lora, other):
 
 
 def test_help_of_every_subcommand_has_examples_and_needs_no_numpy():
-    code = "import sys; from hyperrt import cli; cli.run(sys.argv[1:]); print('numpy' in sys.modules)"
+    code = "import sys; from hyperrt.cli.main import run; run(sys.argv[1:]); print('numpy' in sys.modules)"
     for name in ("inspect", "convert", "verify"):
         command = [sys.executable, "-c", code, "lora", name, "--help"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -382,7 +382,7 @@ def test_export_without_pytorch_says_what_to_install(monkeypatch, capsys):
 
 
 def test_help_of_every_command_has_examples_and_needs_no_numpy():
-    code = "import sys; from hyperrt import cli; cli.run(sys.argv[1:]); print('numpy' in sys.modules)"
+    code = "import sys; from hyperrt.cli.main import run; run(sys.argv[1:]); print('numpy' in sys.modules)"
     for arguments in ([], *([name] for name in group.commands if name not in COMMANDS)):
         command = [sys.executable, "-c", code, *arguments, "--help"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -20,7 +20,7 @@ from PIL import Image
 from hyperrt.photos import load
 from tests.hyperrt import fake_bundle, lora_files
 from tests.hyperrt.command_line import PROMPT, events, is_three_lines
-from tests.hyperrt.session.pictures import encoded, half_and_half, noise, png_that_claims
+from tests.hyperrt.pictures import encoded, half_and_half, noise, png_that_claims
 
 pytestmark = pytest.mark.usefixtures("alone")
 

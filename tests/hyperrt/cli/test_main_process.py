@@ -96,7 +96,7 @@ def test_a_full_stdout_is_an_error_of_resources(pretend):
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_not_stop_the_drawing(pretend, closed):
-    code = "import sys; from tests.hyperrt import fake_bundle; from hyperrt import cli; "
+    code = "import sys; from tests.hyperrt import fake_bundle; from hyperrt.cli import main as cli; "
     code += "fake_bundle.register(); sys.exit(cli.main())"
     command = [sys.executable, "-c", code, *map(str, fake(pretend, "-o", "a.png"))]
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
@@ -158,7 +158,7 @@ def test_a_home_that_is_not_there_is_not_needed(pretend, monkeypatch, home):
 
 def test_help_loads_neither_numpy_nor_anything_slow():
     slow = {"numpy", "PIL", "rich", "tokenizers", "safetensors", "onnxruntime", "asyncio", "hyperrt.runtime"}
-    code = "import sys; from hyperrt import cli; cli.run(['--help']); "
+    code = "import sys; from hyperrt.cli import main as cli; cli.run(['--help']); "
     code += f"print(*sorted({slow!r} & sys.modules.keys()), file=sys.stderr)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -168,7 +168,7 @@ def test_help_loads_neither_numpy_nor_anything_slow():
 
 def test_generate_loads_no_network_no_huggingface_and_no_bar_where_there_is_no_terminal(pretend):
     unneeded = {"huggingface_hub", "httpx", "requests", "ssl", "asyncio", "rich", "unittest", "onnxruntime"}
-    code = "import sys; from tests.hyperrt import fake_bundle; from hyperrt import cli; "
+    code = "import sys; from tests.hyperrt import fake_bundle; from hyperrt.cli import main as cli; "
     code += f"fake_bundle.register(); cli.main(); print(*sorted({unneeded!r} & sys.modules.keys()))"
     command = [sys.executable, "-c", code, *map(str, fake(pretend))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -178,7 +178,7 @@ def test_generate_loads_no_network_no_huggingface_and_no_bar_where_there_is_no_t
 
 def test_a_current_folder_that_was_removed_is_said(tmp_path):
     (tmp_path / "gone").mkdir()
-    code = "import os, sys; os.rmdir(os.getcwd()); from hyperrt import cli; sys.exit(cli.run(sys.argv[1:]))"
+    code = "import os, sys; os.rmdir(os.getcwd()); from hyperrt.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "generate", "-p", "a mug", "--backend", "onnxruntime"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(

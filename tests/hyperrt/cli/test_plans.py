@@ -253,7 +253,7 @@ def test_names_that_a_terminal_would_obey_cannot_get_into_the_cache(run, cache):
 
 
 def test_help_of_every_command_has_examples_and_loads_nothing_slow():
-    code = "import sys; from hyperrt import cli; cli.run(sys.argv[1:]); "
+    code = "import sys; from hyperrt.cli import main as cli; cli.run(sys.argv[1:]); "
     code += "print({'numpy', 'hyperrt.plans.cache'} & sys.modules.keys())"
     for arguments in ([], ["--help"], *([name, "--help"] for name in ("list", "verify", "rm", "prune"))):
         command = [sys.executable, "-c", code, "plans", *arguments]
@@ -262,8 +262,8 @@ def test_help_of_every_command_has_examples_and_loads_nothing_slow():
 
 
 def test_the_plans_are_listed_without_numpy(cache, plans):
-    code = "import sys; from hyperrt import cli; cli.run(['plans', 'list']); print('numpy' in sys.modules)"
-    command = [sys.executable, "-c", code]
+    code = "import sys; from hyperrt.cli.main import run; run(sys.argv[1:]); print('numpy' in sys.modules)"
+    command = [sys.executable, "-c", code, "plans", "list"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "False" and len(out.splitlines()) == 6

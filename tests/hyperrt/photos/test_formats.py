@@ -12,7 +12,7 @@ from PIL import AvifImagePlugin, Image
 
 from hyperrt.errors import BadImage
 from hyperrt.photos import formats, load
-from tests.hyperrt.session.pictures import (
+from tests.hyperrt.pictures import (
     encoded,
     half_and_half,
     heic,
@@ -104,7 +104,7 @@ def test_raw_files_in_a_folder_are_left_out_with_the_reason(subject_folder):
 
 PEAK = """
 import sys
-from hyperrt import images
+from hyperrt.photos import load as images
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 images.load_image(sys.argv[2])

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from hyperrt.errors import BadImage, BundleMismatch
 from hyperrt.photos import formats, load, srgb
-from tests.hyperrt.session.pictures import (
+from tests.hyperrt.pictures import (
     BLUE,
     RED,
     WHITE,

@@ -14,7 +14,7 @@ from PIL import Image
 from hyperrt.errors import BadImage, BadInput, LinkedPhotos, NotFound
 from hyperrt.photos import load
 from hyperrt.session import personalizer
-from tests.hyperrt.session.pictures import half_and_half
+from tests.hyperrt.pictures import half_and_half
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -174,7 +174,7 @@ def test_reading_a_photo_imports_only_the_readers_it_may_need(tmp_path):
     (tmp_path / "text.png").write_text("no photo: every allowed reader is asked")
     half_and_half().save(tmp_path / "photo.png")
     code = (
-        "import sys; from hyperrt import images; photos = images.load_folder(sys.argv[1]); "
+        "import sys; from hyperrt.photos import load as images; photos = images.load_folder(sys.argv[1]); "
         "print(len(photos.images), len(photos.rejected), 'PIL.PsdImagePlugin' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

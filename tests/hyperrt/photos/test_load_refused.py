@@ -15,7 +15,7 @@ from PIL import AvifImagePlugin, Image
 
 from hyperrt.errors import BadImage, NotFound
 from hyperrt.photos import formats, load
-from tests.hyperrt.session.pictures import (
+from tests.hyperrt.pictures import (
     encoded,
     half_and_half,
     load_bytes,

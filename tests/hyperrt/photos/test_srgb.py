@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from tests.hyperrt.session.pictures import (
+from tests.hyperrt.pictures import (
     BLUE,
     RED,
     encoded,

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from hyperrt.errors import BadPrompt
+from hyperrt.lora.metadata import triggers_in
 from hyperrt.sampling.prompts import (
     MAX_CHARACTERS,
     Prompts,
@@ -15,7 +16,6 @@ from hyperrt.sampling.prompts import (
     shortened,
     split_for_trigger,
     split_prompt,
-    triggers_in,
     warnings_of_trigger,
 )
 

@@ -15,7 +15,7 @@ from hyperrt.lora import combine
 from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.photos.load import load_image
 from hyperrt.session import personalizer
-from tests.hyperrt.session.pictures import half_and_half
+from tests.hyperrt.pictures import half_and_half
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYOUT = LoraLayout((Site("0.to_q", 3, 2), Site("0.to_k", 2, 2)), rank=2)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hyperrt.bundle.bundle import Bundle
+from hyperrt.bundle.memory import tile_of
 from hyperrt.runtime import Runtime
 from hyperrt.session import tiling
 from tests.hyperrt import fake_bundle
@@ -71,9 +72,9 @@ LARGE = {"image_size": 1024, "latent": {"channels": 4, "size": 4}}
 
 def test_only_large_pictures_of_a_graph_with_free_sizes_have_tiles(tmp_path):
     free = Bundle.open(with_free_sizes(tmp_path / "free", **LARGE))
-    assert tiling.tile_of(free) == 2
-    assert tiling.tile_of(Bundle.open(with_free_sizes(tmp_path / "small", image_size=512))) is None
-    assert tiling.tile_of(Bundle.open(fake_bundle.write(tmp_path / "fixed", **LARGE))) is None
+    assert tile_of(free) == 2
+    assert tile_of(Bundle.open(with_free_sizes(tmp_path / "small", image_size=512))) is None
+    assert tile_of(Bundle.open(fake_bundle.write(tmp_path / "fixed", **LARGE))) is None
 
 
 def test_tiles_are_used_with_low_memory_alone(tmp_path):
