@@ -23,7 +23,7 @@ import os, signal, sys
 from pathlib import Path
 from hyperrt.export import export_bundle, onnx_graph, verify
 from hyperrt.export.source import Inputs
-from hyperrt import bundle
+from hyperrt.bundle import bundle
 
 def write(graph, skeletons, modules, folder, *options):
     (folder / f"{graph.name}.onnx").write_bytes(b"half")

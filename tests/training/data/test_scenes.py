@@ -16,7 +16,7 @@ IDENTITIES = range(40)
 
 PRINT_HASH = """
 import hashlib, numpy
-from hyperrt.training import scenes
+from hyperrt.training.data import scenes
 who = scenes.identity("fish", "test", 3)
 picture = scenes.scene(who, "in a city", numpy.random.default_rng(5), 32)
 print(hashlib.sha256(picture.tobytes()).hexdigest())
