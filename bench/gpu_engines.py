@@ -40,8 +40,8 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
     with Runtime.open(args.bundle, backend, backend_options=options) as runtime:
         pair = [peer_ours.random_subject(runtime.bundle, seed) for seed in (0, 1)]
         subjects = cycle(pair[::-1])
-        runtime.prepare(PROMPT, pair[0])
-        loop = runtime.steps(PROMPT, pair[0], steps=args.warm_up + args.rounds, seed=0)
+        runtime.prepare(runtime.request(PROMPT, pair[0]))
+        loop = runtime.sample(runtime.request(PROMPT, pair[0], steps=args.warm_up + args.rounds, seed=0))
         wait = waiting(backend)
 
         def step() -> None:
@@ -49,13 +49,13 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
 
         def picture() -> None:
             # The decoder comes after the last step, when somebody asks for more.
-            steps = runtime.steps(PROMPT, pair[0], steps=args.steps, seed=0)
+            steps = runtime.sample(runtime.request(PROMPT, pair[0], steps=args.steps, seed=0))
             for _ in range(args.steps):
                 last = next(steps)
             np.asarray(last.latents)
 
         def switch() -> None:
-            runtime.prepare(PROMPT, next(subjects))
+            runtime.prepare(runtime.request(PROMPT, next(subjects)))
             wait()
 
         return found | gpu_timing.figures(step, switch, picture, args)

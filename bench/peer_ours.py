@@ -39,7 +39,8 @@ def main() -> None:
     chosen = {"precision": args.precision.replace("fp", "f")} if args.backend == "openvino" else {}
     with Runtime.open(args.bundle, args.backend, args.threads, backend_options=chosen) as runtime:
         steps = args.warm_up + args.rounds
-        loop = runtime.steps("a [V] on a beach", random_subject(runtime.bundle, 0), steps=steps, seed=0)
+        subject = random_subject(runtime.bundle, 0)
+        loop = runtime.sample(runtime.request("a [V] on a beach", subject, steps=steps, seed=0))
         for turn in range(steps):
             start = perf_counter()
             next(loop)

@@ -250,7 +250,8 @@ def _denoised(
     step: Callable[[Mapping[str, Any]], Arrays], table: SolverTable, noise: np.ndarray
 ) -> np.ndarray:
     latents = noise * np.float32(table.initial_scale)
-    for done in loop.denoise(step, table, latents, loop.noise_generators(0, len(noise))):
+    trajectory = loop.Trajectory(table, latents, loop.noise_generators(0, len(noise)))
+    for done in loop.denoise(step, trajectory):
         latents = done.latents
     return latents
 

@@ -30,7 +30,7 @@ from hyperrt import Runtime, files
 from hyperrt.engines import BACKENDS, resolve
 from hyperrt.errors import BadInput, UsageError
 from hyperrt.photos import load
-from hyperrt.sampling.options import SamplingConfig
+from hyperrt.sampling.options import SamplingOptions
 from hyperrt.training.evaluation import drawing as pictures
 from hyperrt.training.evaluation import drawn_scorers, protocols, report, scores
 from hyperrt.training.evaluation.drawing import Drawing, Found, Made
@@ -364,7 +364,7 @@ def main(
             raise UsageError("--fast and --images-per-prompt do not go together", why, "leave one out")
         number = 1 if fast else images_per_prompt or 4
         drawing = Drawing(number, seed, steps, kappa, cfg, guidance, solver, batch)
-        SamplingConfig(**drawing.options(range(number)))
+        SamplingOptions(**drawing.options(range(number)))
         names = tuple(name.strip() for name in (scorers or "").split(",") if name.strip())
         config = EvaluateConfig(
             bundle=bundle, protocol=protocol, output=output, pictures=found, drawing=drawing, scorers=names,

@@ -32,8 +32,8 @@ from hyperrt.lora import layout as lora
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.lora.subject import Subject
 from hyperrt.photos.load import preprocess
+from hyperrt.photos.read import Photos, read_photos
 from hyperrt.sampling.prompts import split_prompt
-from hyperrt.session.personalizer import Photos, read_photos
 from hyperrt.training.data import scenes
 from hyperrt.training.data.features import HALVES, encode_latents, encode_text, latents_of_pixels
 from hyperrt.training.model import base_model as bases

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hyperrt import files
-from hyperrt.session.pictures import pictures_from_pixels
+from hyperrt.session.decode import pictures_from_pixels
 from hyperrt.training.data import cache as data
 from hyperrt.training.data import clip_tokenizer, cutouts, scenes
 from hyperrt.training.model import base_model as bases

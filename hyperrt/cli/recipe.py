@@ -16,9 +16,9 @@ from hyperrt.errors import Incompatible, UsageError
 from hyperrt.lora.subject import Subject
 from hyperrt.runtime import Runtime
 from hyperrt.sampling import recipe as recipes
-from hyperrt.sampling import request
 from hyperrt.sampling.guidance import CFG_PULL
 from hyperrt.sampling.options import COMBINED, MAX_GUIDANCE
+from hyperrt.sampling.request import hash_of
 
 log = logging.getLogger("hyperrt")
 
@@ -57,7 +57,7 @@ def chosen(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]
 
 def check_subject(recipe: Mapping[str, Any], runtime: Runtime, subject: Subject | None) -> None:
     """Warn where the subject or the backend is another than the recipe's."""
-    before, now = recipe.get("subject_sha256"), request.hash_of(subject).get("subject_sha256")
+    before, now = recipe.get("subject_sha256"), hash_of(subject).get("subject_sha256")
     if now is not None and before not in (None, now):
         both = _short(now), _short(before)
         log.warning("the subject is %s, the recipe's is %s: the picture will differ", *both)

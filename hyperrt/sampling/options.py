@@ -41,7 +41,7 @@ SOLVER_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Checked):
+class SamplingOptions(Checked):
     """What `Runtime.steps` takes beside the prompt and the subject; None means the bundle's default.
 
     Raises:
@@ -82,7 +82,7 @@ class SamplingConfig(Checked):
             raise UsageError(f"cfg is on, but kappa is {self.kappa:g}", why, "leave one of them out")
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
+    def of(cls, options: Mapping[str, Any]) -> SamplingOptions:
         """The config of these options.
 
         Raises:
@@ -95,7 +95,7 @@ class SamplingConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(SamplingOptions):
     """One `hyperrt generate`.
 
     Raises:
@@ -143,10 +143,10 @@ class GenerateConfig(SamplingConfig):
             why = "it says what becomes of several photos, and would change nothing"
             raise UsageError(f"combine is {self.combine!r}, but there are no photos", why, "leave it out")
 
-    def sampling(self, **changes: Any) -> SamplingConfig:
+    def sampling(self, **changes: Any) -> SamplingOptions:
         """The sampling options alone, some of them changed."""
-        own = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
-        return SamplingConfig(**{**own, **changes})
+        own = {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
+        return SamplingOptions(**{**own, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +281,7 @@ def random_seed(pictures: int) -> int:
     return secrets.randbelow(RANDOM_SEEDS - pictures + 1)
 
 
-def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
+def check_needs_subject(has_subject: bool, options: SamplingOptions) -> None:
     """Refuse options that change nothing without a subject.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The graphs of a bundle on a backend: each is opened when it is first needed, and closed when it is told.
+"""Opens a bundle's graphs on a backend when they are first needed, and keeps them open until `free`.
 
-A backend that compiles gets the sizes of a call with the graph, and another engine is made when they change:
-two rows are another program than three.  What it compiles is kept in this user's cache.
+A backend that compiles takes the sizes of a call when a graph is opened; if they change, the graph is opened
+again. Compiled graphs are kept in this user's cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hyperrt.plans import build, private_folder
 from hyperrt.plans.build import PLANNED
 from hyperrt.plans.cache import Plan
 from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS, in_range
-from hyperrt.session.adapter import Adapter
+from hyperrt.session.resident import Resident
 
 # Backends that are faster when they know the sizes.
 COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
@@ -67,15 +67,14 @@ class Graphs:
         if own := self._options.keys() & OWN_OPTIONS:
             why = "HyperRT sets it itself; threads and device are arguments of Runtime.open"
             raise UsageError(f"{min(own)!r} is no backend option", why, "leave it out")
-        self._engines: dict[str, Engine] = {}
-        self._adapters: dict[str, Adapter] = {}
+        self._residents: dict[str, Resident] = {}
         self._compared: set[str] = set()  # plans, by their sha256
         self._closed = False
 
     @property
     def open_names(self) -> set[str]:
         """Names of the graphs that are open."""
-        return set(self._engines)
+        return set(self._residents)
 
     def open(self, name: str, sizes: Sizes | None = None) -> Engine:
         """A new engine of a graph, for the caller to close.
@@ -114,7 +113,11 @@ class Graphs:
         return engine
 
     def engine(self, name: str, sizes: Sizes | None = None) -> Engine:
-        """The engine of a graph, opened if it is not; another one than before where the sizes do not fit it.
+        """The open engine of a graph; see `resident`."""
+        return self.resident(name, sizes).engine
+
+    def resident(self, name: str, sizes: Sizes | None = None) -> Resident:
+        """The open engine of a graph and what it holds; opened if need be, anew if the sizes do not fit it.
 
         Raises:
             UsageError: after `close`.
@@ -124,29 +127,25 @@ class Graphs:
             raise UsageError(
                 "the runtime is closed", "close() was called on it", "open another: Runtime.open"
             )
-        if name in self._engines and not self._fits(name, sizes or {}):
+        if name in self._residents and not self._fits(name, sizes or {}):
             self.free(name)
-        if name not in self._engines:
-            self._engines[name] = self.open(name, sizes)
-        return self._engines[name]
+        if name not in self._residents:
+            self._residents[name] = Resident(self.open(name, sizes))
+        return self._residents[name]
 
-    def adapter(self, name: str, vector: str) -> Adapter:
-        """What puts a LoRA into the open graph, which takes the packed `vector` or the factors in it."""
-        if name not in self._adapters:
-            mode = self.bundle.graphs[name].adapt
-            self._adapters[name] = Adapter(self.engine(name), vector, self.bundle.layout, mode)
-        return self._adapters[name]
+    def find(self, name: str) -> Resident | None:
+        """The engine of a graph if it is open."""
+        return self._residents.get(name)
 
     def free(self, name: str) -> None:
         """Close a graph, if it is open."""
-        self._adapters.pop(name, None)
-        if name in self._engines:
-            self._engines.pop(name).close()
+        if name in self._residents:
+            self._residents.pop(name).engine.close()
 
     def close(self) -> None:
-        """Close all for good; again does nothing."""
+        """Close all for good; closing twice does nothing."""
         self._closed = True
-        for name in list(self._engines):
+        for name in list(self._residents):
             self.free(name)
 
     def _check_weights(self, name: str, engine: Engine) -> None:
@@ -163,7 +162,7 @@ class Graphs:
 
     def _fits(self, name: str, sizes: Sizes) -> bool:
         """Whether the sizes that the open engine was made for, if it was, are these."""
-        made_for = {spec.name: spec.shape for spec in self._engines[name].inputs}
+        made_for = {spec.name: spec.shape for spec in self._residents[name].engine.inputs}
         return all(
             not isinstance(fixed, int) or fixed == sizes.get(size, fixed)
             for spec in self.bundle.graphs[name].inputs

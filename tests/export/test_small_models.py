@@ -66,10 +66,10 @@ def test_on_a_device_a_photo_becomes_a_subject_without_the_host(plain, drawn_pho
     for _ in build.compile_bundle(bundle, "tensorrt", ["current"], build.sizes_of(bundle, 1, 3)):
         pass
     with Runtime.open(plain, "tensorrt") as there, Runtime.open(plain, "onnxruntime") as here:
-        there.prepare(prompt, there.personalize(drawn_photos[:1]))
+        there.prepare(there.request(prompt, there.personalize(drawn_photos[:1])))
         cuda.copies.clear()  # from here on the prompt is known
         subject = there.personalize(drawn_photos[1:2])
-        there.prepare(prompt, subject)
+        there.prepare(there.request(prompt, subject))
         assert "down" not in {kind for kind, _ in cuda.copies}
         found = there.generate(prompt, subject, steps=2)
         expected = here.generate(prompt, here.personalize(drawn_photos[1:2]), steps=2)

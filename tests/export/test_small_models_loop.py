@@ -121,7 +121,7 @@ def test_many_steps_are_those_of_diffusers(model, solver):
 def test_few_steps_without_the_empty_prompt_are_two_rows_and_those_of_diffusers(
     model, solver, steps, monkeypatch
 ):
-    model.runtime.prepare("a [V] toy", model.subject)  # other rows than those below
+    model.runtime.prepare(model.runtime.request("a [V] toy", model.subject))  # other rows than those below
     rows, bind = [], Engine.bind
 
     def watched(engine, tensors, copy=True):

@@ -84,11 +84,11 @@ def test_pictures_are_those_of_the_cpu(runtime, plain, drawn_photos, photos):
 
 def test_nothing_comes_to_the_host_between_a_photo_and_the_denoiser(runtime, nvidia, drawn_photos):
     cuda, _ = nvidia
-    runtime.prepare(SUBJECT_PROMPT, runtime.personalize(drawn_photos[:1], "mug"), **OPTIONS)
+    runtime.prepare(runtime.request(SUBJECT_PROMPT, runtime.personalize(drawn_photos[:1], "mug"), **OPTIONS))
     cuda.copies.clear()  # from here on the prompt is known
     subject = runtime.personalize(drawn_photos[1:2], "mug")
-    runtime.prepare(SUBJECT_PROMPT, subject, **OPTIONS)
-    next(runtime.steps(SUBJECT_PROMPT, subject, **OPTIONS))
+    runtime.prepare(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
+    next(runtime.sample(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS)))
     assert [size for kind, size in cuda.copies if kind == "down"] == []
     lora = {4 * runtime.bundle.layout.size(name) for name in VECTORS}
     assert not lora & {size for kind, size in cuda.copies if kind == "up"}
@@ -156,13 +156,14 @@ def test_subjects_come_and_go_without_a_trace(runtime, drawn_photos):
 def test_the_loop_stays_on_the_device(runtime, nvidia, drawn_photos):
     cuda, _ = nvidia
     subject = runtime.personalize(drawn_photos, "mug")
-    runtime.prepare(SUBJECT_PROMPT, subject, **OPTIONS)
+    runtime.prepare(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
     waits = cuda.waits
-    steps = [step for step in runtime.steps(SUBJECT_PROMPT, subject, **OPTIONS) if step.index < 3]
+    sampling = runtime.sample(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
+    steps = [step for step in sampling if step.index < 3]
     assert all(isinstance(step.latents, DeviceArray) for step in steps)
     looked_at = np.asarray(steps[0].denoised)  # a preview, long after
     assert np.isfinite(looked_at).all()
-    loop = runtime.steps(SUBJECT_PROMPT, subject, **OPTIONS)
+    loop = runtime.sample(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
     waits = cuda.waits
     for _ in range(3):
         next(loop)

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hyperrt import Runtime
 from hyperrt.errors import BadImage, HyperRTError, NumericError
 from hyperrt.lora.subject import Subject
 from hyperrt.photos import load as images
+from hyperrt.runtime import Runtime, finish
 from hyperrt.sampling import recipe
-from hyperrt.sampling.options import SamplingConfig
+from hyperrt.sampling.options import SamplingOptions
 from hyperrt.sampling.prompts import shortened
-from hyperrt.sampling.request import plan
 
 log = logging.getLogger("hyperrt.training")
 
@@ -110,7 +109,8 @@ def _draw_together(
 ) -> None:
     options = drawing.options(call.pictures)
     pairs = list(call.prompts.values()), [subject] * len(call.prompts)
-    wanted = plan(runtime.bundle, runtime.backend, *pairs, SamplingConfig(**options)).recipes
+    request = runtime.resolve(*pairs, SamplingOptions(**options))
+    wanted = request.recipes
     files = {
         folder / f"{number:02}-{k}.png": {**one, "seed": drawing.seed + k}
         for number, one in zip(call.prompts, wanted, strict=True)
@@ -120,7 +120,7 @@ def _draw_together(
         made.kept += len(files)
         return
     try:
-        results = runtime.generate(*pairs, **options)
+        results = finish(runtime.sample(request))
     except NumericError as error:
         if len(files) > 1:  # only one of them may be bad
             for one in call.alone():

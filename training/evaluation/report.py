@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperrt import Runtime, files
-from hyperrt.sampling.options import SamplingConfig
-from hyperrt.sampling.request import settings_of
+from hyperrt.sampling.options import SamplingOptions
+from hyperrt.sampling.request import settle
 from hyperrt.training.evaluation import protocols, report_page, report_plots, scores
 from hyperrt.training.evaluation.prompt_packs import PACKS
 from hyperrt.training.evaluation.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, Listing
@@ -107,10 +107,10 @@ def _settings(config: EvaluateConfig, runtime: Runtime | None) -> dict[str, Any]
     """How the pictures were asked for; where a bundle drew them, its defaults are filled in."""
     chosen = asdict(config.drawing)
     if runtime is not None:
-        asked = SamplingConfig(**config.drawing.options(range(config.drawing.images)))
-        known = settings_of(runtime.bundle, True, asked)
-        chosen |= {name: known[name] for name in ("steps", "kappa", "solver")}
-        chosen |= {"guidance": known["guidance_scale"], "backend": runtime.backend}
+        asked = SamplingOptions(**config.drawing.options(range(config.drawing.images)))
+        known = settle(runtime.bundle, True, asked)
+        chosen |= {name: getattr(known, name) for name in ("steps", "kappa", "solver")}
+        chosen |= {"guidance": known.guidance_scale, "backend": runtime.backend}
     named = {"only": list(config.only), "limit": config.limit, "drawn_here": runtime is not None}
     if config.protocol == "dreambench":
         other = "custom: as many pictures of each subject and prompt as `images` says"

@@ -16,7 +16,7 @@ from hyperrt.sampling.options import (
     ExportConfig,
     GenerateConfig,
     PersonalizeConfig,
-    SamplingConfig,
+    SamplingOptions,
     random_seed,
 )
 
@@ -37,17 +37,17 @@ from hyperrt.sampling.options import (
 )
 def test_a_value_out_of_range_is_refused_and_named(field, good, bad):
     for value in good:
-        assert getattr(SamplingConfig(**{field: value}), field) == value
+        assert getattr(SamplingOptions(**{field: value}), field) == value
     for value in bad:
         with pytest.raises(UsageError, match=f"{field.replace('_', ' ')} is ") as caught:
-            SamplingConfig(**{field: value})
+            SamplingOptions(**{field: value})
         assert caught.value.why
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": None}, {"seed": RANDOM}], ids=str)
 def test_no_seed_is_a_random_one_that_the_config_tells(monkeypatch, options):
     monkeypatch.setattr(config, "random_seed", random_seed)
-    seeds = {SamplingConfig(n=1000, **options).seed for _ in range(20)}
+    seeds = {SamplingOptions(n=1000, **options).seed for _ in range(20)}
     assert len(seeds) > 15 and all(seed >= 0 and seed + 999 < 2**32 for seed in seeds)
 
 
@@ -67,7 +67,7 @@ def test_the_ways_to_combine_of_the_command_line_are_those_of_the_runtime():
 
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        SamplingConfig().steps = 3
+        SamplingOptions().steps = 3
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_options_that_exclude_each_other_or_name_nothing_are_refused(options):
 
 def test_the_sampling_options_are_taken_over_and_changed():
     asked = GenerateConfig(prompt="a [V] robot", subject="s", kappa=0.5, n=8, seed=3)
-    assert asked.sampling(n=2) == SamplingConfig(kappa=0.5, n=2, seed=3)
+    assert asked.sampling(n=2) == SamplingOptions(kappa=0.5, n=2, seed=3)
 
 
 @pytest.mark.parametrize(
