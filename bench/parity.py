@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from unittest import mock
 
+import against
 import diffusers
 import graph_weights
 import numpy as np
@@ -64,7 +65,11 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, help="folder of the base model that the bundle was exported from"
     )
+    against.add_options(parser, turns=1)
     args = parser.parse_args()
+    if args.against:
+        against.finish(__file__, args, BARS)
+        return
     kappas, steps = ((1.0,), 3) if args.quick else (KAPPAS, STEPS)
     bundle = Bundle.open(args.bundle)
     unet, encode = reference_of(bundle, args.base)

@@ -33,6 +33,7 @@ import argparse
 from itertools import cycle
 from statistics import median
 
+import against
 import numpy as np
 import peer_environment
 import peer_ours
@@ -61,8 +62,11 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="with --family: measure the peers, too")
     parser.add_argument("--backend", default="auto", help="with --family: ours (default: auto)")
     parser.set_defaults(bundle=None)
+    against.add_options(parser)
     args = parser.parse_args()
-    if args.family:
+    if args.against:
+        against.finish(__file__, args, BARS)
+    elif args.family:
         full_size(args)
     else:
         args.bundle, args.changes = args.bundle or "tiny", args.changes or 500
