@@ -12,10 +12,10 @@ from hyperrt.bundle.bundle import MANIFEST, Bundle
 from hyperrt.errors import UsageError
 
 if TYPE_CHECKING:
+    from hyperrt.cli.configs import ExportConfig
     from hyperrt.cli.output import Output
     from hyperrt.export.assemble import Options
     from hyperrt.export.source import Inputs
-    from hyperrt.sampling.options import ExportConfig
 
 
 def run(config: ExportConfig, output: Output) -> None:

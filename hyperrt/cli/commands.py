@@ -1,6 +1,6 @@
 """The commands: each parses its options into a config, calls one function, and prints what that returns.
 
-Options are those of the dataclasses in `hyperrt.sampling.options`, name for name and default for default. A
+Options are those of the dataclasses in `hyperrt.cli.configs`, name for name and default for default. A
 value comes from the flag, else the environment (HYPERRT_GENERATE_STEPS), else `--config FILE` or the user's
 config file, else the default.
 """
@@ -14,6 +14,13 @@ import click
 
 from hyperrt import __version__
 from hyperrt.cli.compile import compile_
+from hyperrt.cli.configs import (
+    COMBINED,
+    COMBINED_TO_SAVE,
+    SUBJECT_FORMATS,
+    GenerateConfig,
+    PersonalizeConfig,
+)
 from hyperrt.cli.export import export
 from hyperrt.cli.images import PhotosCommand
 from hyperrt.cli.lora import lora
@@ -22,15 +29,7 @@ from hyperrt.cli.output import Output, with_json
 from hyperrt.cli.plans import plans
 from hyperrt.cli.training import COMMANDS, TrainingCommand
 from hyperrt.cli.user_config import default_map, user_config
-from hyperrt.sampling.options import (
-    COMBINED,
-    COMBINED_TO_SAVE,
-    RANDOM,
-    SOLVER_NAMES,
-    SUBJECT_FORMATS,
-    GenerateConfig,
-    PersonalizeConfig,
-)
+from hyperrt.sampling.options import RANDOM, SOLVER_NAMES
 
 ENV = "HYPERRT"
 SETTINGS = {

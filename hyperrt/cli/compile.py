@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from hyperrt.cli.configs import CompileConfig
 from hyperrt.cli.output import Output, with_json
-from hyperrt.sampling.options import CompileConfig
 
 
 @click.command("compile")

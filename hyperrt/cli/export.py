@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from hyperrt.cli.configs import ADAPTED, PRECISIONS, QUANTIZED, VERIFIED, ExportConfig
 from hyperrt.cli.origin import checked
 from hyperrt.cli.output import with_json
 from hyperrt.cli.training import require
-from hyperrt.sampling.options import ADAPTED, PRECISIONS, QUANTIZED, VERIFIED, ExportConfig
 
 EXPORT_NEEDS = ("accelerate", "torch", "diffusers", "transformers", "peft", "onnx", "onnxscript")
 

@@ -9,6 +9,7 @@ from typing import Any
 from hyperrt import files
 from hyperrt.cli import picture_files
 from hyperrt.cli import recipe as cli_recipe
+from hyperrt.cli.configs import STDOUT, GenerateConfig, PersonalizeConfig
 from hyperrt.cli.output import Output
 from hyperrt.errors import UsageError
 from hyperrt.lora import layout as lora
@@ -16,15 +17,13 @@ from hyperrt.lora.combine import concat_layout
 from hyperrt.lora.peft_config import PEFT_CONFIG
 from hyperrt.lora.subject import Subject
 from hyperrt.runtime import Runtime
-from hyperrt.sampling import options as configs
 from hyperrt.sampling import recipe
-from hyperrt.sampling.options import GenerateConfig, PersonalizeConfig
 from hyperrt.sampling.request import Request, blank_subject, noun_in, resolve
 
 
 def generate(config: GenerateConfig, output: Output) -> None:
     """Photos or a subject file, and a prompt, to PNG files; each is written as soon as it is drawn."""
-    to_stdout = config.output == configs.STDOUT
+    to_stdout = config.output == STDOUT
     if to_stdout and output.json:
         raise UsageError(
             "-o - and --json were both given", "stdout takes the picture or the events", "leave one out"

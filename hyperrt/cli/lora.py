@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hyperrt.cli.configs import SUBJECT_FORMATS, ConvertConfig
 from hyperrt.cli.output import Output, with_json
 from hyperrt.errors import LoraMismatch, UsageError
-from hyperrt.sampling.options import SUBJECT_FORMATS, ConvertConfig
 
 if TYPE_CHECKING:
     from hyperrt.bundle.bundle import Bundle

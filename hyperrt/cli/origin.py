@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from hyperrt.cli.configs import ExportConfig, GenerateConfig, PersonalizeConfig
 from hyperrt.errors import UsageError
-from hyperrt.sampling.options import ExportConfig, GenerateConfig, PersonalizeConfig
 
 Config = TypeVar("Config", GenerateConfig, PersonalizeConfig, ExportConfig)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from hyperrt.arguments import shown
 from hyperrt.bundle.bundle import Bundle, packaged
+from hyperrt.cli.configs import COMBINED
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.errors import Incompatible, UsageError
 from hyperrt.lora.subject import Subject
 from hyperrt.runtime import Runtime
 from hyperrt.sampling import recipe as recipes
 from hyperrt.sampling.guidance import CFG_PULL
-from hyperrt.sampling.options import COMBINED, MAX_GUIDANCE
+from hyperrt.sampling.options import MAX_GUIDANCE
 from hyperrt.sampling.request import hash_of
 
 log = logging.getLogger("hyperrt")

@@ -1,7 +1,6 @@
-"""What a command was asked to do: frozen dataclasses that mirror the command line option for option.
+"""The options of a sampling, checked before anything slow starts.
 
-Each is checked once, on construction, before anything slow starts; what depends on the bundle is None here
-and filled in by `hyperrt.sampling.request`.
+What depends on the bundle is None here; `hyperrt.sampling.request` fills it in.
 """
 
 from __future__ import annotations
@@ -13,25 +12,15 @@ from typing import Any
 from hyperrt.arguments import Checked, shown
 from hyperrt.errors import UsageError
 
-SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
-COMBINED = ("mean", "product")  # how several photos become a LoRA of the bundle's rank
-COMBINED_TO_SAVE = (*COMBINED, "concat")  # to one of any rank; see hyperrt/lora/combine.py, which needs NumPy
-PRECISIONS = ("fp32", "fp16", "bf16")
-QUANTIZED = ("none", "int8")
-VERIFIED = ("none", "graphs", "full")
-ADAPTED = ("inputs", "refit")
-MAX_SIZE = 2**14  # pixels
 MAX_IMAGE_SCALE = 10
 MAX_GUIDANCE = 100
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
-MAX_RANK = 1024
 MAX_THREADS = 1024
 MAX_DEVICE = 1023
 MAX_SEED = 2**63 - 1
 RANDOM = -1  # as a seed
 RANDOM_SEEDS = 2**32  # what other programs take, too
-STDOUT = "-"
 SOLVER_NAMES = (
     "ddim",
     "dpmpp_2m",
@@ -76,7 +65,7 @@ class SamplingOptions(Checked):
             raise UsageError(f"seed is {shown(self.seed)}", why)
         in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
-            _one_of("solver", self.solver, SOLVER_NAMES)
+            one_of("solver", self.solver, SOLVER_NAMES)
         if self.cfg and self.kappa is not None:
             why = "plain CFG draws with the personalised model alone, and has no share to set"
             raise UsageError(f"cfg is on, but kappa is {self.kappa:g}", why, "leave one of them out")
@@ -92,186 +81,6 @@ class SamplingOptions(Checked):
         if unknown := [name for name in options if name not in known]:
             raise UsageError(f"there is no option {unknown[0]!r}", f"the options are {', '.join(known)}")
         return cls(**options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingOptions):
-    """One `hyperrt generate`.
-
-    Raises:
-        UsageError: a value is out of range, or two options exclude each other.
-    """
-
-    prompt: str
-    recipe: Mapping[str, Any] | None = None  # what is drawn again
-    images: tuple[str, ...] = ()  # photos: a folder, or files
-    subject: str | None = None  # a subject file, instead of photos
-    partial: bool = False  # of a LoRA that adapts other modules, too: leave these out
-    bundle: str = "tiny"  # name or folder
-    class_noun: str | None = None  # None: the noun of the prompt, else the subject file's, else the bundle's
-    backend: str = "auto"
-    threads: int | None = None  # None: the backend decides
-    device: int = 0  # which GPU, of a backend that runs on one
-    low_memory: bool = False  # close graphs that are no longer needed; decode large pictures in tiles
-    strict_images: bool = False  # one bad photo stops the command
-    combine: str = "mean"  # what becomes of several photos
-    output: str | None = None  # FILE.png, folder, "-" for stdout; None: the current folder
-    force: bool = False  # overwrite
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range("threads", self.threads, 1, MAX_THREADS)
-        in_range("device", self.device, 0, MAX_DEVICE)
-        _one_of("combine", self.combine, COMBINED)
-        if self.images and self.subject:
-            raise UsageError(
-                "--images and --subject were both given",
-                "the subject comes from one of them",
-                "leave one out",
-            )
-        if self.output == STDOUT and self.n != 1:
-            what = f"-o - writes one picture, but -n is {self.n}"
-            raise UsageError(what, "a pipe takes one PNG", "name a folder with -o")
-        _named("images", *self.images)
-        _named("subject", self.subject)
-        if self.partial and not self.subject:
-            why = "it leaves out part of a subject file, and none was named"
-            do = "leave it out, or name the file with --subject"
-            raise UsageError("--partial was given without --subject", why, do)
-        check_needs_subject(bool(self.images or self.subject), self)
-        if self.combine != "mean" and not self.images:
-            why = "it says what becomes of several photos, and would change nothing"
-            raise UsageError(f"combine is {self.combine!r}, but there are no photos", why, "leave it out")
-
-    def sampling(self, **changes: Any) -> SamplingOptions:
-        """The sampling options alone, some of them changed."""
-        own = {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
-        return SamplingOptions(**{**own, **changes})
-
-
-@dataclass(frozen=True, kw_only=True)
-class PersonalizeConfig(Checked):
-    """One `hyperrt personalize`.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
-
-    images: tuple[str, ...]
-    output: str
-    format: str = "diffusers"
-    bundle: str = "tiny"
-    class_noun: str | None = None
-    backend: str = "auto"
-    threads: int | None = None
-    device: int = 0
-    strict_images: bool = False
-    combine: str = "mean"
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range("threads", self.threads, 1, MAX_THREADS)
-        in_range("device", self.device, 0, MAX_DEVICE)
-        _one_of("format", self.format, SUBJECT_FORMATS)
-        _one_of("combine", self.combine, COMBINED_TO_SAVE)
-        if not self.images:
-            raise UsageError("no photos were named", "", "name them with --images")
-        _named("images", *self.images)
-        _named("output", self.output)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(Checked):
-    """One `hyperrt export`; the `export` package reads it.
-
-    Raises:
-        UsageError: a value is not one of those known.
-    """
-
-    model: str  # a family, or the folder of a base model
-    output: str  # folder of the new bundle
-    base: str | None = (
-        None  # folder, file or hub id of the base model; None: that of the hypernetwork's training
-    )
-    vae: str | None = None  # folder, file or hub id of a VAE in place of the base model's
-    hypernet: str | None = None  # checkpoint of the weight decoder
-    random_weights: int | None = None  # seed: random weights in place of both
-    image_encoder: str | None = None  # folder of the ViT that the hypernetwork reads
-    image_prompt: str | None = None  # IP-Adapter-Plus file
-    like: str | None = None  # folder or hub id whose configuration a single file has
-    offline: bool = False
-    size: int | None = None  # pixels; None: what the base model was trained for
-    precision: str = "fp32"  # of the arithmetic
-    quantize: str = "none"  # how weights are stored
-    adapt: str = "inputs"  # how a LoRA enters the denoiser
-    verify: str | None = None  # how much is compared with PyTorch; None: what suits the family
-    dry_run: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range("random_weights", self.random_weights, 0, MAX_SEED)
-        in_range("size", self.size, 8, MAX_SIZE)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("quantize", self.quantize, QUANTIZED)
-        _one_of("adapt", self.adapt, ADAPTED)
-        if self.verify is not None:
-            _one_of("verify", self.verify, VERIFIED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompileConfig(Checked):
-    """One `hyperrt compile`.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
-
-    bundle: str = "tiny"
-    backend: str = "tensorrt-rtx"
-    target: str = "current"  # "sm86,sm89": GPUs that are not here
-    graph: tuple[str, ...] = ()  # none: all
-    images: int = 1  # pictures of a call
-    branches: int = 3  # 2 with cfg, or where kappa is 0 or 2, or the guidance scale 0.5
-    several_subjects: bool = False  # the pictures of a call have different ones
-    low_memory: bool = False  # the decoder for tiles
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_range("images", self.images, 1, MAX_IMAGES)
-        in_range("branches", self.branches, 1, 3)
-        _named("target", *self.targets)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Each once, in order."""
-        return tuple(dict.fromkeys(name.strip() for name in self.target.split(",")))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig(Checked):
-    """One `hyperrt lora convert`.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
-
-    source: str  # file or folder
-    output: str
-    format: str
-    bundle: str | None = None  # None: whatever model the file is for
-    rank: int | None = None  # None: as it is
-    partial: bool = False  # leave out what is no q, k or v of the cross-attention
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("format", self.format, SUBJECT_FORMATS)
-        in_range("rank", self.rank, 1, MAX_RANK)
-        _named("source", self.source)
-        _named("output", self.output)
 
 
 def random_seed(pictures: int) -> int:
@@ -310,15 +119,11 @@ def in_range(name: str, value: float | None, low: float, high: float) -> None:
         raise UsageError(f"{name} is {shown(value)}", f"it must be from {low} to {high}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among those allowed.
+
+    Raises:
+        UsageError: naming the value and those allowed.
+    """
     if value not in allowed:
         raise UsageError(f"{name} is {shown(value)}", f"it must be one of {', '.join(allowed)}")
-
-
-def _named(name: str, *values: str | None) -> None:
-    if "" in values:
-        raise UsageError(
-            f"{name} is an empty name",
-            "an empty name would mean the current folder",
-            "name a file or a folder",
-        )

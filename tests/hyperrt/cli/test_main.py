@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hyperrt.cli import main
+from hyperrt.cli import configs, main
 from hyperrt.cli.commands import hyperrt as group
 from hyperrt.cli.training import COMMANDS
 from hyperrt.sampling import options, recipe
@@ -293,9 +293,9 @@ def test_a_config_file_of_the_current_folder_is_not_read(run):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("generate", options.GenerateConfig),
-        ("personalize", options.PersonalizeConfig),
-        ("export", options.ExportConfig),
+        ("generate", configs.GenerateConfig),
+        ("personalize", configs.PersonalizeConfig),
+        ("export", configs.ExportConfig),
     ],
 )
 def test_every_option_is_a_field_of_the_config_with_the_same_default(name, kind):
@@ -342,7 +342,7 @@ def test_json_tells_steps_pictures_and_warnings(run):
 # personalize, export
 
 
-@pytest.mark.parametrize("format", options.SUBJECT_FORMATS)
+@pytest.mark.parametrize("format", configs.SUBJECT_FORMATS)
 def test_a_subject_file_of_every_format_is_read_back(run, photos, format):
     code, out, err = run("personalize", "-i", photos, "-o", "s.safetensors", "--format", format)
     assert (code, out) == (0, "s.safetensors\n"), err
@@ -356,7 +356,7 @@ def test_personalize_takes_files_one_by_one(run, photos):
     assert (events(out)[-1]["photos"], events(out)[-1]["class_noun"]) == (3, "mug")
 
 
-@pytest.mark.parametrize("combine", options.COMBINED)
+@pytest.mark.parametrize("combine", configs.COMBINED)
 def test_photos_combined_as_asked_draw_what_their_subject_file_draws(run, photos, combine):
     run("generate", "-i", photos, "--combine", combine, "-p", PROMPT, "-o", "a.png")
     run("personalize", "-i", photos, "--combine", combine, "-o", "s.safetensors")

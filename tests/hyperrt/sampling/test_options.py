@@ -1,4 +1,4 @@
-"""Configs are checked once, before anything slow."""
+"""The options of a sampling are checked once, before anything slow."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ import dataclasses
 import pytest
 
 from hyperrt.errors import UsageError
-from hyperrt.lora import combine
 from hyperrt.sampling import options as config
 from hyperrt.sampling import solvers
-from hyperrt.sampling.options import (
-    RANDOM,
-    ConvertConfig,
-    ExportConfig,
-    GenerateConfig,
-    PersonalizeConfig,
-    SamplingOptions,
-    random_seed,
-)
+from hyperrt.sampling.options import RANDOM, SamplingOptions, random_seed
 
 
 @pytest.mark.parametrize(
@@ -61,66 +52,6 @@ def test_the_solvers_of_the_command_line_are_those_of_the_runtime():
     assert set(config.SOLVER_NAMES) == set(solvers.SOLVERS)
 
 
-def test_the_ways_to_combine_of_the_command_line_are_those_of_the_runtime():
-    assert combine.WAYS == config.COMBINED_TO_SAVE
-
-
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingOptions().steps = 3
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"images": ("a",), "subject": "b"},
-        {"output": "-", "n": 2},
-        {"images": ("",)},
-        {"subject": ""},
-        {"threads": 0},
-        {"device": -1},
-        {"kappa": 1.0},
-        {"cfg": True},
-        {"cfg": True, "kappa": 1.0, "subject": "b"},
-        {"cfg": True, "kappa": 0.0, "subject": "b"},
-        {"image_scale": 0.5},
-        {"images": ("a",), "combine": "concat"},
-        {"images": ("a",), "combine": ""},
-        {"subject": "b", "combine": "product"},
-        {"partial": True},
-        {"partial": True, "images": ("a",)},
-    ],
-    ids=str,
-)
-def test_options_that_exclude_each_other_or_name_nothing_are_refused(options):
-    with pytest.raises(UsageError):
-        GenerateConfig(prompt="a robot", **options)
-
-
-def test_the_sampling_options_are_taken_over_and_changed():
-    asked = GenerateConfig(prompt="a [V] robot", subject="s", kappa=0.5, n=8, seed=3)
-    assert asked.sampling(n=2) == SamplingOptions(kappa=0.5, n=2, seed=3)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"format": "zip"}, {"images": ()}, {"images": ("",)}, {"output": ""}, {"combine": "median"}],
-    ids=str,
-)
-def test_personalize_refuses_what_it_cannot_do(options):
-    with pytest.raises(UsageError):
-        PersonalizeConfig(**{"images": ("photos",), "output": "a.safetensors", **options})
-
-
-@pytest.mark.parametrize(
-    "options", [{"format": "zip"}, {"rank": 0}, {"rank": 1025}, {"source": ""}, {"output": ""}], ids=str
-)
-def test_convert_refuses_what_it_cannot_do(options):
-    ConvertConfig(**(asked := {"source": "a", "output": "b", "format": "kohya"}))
-    with pytest.raises(UsageError):
-        ConvertConfig(**{**asked, **options})
-
-
-def test_export_refuses_a_seed_that_is_none():
-    with pytest.raises(UsageError, match=r"random.weights"):
-        ExportConfig(model="tiny", output="bundle", random_weights=-1)
