@@ -29,15 +29,9 @@ import openvino as ov
 import openvino.opset13 as opset
 from openvino.frontend import FrontEndManager
 
-from hyperrt.engines.base import (
-    Engine,
-    EngineError,
-    EngineInputError,
-    EngineLoadError,
-    EngineMemoryError,
-    closed,
-)
+from hyperrt.engines.base import Engine, closed
 from hyperrt.engines.cpu import thread_count
+from hyperrt.engines.errors import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
 from hyperrt.engines.onnx_dims import Dims, tensor_dims
 from hyperrt.engines.tensors import Array, TensorSpec
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt.engines.base import Engine, EngineUnusable
+from hyperrt.engines.base import Engine
 from hyperrt.engines.dlpack import concatenate
+from hyperrt.engines.errors import EngineUnusable
 from hyperrt.errors import BundleMismatch
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.lora.subject import Subject, Vector, only_subject, packed
