@@ -25,7 +25,7 @@ from hyperrt.engines.base import Engine, closed
 from hyperrt.engines.cpu import thread_count
 from hyperrt.engines.errors import EngineError, EngineInputError, EngineLoadError, EngineMemoryError, listed
 from hyperrt.engines.nvidia import driver
-from hyperrt.engines.onnx_dims import multiplies_halves, tensor_dims
+from hyperrt.engines.onnx_file import multiplies_halves, tensor_dims
 from hyperrt.engines.tensors import Array, TensorSpec
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
