@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hyperrt.bundle.onnx_file import external_files
+from hyperrt.engines.onnx_file import external_files
 from tests.engines.onnx_bytes import external_graph, external_tensor, field
 
 TENSOR = external_tensor(b"w.data")
