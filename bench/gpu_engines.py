@@ -21,7 +21,7 @@ import peer_ours
 import report
 
 from hyperrt import Runtime
-from hyperrt.plans.build import PLANNED
+from hyperrt.engines.backends import BACKENDS
 
 PROMPT = "a [V] on a beach"
 
@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
         options: the backend's own.
     """
     found: dict[str, float] = {}
-    if backend in PLANNED:
+    if BACKENDS[backend].runs_plans:
         start = perf_counter()
         compile_bundle(args.bundle, backend)
         found["compile_s"] = perf_counter() - start
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
 
 def waiting(backend: str) -> Callable[[], object]:
     """What waits for the device; ONNX Runtime has waited already."""
-    if backend not in PLANNED:
+    if not BACKENDS[backend].runs_plans:
         return lambda: None
     from cuda.bindings import runtime as cudart
 

@@ -149,7 +149,8 @@ class Projected(Mapping):
 def opened(folder: Path, backend: str) -> tuple[Engine, dict[str, np.ndarray]]:
     """The engine with everything bound that stays over a loop, and what a step is given."""
     backend = engines.resolve(backend)
-    fp32 = {"precision": "f32"} if backend == "openvino" else {}  # which may choose bf16: they are compared
+    # The graphs are compared, so no rounding to bf16.
+    fp32 = {"precision": "f32"} if engines.BACKENDS[backend].precisions else {}
     engine = engines.open(folder / "denoiser.onnx", backend, sizes=SIZES, **fp32)
     names = {spec.name for spec in engine.inputs}
     feeds = {name: array for name, array in np.load(folder / "feeds.npz").items() if name in names}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hyperrt import engines
 from hyperrt.bundle.bundle import Defaults
+from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.base import Engine
 from hyperrt.export import expected, reference, refit_form
 from hyperrt.export.errors import ParityError
@@ -34,7 +35,6 @@ from hyperrt.lora.layout import LoraLayout
 from hyperrt.plans.compare import relative
 from hyperrt.sampling import guidance, loop, solvers
 from hyperrt.sampling.solvers import SolverTable
-from hyperrt.session.graphs import REFITTING
 
 LEVELS = ("none", "graphs", "full")
 # rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
@@ -156,7 +156,7 @@ def graph_error(
 
     refit: layout of the LoRA, where its factors are constants of the file.
     """
-    if refit is not None and backend not in REFITTING:
+    if refit is not None and not BACKENDS[backend].refits:
         return max(_error_of_copy(path, backend, one, refit, **options) for one in expected)
     with engines.open(path, backend, **options) as engine:
         fed = Fed(engine, refit)

@@ -28,7 +28,7 @@ from hyperrt.bundle.manifest import (
     Preprocess,
     Prompts,
 )
-from hyperrt.bundle.onnx_file import external_files
+from hyperrt.engines.onnx_file import external_files
 from hyperrt.errors import SCARCE, BundleError, BundleMismatch, NotFound, UsageError
 from hyperrt.strict_json import StrictError
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from hyperrt import __version__, engines
 from hyperrt.engines import telemetry
+from hyperrt.engines.backends import DEFAULT
 from hyperrt.engines.nvidia import driver as nvidia
 from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
 
-ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # both install the module `onnxruntime`
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
@@ -70,8 +70,8 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     )
     yield _guarded("dependencies", _dependencies)
     yield _guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))
-    for name in engines.BACKENDS:
-        if name != "fake":
+    for name, about in engines.BACKENDS.items():
+        if not about.for_tests:
             yield _guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
     yield _guarded("one ONNX Runtime", _one_onnxruntime)
     yield _guarded("telemetry", _telemetry)
@@ -104,7 +104,7 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     """The check's result; what it raises is a failure."""
     try:
         return check()
-    except (HyperRTError, engines.EngineError) as error:
+    except HyperRTError as error:
         return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
 
 
@@ -164,7 +164,7 @@ def _backend(name: str, wanted: bool) -> Check:
     if not importlib.util.find_spec(about.vendor):
         status, code = ("fail", engines.BackendMissing.code) if wanted else ("ok", 0)
         return Check(title, status, "not installed", about.install, code)
-    found = [version for dist in (about.vendor, f"{about.vendor}-gpu") if (version := _version(dist))]
+    found = [version for package in about.packages if (version := _version(package))]
     detail = " ".join([about.vendor, *found[:1]])
     status = "warn"
     try:
@@ -199,7 +199,7 @@ def _cuda_of(distribution: str) -> int | None:
 
 
 def _one_onnxruntime() -> Check:
-    found = [name for name in ONNX_RUNTIMES if _version(name)]
+    found = [name for name in engines.BACKENDS[DEFAULT].packages if _version(name)]
     if len(found) < 2:
         return Check("one ONNX Runtime", "ok", ", ".join(found) or "none")
     raise Incompatible(

@@ -114,7 +114,7 @@ class _Bug(HyperRTError):
 def _explained(error: BaseException) -> Any:
     """The error as one with what, why, do and code."""
     for known in (error, error.__cause__):  # the training commands wrap theirs for click
-        if isinstance(known, HyperRTError) or _is_engine_error(known):
+        if isinstance(known, HyperRTError):
             return known
     if isinstance(error, MemoryError):
         return ResourceError(
@@ -141,11 +141,6 @@ def _explained(error: BaseException) -> Any:
         "this is a bug, not your mistake",
         "please report it, with the command and what it prints when HYPERRT_DEBUG=1 is set",
     )
-
-
-def _is_engine_error(error: BaseException | None) -> bool:
-    base = sys.modules.get("hyperrt.engines.base")  # not imported here: it loads NumPy
-    return base is not None and isinstance(error, base.EngineError)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -21,10 +21,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.dlpack import DeviceArray, concatenate
 from hyperrt.engines.tensors import Tensors
 from hyperrt.lora.subject import Subject, packed
-from hyperrt.plans.build import PLANNED
 from hyperrt.sampling import prompts
 from hyperrt.sampling.request import Row
 from hyperrt.sampling.tokenizer import Tokenizer
@@ -265,7 +265,7 @@ class HostConditioning(Conditioning):
 
 def conditioning_for(graphs: Graphs, low_memory: bool) -> Conditioning:
     """The kind of conditioning that suits the backend."""
-    kind = DeviceConditioning if graphs.backend in PLANNED else HostConditioning
+    kind = DeviceConditioning if BACKENDS[graphs.backend].on_device else HostConditioning
     return kind(graphs, low_memory)
 
 

@@ -13,19 +13,15 @@ from typing import Any
 from hyperrt import engines
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.bundle.manifest import shown
+from hyperrt.engines.backends import BACKENDS, DEFAULT, names
 from hyperrt.engines.base import Engine
-from hyperrt.engines.tensors import listed
+from hyperrt.engines.errors import listed
 from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
 from hyperrt.plans import build, private_folder
-from hyperrt.plans.build import PLANNED
 from hyperrt.plans.cache import Plan
 from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS, in_range
 from hyperrt.session.resident import Resident
 
-# Backends that are faster when they know the sizes.
-COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
-CACHING = frozenset({"openvino"})  # backends that take `cache`
-REFITTING = PLANNED | {"fake", "onnxruntime", "onnxruntime-cuda"}  # backends whose engines have `weights`
 OWN_OPTIONS = {"path", "backend", "threads", "sizes", "device", "plan", "weights"}  # that HyperRT sets
 
 Sizes = Mapping[str, int]
@@ -86,13 +82,13 @@ class Graphs:
             engines.EngineError: it cannot be opened.
         """
         plan: Plan | None = None
-        options: dict[str, Any] = {"cache": compile_cache()} if self.backend in CACHING else {}
-        if self.backend == "openvino" and name == "vae_decoder":
-            options["precision"] = "f32"  # it would choose bf16, whose rounding is bands in the picture
-        if self.backend in PLANNED:
+        backend = BACKENDS[self.backend]
+        options: dict[str, Any] = {"cache": compile_cache()} if backend.caches else {}
+        options |= backend.graph_options.get(name, {})
+        if backend.runs_plans:
             plan = build.find(self.bundle, name, self.backend, sizes or {}, device=self._device)
             options = {"plan": plan.path, "weights": self.bundle.graphs[name].weights}
-        fixed = sizes if self.backend in COMPILING else None
+        fixed = sizes if backend.fixed_sizes else None
         path = self.bundle.graph(name)
         try:
             engine = engines.open(
@@ -174,21 +170,21 @@ class Graphs:
 def _backend(bundle: Bundle, asked: str) -> str:
     """The backend that is to run the bundle: one that can refit, where its LoRA enters by that."""
     found = engines.resolve(asked)
-    if bundle.adapt != "refit" or found in REFITTING:
+    if bundle.adapt != "refit" or BACKENDS[found].refits:
         return found
     if asked == "auto":
-        return "onnxruntime"
+        return DEFAULT
     raise BundleMismatch(
         f"the backend {found!r} cannot take the LoRA of the bundle {bundle.name}",
-        f"its LoRA enters by refit, and {found} makes constants of it; {listed(REFITTING - {'fake'})} do not",
+        f"its LoRA enters by refit, and {found} makes constants of it; {listed(names('refits'))} do not",
         "export the bundle with --adapt inputs, or use another backend",
     )
 
 
 def _check_device(backend: str, device: int) -> None:
     """Refuse another device than 0 where there is one alone; whether there is such a GPU its backend says."""
-    if device and not engines.BACKENDS[backend].nvidia:
-        gpus = listed(name for name, one in engines.BACKENDS.items() if one.nvidia)
+    if device and not BACKENDS[backend].nvidia:
+        gpus = listed(names("nvidia"))
         why = f"the backend {backend!r} runs on the processor"
         raise UsageError(f"the device is {device}", why, f"leave it out, or use a backend of GPUs: {gpus}")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from hyperrt.engines.base import Engine, EngineUnusable
+from hyperrt.engines.base import Engine
+from hyperrt.engines.errors import EngineUnusable
 
 _versions = itertools.count(1)
 

@@ -316,7 +316,7 @@ def test_each_process_of_a_machine_draws_on_its_own_gpu(subjects, tmp_path, monk
     def opened(bundle, backend, threads, device):
         raise NotFound(f"{backend} on the device {device}")
 
-    monkeypatch.setattr("hyperrt.engines.base._suits_cuda", lambda: False)
+    monkeypatch.setattr("hyperrt.engines.backends._suits_cuda", lambda: False)
     monkeypatch.setattr(evaluate.Runtime, "open", opened)
     monkeypatch.setattr(PartialState(cpu=True), "local_process_index", 3)
     asked = ["tiny", "--protocol", "dreambench", "--subjects", subjects, "--cpu", "--scorers", "face"]

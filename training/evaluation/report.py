@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperrt import Runtime, files
+from hyperrt.engines.backends import BACKENDS
 from hyperrt.sampling.options import SamplingOptions
 from hyperrt.sampling.request import settle
 from hyperrt.training.evaluation import protocols, report_page, report_plots, scores
@@ -32,8 +33,8 @@ SCHEMA = 1
 PAPER = Path(__file__).with_name("paper.json")
 CALIBRATED = 0.01  # how near to the papers' figures of real photos a scorer must come
 PACKAGES = (
-    "hyperrt", "numpy", "pillow", "torch", "transformers", "accelerate", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "tensorrt", "tensorrt-rtx", "facenet-pytorch",
+    "hyperrt", "numpy", "pillow", "torch", "transformers", "accelerate", "facenet-pytorch",
+    *dict.fromkeys(package for backend in BACKENDS.values() for package in backend.packages),
 )  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from hyperrt import files
-from hyperrt.engines.errors import EngineError
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError, explained
 from hyperrt.training.run import device, distributed
 
@@ -235,7 +234,7 @@ def reported() -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
-    except (HyperRTError, EngineError, FileNotFoundError) as error:
+    except (HyperRTError, FileNotFoundError) as error:
         failure = click.ClickException(str(error))
         failure.exit_code = getattr(error, "code", 4)  # 4: not found
         raise failure from error

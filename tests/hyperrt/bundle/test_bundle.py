@@ -15,7 +15,7 @@ from hyperrt.bundle import bundle as bundles
 from hyperrt.bundle.bundle import FORMAT, GRAPHS, MANIFEST, TOKENIZER, Bundle, LoraSection, sha256_of
 from hyperrt.errors import BundleError, BundleMismatch, HyperRTError, NotFound, UsageError
 from hyperrt.lora.layout import LoraLayout, Site
-from tests.hyperrt.onnx_bytes import external_graph
+from tests.engines.onnx_bytes import external_graph
 
 ATTN = "mid.attn2"
 LAYOUT = LoraLayout((Site(f"{ATTN}.to_q", 4, 4), Site(f"{ATTN}.to_k", 6, 4), Site(f"{ATTN}.to_v", 6, 4)), 2)
