@@ -86,6 +86,37 @@ def taken(name: str, value: object, hint: Any, default: Any = _REQUIRED) -> Any:
         ) from None
 
 
+def in_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Refuse a number outside the range; None is not checked.
+
+    Raises:
+        UsageError: naming the value and the range.
+    """
+    if value is not None and not low <= value <= high:  # NaN is in no range
+        raise UsageError(f"{name} is {shown(value)}", f"it must be from {low} to {high}")
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a word that is not among the choices.
+
+    Raises:
+        UsageError: naming the value and the choices.
+    """
+    if value not in (choices := tuple(choices)):
+        raise UsageError(f"{name} is {shown(value)}", f"it must be one of {', '.join(choices)}")
+
+
+def not_empty(name: str, *paths: str | None) -> None:
+    """Refuse an empty path; None is not checked.
+
+    Raises:
+        UsageError: a path is "".
+    """
+    if "" in paths:
+        why = "an empty name would mean the current folder"
+        raise UsageError(f"{name} is an empty name", why, "name a file or a folder")
+
+
 def shown(value: object) -> str:
     """A value for a message, on one line, its end left out where it is long."""
     short = reprlib.Repr()

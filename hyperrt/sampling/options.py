@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hyperrt.arguments import Checked, shown
+from hyperrt.arguments import Checked, in_range, not_empty, one_of, shown
 from hyperrt.errors import UsageError
 
 SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
@@ -76,7 +76,7 @@ class SamplingConfig(Checked):
             raise UsageError(f"seed is {shown(self.seed)}", why)
         in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
-            _one_of("solver", self.solver, SOLVER_NAMES)
+            one_of("solver", self.solver, SOLVER_NAMES)
         if self.cfg and self.kappa is not None:
             why = "plain CFG draws with the personalised model alone, and has no share to set"
             raise UsageError(f"cfg is on, but kappa is {self.kappa:g}", why, "leave one of them out")
@@ -122,7 +122,7 @@ class GenerateConfig(SamplingConfig):
         super().__post_init__()
         in_range("threads", self.threads, 1, MAX_THREADS)
         in_range("device", self.device, 0, MAX_DEVICE)
-        _one_of("combine", self.combine, COMBINED)
+        one_of("combine", self.combine, COMBINED)
         if self.images and self.subject:
             raise UsageError(
                 "--images and --subject were both given",
@@ -132,8 +132,8 @@ class GenerateConfig(SamplingConfig):
         if self.output == STDOUT and self.n != 1:
             what = f"-o - writes one picture, but -n is {self.n}"
             raise UsageError(what, "a pipe takes one PNG", "name a folder with -o")
-        _named("images", *self.images)
-        _named("subject", self.subject)
+        not_empty("images", *self.images)
+        not_empty("subject", self.subject)
         if self.partial and not self.subject:
             why = "it leaves out part of a subject file, and none was named"
             do = "leave it out, or name the file with --subject"
@@ -173,12 +173,12 @@ class PersonalizeConfig(Checked):
         super().__post_init__()
         in_range("threads", self.threads, 1, MAX_THREADS)
         in_range("device", self.device, 0, MAX_DEVICE)
-        _one_of("format", self.format, SUBJECT_FORMATS)
-        _one_of("combine", self.combine, COMBINED_TO_SAVE)
+        one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
             raise UsageError("no photos were named", "", "name them with --images")
-        _named("images", *self.images)
-        _named("output", self.output)
+        not_empty("images", *self.images)
+        not_empty("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +213,11 @@ class ExportConfig(Checked):
         super().__post_init__()
         in_range("random_weights", self.random_weights, 0, MAX_SEED)
         in_range("size", self.size, 8, MAX_SIZE)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("quantize", self.quantize, QUANTIZED)
-        _one_of("adapt", self.adapt, ADAPTED)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("quantize", self.quantize, QUANTIZED)
+        one_of("adapt", self.adapt, ADAPTED)
         if self.verify is not None:
-            _one_of("verify", self.verify, VERIFIED)
+            one_of("verify", self.verify, VERIFIED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +242,7 @@ class CompileConfig(Checked):
         super().__post_init__()
         in_range("images", self.images, 1, MAX_IMAGES)
         in_range("branches", self.branches, 1, 3)
-        _named("target", *self.targets)
+        not_empty("target", *self.targets)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -268,10 +268,10 @@ class ConvertConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("format", self.format, SUBJECT_FORMATS)
         in_range("rank", self.rank, 1, MAX_RANK)
-        _named("source", self.source)
-        _named("output", self.output)
+        not_empty("source", self.source)
+        not_empty("output", self.output)
 
 
 def random_seed(pictures: int) -> int:
@@ -298,27 +298,3 @@ def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
             why = f"{what}, and would change nothing"
             do = "leave it out, or name a subject"
             raise UsageError(f"{name} is {value:g}, but there is no subject", why, do)
-
-
-def in_range(name: str, value: float | None, low: float, high: float) -> None:
-    """Refuse a number beyond these; None is not looked at.
-
-    Raises:
-        UsageError: naming the value and the range.
-    """
-    if value is not None and not low <= value <= high:  # NaN is in no range
-        raise UsageError(f"{name} is {shown(value)}", f"it must be from {low} to {high}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name} is {shown(value)}", f"it must be one of {', '.join(allowed)}")
-
-
-def _named(name: str, *values: str | None) -> None:
-    if "" in values:
-        raise UsageError(
-            f"{name} is an empty name",
-            "an empty name would mean the current folder",
-            "name a file or a folder",
-        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt import engines
+from hyperrt.arguments import in_range
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.bundle.manifest import shown
 from hyperrt.engines.base import Engine
@@ -19,7 +20,7 @@ from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
 from hyperrt.plans import build, private_folder
 from hyperrt.plans.build import PLANNED
 from hyperrt.plans.cache import Plan
-from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS, in_range
+from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS
 from hyperrt.session.adapter import Adapter
 
 # Backends that are faster when they know the sizes.
