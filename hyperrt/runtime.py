@@ -225,7 +225,7 @@ class Runtime:
                 cfg: plain CFG of the personalised model, with the empty prompt and the subject's: no kappa.
                 guidance_scale: s = w + 1; CFG has by default twice the bundle's, and pulls as strongly.
                 steps: model evaluations.
-                solver: one of `solvers.SOLVERS`.
+                solver: one of `options.SOLVER_NAMES`.
                 seed: picture k uses seed + k, whatever n and batch_size are; None or -1 chooses a random one
                     (see `Result.seeds`).
                 n: pictures of each pair.

@@ -22,15 +22,8 @@ from hyperrt.cli.output import Output, with_json
 from hyperrt.cli.plans import plans
 from hyperrt.cli.training import COMMANDS, TrainingCommand
 from hyperrt.cli.user_config import default_map, user_config
-from hyperrt.sampling.options import (
-    COMBINED,
-    COMBINED_TO_SAVE,
-    RANDOM,
-    SOLVER_NAMES,
-    SUBJECT_FORMATS,
-    GenerateConfig,
-    PersonalizeConfig,
-)
+from hyperrt.lora.names import COMBINED, COMBINED_TO_SAVE, FORMATS
+from hyperrt.sampling.options import RANDOM, SOLVER_NAMES, GenerateConfig, PersonalizeConfig
 
 ENV = "HYPERRT"
 SETTINGS = {
@@ -198,7 +191,7 @@ def generate(context: click.Context, /, **options: Any) -> None:
     "--format",
     default="diffusers",
     show_default=True,
-    type=click.Choice(SUBJECT_FORMATS),
+    type=click.Choice(tuple(FORMATS)),
     help="Whose key names.",
 )
 @click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to make it for.")

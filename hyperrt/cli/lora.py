@@ -11,7 +11,8 @@ import click
 
 from hyperrt.cli.output import Output, with_json
 from hyperrt.errors import LoraMismatch, UsageError
-from hyperrt.sampling.options import SUBJECT_FORMATS, ConvertConfig
+from hyperrt.lora.names import FORMATS
+from hyperrt.sampling.options import ConvertConfig
 
 if TYPE_CHECKING:
     from hyperrt.bundle.bundle import Bundle
@@ -56,7 +57,7 @@ def inspect(output: Output, file: str) -> None:
 @click.argument("source", metavar="IN")
 @click.argument("output", metavar="OUT")
 @click.option(
-    "--format", default="diffusers", show_default=True, type=click.Choice(SUBJECT_FORMATS),
+    "--format", default="diffusers", show_default=True, type=click.Choice(tuple(FORMATS)),
     help="Whose key names.",
 )  # fmt: skip
 @click.option("--bundle", metavar="NAME|DIR", help="Model that it must fit.  [default: that is not checked]")

@@ -20,25 +20,22 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from hyperrt.arguments import shown
-from hyperrt.errors import UsageError
+from hyperrt.arguments import one_of
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.lora.low_rank import Matrix, truncated
+from hyperrt.lora.names import COMBINED_TO_SAVE
 from hyperrt.lora.subject import Vector
 
 Packed = Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
 
-WAYS = ("mean", "product", "concat")
-
 
 def check_way(way: str) -> None:
-    """Refuse a word that is none of `WAYS`.
+    """Refuse a way of combining that is not in `COMBINED_TO_SAVE`.
 
     Raises:
         UsageError: it is not.
     """
-    if way not in WAYS:
-        raise UsageError(f"combine is {shown(way)}", f"it must be one of {', '.join(WAYS)}")
+    one_of("combine", way, COMBINED_TO_SAVE)
 
 
 def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:

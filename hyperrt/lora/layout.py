@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hyperrt.arguments import checked, shown
+from hyperrt.arguments import checked
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.engines.tensors import TensorSpec
 from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
@@ -33,6 +33,7 @@ from hyperrt.lora import names, reader, writer
 from hyperrt.lora.reader import IMAGE_TOKENS, NOT_USABLE, Factors, LoraFile, difference, usable
 from hyperrt.lora.safetensors_file import REMAKE, Stored
 from hyperrt.lora.subject import Subject, Vector
+from hyperrt.text import short_repr
 
 log = logging.getLogger("hyperrt")
 
@@ -216,14 +217,14 @@ def save_subject(
     """
     if format not in names.FORMATS:
         known = ", ".join(names.FORMATS)
-        raise UsageError(f"there is no subject format {shown(format)}", f"it must be one of {known}")
+        raise UsageError(f"there is no subject format {short_repr(format)}", f"it must be one of {known}")
     if fault := lora_metadata.fault(metadata):
         raise UsageError("the subject's metadata cannot be saved", fault)
     if wrong := difference(set(packed), set(VECTORS)):
         raise LoraMismatch("the packed LoRA is not complete", wrong)
     for name, vector in packed.items():
         if not isinstance(vector, np.ndarray) or vector.dtype.kind != "f":
-            raise UsageError(f"{name} is {shown(vector)}", "it must be an array of floats")
+            raise UsageError(f"{name} is {short_repr(vector)}", "it must be an array of floats")
         if not usable(vector):
             raise NumericError(f"{name} cannot be saved", NOT_USABLE)
     tokens = None

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 # What the tensor names of each format begin with; diffusers' models alone save without a prefix.
 FORMATS: Mapping[str, str] = {"diffusers": "unet.", "peft": "base_model.model.", "kohya": "lora_unet_"}
+# How several photos become one LoRA (hyperrt/lora/combine.py): of the bundle's rank, or of a higher one too.
+COMBINED = ("mean", "product")
+COMBINED_TO_SAVE = (*COMBINED, "concat")
 LAYERS = 2  # per block, in every published Stable Diffusion
 SITE = re.compile(  # the path of a site in a Stable Diffusion UNet
     r"(?:(?:down|up)_blocks\.\d{1,3}|mid_block)\.attentions\.\d{1,3}\.transformer_blocks\.\d{1,3}\.attn2\.to_[qkv]"

@@ -23,8 +23,8 @@ from hyperrt.errors import LoraError, LoraMismatch, NotFound
 from hyperrt.lora import names as lora_names
 from hyperrt.lora import peft_config, safetensors_file
 from hyperrt.lora.peft_config import MAX_ALPHA, PEFT_CONFIG, PEFT_FILE
-from hyperrt.lora.safetensors_file import FETCH, REMAKE, Entry, Stored, shown
-from hyperrt.text import advice
+from hyperrt.lora.safetensors_file import FETCH, REMAKE, Entry, Stored
+from hyperrt.text import advice, shortened
 
 Array = NDArray[np.float32]
 
@@ -128,7 +128,7 @@ class LoraFile:
         found = Factors(self.stored(pair.a), self.stored(pair.b), pair.alpha)
         for key, numbers in zip((pair.a, pair.b), found.numbers(), strict=True):
             if not usable(numbers):
-                raise LoraError(f"{self.name}: {shown(key)} cannot be used", NOT_USABLE, self.redo)
+                raise LoraError(f"{self.name}: {shortened(key)} cannot be used", NOT_USABLE, self.redo)
         return found
 
     def tokens(self) -> Stored | None:
@@ -205,12 +205,12 @@ def check_used(file: LoraFile, partial: bool = False) -> None:
     if file.odd:
         method_name = lora_names.method_of(file.odd[0])
         is_that = f"is {method_name} and not" if method_name else "is not"
-        why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shown(file.odd[0])}"
+        why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shortened(file.odd[0])}"
         convert = "convert it to a plain LoRA where it came from, or use another file"
         do = REMAKE if file.origin else convert
         raise LoraError(f"{file.name} {is_that} a LoRA of pairs A and B", why, do)
     if not file.pairs:
-        first = f"; its first tensor is {shown(next(iter(file.entries)))}" if file.entries else ""
+        first = f"; its first tensor is {shortened(next(iter(file.entries)))}" if file.entries else ""
         why = f"it has no cross-attention q, k or v of a Stable Diffusion UNet{first}"
         inspect = ("hyperrt", "lora", "inspect", file.path)
         do = advice("use another file; to see what this one holds, run", *inspect)
@@ -261,7 +261,7 @@ def difference(found: set[str], expected: set[str]) -> str:
     parts = []
     for word, names in (("missing", expected - found), ("unknown", found - expected)):
         if names:
-            first = ", ".join(shown(name) for name in sorted(names)[:3])
+            first = ", ".join(shortened(name) for name in sorted(names)[:3])
             more = ", ..." if len(names) > 3 else ""
             parts.append(f"{len(names)} {word} ({len(expected)} expected): {first}{more}")
     return "; ".join(parts)
@@ -329,8 +329,8 @@ def _rank(header: _Header, a: str, b: str) -> int:
         safetensors_file.check_type(header.path, key, entries[key])
     shape_a, shape_b = entries[a].shape, entries[b].shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
-        why = f"beside it {shown(b)} is {shape_b}; they must be (rank, inputs) and (outputs, rank)"
-        raise LoraError(f"{name}: {shown(a)} is {shape_a}", why, _redo(header.metadata))
+        why = f"beside it {shortened(b)} is {shape_b}; they must be (rank, inputs) and (outputs, rank)"
+        raise LoraError(f"{name}: {shortened(a)} is {shape_a}", why, _redo(header.metadata))
     return shape_a[0]
 
 
@@ -340,7 +340,7 @@ def _alpha(header: _Header, key: str | None, site: str, rank: int) -> float:
     if key is not None:
         entry = header.entries[key]
         if math.prod(entry.shape) != 1:
-            raise LoraError(f"{name}: {shown(key)} is {entry.shape}", "it must be one number", redo)
+            raise LoraError(f"{name}: {shortened(key)} is {entry.shape}", "it must be one number", redo)
         types = (*safetensors_file.NUMBERS, "BF16")
         stored = safetensors_file.read_tensor(header.path, key, entry, types)
         alpha = float(stored.array().ravel()[0])
@@ -348,7 +348,7 @@ def _alpha(header: _Header, key: str | None, site: str, rank: int) -> float:
         alpha = rank if header.config is None else _configured(header, site, rank)
     if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
         why = f"it must be above 0 and at most {MAX_ALPHA:g}"
-        raise LoraError(f"{name}: alpha is {alpha:g} at {shown(site)}", why, redo)
+        raise LoraError(f"{name}: alpha is {alpha:g} at {shortened(site)}", why, redo)
     return alpha
 
 

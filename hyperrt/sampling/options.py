@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hyperrt.arguments import Checked, in_range, not_empty, one_of, shown
+from hyperrt.arguments import Checked, in_range, not_empty, one_of
 from hyperrt.errors import UsageError
+from hyperrt.lora.metadata import MAX_IMAGE_SCALE
+from hyperrt.lora.names import COMBINED, COMBINED_TO_SAVE, FORMATS
+from hyperrt.text import short_repr
 
-SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
-COMBINED = ("mean", "product")  # how several photos become a LoRA of the bundle's rank
-COMBINED_TO_SAVE = (*COMBINED, "concat")  # to one of any rank; see hyperrt/lora/combine.py, which needs NumPy
 PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = ("none", "int8")
 VERIFIED = ("none", "graphs", "full")
 ADAPTED = ("inputs", "refit")
 MAX_SIZE = 2**14  # pixels
-MAX_IMAGE_SCALE = 10
 MAX_GUIDANCE = 100
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
@@ -37,7 +36,7 @@ SOLVER_NAMES = (
     "dpmpp_2m",
     "euler",
     "euler_ancestral",
-)  # those of hyperrt/sampling/solvers.py, which needs NumPy
+)  # the tables are in hyperrt/sampling/solvers.py, which needs NumPy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class SamplingConfig(Checked):
             object.__setattr__(self, "seed", random_seed(self.n))
         if not 0 <= self.seed <= MAX_SEED - self.n:
             why = f"it must be from 0 to {MAX_SEED - self.n}, or {RANDOM} for a random one"
-            raise UsageError(f"seed is {shown(self.seed)}", why)
+            raise UsageError(f"seed is {short_repr(self.seed)}", why)
         in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
             one_of("solver", self.solver, SOLVER_NAMES)
@@ -173,7 +172,7 @@ class PersonalizeConfig(Checked):
         super().__post_init__()
         in_range("threads", self.threads, 1, MAX_THREADS)
         in_range("device", self.device, 0, MAX_DEVICE)
-        one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("format", self.format, FORMATS)
         one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
             raise UsageError("no photos were named", "", "name them with --images")
@@ -268,7 +267,7 @@ class ConvertConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("format", self.format, FORMATS)
         in_range("rank", self.rank, 1, MAX_RANK)
         not_empty("source", self.source)
         not_empty("output", self.output)

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from hyperrt.engines.dlpack import DeviceArray, concatenate
 from hyperrt.engines.tensors import Tensors
 from hyperrt.lora.subject import Subject, packed
-from hyperrt.sampling import prompts
 from hyperrt.sampling.request import Job
 from hyperrt.sampling.tokenizer import Tokenizer
 from hyperrt.session.adapter import write_context
 from hyperrt.session.graphs import Graphs
 from hyperrt.session.personalizer import check_finite
+from hyperrt.text import short_repr
 
 log = logging.getLogger("hyperrt")
 
@@ -152,7 +152,7 @@ class Conditioning:
         encoded = {name: [one.encode(text) for text in texts] for name, one in self._tokenizers.items()}
         longest = max((text.dropped for text in encoded["input_ids"]), key=len)
         if longest:
-            log.warning("prompt cut to %d tokens; dropped: %s", rules.max_tokens, prompts.shortened(longest))
+            log.warning("prompt cut to %d tokens; dropped: %s", rules.max_tokens, short_repr(longest))
         return {name: np.stack([text.ids for text in found]) for name, found in encoded.items()}
 
     def _sizes(self, rows: int) -> dict[str, Floats]:

@@ -13,7 +13,7 @@ from typing import Any
 from hyperrt import engines
 from hyperrt.arguments import in_range
 from hyperrt.bundle.bundle import Bundle
-from hyperrt.bundle.manifest import shown
+from hyperrt.bundle.manifest import spec_text
 from hyperrt.engines.base import Engine
 from hyperrt.engines.tensors import listed
 from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
@@ -158,7 +158,7 @@ class Graphs:
             if said.get(key) != found.get(key):
                 raise BundleMismatch(
                     f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
-                    f"it has {shown(found.get(key))}; the manifest says {shown(said.get(key))}",
+                    f"it has {spec_text(found.get(key))}; the manifest says {spec_text(said.get(key))}",
                     "export the bundle again",
                 )
 

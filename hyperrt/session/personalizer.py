@@ -27,7 +27,7 @@ from hyperrt.lora import combine as combining
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.lora.subject import LoraOnDevice, Vector
 from hyperrt.photos import load as photo_files
-from hyperrt.photos.formats import printable
+from hyperrt.text import printable
 
 log = logging.getLogger("hyperrt")
 
@@ -102,7 +102,7 @@ def predict_lora(features: Sequence[Features], weight_decoder: Engine) -> Mappin
 def lora_of(
     features: Sequence[Features], weight_decoder: Engine, layout: LoraLayout, combine: str
 ) -> Mapping[str, Vector]:
-    """`predict_lora`, but of several photos what `combine` says, one of `combine.WAYS`.
+    """`predict_lora`, but of several photos what `combine` says, one of `names.COMBINED_TO_SAVE`.
 
     Args:
         layout: of the decoder's LoRA; that of the result is another for "concat".
@@ -150,7 +150,7 @@ def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, 
     Args:
         noun: what the subject is.
         photos: how many there were.
-        combine: what was made of several, one of `combine.WAYS`.
+        combine: what was made of several, one of `names.COMBINED_TO_SAVE`.
     """
     found = {
         "base_model": bundle.hashes.base_model,

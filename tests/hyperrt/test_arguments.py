@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from hyperrt import Bundle, Runtime, Subject, load_subject, save_subject
-from hyperrt.arguments import checked, shown, taken
+from hyperrt.arguments import checked, taken
 from hyperrt.engines import EngineError
 from hyperrt.errors import HyperRTError, UsageError
 from hyperrt.sampling import options as config
 from hyperrt.sampling import recipe
+from hyperrt.text import short_repr
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"
@@ -80,13 +81,6 @@ def test_none_is_the_default():
     assert config.SamplingConfig(**dict.fromkeys(optional)) == config.SamplingConfig()
 
 
-@pytest.mark.parametrize(
-    "value", ["x" * 10**6, 10**5000, "a\nb", [[1] * 999] * 999, np.zeros(10**6)], ids=type
-)
-def test_a_value_is_shown_on_one_short_line(value):
-    assert len(shown(value)) < 200 and "\n" not in shown(value)
-
-
 @pytest.fixture
 def runtime(pretend):
     with Runtime.open(pretend, "fake") as runtime:
@@ -139,7 +133,7 @@ def calls(runtime, folder, odd):
         yield lambda name=name: recipe.save_png(folder / "a.png", PHOTO, {name: odd}, force=True)
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: f"{type(odd).__name__} {shown(odd)[:20]}")
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: f"{type(odd).__name__} {short_repr(odd)[:20]}")
 def test_whatever_is_passed_works_or_is_refused_by_an_error_of_ours(runtime, tmp_path, monkeypatch, odd):
     monkeypatch.chdir(tmp_path)
     for call in calls(runtime, tmp_path, odd):

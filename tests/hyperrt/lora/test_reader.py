@@ -207,7 +207,7 @@ def test_a_file_without_tensors_is_refused(path):
 def test_a_difference_is_counted_and_shortened():
     assert reader.difference({"a"}, {"a"}) == ""
     words = reader.difference({"x\x1b"}, {"a", "b", "c", "d"})
-    assert words == "4 missing (4 expected): a, b, c, ...; 1 unknown (4 expected): 'x\\x1b'"
+    assert words == "4 missing (4 expected): a, b, c, ...; 1 unknown (4 expected): x\\x1b"
 
 
 def test_only_the_tensors_that_are_used_are_read(path, monkeypatch):

@@ -13,6 +13,7 @@ from PIL import Image
 from hyperrt.errors import BadImage, BadInput, NotFound, NumericError, UsageError
 from hyperrt.lora import combine
 from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.lora.names import COMBINED_TO_SAVE
 from hyperrt.photos.load import load_image
 from hyperrt.session import personalizer
 from tests.hyperrt.pictures import half_and_half
@@ -235,7 +236,7 @@ def test_one_photo_gives_the_bits_that_were_predicted():
 
 
 @pytest.mark.parametrize("photos", [1, 2, 3])
-@pytest.mark.parametrize("way", combine.WAYS)
+@pytest.mark.parametrize("way", COMBINED_TO_SAVE)
 def test_the_weights_of_several_photos_are_combined_as_asked_and_one_keeps_its_bits(way, photos):
     rng = np.random.default_rng(0)
     sizes = {name: LAYOUT.size(name) for name in ("lora_q", "lora_kv")}
