@@ -35,7 +35,7 @@ from torch import Tensor
 from hyperrt import Runtime, engines
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.export import storage
-from hyperrt.lora import layout
+from hyperrt.lora import subject_file
 from hyperrt.lora.subject import Subject
 from hyperrt.sampling import loop, solvers
 from hyperrt.sampling.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def inject(unet: UNet2DConditionModel, subject: Subject, bundle: Bundle) -> None
     """The subject as a PEFT adapter of the UNet, read from a subject file by diffusers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subject.safetensors"
-        layout.save_subject(path, subject.lora, bundle.layout, subject.metadata)
+        subject_file.save_subject(path, subject.lora, bundle.layout, subject.metadata)
         unet.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
 
 

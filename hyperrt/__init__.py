@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hyperrt.bundle.bundle import Bundle
     from hyperrt.errors import HyperRTError
-    from hyperrt.lora.layout import load_subject, save_subject
     from hyperrt.lora.subject import Subject
+    from hyperrt.lora.subject_file import load_subject, save_subject
     from hyperrt.runtime import Result, Runtime
     from hyperrt.sampling import recipe
     from hyperrt.sampling.loop import Step
@@ -50,9 +50,9 @@ _DEFINED_IN = {
     "Runtime": "runtime",
     "Step": "sampling.loop",
     "Subject": "lora.subject",
-    "load_subject": "lora.layout",
+    "load_subject": "lora.subject_file",
     "recipe": "sampling.recipe",
-    "save_subject": "lora.layout",
+    "save_subject": "lora.subject_file",
 }
 
 

@@ -29,7 +29,7 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines import forks
 from hyperrt.engines.base import Engine
 from hyperrt.errors import UsageError
-from hyperrt.lora import layout
+from hyperrt.lora import subject_file
 from hyperrt.lora.combine import check_way
 from hyperrt.lora.subject import Subject
 from hyperrt.photos.load import preprocess
@@ -164,10 +164,11 @@ class Runtime:
             partial: leave out what another program's file adapts beside q, k and v of the cross-attention.
 
         Raises:
-            NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
+            NotFound, LoraError, LoraMismatch: as `subject_file.load_subject`.
         """
-        shape, base, bundle = self.bundle.token_shape, self.bundle.hashes.base_model, self.bundle.reference
-        subject = layout.load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
+        layout, base, shape = self.bundle.layout, self.bundle.hashes.base_model, self.bundle.token_shape
+        reference = self.bundle.reference
+        subject = subject_file.load_subject(path, layout, base, shape, partial=partial, bundle=reference)
         rules, trigger = self.bundle.prompts, subject.metadata.get("trigger", "")
         noun = subject.class_noun or noun_of_trigger(trigger, rules.nouns, rules.default_class)
         return dataclasses.replace(subject, class_noun=noun)

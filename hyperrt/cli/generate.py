@@ -12,7 +12,7 @@ from hyperrt.cli import picture_files
 from hyperrt.cli import recipe as cli_recipe
 from hyperrt.cli.output import Output
 from hyperrt.errors import UsageError
-from hyperrt.lora import layout as lora
+from hyperrt.lora import subject_file
 from hyperrt.lora.combine import concat_layout
 from hyperrt.lora.peft_config import PEFT_CONFIG
 from hyperrt.lora.subject import Subject
@@ -101,7 +101,7 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
         if config.combine == "concat":
             layout = concat_layout(layout, subject.photos)
             output.note(f"rank {layout.rank}: for other programs, not to draw with here", rank=layout.rank)
-        lora.save_subject(
+        subject_file.save_subject(
             path,
             subject.lora,
             layout,

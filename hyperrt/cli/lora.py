@@ -119,7 +119,8 @@ def _convert(config: ConvertConfig, output: Output) -> float:
 
 def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
     """Refuse a file that, once converted, the bundle would not take."""
-    from hyperrt.lora.layout import LoraLayout, load_file
+    from hyperrt.lora.layout import LoraLayout
+    from hyperrt.lora.subject_file import load_file
 
     layout = bundle.layout
     if config.rank is not None:

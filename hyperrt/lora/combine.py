@@ -21,10 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from hyperrt.arguments import one_of
-from hyperrt.lora.layout import LoraLayout
+from hyperrt.lora.layout import LoraLayout, Vector
 from hyperrt.lora.low_rank import Matrix, truncated
 from hyperrt.lora.names import COMBINED_TO_SAVE
-from hyperrt.lora.subject import Vector
 
 Packed = Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import LoraError, LoraMismatch, NotFound
 from hyperrt.lora import names as lora_names
 from hyperrt.lora import peft_config, safetensors_file
@@ -243,6 +244,29 @@ def unused_kinds(file: LoraFile) -> dict[str, int]:
     return counted(map(lora_names.kind_of, file.unused))
 
 
+def check_tokens(name: str, tokens: Array | DeviceArray | None, shape: tuple[int, ...] | None) -> None:
+    """Refuse image tokens [1 or photos, tokens, width] that a bundle does not take; None fits every bundle.
+
+    Of those on a device only the shape is looked at.
+
+    Args:
+        name: of the file or subject, for the message.
+        shape: (tokens, width) of the bundle; None if it takes none.
+
+    Raises:
+        LoraMismatch: another shape, or the bundle takes none.
+        LoraError: a number is NaN, infinite or beyond MAX_WEIGHT.
+    """
+    if tokens is None:
+        return
+    if shape is None or len(tokens.shape) != 3 or not tokens.shape[0] or tokens.shape[1:] != shape:
+        takes = f"takes {list(shape)} of each photo" if shape else "takes none"
+        why = f"they are {list(tokens.shape)}, the bundle {takes}"
+        raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REMAKE)
+    if isinstance(tokens, np.ndarray) and not usable(tokens):
+        raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REMAKE)
+
+
 def usable(array: Array) -> bool:
     """Whether all numbers are finite, and within MAX_WEIGHT."""
     return bool(np.all(np.abs(array) <= MAX_WEIGHT))  # False for NaN too
@@ -254,17 +278,6 @@ def counted(items: Iterable[Any]) -> dict[Any, int]:
     for item in items:
         found[item] = found.get(item, 0) + 1
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
-
-
-def difference(found: set[str], expected: set[str]) -> str:
-    """What is missing from `found` and what is too much: counts and the first three names; "" if nothing."""
-    parts = []
-    for word, names in (("missing", expected - found), ("unknown", found - expected)):
-        if names:
-            first = ", ".join(shortened(name) for name in sorted(names)[:3])
-            more = ", ..." if len(names) > 3 else ""
-            parts.append(f"{len(names)} {word} ({len(expected)} expected): {first}{more}")
-    return "; ".join(parts)
 
 
 def _file_of(path: Path) -> Path:

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hyperrt.arguments import Checked
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import LoraMismatch, UsageError
-
-Vector = NDArray[np.float32]
+from hyperrt.lora.layout import Vector
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from hyperrt.arguments import taken
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
-from hyperrt.lora.layout import VECTORS, check_tokens
+from hyperrt.lora.layout import VECTORS
+from hyperrt.lora.reader import check_tokens
 from hyperrt.lora.subject import Subject, only_subject, packed
 from hyperrt.sampling import guidance, prompt_syntax, prompts, solvers
 from hyperrt.sampling.options import SamplingConfig, check_needs_subject

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hyperrt import engines
 from hyperrt.bundle import memory
 from hyperrt.engines.base import Engine
-from hyperrt.lora.subject import Vector
+from hyperrt.lora.layout import Vector
 from hyperrt.session.graphs import Graphs
 from hyperrt.session.personalizer import Features, encode_photos, lora_of, tokens_of
 

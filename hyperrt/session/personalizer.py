@@ -24,8 +24,8 @@ from hyperrt.engines.base import Engine
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import BadImage, BadInput, NumericError
 from hyperrt.lora import combine as combining
-from hyperrt.lora.layout import LoraLayout
-from hyperrt.lora.subject import LoraOnDevice, Vector
+from hyperrt.lora.layout import LoraLayout, Vector
+from hyperrt.lora.subject import LoraOnDevice
 from hyperrt.photos import load as photo_files
 from hyperrt.text import printable
 

@@ -20,7 +20,7 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.base import Engine
 from hyperrt.export import assemble, export_bundle, families, onnx_graph, reference, verify
 from hyperrt.export.source import Inputs
-from hyperrt.lora.layout import save_subject
+from hyperrt.lora.subject_file import save_subject
 from hyperrt.runtime import pictures_from_pixels
 from hyperrt.sampling import loop
 from tests.export import small_models

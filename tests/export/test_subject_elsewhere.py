@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hyperrt import Runtime
 from hyperrt.lora import combine
-from hyperrt.lora.layout import save_subject
+from hyperrt.lora.subject_file import save_subject
 from hyperrt.sampling import loop
 from tests.export import merged
 

@@ -373,7 +373,7 @@ def test_a_closed_runtime_says_so(pretend):
 
 
 def test_a_subject_file_gives_the_same_picture_as_its_photos(runtime, subject, tmp_path):
-    from hyperrt.lora.layout import save_subject
+    from hyperrt.lora.subject_file import save_subject
 
     save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
     loaded = runtime.load_subject(tmp_path / "s.safetensors")

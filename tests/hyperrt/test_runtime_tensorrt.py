@@ -16,7 +16,8 @@ from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import Incompatible, NotFound, NumericError
-from hyperrt.lora.layout import VECTORS, save_subject
+from hyperrt.lora.layout import VECTORS
+from hyperrt.lora.subject_file import save_subject
 from hyperrt.plans import build
 from tests.engines import fake_nvidia
 

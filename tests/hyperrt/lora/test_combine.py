@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from hyperrt.errors import LoraMismatch, UsageError
 from hyperrt.lora import combine
-from hyperrt.lora.layout import LoraLayout, Site, load_subject, save_subject
+from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.lora.subject_file import load_subject, save_subject
 
 METADATA = {
     "base_model": "b" * 64,

@@ -8,8 +8,9 @@ from safetensors.numpy import load
 
 from hyperrt.errors import LoraError, LoraMismatch
 from hyperrt.lora import reader
-from hyperrt.lora.layout import LoraLayout, Site, load_subject, save_subject
+from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.lora.safetensors_file import read_header
+from hyperrt.lora.subject_file import load_subject, save_subject
 from tests.hyperrt.lora_files import change
 
 ATTN = "mid_block.attentions.0.transformer_blocks.0.attn2"
