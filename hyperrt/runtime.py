@@ -29,9 +29,9 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines import forks
 from hyperrt.engines.base import Engine
 from hyperrt.errors import UsageError
-from hyperrt.lora import subject_file
-from hyperrt.lora.combine import check_way
+from hyperrt.lora.combine import combined_layout
 from hyperrt.lora.subject import Subject
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.photos.load import preprocess
 from hyperrt.sampling.loop import Feeds, Step, denoise, initial_noise, noise_generators
 from hyperrt.sampling.options import SamplingConfig
@@ -148,13 +148,13 @@ class Runtime:
             NumericError: the predicted weights hold NaN; of a photo on a GPU that is found when it is drawn.
             ResourceError: there is not enough memory.
         """
-        check_way(combine)
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
+        layout = combined_layout(self.bundle.layout, combine, count := len(photos))
         pixels = preprocess(photos, self.bundle.preprocess)
         with self._lock:
             weights, tokens = self._making.lora(pixels, combine)
-        return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos), combine), tokens)
+        return Subject(weights, noun, count, origin(self.bundle, noun, count, combine), tokens, layout)
 
     @checked
     def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
@@ -166,9 +166,8 @@ class Runtime:
         Raises:
             NotFound, LoraError, LoraMismatch: as `subject_file.load_subject`.
         """
-        layout, base, shape = self.bundle.layout, self.bundle.hashes.base_model, self.bundle.token_shape
-        reference = self.bundle.reference
-        subject = subject_file.load_subject(path, layout, base, shape, partial=partial, bundle=reference)
+        shape, base, bundle = self.bundle.token_shape, self.bundle.hashes.base_model, self.bundle.reference
+        subject = load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
         rules, trigger = self.bundle.prompts, subject.metadata.get("trigger", "")
         noun = subject.class_noun or noun_of_trigger(trigger, rules.nouns, rules.default_class)
         return dataclasses.replace(subject, class_noun=noun)

@@ -49,24 +49,25 @@ def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vect
 
 
 def concatenated(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
-    """mean(A_i B_i) itself, packed as `concat_layout` says.
+    """mean(A_i B_i) itself, packed as `combined_layout` says.
 
     Raises:
         LoraMismatch: a photo does not fit the layout.
         UsageError: the layout becomes too large.
     """
-    return concat_layout(layout, len(photos)).pack(
+    return combined_layout(layout, "concat", len(photos)).pack(
         {path: (a, b) for path, a, b in _side_by_side(photos, layout)}
     )
 
 
-def concat_layout(layout: LoraLayout, photos: int) -> LoraLayout:
-    """The layout of so many LoRAs side by side: the same sites, of rank n r.
+def combined_layout(layout: LoraLayout, way: str, photos: int) -> LoraLayout:
+    """The layout of a LoRA combined from `photos` LoRAs: the same, or for "concat" of rank n r.
 
     Raises:
-        UsageError: it is larger than a layout may be.
+        UsageError: `way` is not in `COMBINED_TO_SAVE`, or the layout is too large.
     """
-    return dataclasses.replace(layout, rank=photos * layout.rank)
+    check_way(way)
+    return dataclasses.replace(layout, rank=photos * layout.rank) if way == "concat" else layout
 
 
 def _side_by_side(photos: Sequence[Packed], layout: LoraLayout) -> Iterator[tuple[str, Matrix, Matrix]]:

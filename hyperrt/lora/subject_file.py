@@ -1,6 +1,6 @@
-"""Subject files: a subject is saved to a safetensors file that other programs load too, and read from one.
+"""Reads a LoRA file as the subject of a bundle, or refuses it if it does not fit.
 
-docs/bundle-format.md, "Subject files", is the specification.
+docs/bundle-format.md, "Subject files", is the specification; `Subject.save` writes such files.
 """
 
 from __future__ import annotations
@@ -12,70 +12,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from hyperrt.arguments import checked
-from hyperrt.engines.dlpack import DeviceArray
-from hyperrt.errors import LoraError, LoraMismatch, NumericError, UsageError
+from hyperrt.errors import LoraError, LoraMismatch
 from hyperrt.lora import metadata as lora_metadata
-from hyperrt.lora import names, reader, writer
-from hyperrt.lora.layout import VECTORS, LoraLayout, Site, Vector, difference
-from hyperrt.lora.reader import IMAGE_TOKENS, NOT_USABLE, Factors, LoraFile, check_tokens, usable
-from hyperrt.lora.safetensors_file import REMAKE, Stored
-from hyperrt.lora.subject import Subject
-from hyperrt.text import short_repr
+from hyperrt.lora import names, reader
+from hyperrt.lora.layout import LoraLayout, Site, Vector, difference
+from hyperrt.lora.reader import IMAGE_TOKENS, LoraFile, check_tokens
+from hyperrt.lora.safetensors_file import REMAKE
+from hyperrt.lora.subject import SUBJECT_VERSION, Subject
 
 log = logging.getLogger("hyperrt")
 
-SUBJECT_VERSION = "1"
 OTHER_BUNDLE = "use a bundle of the model that it was made for"
-
-
-@checked
-def save_subject(
-    path: str | os.PathLike[str],
-    packed: Mapping[str, Vector],
-    layout: LoraLayout,
-    metadata: Mapping[str, str],
-    format: str = "diffusers",
-    force: bool = False,
-    image_tokens: Vector | DeviceArray | None = None,
-) -> None:
-    """Write a subject file, whole or not at all.
-
-    Args:
-        path: a file; with format "peft" and no suffix a folder, which also gets `adapter_config.json`.
-        packed: "lora_q" [Nq] and "lora_kv" [Nkv].
-        metadata: the names in METADATA, and those in lora_metadata.OPTIONAL that are known.
-        format: whose tensor names to use: "diffusers", "peft" or "kohya".
-        force: replace a file that exists.
-        image_tokens: [photos, tokens, width], of which the mean is saved, but not as kohya; None: none.
-
-    Raises:
-        UsageError: unknown format, or metadata is missing or not usable.
-        LoraMismatch: the vectors do not fit the layout.
-        NumericError: a weight is NaN, infinite, or beyond MAX_WEIGHT.
-        NotFound, ResourceError: it cannot be written there (`files.publish`).
-    """
-    if format not in names.FORMATS:
-        known = ", ".join(names.FORMATS)
-        raise UsageError(f"there is no subject format {short_repr(format)}", f"it must be one of {known}")
-    if fault := lora_metadata.fault(metadata):
-        raise UsageError("the subject's metadata cannot be saved", fault)
-    if wrong := difference(set(packed), set(VECTORS)):
-        raise LoraMismatch("the packed LoRA is not complete", wrong)
-    for name, vector in packed.items():
-        if not isinstance(vector, np.ndarray) or vector.dtype.kind != "f":
-            raise UsageError(f"{name} is {short_repr(vector)}", "it must be an array of floats")
-        if not usable(vector):
-            raise NumericError(f"{name} cannot be saved", NOT_USABLE)
-    tokens = None
-    if image_tokens is not None:
-        check_tokens("the subject", image_tokens, image_tokens.shape[1:])
-        tokens = Stored.of(np.asarray(image_tokens).mean(0, dtype=np.float32, keepdims=True))
-    sites = {  # scale is folded in: alpha is the rank
-        path: Factors(Stored.of(a.T), Stored.of(b.T), float(layout.rank))
-        for path, (a, b) in layout.unpack(packed).items()
-    }
-    origin = {**metadata, "version": SUBJECT_VERSION, "layout": layout.hash, "rank": str(layout.rank)}
-    writer.write_ours(path, format, sites, origin, tokens, force)
 
 
 @checked
@@ -133,7 +80,7 @@ def load_file(
     tokens = None if stored is None else stored.array()
     check_tokens(file.name, tokens, token_shape)
     lora = layout.pack({site.path: _factors(file, site, layout.rank) for site in layout.sites})
-    return Subject(lora, origin["class_noun"], int(origin["photos"]), origin, tokens)
+    return Subject(lora, origin["class_noun"], int(origin["photos"]), origin, tokens, layout)
 
 
 def _factors(file: LoraFile, site: Site, rank: int) -> tuple[Vector, Vector]:

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hyperrt import Bundle, Runtime, Subject, load_subject, save_subject
+from hyperrt import Bundle, Runtime, Subject
 from hyperrt.arguments import checked, taken
 from hyperrt.engines import EngineError
 from hyperrt.errors import HyperRTError, UsageError
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.sampling import options as config
 from hyperrt.sampling import recipe
 from hyperrt.text import short_repr
@@ -104,10 +105,7 @@ def calls(runtime, folder, odd):
         runtime.decode: {"latents": np.ones((1, 4, 4, 4), np.float32)},
         opened: dict.fromkeys(("bundle", "backend", "threads", "low_memory", "device", "backend_options")),
         Bundle.open: {"bundle": runtime.bundle.path},
-        save_subject: {
-            "path": path, "packed": subject.lora, "layout": layout, "metadata": subject.metadata,
-            "format": "diffusers", "force": True, "image_tokens": None,
-        },
+        subject.save: {"path": path, "format": "diffusers", "force": True},
         load_subject: {"path": path, "layout": layout, "base_model_hash": base, "token_shape": None},
         recipe.save_png: {"path": folder / "a.png", "image": PHOTO, "recipe": {}, "force": True},
         recipe.read: {"path": folder / "a.png"},
@@ -121,11 +119,12 @@ def calls(runtime, folder, odd):
     yield lambda: runtime.generate([PROMPT], [odd])
     yield lambda: runtime.generate(odd, odd)
     for name in vars(subject):
-        yield lambda name=name: runtime.generate(PROMPT, Subject(**{**vars(subject), name: odd}))
+        yield lambda name=name: runtime.generate(PROMPT, dataclasses.replace(subject, **{name: odd}))
+        yield lambda name=name: dataclasses.replace(subject, **{name: odd}).save(path, force=True)
     for name in subject.lora:
         lora = {**subject.lora, name: odd}
         yield lambda lora=lora: runtime.generate(PROMPT, dataclasses.replace(subject, lora=lora))
-        yield lambda lora=lora: save_subject(path, lora, layout, subject.metadata, force=True)
+        yield lambda lora=lora: dataclasses.replace(subject, lora=lora).save(path, force=True)
     for name in subject.metadata:
         told = {**subject.metadata, name: odd}
         yield lambda told=told: runtime.generate(PROMPT, dataclasses.replace(subject, metadata=told))

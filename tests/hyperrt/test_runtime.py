@@ -373,9 +373,7 @@ def test_a_closed_runtime_says_so(pretend):
 
 
 def test_a_subject_file_gives_the_same_picture_as_its_photos(runtime, subject, tmp_path):
-    from hyperrt.lora.subject_file import save_subject
-
-    save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
+    subject.save(tmp_path / "s.safetensors")
     loaded = runtime.load_subject(tmp_path / "s.safetensors")
     assert loaded.class_noun == "robot" and loaded.photos == 3
     np.testing.assert_array_equal(

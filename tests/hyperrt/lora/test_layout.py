@@ -16,8 +16,8 @@ from hyperrt.errors import LoraError, LoraMismatch, NotFound, NumericError, Usag
 from hyperrt.lora import names
 from hyperrt.lora.layout import LoraLayout, Site, difference
 from hyperrt.lora.reader import MAX_WEIGHT
-from hyperrt.lora.subject_file import load_subject, save_subject
-from tests.hyperrt.lora_files import change, read
+from hyperrt.lora.subject_file import load_subject
+from tests.hyperrt.lora_files import change, read, save_subject
 
 FORMATS = ("diffusers", "peft", "kohya")
 BASE = "b" * 64
