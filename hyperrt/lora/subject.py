@@ -18,7 +18,7 @@ from hyperrt.lora import writer
 from hyperrt.lora.layout import VECTORS, LoraLayout, Vector, difference
 from hyperrt.lora.names import FORMATS
 from hyperrt.lora.reader import NOT_USABLE, Factors, check_tokens, usable
-from hyperrt.lora.safetensors_file import Stored
+from hyperrt.lora.safetensors_file import REMAKE, Stored
 from hyperrt.text import short_repr
 
 SUBJECT_VERSION = "1"  # of the format of a subject file
@@ -59,8 +59,8 @@ class Subject(Checked):
 
         Args:
             path: a file; with format "peft" and no suffix a folder, which also gets `adapter_config.json`.
-            format: whose tensor names to use: "diffusers", "peft" or "kohya".  Of image tokens their mean over
-                the photos is saved; a kohya file has none.
+            format: whose tensor names to use: "diffusers", "peft" or "kohya".  The mean of the image
+                tokens over the photos is saved too, but not as kohya.
             force: replace a file that exists.
 
         Raises:
@@ -157,7 +157,7 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
         raise LoraMismatch(
             "the subject does not fit the bundle",
             f"its {name} holds {math.prod(vector.shape)} weights, the bundle's {size}",
-            "make it again from its photos, with this bundle",
+            REMAKE,
         )
     return vector
 
@@ -174,4 +174,4 @@ def _on_host(subject: Subject, name: str) -> Vector:
             return found.astype(np.float32, casting="same_kind", copy=False)
     except (TypeError, ValueError) as error:
         why = f"its {name} is no array of floats: {error}"
-        raise LoraMismatch("the subject cannot be used", why, "make it again with this bundle") from error
+        raise LoraMismatch("the subject cannot be used", why, REMAKE) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from hyperrt import engines
 from hyperrt.arguments import in_range
-from hyperrt.bundle.bundle import Bundle
+from hyperrt.bundle.bundle import EXPORT_AGAIN, Bundle
 from hyperrt.bundle.manifest import spec_text
 from hyperrt.engines.base import Engine
 from hyperrt.engines.tensors import listed
@@ -159,7 +159,7 @@ class Graphs:
                 raise BundleMismatch(
                     f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
                     f"it has {spec_text(found.get(key))}; the manifest says {spec_text(said.get(key))}",
-                    "export the bundle again",
+                    EXPORT_AGAIN,
                 )
 
     def _fits(self, name: str, sizes: Sizes) -> bool:
