@@ -156,7 +156,10 @@ def subject(runtime: hyperrt.Runtime, files: Path, name: str) -> hyperrt.Subject
     if not path.exists():
         tokens = None if way == "kohya" else made.image_tokens  # kohya has no place for them
         layout = runtime.bundle.layout
-        hyperrt.save_subject(path, made.lora, layout, made.metadata, way, image_tokens=tokens)
+        if hasattr(made, "save"):
+            made.save(path, way)
+        else:  # a commit before Subject.save
+            hyperrt.save_subject(path, made.lora, layout, made.metadata, way, image_tokens=tokens)
     return runtime.load_subject(path)
 
 

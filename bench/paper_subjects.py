@@ -24,8 +24,8 @@ from small_drawing import Studio
 from small_world import World
 
 from hyperrt import files
-from hyperrt.lora import layout as lora
 from hyperrt.lora.subject import Subject
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.training import train
 from hyperrt.training.data.features import encode_images
 from hyperrt.training.finetune import DreamBoothConfig, finetune
@@ -100,10 +100,10 @@ class Lab:
         folder = self.work / "dreambooth"
         path, note = folder / f"{name}.safetensors", folder / f"{name}.json"
         if note.is_file():  # written last
-            return lora.load_subject(path, layout, origin), json.loads(note.read_text())["seconds"]
+            return load_subject(path, layout, origin), json.loads(note.read_text())["seconds"]
         done = finetune(self.base, case.photos, case.noun, layout, self.fine_tuning)[-1]
         folder.mkdir(parents=True, exist_ok=True)
-        lora.save_subject(path, done.subject.lora, layout, done.subject.metadata, force=True)
+        done.subject.save(path, force=True)
         content = json.dumps({"seconds": done.seconds, "steps": done.steps}).encode()
         files.publish(note, lambda file: file.write(content), force=True)
         return done.subject, done.seconds

@@ -36,7 +36,6 @@ from torch import Tensor
 from hyperrt import Runtime, engines
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.export import storage
-from hyperrt.lora import layout
 from hyperrt.lora.subject import Subject
 from hyperrt.sampling import loop, solvers
 from hyperrt.sampling.tokenizer import Tokenizer
@@ -78,7 +77,7 @@ def main() -> None:
     rows, scale = [], bundle.defaults.guidance_scale
     with Runtime.open(args.bundle, "onnxruntime") as runtime:
         subject = runtime.personalize(PHOTOS, NOUN)
-        inject(unet, subject, bundle)
+        inject(unet, subject)
         for solver, kappa in product(SOLVERS, kappas):
             options = {
                 "kappa": kappa,
@@ -116,11 +115,11 @@ def reference_of(bundle: Bundle, folder: Path | None) -> tuple[UNet2DConditionMo
     return unet, encode
 
 
-def inject(unet: UNet2DConditionModel, subject: Subject, bundle: Bundle) -> None:
+def inject(unet: UNet2DConditionModel, subject: Subject) -> None:
     """The subject as a PEFT adapter of the UNet, read from a subject file by diffusers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subject.safetensors"
-        layout.save_subject(path, subject.lora, bundle.layout, subject.metadata)
+        subject.save(path)
         unet.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
 
 

@@ -27,9 +27,9 @@ from hyperrt.bundle import memory
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines import forks
 from hyperrt.errors import UsageError
-from hyperrt.lora import layout
-from hyperrt.lora.combine import check_way
+from hyperrt.lora.combine import combined_layout
 from hyperrt.lora.subject import Subject
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.photos.load import preprocess
 from hyperrt.photos.read import Photos, read_photos
 from hyperrt.sampling.loop import Step, denoise
@@ -155,13 +155,13 @@ class Runtime:
                 drawn.
             ResourceError: there is not enough memory.
         """
-        check_way(combine)
         noun = class_noun or self.bundle.prompts.default_class
         photos = read_photos(images, strict)
+        layout = combined_layout(self.bundle.layout, combine, count := len(photos))
         pixels = preprocess(photos, self.bundle.preprocess)
         with self._lock:
             weights, tokens = self._personalizer.lora(pixels, combine)
-        return Subject(weights, noun, len(photos), origin(self.bundle, noun, len(photos), combine), tokens)
+        return Subject(weights, noun, count, origin(self.bundle, noun, count, combine), tokens, layout)
 
     @checked
     def load_subject(self, path: str | Path, partial: bool = False) -> Subject:
@@ -171,10 +171,10 @@ class Runtime:
             partial: leave out what another program's file adapts beside q, k and v of the cross-attention.
 
         Raises:
-            NotFound, LoraError, LoraMismatch: as `lora.load_subject`.
+            NotFound, LoraError, LoraMismatch: as `subject_file.load_subject`.
         """
         shape, base, bundle = self.bundle.token_shape, self.bundle.hashes.base_model, self.bundle.reference
-        subject = layout.load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
+        subject = load_subject(path, self.bundle.layout, base, shape, partial=partial, bundle=bundle)
         rules, trigger = self.bundle.prompts, subject.metadata.get("trigger", "")
         noun = subject.class_noun or noun_of_trigger(trigger, rules.nouns, rules.default_class)
         return dataclasses.replace(subject, class_noun=noun)
@@ -207,7 +207,7 @@ class Runtime:
             cfg: plain CFG of the personalised model, with the empty prompt and the subject's: no kappa.
             guidance_scale: s = w + 1; the default of CFG is twice the bundle's, which guides as strongly.
             steps: model evaluations.
-            solver: one of `solvers.SOLVERS`.
+            solver: one of `options.SOLVER_NAMES`.
             seed: picture k uses seed + k, whatever n and batch_size are; None or -1 chooses a random one
                 (see `Request.seeds`).
             n: pictures of each pair.

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from hyperrt import files
 from hyperrt.bundle.bundle import Preprocess
 from hyperrt.errors import Incompatible, UsageError
-from hyperrt.lora import layout as lora
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.lora.subject import Subject
 from hyperrt.photos.load import preprocess
@@ -147,7 +146,8 @@ def finetune(
         if step + 1 in wanted:
             factors = layout.pack(tuning.factors())
             seconds = time.perf_counter() - began
-            found.append(Finetuned(Subject(factors, noun, len(pictures), origin), step + 1, seconds, loss))
+            subject = Subject(factors, noun, len(pictures), origin, layout=layout)
+            found.append(Finetuned(subject, step + 1, seconds, loss))
     return found
 
 
@@ -267,7 +267,7 @@ def main(
             module.to(device.pick())
         layout = layout_of(base.unet, rank)
         done = finetune(base, images, class_noun, layout, config)[-1]
-        lora.save_subject(out, done.subject.lora, layout, done.subject.metadata, force=force)
+        done.subject.save(out, force=force)
         log.info("%s: %d steps in %.0f s, loss %.4g", out, done.steps, done.seconds, done.loss)
 
 

@@ -32,7 +32,7 @@ import torch
 
 from hyperrt import files
 from hyperrt.errors import IntegrityError, NotFound, UsageError
-from hyperrt.photos import load
+from hyperrt.text import printable
 from hyperrt.training.data import features, ingest, scenes
 from hyperrt.training.data.cache import (
     BACKGROUNDS,
@@ -254,7 +254,7 @@ def _claimed(output: Path, source: Path) -> Iterator[None]:
     names = [path.name for path in output.iterdir()]
     strangers = [name for name in names if name not in FILES and not OURS.fullmatch(name)]
     if strangers:
-        why = f"it holds {load.printable(strangers[0])}, and only a cache is replaced"
+        why = f"it holds {printable(strangers[0])}, and only a cache is replaced"
         raise UsageError(f"{output} is no cache", why, "name a new folder")
     descriptor = os.open(output, os.O_RDONLY)
     try:

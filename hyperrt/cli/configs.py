@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hyperrt.arguments import Checked
+from hyperrt.arguments import Checked, in_range, not_empty, one_of
 from hyperrt.errors import UsageError
+from hyperrt.lora.names import COMBINED, COMBINED_TO_SAVE, FORMATS
 from hyperrt.sampling.options import (
     MAX_DEVICE,
     MAX_IMAGES,
@@ -18,13 +19,8 @@ from hyperrt.sampling.options import (
     MAX_THREADS,
     SamplingOptions,
     check_needs_subject,
-    in_range,
-    one_of,
 )
 
-SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
-COMBINED = ("mean", "product")  # ways to make one LoRA of several photos, of the bundle's rank
-COMBINED_TO_SAVE = (*COMBINED, "concat")  # any rank; as WAYS in lora/combine.py, which needs NumPy
 PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = ("none", "int8")
 VERIFIED = ("none", "graphs", "full")
@@ -72,8 +68,8 @@ class GenerateConfig(SamplingOptions):
         if self.output == STDOUT and self.n != 1:
             what = f"-o - writes one picture, but -n is {self.n}"
             raise UsageError(what, "a pipe takes one PNG", "name a folder with -o")
-        _named("images", *self.images)
-        _named("subject", self.subject)
+        not_empty("images", *self.images)
+        not_empty("subject", self.subject)
         if self.partial and not self.subject:
             why = "it leaves out part of a subject file, and none was named"
             do = "leave it out, or name the file with --subject"
@@ -113,12 +109,12 @@ class PersonalizeConfig(Checked):
         super().__post_init__()
         in_range("threads", self.threads, 1, MAX_THREADS)
         in_range("device", self.device, 0, MAX_DEVICE)
-        one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("format", self.format, FORMATS)
         one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
             raise UsageError("no photos were named", "", "name them with --images")
-        _named("images", *self.images)
-        _named("output", self.output)
+        not_empty("images", *self.images)
+        not_empty("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +178,7 @@ class CompileConfig(Checked):
         super().__post_init__()
         in_range("images", self.images, 1, MAX_IMAGES)
         in_range("branches", self.branches, 1, 3)
-        _named("target", *self.targets)
+        not_empty("target", *self.targets)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -208,16 +204,7 @@ class ConvertConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("format", self.format, FORMATS)
         in_range("rank", self.rank, 1, MAX_RANK)
-        _named("source", self.source)
-        _named("output", self.output)
-
-
-def _named(name: str, *values: str | None) -> None:
-    if "" in values:
-        raise UsageError(
-            f"{name} is an empty name",
-            "an empty name would mean the current folder",
-            "name a file or a folder",
-        )
+        not_empty("source", self.source)
+        not_empty("output", self.output)

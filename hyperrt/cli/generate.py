@@ -12,8 +12,6 @@ from hyperrt.cli import recipe as cli_recipe
 from hyperrt.cli.configs import STDOUT, GenerateConfig, PersonalizeConfig
 from hyperrt.cli.output import Output
 from hyperrt.errors import UsageError
-from hyperrt.lora import layout as lora
-from hyperrt.lora.combine import concat_layout
 from hyperrt.lora.peft_config import PEFT_CONFIG
 from hyperrt.lora.subject import Subject
 from hyperrt.runtime import Runtime
@@ -85,20 +83,12 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
     else:
         files.check_file(path, config.force)
     with Runtime.open(config.bundle, config.backend, config.threads, device=config.device) as runtime:
-        photos, layout = _photos(config.images), runtime.bundle.layout
+        photos = _photos(config.images)
         subject = runtime.personalize(photos, config.class_noun, config.strict_images, config.combine)
-        if config.combine == "concat":
-            layout = concat_layout(layout, subject.photos)
-            output.note(f"rank {layout.rank}: for other programs, not to draw with here", rank=layout.rank)
-        lora.save_subject(
-            path,
-            subject.lora,
-            layout,
-            subject.metadata,
-            config.format,
-            config.force,
-            subject.image_tokens,
-        )
+        if config.combine == "concat" and subject.layout:
+            rank = subject.layout.rank
+            output.note(f"rank {rank}: for other programs, not to draw with here", rank=rank)
+        subject.save(path, config.format, config.force)
     weights = sum(vector.size for vector in subject.lora.values())
     output.note(f"subject: {_count(subject)}, {weights:,} weights", photos=subject.photos)
     output.result(

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.errors import BadImage, BadInput
-from hyperrt.photos.formats import printable
 from hyperrt.photos.load import is_blank, load_folder, load_image
+from hyperrt.text import printable
 
 log = logging.getLogger("hyperrt")
 

@@ -22,11 +22,13 @@ import numpy as np
 from hyperrt.arguments import taken
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
-from hyperrt.lora.layout import VECTORS, check_tokens
+from hyperrt.lora.layout import VECTORS
+from hyperrt.lora.reader import check_tokens
 from hyperrt.lora.subject import Subject, only_subject, packed
 from hyperrt.sampling import guidance, prompt_syntax, prompts, solvers
 from hyperrt.sampling.guidance import BranchName
-from hyperrt.sampling.options import SamplingOptions, check_needs_subject
+from hyperrt.sampling.options import SamplingOptions
+from hyperrt.sampling.settings import Settings, branches_of, settle, table_of
 
 
 class Row(NamedTuple):
@@ -45,31 +47,6 @@ class Row(NamedTuple):
     gate: float
     image_scale: float
     has_photo: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The numbers of a recipe: the options, with the bundle's defaults in place of None.
-
-    Attributes:
-        kappa: 0 without a subject; None with CFG, which has none.
-        image_scale: None where no image tokens are used.
-    """
-
-    seed: int
-    steps: int
-    solver: str
-    guidance_scale: float
-    kappa: float | None
-    strength: float
-    cfg: bool = False
-    image_scale: float | None = None
-
-    def for_recipe(self) -> dict[str, Any]:
-        """The settings as they stand in a recipe."""
-        unused = {"cfg"} if not self.cfg else set()
-        unused |= {"image_scale"} if self.image_scale is None else set()
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +171,8 @@ def resolve(
     warnings += prompt_syntax.advice(all_texts, bundle.prompts.placeholder)
     return Request(
         pairs=tuple(pairs),
-        branches=_branches(settings),
-        table=_table(bundle, settings),
+        branches=branches_of(settings),
+        table=table_of(bundle, settings),
         seed=options.seed,
         n=options.n,
         batch_size=options.batch_size,
@@ -250,59 +227,6 @@ def noun_in(prompt: str, bundle: Bundle) -> str | None:
     return None
 
 
-def settle(bundle: Bundle, has_subject: bool, options: SamplingOptions) -> Settings:
-    """The options, with the bundle's defaults in place of None.
-
-    Raises:
-        UsageError: an option changes nothing.
-    """
-    defaults, image = bundle.defaults, bundle.image_prompt
-    check_needs_subject(has_subject, options)
-    image_scale = None
-    if image and has_subject:
-        image_scale = image.scale if options.image_scale is None else options.image_scale
-    elif options.image_scale:
-        raise UsageError(
-            f"image scale is {options.image_scale:g}, but {bundle.name} has no image prompt",
-            "only bundles of the open category draw with image tokens",
-            "leave it out, or use another bundle",
-        )
-    scale, kappa = options.guidance_scale, options.kappa
-    if scale is None:
-        scale = defaults.guidance_scale * (guidance.CFG_PULL if options.cfg else 1)
-    if options.cfg:
-        kappa = None
-    elif not has_subject:
-        kappa = 0.0
-    elif kappa is None:
-        kappa = defaults.kappa
-    return Settings(
-        seed=options.seed,
-        steps=options.steps or defaults.steps,
-        solver=options.solver or defaults.solver,
-        guidance_scale=scale,
-        kappa=kappa,
-        strength=options.strength,
-        cfg=options.cfg,
-        image_scale=image_scale,
-    )
-
-
-def _table(bundle: Bundle, settings: Settings) -> solvers.SolverTable:
-    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(bundle.betas))
-    kinds = (bundle.prediction_type, bundle.timestep_spacing)
-    return solvers.table(settings.solver, schedule, settings.steps, *kinds)
-
-
-def _branches(settings: Settings) -> tuple[guidance.Branch, ...]:
-    if settings.kappa is None:
-        weighted = zip(guidance.CFG_BRANCHES, guidance.cfg_weights(settings.guidance_scale), strict=True)
-    else:
-        weights = guidance.hm_cfg_weights(settings.guidance_scale, settings.kappa)
-        weighted = zip(guidance.BRANCHES, weights, strict=True)
-    return guidance.active(guidance.Branch(name, weight) for name, weight in weighted)
-
-
 def _recipe(
     bundle: Bundle,
     backend: str,
@@ -322,7 +246,7 @@ def _recipe(
         **settings.for_recipe(),
         "generic_prompt": texts["generic"],
         "negative_prompt": texts["uncond"],
-        "branches": {branch.name: branch.weight for branch in _branches(settings)},
+        "branches": {branch.name: branch.weight for branch in branches_of(settings)},
         "bundle": bundle.name,
         "base_model": bundle.hashes.base_model,
         "backend": backend,

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from hyperrt.engines.dlpack import concatenate
 from hyperrt.errors import BundleMismatch
-from hyperrt.lora.layout import LoraLayout
-from hyperrt.lora.subject import Subject, Vector, only_subject, packed
+from hyperrt.lora.layout import LoraLayout, Vector
+from hyperrt.lora.subject import Subject, only_subject, packed
 from hyperrt.session.resident import Resident
 
 TOKENS = 16  # of one row that are written at a time: SDXL's K and V of so many stay in a processor's cache

@@ -25,12 +25,12 @@ from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.dlpack import DeviceArray, concatenate
 from hyperrt.engines.tensors import Tensors
 from hyperrt.lora.subject import Subject, packed
-from hyperrt.sampling import prompts
 from hyperrt.sampling.request import Row
 from hyperrt.sampling.tokenizer import Tokenizer
 from hyperrt.session.adapter import put_lora, write_context
 from hyperrt.session.finite import check_finite
 from hyperrt.session.graphs import Graphs
+from hyperrt.text import short_repr
 
 log = logging.getLogger("hyperrt")
 
@@ -112,7 +112,7 @@ class TextFeatures:
         }
         longest = max((text.dropped for text in encoded["input_ids"]), key=len)
         if longest:
-            log.warning("prompt cut to %d tokens; dropped: %s", rules.max_tokens, prompts.shortened(longest))
+            log.warning("prompt cut to %d tokens; dropped: %s", rules.max_tokens, short_repr(longest))
         return {name: np.stack([text.ids for text in each]) for name, each in encoded.items()}
 
 

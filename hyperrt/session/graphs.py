@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt import engines
-from hyperrt.bundle.bundle import Bundle
-from hyperrt.bundle.manifest import shown
+from hyperrt.arguments import in_range
+from hyperrt.bundle.bundle import EXPORT_AGAIN, Bundle
+from hyperrt.bundle.manifest import spec_text
 from hyperrt.engines.backends import BACKENDS, DEFAULT, names
 from hyperrt.engines.base import Engine
 from hyperrt.engines.errors import listed
 from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
 from hyperrt.plans import build, private_folder
 from hyperrt.plans.cache import Plan
-from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS, in_range
+from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS
 from hyperrt.session.resident import Resident
 
 OWN_OPTIONS = {"path", "backend", "threads", "sizes", "device", "plan", "weights"}  # that HyperRT sets
@@ -152,8 +153,8 @@ class Graphs:
             if said.get(key) != found.get(key):
                 raise BundleMismatch(
                     f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
-                    f"it has {shown(found.get(key))}; the manifest says {shown(said.get(key))}",
-                    "export the bundle again",
+                    f"it has {spec_text(found.get(key))}; the manifest says {spec_text(said.get(key))}",
+                    EXPORT_AGAIN,
                 )
 
     def _fits(self, name: str, sizes: Sizes) -> bool:

@@ -22,8 +22,8 @@ from hyperrt.bundle.manifest import Manifest
 from hyperrt.engines.base import Engine
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.lora import combine as combining
-from hyperrt.lora.layout import LoraLayout
-from hyperrt.lora.subject import LoraOnDevice, Vector
+from hyperrt.lora.layout import LoraLayout, Vector
+from hyperrt.lora.subject import LoraOnDevice
 from hyperrt.session.finite import check_finite
 from hyperrt.session.graphs import Graphs
 
@@ -116,7 +116,7 @@ def predict_lora(features: Sequence[Features], weight_decoder: Engine) -> Mappin
 def lora_of(
     features: Sequence[Features], weight_decoder: Engine, layout: LoraLayout, combine: str
 ) -> Mapping[str, Vector]:
-    """`predict_lora`, but of several photos what `combine` says, one of `combine.WAYS`.
+    """`predict_lora`, but of several photos what `combine` says, one of `names.COMBINED_TO_SAVE`.
 
     Args:
         layout: of the decoder's LoRA; that of the result is another for "concat".
@@ -164,7 +164,7 @@ def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, 
     Args:
         noun: what the subject is.
         photos: how many there were.
-        combine: what was made of several, one of `combine.WAYS`.
+        combine: what was made of several, one of `names.COMBINED_TO_SAVE`.
     """
     found = {
         "base_model": bundle.hashes.base_model,

@@ -236,17 +236,6 @@ def test_a_subject_without_its_placeholder_is_refused(runtime, subject):
         runtime.generate("a robot on the beach", subject)
 
 
-def test_a_placeholder_without_a_subject_is_said(runtime, caplog):
-    result = runtime.generate(PROMPT)
-    assert "there is no subject" in caplog.text
-    np.testing.assert_array_equal(result.latents, runtime.generate("a robot on the beach").latents)
-
-
-def test_a_prompt_that_does_not_fit_is_said_with_what_is_dropped(runtime, caplog):
-    runtime.generate("a red robot on the beach in snow , blurry")
-    assert "prompt cut to 8 tokens; dropped: 'in snow , blurry'" in caplog.text
-
-
 def test_the_class_noun_of_a_subject_fills_a_prompt_without_a_noun(runtime, photos):
     result = runtime.generate("a [V] on the beach", runtime.personalize(photos, "mug"))
     assert result.recipe["generic_prompt"] == "a mug on the beach"
@@ -377,9 +366,7 @@ def test_a_closed_runtime_says_so(pretend):
 
 
 def test_a_subject_file_gives_the_same_picture_as_its_photos(runtime, subject, tmp_path):
-    from hyperrt.lora.layout import save_subject
-
-    save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
+    subject.save(tmp_path / "s.safetensors")
     loaded = runtime.load_subject(tmp_path / "s.safetensors")
     assert loaded.class_noun == "robot" and loaded.photos == 3
     np.testing.assert_array_equal(

@@ -16,7 +16,7 @@ from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import Incompatible, NotFound, NumericError
-from hyperrt.lora.layout import VECTORS, save_subject
+from hyperrt.lora.layout import VECTORS
 from hyperrt.plans import build
 from tests.engines import fake_nvidia
 
@@ -116,7 +116,7 @@ def test_a_subject_of_the_gpu_is_saved_and_drawn_elsewhere_after_its_runtime_was
     expected = runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS)
     runtime.close()
     path = tmp_path / "mug.safetensors"
-    save_subject(path, subject.lora, plain.bundle.layout, subject.metadata)
+    subject.save(path)
     for who in (subject, plain.load_subject(path)):
         assert same(plain.generate(SUBJECT_PROMPT, who, **OPTIONS), expected)
     with Runtime.open("tiny", "tensorrt") as other:
@@ -138,7 +138,7 @@ def test_a_weight_that_is_no_number_is_found_in_the_picture_or_when_it_is_saved(
     with pytest.raises(NumericError, match="the picture is not a number"):
         runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS)
     with pytest.raises(NumericError, match="lora_q cannot be saved"):
-        save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
+        subject.save(tmp_path / "s.safetensors")
     with pytest.raises(NumericError, match="the predicted LoRA"):
         runtime.personalize(drawn_photos[:2], "mug")  # whose mean is the host's
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from hyperrt.errors import BadInput, BadPrompt, Incompatible, UsageError
-from hyperrt.lora.layout import LoraLayout, Site, load_subject
+from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.training import finetune as dreambooth
 from hyperrt.training.finetune import DreamBoothConfig, finetune
 from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack

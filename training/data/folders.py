@@ -20,6 +20,7 @@ from pathlib import Path
 from hyperrt.errors import BadInput, BadPrompt, NotFound
 from hyperrt.photos import load
 from hyperrt.sampling import prompts
+from hyperrt.text import printable
 from hyperrt.training.data.subjects import Captions, Found, LeftOut, Options, Subject, View, captions_of_noun
 
 MOST_VIEWS = 8  # of one subject, where the user says nothing else
@@ -117,7 +118,7 @@ def _photos(folder: Path) -> list[Path]:
 def _noun(folder: Path, table: dict[str, str], otherwise: str | None) -> str:
     """What a subject is, by the first that says it."""
     found = _text(folder / CLASS_FILE) or _from_json(folder / METADATA) or table.get(folder.name) or otherwise
-    name = load.printable(folder.name)
+    name = printable(folder.name)
     do = f"say it for all of them: --noun dog; or for this one: {CLASS_FILE} in its folder"
     if not found:
         raise BadInput(f"it is not known what the subject {name!r} is", "captions need a noun", do)

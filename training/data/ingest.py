@@ -21,7 +21,7 @@ import numpy as np
 
 from hyperrt import files
 from hyperrt.errors import BadInput, IntegrityError
-from hyperrt.photos import load
+from hyperrt.text import printable
 from hyperrt.training.data.cache import CAPTIONS, IMAGES, NOUNS, in_processes
 from hyperrt.training.data.subjects import Captions, Found, LeftOut, Pictures, Subject, read
 
@@ -162,5 +162,5 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _with_names(text: str, left_out: list[LeftOut]) -> str:
-    named = "; ".join(f"{load.printable(item.name)} ({item.why})" for item in left_out[:SHOWN])
+    named = "; ".join(f"{printable(item.name)} ({item.why})" for item in left_out[:SHOWN])
     return f"{text}: {named}" if named else text

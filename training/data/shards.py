@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from hyperrt.errors import BadInput, BadPrompt, HyperRTError, IntegrityError, NotFound
 from hyperrt.photos import load
 from hyperrt.sampling import prompts
+from hyperrt.text import printable
 from hyperrt.training.data.folders import MOST_VIEWS
 from hyperrt.training.data.subjects import (
     Captions,
@@ -108,7 +109,7 @@ def samples(shard: Path) -> Iterator[Sample]:
     except HyperRTError:
         raise
     except Exception as error:  # tarfile lets nearly anything escape on a damaged one
-        what = load.printable(str(error)) or type(error).__name__
+        what = printable(str(error)) or type(error).__name__
         raise IntegrityError(f"the shard {shard} is damaged", what, "download or copy it again") from error
     if sample is not None:
         yield sample
@@ -124,7 +125,7 @@ def _split(member: str) -> tuple[str, str]:
 def _refuse_pickle(shard: Path, member: str, suffix: str) -> None:
     kind = suffix.rpartition(".")[2]
     if kind in PICKLES:
-        why = f"{load.printable(member)} is one (.{kind}); pickles can run code, and none is ever loaded"
+        why = f"{printable(member)} is one (.{kind}); pickles can run code, and none is ever loaded"
         raise BadInput(f"the shard {shard} holds a pickle", why, "make the shards again, without such files")
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from hyperrt.errors import BadImage, BadInput, BadPrompt, IntegrityError, NotFound, UsageError
-from hyperrt.photos import load
 from hyperrt.photos.formats import MIN_SIDE
 from hyperrt.photos.srgb import Picture
+from hyperrt.text import printable
 from hyperrt.training.data import shards
 from hyperrt.training.data.subjects import Found, LeftOut, Options, Subject, View, captions_of_text
 
@@ -121,7 +121,7 @@ def _parquet_rows(path: Path) -> Iterator[Row | LeftOut]:
                     yield (name, picture, columns) if picture else LeftOut(name, "it has no image")
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise IntegrityError(f"{path} is damaged", load.printable(str(error)), again) from error
+        raise IntegrityError(f"{path} is damaged", printable(str(error)), again) from error
 
 
 def _pyarrow() -> tuple[Any, Any]:

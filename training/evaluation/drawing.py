@@ -22,7 +22,7 @@ from hyperrt.photos import load as images
 from hyperrt.runtime import Runtime, finish
 from hyperrt.sampling import recipe
 from hyperrt.sampling.options import SamplingOptions
-from hyperrt.sampling.prompts import shortened
+from hyperrt.text import printable, short_repr
 
 log = logging.getLogger("hyperrt.training")
 
@@ -177,7 +177,7 @@ def find(folder: Path, prompts: Sequence[str], most: int) -> tuple[list[Found], 
         try:
             said = _said(path, prompts, number)
         except BadImage as error:
-            left_out.append((images.printable(path.name), error.why))
+            left_out.append((printable(path.name), error.why))
             continue
         found.append(Found(path, number, image, said.get("seed")))
     return sorted(found, key=lambda one: (one.number, one.image)), left_out
@@ -197,6 +197,6 @@ def _said(path: Path, prompts: Sequence[str], number: int) -> dict[str, Any]:
     except BadImage:
         return {}
     if said.get("prompt") != prompts[number]:
-        other = shortened(str(said.get("prompt")))
+        other = short_repr(str(said.get("prompt")))
         raise BadImage(path.name, f"its recipe has the prompt {other}, not {prompts[number]!r}")
     return said

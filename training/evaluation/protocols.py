@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from hyperrt.errors import BadInput, NotFound
 from hyperrt.photos import load
+from hyperrt.text import printable
 from hyperrt.training.data import folders
 from hyperrt.training.evaluation import drawn, prompt_packs
 from hyperrt.training.evaluation.drawn import Case
@@ -90,7 +91,7 @@ class Entry:
         assert self.path is not None
         if self.path.is_dir():
             return load.load_folder(self.path)
-        return load.Photos([load.load_image(self.path)], [load.printable(self.path.name)])
+        return load.Photos([load.load_image(self.path)], [printable(self.path.name)])
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _dreambench(folder: Path) -> Listing:
             continue
         if path.name not in nouns:
             why = f"it is none of DreamBench's, and {TABLE} does not say its class noun"
-            left_out.append((load.printable(path.name), why))
+            left_out.append((printable(path.name), why))
             continue
         noun, live = nouns[path.name]
         pack = prompt_packs.PACKS["dreambench-live" if live else "dreambench-objects"]

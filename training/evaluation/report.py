@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hyperrt import Runtime, files
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.sampling.options import SamplingOptions
-from hyperrt.sampling.request import settle
+from hyperrt.sampling.settings import settle
 from hyperrt.training.evaluation import protocols, report_page, report_plots, scores
 from hyperrt.training.evaluation.prompt_packs import PACKS
 from hyperrt.training.evaluation.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, Listing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperrt.bundle.manifest import MAX_IMAGE_SCALE
+from hyperrt.lora.metadata import MAX_IMAGE_SCALE
 from hyperrt.training.run.presets import PRESETS
 
 REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # training/model/losses.py

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hyperrt.cli import configs
 from hyperrt.cli.configs import ConvertConfig, ExportConfig, GenerateConfig, PersonalizeConfig
 from hyperrt.errors import UsageError
-from hyperrt.lora import combine
 from hyperrt.sampling.options import SamplingOptions
-
-
-def test_the_ways_to_combine_of_the_command_line_are_those_of_the_runtime():
-    assert combine.WAYS == configs.COMBINED_TO_SAVE
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from hyperrt.errors import UsageError
 from hyperrt.sampling import solvers
 from hyperrt.sampling.loop import Trajectory, denoise, initial_noise, noise_generators
+from hyperrt.sampling.options import SOLVER_NAMES
 
 SCHEDULE = solvers.NoiseSchedule.named("scaled_linear", 0.00085, 0.012)
 SHAPE = (4, 8, 8)
@@ -57,7 +58,7 @@ def test_image_k_uses_seed_plus_k():
     np.testing.assert_array_equal(several, alone)
 
 
-@pytest.mark.parametrize("solver", sorted(solvers.SOLVERS))
+@pytest.mark.parametrize("solver", sorted(SOLVER_NAMES))
 def test_a_picture_has_the_same_bits_alone_and_in_a_batch(solver):
     batch = sample(3, 4, solver)
     for k in range(4):
@@ -157,3 +158,27 @@ def test_a_stochastic_solver_wants_one_generator_per_image():
     noise = initial_noise(0, SHAPE, 2)
     with pytest.raises(ValueError, match="generator"):
         next(denoise(graph, Trajectory(table("euler_ancestral"), noise, noise_generators(0, 1))))
+
+
+def started(seed, images, solver="ddim"):
+    noise = initial_noise(seed, SHAPE, images)
+    return Trajectory(table(solver), noise, noise_generators(seed, images))
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral"])
+def test_pictures_that_join_and_leave_have_the_latents_of_their_own_loop(solver):
+    together = started(1, 2, solver)
+    together.join(started(7, 3, solver))
+    for step in denoise(graph, together):
+        if step.index == 2:
+            together.drop(slice(1, 3))
+    *_, first = denoise(graph, started(1, 2, solver))
+    *_, second = denoise(graph, started(7, 3, solver))
+    expected = np.concatenate([first.latents[:1], second.latents[1:]])
+    np.testing.assert_allclose(step.latents, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_trajectory_without_pictures_is_done():
+    trajectory = started(0, 2)
+    trajectory.drop(slice(0, 2))
+    assert not len(trajectory) and trajectory.is_done and list(denoise(graph, trajectory)) == []

@@ -8,6 +8,7 @@ import pytest
 from hyperrt.errors import NumericError, UsageError
 from hyperrt.lora import combine
 from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.lora.names import COMBINED_TO_SAVE
 from hyperrt.session import personalizer
 
 LAYOUT = LoraLayout((Site("0.to_q", 3, 2), Site("0.to_k", 2, 2)), rank=2)
@@ -48,7 +49,7 @@ def test_one_photo_gives_the_bits_that_were_predicted():
 
 
 @pytest.mark.parametrize("photos", [1, 2, 3])
-@pytest.mark.parametrize("way", combine.WAYS)
+@pytest.mark.parametrize("way", COMBINED_TO_SAVE)
 def test_the_weights_of_several_photos_are_combined_as_asked_and_one_keeps_its_bits(way, photos):
     rng = np.random.default_rng(0)
     sizes = {name: LAYOUT.size(name) for name in ("lora_q", "lora_kv")}
