@@ -21,7 +21,7 @@ test-fast:  ## everything that is not marked slow; needs .[dev]
 test-runtime:  ## what an install without torch must pass; needs .[cpu,test]
 	$(PYTHON) -m pytest $(RUNTIME_TESTS)
 
-bench:  ## the quick figures in the README; its table names the commands of the others
+bench:  ## the quick figures; docs/measurements.md names the commands of the others
 	@for name in $(MEASUREMENTS); do $(PYTHON) "bench/$$name.py" || exit 1; done
 
 wheel:  ## the wheel, in dist/

@@ -57,7 +57,7 @@ def test_the_index_has_some_thirty_changes():
 
 
 @pytest.mark.parametrize("row", INDEX, ids=lambda row: row[0])
-def test_a_row_of_the_index_names_files_that_are_there_and_names_that_they_define(row):
+def test_a_row_of_the_index_names_files_and_definitions_that_exist(row):
     entries = [entry for cell in row[1:] for entry in ENTRY.findall(cell)]
     assert entries
     for path, names in entries:
