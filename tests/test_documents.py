@@ -20,7 +20,7 @@ LIMITS = [
     (FORMAT, "in the `shape` of a tensor is from 1 to #,", layout.MAX_WEIGHTS, 1),
     (FORMAT, "`row_bytes` are at most #,", manifest.MAX_BYTES, 1),
     (FORMAT, "a LoRA has at most # weights", layout.MAX_WEIGHTS, 1),
-    (FORMAT, "`scale`, 0 to #, where", manifest.MAX_IMAGE_SCALE, 1),
+    (FORMAT, "`scale`, 0 to #, is the default", manifest.MAX_IMAGE_SCALE, 1),
     (FORMAT, "a header of more than # MiB", safetensors_file.MAX_HEADER, 2**20),
     (FORMAT, "a weight beyond ±#", reader.MAX_WEIGHT, 1),
     (FORMAT, "alpha not above 0, or above #;", reader.MAX_ALPHA, 1),
