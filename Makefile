@@ -4,7 +4,7 @@ RUNTIME_TESTS = $(wildcard tests/engines tests/hyperrt) $(wildcard tests/test_*.
 INSTALLED = .mypy_cache/installed
 MEASUREMENTS = coldstart parity fused_step switch fidelity
 
-.PHONY: check test test-runtime bench wheel clean
+.PHONY: check test test-fast test-runtime bench wheel clean
 
 check:  ## style and types
 	$(PYTHON) -m ruff check .
@@ -15,10 +15,13 @@ check:  ## style and types
 test:  ## everything; needs .[dev]
 	$(PYTHON) -m pytest
 
+test-fast:  ## everything that is not marked slow; needs .[dev]
+	$(PYTHON) -m pytest -m "not slow"
+
 test-runtime:  ## what an install without torch must pass; needs .[cpu,test]
 	$(PYTHON) -m pytest $(RUNTIME_TESTS)
 
-bench:  ## the quick figures in the README; its table names the commands of the others
+bench:  ## the quick figures; docs/measurements.md names the commands of the others
 	@for name in $(MEASUREMENTS); do $(PYTHON) "bench/$$name.py" || exit 1; done
 
 wheel:  ## the wheel, in dist/

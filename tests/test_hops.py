@@ -16,7 +16,7 @@ ENTRY = ("hyperrt.cli.generate", "generate")  # what comes before it parses the 
 
 def named_in_the_readme() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    [way] = re.findall(r"(?:`[\w.]+` → )+`[\w.]+`", text)
+    [way] = [way for way in re.findall(r"(?:`[\w.]+` → )+`[\w.]+`", text) if "Runtime." in way]
     return re.findall(r"`([\w.]+)`", way)
 
 
