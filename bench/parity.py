@@ -39,8 +39,8 @@ from hyperrt.export import storage
 from hyperrt.lora.subject import Subject
 from hyperrt.sampling import loop, solvers
 from hyperrt.sampling.tokenizer import Tokenizer
-from hyperrt.training.data.features import encode_text
 from hyperrt.training.model import base_model as tiny
+from hyperrt.training.model.encode import encode_text
 
 KAPPAS = (0.4, 1.0, 2.0)
 SOLVERS = sorted(solvers.SOLVERS)

@@ -26,12 +26,12 @@ from hyperrt.export.loading import Found
 from hyperrt.export.parts import Part, random_part
 from hyperrt.export.source import Inputs, Source, sized, vae_factor
 from hyperrt.training.data import clip_tokenizer, scenes
+from hyperrt.training.messages import first_line
 from hyperrt.training.model import base_model as tiny
-from hyperrt.training.model import image_prompt, lora_layers
+from hyperrt.training.model import image_prompt, lora_layers, weight_hash
+from hyperrt.training.model.decoder_config import FULL_CLOSED, FULL_OPEN, DecoderConfig
 from hyperrt.training.model.hypernet import decoder_of
 from hyperrt.training.run import checkpoint
-from hyperrt.training.run.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
-from hyperrt.training.run.loop import first_line
 
 RANDOM_RANK = 4  # of tiny
 TOKEN = "sks"
@@ -272,7 +272,7 @@ def _check_image_prompt(source: Source, about: Mapping[str, Any]) -> None:
         do = "leave --image-prompt out, or train with it"
         raise ExportError("the hypernetwork was trained without an image prompt", why, do)
     if given and about["prompt_hash"]:
-        found = checkpoint.prompt_hash(source.parts["image_prompt"].read())
+        found = weight_hash.prompt_hash(source.parts["image_prompt"].read())
         if found != about["prompt_hash"]:
             why = f"it was trained with {about['prompt_hash'][:12]} ({trained_with}), this is {found[:12]}"
             do = "give --image-prompt the file that it was trained with"

@@ -23,10 +23,10 @@ from hyperrt.export.errors import ExportError
 from hyperrt.export.hub import CONVERT
 from hyperrt.export.parts import Part
 from hyperrt.export.source import unknown_noise
+from hyperrt.training.messages import first_line
 from hyperrt.training.model import base_model as base
 from hyperrt.training.model import model_config, noise_schedule
 from hyperrt.training.model.latents import LatentScale
-from hyperrt.training.run.loop import first_line
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 AGAIN = "copy or download it again"

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hyperrt.export import operators, row_unet
 from hyperrt.lora.layout import LoraLayout
-from hyperrt.training.data import features
-from hyperrt.training.model import lora_layers
+from hyperrt.training.model import encode, lora_layers
 from hyperrt.training.model.latents import LatentScale
 from hyperrt.training.model.lora_layers import Rows
 
@@ -35,7 +34,7 @@ class ImageEncoder(GraphModule):
         self.encoder = encoder
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return features.encode_pixels(self.encoder, pixels.to(self.dtype)).float()
+        return encode.encode_pixels(self.encoder, pixels.to(self.dtype)).float()
 
 
 class PackedDecoder(GraphModule):
@@ -91,7 +90,7 @@ class TwoTextEncoders(GraphModule):
         self.encoder_2 = encoder_2
 
     def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_states, pooled = features.encode_ids(self.encoder, self.encoder_2, input_ids, input_ids_2)
+        hidden_states, pooled = encode.encode_ids(self.encoder, self.encoder_2, input_ids, input_ids_2)
         return hidden_states.float(), pooled.float()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hyperrt.export.errors import ExportError
-from hyperrt.training.run import checkpoint
+from hyperrt.training.model import weight_hash
 
 # What a graph is traced with must be fake in one and the same mode; buffers that are computed stay real.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -66,10 +66,10 @@ class Part:
         return module
 
     def hash(self, half: bool) -> str:
-        """sha256 (hex) that tells these weights from others; `half` as in `checkpoint.hash_of`."""
+        """sha256 (hex) that tells these weights from others; `half` as in `weight_hash.hash_of`."""
         if self.drawn_from:
             return hashlib.sha256(self.drawn_from.encode()).hexdigest()
-        return checkpoint.hash_of(self.read(), half)
+        return weight_hash.hash_of(self.read(), half)
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Part:

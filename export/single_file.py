@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hyperrt.errors import BadInput, IntegrityError
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import Part
-from hyperrt.training.run.loop import first_line
+from hyperrt.training.messages import first_line
 
 Tensors = Mapping[str, Tensor]
 

@@ -15,8 +15,7 @@ from hyperrt.errors import UsageError
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import Part
 from hyperrt.lora.layout import LoraLayout
-from hyperrt.training.data import features
-from hyperrt.training.model import image_prompt, noise_schedule
+from hyperrt.training.model import encode, image_prompt, noise_schedule
 from hyperrt.training.model.latents import LatentScale
 
 
@@ -158,7 +157,7 @@ def timestep_spacing(source: Source) -> Literal["leading", "trailing"]:
 
 def preprocess(source: Source) -> Preprocess:
     """Photo preprocessing for the manifest: that of training/data/features.py."""
-    return features.preprocess_of(source.config("image_encoder"))
+    return encode.preprocess_of(source.config("image_encoder"))
 
 
 def image_prompt_section(source: Source) -> ImagePrompt | None:

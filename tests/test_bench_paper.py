@@ -197,7 +197,7 @@ def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
 
     monkeypatch.setattr(subjects.train, "run", run)
     monkeypatch.setattr(subjects.checkpoint, "load_hypernet", load_hypernet)
-    monkeypatch.setattr(subjects.checkpoint, "hash_of", lambda unet: "hash")
+    monkeypatch.setattr(subjects.weight_hash, "hash_of", lambda unet: "hash")
     monkeypatch.setattr(subjects.bases, "opened", lambda folder: SimpleNamespace(unet=None))
     monkeypatch.setattr(
         small_world, "captioned_by_noun", lambda world, folder: small_world.World(world.base, folder)

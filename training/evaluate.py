@@ -37,7 +37,8 @@ from hyperrt.training.evaluation.drawing import Drawing, Found, Made
 from hyperrt.training.evaluation.protocols import PROTOCOLS, Entry
 from hyperrt.training.evaluation.report import PHOTOS, PICTURES, REPORT
 from hyperrt.training.evaluation.scorers import Absent, Clip, Dino, Face, Scorer
-from hyperrt.training.run.loop import reported, stopping
+from hyperrt.training.messages import reported
+from hyperrt.training.run.loop import stopping
 
 log = logging.getLogger("hyperrt.training")
 

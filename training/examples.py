@@ -14,7 +14,7 @@ from PIL import Image
 
 from hyperrt import files
 from hyperrt.training.data import scenes
-from hyperrt.training.run.loop import reported
+from hyperrt.training.messages import reported
 
 PHOTO_SIZE = 256
 PLACES = ("on a plain white background", "in a forest", "in a city", "in the snow")

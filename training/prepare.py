@@ -50,11 +50,11 @@ from hyperrt.training.data.folders import afhq, celeba, folders
 from hyperrt.training.data.shards import webdataset
 from hyperrt.training.data.subjects import Found, Options
 from hyperrt.training.data.subjects200k import subjects200k
+from hyperrt.training.messages import reported
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model import model_config
+from hyperrt.training.model.weight_hash import hash_of
 from hyperrt.training.run import device
-from hyperrt.training.run.checkpoint import hash_of
-from hyperrt.training.run.loop import reported
 
 log = logging.getLogger("hyperrt.training")
 

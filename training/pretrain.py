@@ -30,10 +30,11 @@ from hyperrt import files
 from hyperrt.session.decode import pictures_from_pixels
 from hyperrt.training.data import cache as data
 from hyperrt.training.data import clip_tokenizer, cutouts, scenes
+from hyperrt.training.messages import reported
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model.lora_layers import install
 from hyperrt.training.run import device
-from hyperrt.training.run.loop import Schedule, fit, reported
+from hyperrt.training.run.loop import Schedule, fit
 from hyperrt.training.run.sample import sample, write_sheet
 
 log = logging.getLogger("hyperrt.training")
@@ -294,16 +295,10 @@ def _scaled(schedule: Schedule, scale: float) -> Schedule:
 @click.option("--cache", "cache_path", type=PATH, help="Folder of the scenes [default: OUT/cache].")
 @click.option("--identities", type=SUBJECTS, default=12000, help="Subjects to draw.")
 @click.option("--views", type=VIEWS, default=4, help="Scenes per subject.")
-@click.option(
-    "--cutouts", "cutouts_path", type=PATH, help="Folder of RGBA cut-outs to mix in."
-)
-@click.option(
-    "--cutout-share", type=SHARE, default=data.CUTOUT_SHARE, help="Of the subjects."
-)
+@click.option("--cutouts", "cutouts_path", type=PATH, help="Folder of RGBA cut-outs to mix in.")
+@click.option("--cutout-share", type=SHARE, default=data.CUTOUT_SHARE, help="Of the subjects.")
 @click.option("--scale", type=FACTOR, default=1.0, help="Factor on the steps of every stage.")
-@click.option(
-    "--batch", type=click.IntRange(8), default=64, help="Rows of a step; autoencoder: an eighth."
-)
+@click.option("--batch", type=click.IntRange(8), default=64, help="Rows of a step; autoencoder: an eighth.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: its own choice].")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Processes that draw.")

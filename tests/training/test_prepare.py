@@ -23,6 +23,7 @@ from hyperrt.training import prepare, train
 from hyperrt.training.data import cache as data
 from hyperrt.training.data import features
 from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.model import encode
 from hyperrt.training.prepare import PrepareConfig
 from hyperrt.training.run.config import TrainConfig
 from tests.training import data_sets
@@ -84,7 +85,7 @@ def test_what_is_prepared_is_what_the_parts_of_the_base_make(config, parts):
         np.testing.assert_allclose(found[2, 1], mean[0].numpy(), **tolerance)
     np.testing.assert_allclose(features.image_features(parts, cache)[2, 1], seen[0].numpy(), **tolerance)
     table = features.caption_table(parts, cache, "sks")
-    expected = features.encode_text(parts, ["", "a sks cat", "a cat"])
+    expected = encode.encode_text(parts, ["", "a sks cat", "a cat"])
     rows = np.array([0, table.subject[2, 1], table.generic[2, 1]])
     torch.testing.assert_close(table.text(rows), expected, **tolerance)
 

@@ -15,8 +15,8 @@ from diffusers import UNet2DConditionModel
 from hyperrt.errors import UsageError
 from hyperrt.training import pretrain
 from hyperrt.training.data import cache as data
-from hyperrt.training.data.features import encode_text
 from hyperrt.training.model import base_model as bases
+from hyperrt.training.model.encode import encode_text
 from hyperrt.training.run.loop import Schedule
 from hyperrt.training.run.sample import sample
 

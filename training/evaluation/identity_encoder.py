@@ -30,8 +30,9 @@ from hyperrt.errors import IntegrityError
 from hyperrt.plans import private_folder
 from hyperrt.training import pretrain
 from hyperrt.training.data import cache as data
+from hyperrt.training.messages import first_line, reported
 from hyperrt.training.run import device
-from hyperrt.training.run.loop import Schedule, first_line, reported
+from hyperrt.training.run.loop import Schedule
 
 log = logging.getLogger("hyperrt.training")
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from hyperrt.errors import IntegrityError, NotFound
-from hyperrt.training.data.features import CLIP_MEAN, CLIP_STD
 from hyperrt.training.evaluation import scores
 from hyperrt.training.evaluation.protocols import Entry
 from hyperrt.training.evaluation.scores import Score
-from hyperrt.training.run.checkpoint import hash_of
+from hyperrt.training.model.encode import CLIP_MEAN, CLIP_STD
+from hyperrt.training.model.weight_hash import hash_of
 
 Picture = np.ndarray  # [H, W, 3] uint8
 Columns = Mapping[str, Sequence[Score]]  # score -> one value of each picture

@@ -22,8 +22,8 @@ from torch import Tensor
 from hyperrt.errors import UsageError
 from hyperrt.training.data.cache import SceneCache
 from hyperrt.training.data.features import CaptionTable
+from hyperrt.training.messages import warn
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.run.loop import warn
 
 T = TypeVar("T")
 

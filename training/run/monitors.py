@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from hyperrt.training.data.cache import SceneCache
 from hyperrt.training.data.features import CaptionTable
+from hyperrt.training.messages import warn
 from hyperrt.training.model.hypernet import Decoder, Packed
 from hyperrt.training.model.lora_layers import unpack
 from hyperrt.training.model.losses import Noising, product_squares, row_loss
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.run.loop import warn
 
 Predict = Callable[
     [Tensor, Tensor, Tensor, Packed | None], Tensor

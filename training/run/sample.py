@@ -17,8 +17,8 @@ from torch import Tensor
 from hyperrt import files
 from hyperrt.sampling import guidance, loop, solvers
 from hyperrt.session.decode import pictures_from_pixels
-from hyperrt.training.data.features import encode_text
 from hyperrt.training.model.base_model import Base
+from hyperrt.training.model.encode import encode_text
 from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack
 
 GAP, ZOOM = 2, 2  # of a sheet: pixels between its pictures, and how much larger it is made
