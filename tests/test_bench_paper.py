@@ -263,9 +263,9 @@ def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
 
 
 def test_a_margin_is_from_minus_one_to_one(load):
-    scoring, judges = load("scoring"), importlib.import_module("hyperrt.training.evaluation.judges")
+    scoring, classifiers = load("scoring"), importlib.import_module("hyperrt.training.evaluation.classifiers")
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200)))
-    judge = judges.Scenes([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
+    judge = classifiers.Scenes([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
     assert scoring.margin(judge, red, "red") == pytest.approx(1)
     assert scoring.margin(judge, red, "blue") == pytest.approx(-1)
     half = (red // 2 + blue // 2).astype(np.uint8)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from hyperrt.training.data import scenes
-from hyperrt.training.evaluation import judges
+from hyperrt.training.evaluation import classifiers
 
 WHITE = "on a plain white background"
 PER_NOUN, CANDIDATES = 5, 20
@@ -75,7 +75,7 @@ def candidates_of(noun: str, first: int) -> list[Image.Image]:
 class Lineup:
     """Which candidate of a case is a picture of? The nearest, by some features."""
 
-    def __init__(self, features: judges.Features) -> None:
+    def __init__(self, features: classifiers.Features) -> None:
         self.features = features
         self._known: dict[int, tuple[Sequence[Image.Image], np.ndarray]] = {}  # the cases of a noun share it
 
@@ -86,19 +86,19 @@ class Lineup:
             views = [
                 [view(one, WHITE, [k, 2, v]) for v in range(VIEWS)] for k, one in enumerate(case.candidates)
             ]
-            found = np.stack([judges.reference(of_one, self.features) for of_one in views])
+            found = np.stack([classifiers.reference(of_one, self.features) for of_one in views])
             self._known[key] = (case.candidates, found)  # kept, so that no other list gets its id
         return self._known[key][1]
 
     def is_right(self, case: Case, picture: np.ndarray) -> bool:
         """The nearest candidate is the case's own subject."""
-        return judges.nearest(picture, self.references(case), self.features) == case.place
+        return classifiers.nearest(picture, self.references(case), self.features) == case.place
 
 
-def judge_of_scenes(cases: Sequence[Case]) -> judges.Scenes:
+def judge_of_scenes(cases: Sequence[Case]) -> classifiers.Scenes:
     """The judge of scenes, which knows real pictures of these cases."""
     names, pictures = real_scenes(cases, 1_000)
-    return judges.Scenes(pictures, names)
+    return classifiers.Scenes(pictures, names)
 
 
 def real_scenes(cases: Sequence[Case], offset: int) -> tuple[list[str], list[np.ndarray]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hyperrt.errors import UsageError
 from hyperrt.training.data import scenes
-from hyperrt.training.evaluation import drawn, identity_encoder, judges, scores
+from hyperrt.training.evaluation import classifiers, drawn, identity_encoder, scores
 from hyperrt.training.evaluation.drawn import WHITE, Case, Lineup
 from hyperrt.training.evaluation.protocols import Entry
 from hyperrt.training.evaluation.scorers import Columns, Picture
@@ -52,7 +52,7 @@ class Colours:
 
     def __init__(self) -> None:
         self.about: dict[str, Any] = {"model": "histogram of the colours that are not white, square roots"}
-        self.lineup = Lineup(judges.histogram)
+        self.lineup = Lineup(classifiers.histogram)
 
     def score(
         self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]

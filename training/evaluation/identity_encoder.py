@@ -64,7 +64,7 @@ class IdentityEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, picture: np.ndarray) -> np.ndarray:
-        """A picture [H, W, 3] uint8 to a vector of unit length, as training/evaluation/judges.py wants it."""
+        """A picture [H, W, 3] uint8 to a vector of unit length, as classifiers.py reads it."""
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
         if pixels.shape[-2:] != (SIZE, SIZE):
             pixels = nn.functional.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
