@@ -21,10 +21,11 @@ from PIL import Image
 from hyperrt.bundle.bundle import packaged
 from hyperrt.errors import BadInput, NotFound
 from hyperrt.photos import load
-from hyperrt.training import evaluate, pretrain
+from hyperrt.training import evaluate
 from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import drawn, identity_encoder, prompt_packs
 from hyperrt.training.evaluation.scorers import Clip, Dino
+from hyperrt.training.run import contrastive
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -221,7 +222,7 @@ def test_a_scorer_without_weights_is_absent_and_never_zero(options, tmp_path):
 def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(identity_encoder, "SCHEDULE", dataclasses.replace(identity_encoder.SCHEDULE, steps=2))
     monkeypatch.setattr(identity_encoder, "IDENTITIES", 24)
-    monkeypatch.setattr(pretrain, "VALIDATION", 8)
+    monkeypatch.setattr(contrastive, "VALIDATION", 8)
     monkeypatch.setattr(drawn, "PHOTO_SIZE", 64)
     always = [
         "--protocol",

@@ -17,6 +17,7 @@ from hyperrt.training import pretrain
 from hyperrt.training.data import cache as data
 from hyperrt.training.data.features import encode_text
 from hyperrt.training.model import base_model as bases
+from hyperrt.training.run import contrastive
 from hyperrt.training.run.loop import Schedule
 from hyperrt.training.run.sample import sample
 
@@ -43,7 +44,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("VAE", "IMAGE_ENCODER", "DECODER", "UNET"):
             patch.setattr(pretrain, name, SCHEDULE)
-        patch.setattr(pretrain, "VALIDATION", 8)
+        patch.setattr(contrastive, "VALIDATION", 8)
         patch.setattr(pretrain, "sample", lambda *args, **options: sample(*args, **{**options, "steps": 1}))
         patch.setattr(bases, "tiny_unet", small_unet)
         yield

@@ -28,9 +28,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from hyperrt import files
 from hyperrt.errors import IntegrityError
 from hyperrt.plans import private_folder
-from hyperrt.training import pretrain
 from hyperrt.training.data import cache as data
-from hyperrt.training.run import device
+from hyperrt.training.run import contrastive, device
 from hyperrt.training.run.loop import Schedule, first_line, reported
 
 log = logging.getLogger("hyperrt.training")
@@ -76,7 +75,7 @@ def key() -> str:
     """Sixteen hex digits of all that the weights come from."""
     recipe = {
         "size": SIZE, "split": SPLIT, "identities": IDENTITIES, "views": VIEWS, "batch": BATCH, "seed": SEED,
-        "widths": WIDTHS, "schedule": asdict(SCHEDULE), "validation": pretrain.VALIDATION,
+        "widths": WIDTHS, "schedule": asdict(SCHEDULE), "validation": contrastive.VALIDATION,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for index in range(SAMPLED):
@@ -116,7 +115,7 @@ def _train(place: Path) -> None:
         cache = data.build(Path(scratch) / "cache", IDENTITIES, VIEWS, SIZE, SPLIT, workers=1)
         torch.manual_seed(SEED)
         run = Path(scratch) / "run"
-        model = pretrain.train_image_encoder(run, cache, SCHEDULE, BATCH, SEED, IdentityEncoder())
+        model = contrastive.train_image_encoder(run, cache, SCHEDULE, BATCH, SEED, IdentityEncoder())
         entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     content = save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
     top1 = next(entry["held_out_top1"] for entry in reversed(entries) if "held_out_top1" in entry)
@@ -125,7 +124,7 @@ def _train(place: Path) -> None:
         "key": place.name,
         "sha256": hashlib.sha256(content).hexdigest()[:16],
         "held_out_top1": top1,  # of so many subjects:
-        "held_out_subjects": pretrain.VALIDATION,
+        "held_out_subjects": contrastive.VALIDATION,
     }
     files.publish(place / WEIGHTS, lambda file: file.write(content), force=True)
     files.publish(place / ABOUT, lambda file: file.write(json.dumps(about).encode()), force=True)

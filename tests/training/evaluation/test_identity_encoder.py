@@ -6,10 +6,10 @@ import torch
 from click.testing import CliRunner
 
 from hyperrt.errors import IntegrityError, UsageError
-from hyperrt.training import pretrain
 from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import drawn, drawn_scorers, identity_encoder, prompt_packs
 from hyperrt.training.evaluation.protocols import Entry
+from hyperrt.training.run import contrastive
 from hyperrt.training.run.loop import Schedule
 
 SCHEDULE = Schedule(steps=12, lr=3e-3, warmup=2, ema=0.8, report_every=6)
@@ -23,7 +23,7 @@ def small():
         patch.setattr(identity_encoder, "IDENTITIES", 40)
         patch.setattr(identity_encoder, "WIDTHS", (8, 16, 16))
         patch.setattr(identity_encoder, "BATCH", 16)
-        patch.setattr(pretrain, "VALIDATION", 8)
+        patch.setattr(contrastive, "VALIDATION", 8)
         patch.setattr(drawn, "PHOTO_SIZE", 64)  # drawn sixteen times as fast
         yield
 
