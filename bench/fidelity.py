@@ -58,7 +58,7 @@ def main() -> None:
     cases = drawn.cases_of(args.seed, per_noun=1 if args.quick else drawn.PER_NOUN)
     with Runtime.open(args.bundle, "onnxruntime") as runtime:
         steps = 2 if args.quick else None
-        encoder = classifiers.Encoder(runtime.bundle)
+        encoder = classifiers.BundleEncoder(runtime.bundle)
         subjects = [runtime.personalize(case.photos, case.noun) for case in cases]
         ways = {
             "": subjects,
@@ -163,14 +163,14 @@ def identity_figures(
 
 def background_figures(cases: Sequence[Case], pictures: dict[str, list[np.ndarray]]) -> dict[str, float]:
     """How often the scene is the right one, in each way, and of real pictures."""
-    judge = drawn.judge_of_scenes(cases)
+    judge = drawn.scene_classifier(cases)
     names, real = drawn.real_scenes(cases, 10_000)
     wanted = [scene for k in range(len(cases)) for scene in scenes_of(k)]
     figures = {"background_real": share(judge, real, names)}
     return figures | {f"background{way}": share(judge, made, wanted) for way, made in pictures.items()}
 
 
-def share(judge: classifiers.Scenes, pictures: Sequence[np.ndarray], wanted: Sequence[str]) -> float:
+def share(judge: classifiers.SceneClassifier, pictures: Sequence[np.ndarray], wanted: Sequence[str]) -> float:
     return float(np.mean([judge(picture) == name for picture, name in zip(pictures, wanted, strict=True)]))
 
 

@@ -61,7 +61,7 @@ def scenes_of(case: int, others: int) -> list[str]:
 
 def encoder(bundle: Bundle, quick: bool) -> classifiers.Features:
     """Who is it? By the encoder of identities; in a quick run by the bundle's, which need not be trained."""
-    return classifiers.Encoder(bundle) if quick else identity_encoder.trained()[0].features
+    return classifiers.BundleEncoder(bundle) if quick else identity_encoder.trained()[0].features
 
 
 class Scorer:
@@ -76,7 +76,7 @@ class Scorer:
         self.cases = cases
         self.places = [scenes_of(k, others) for k in range(len(cases))]
         self.encoder = features
-        self.scenes = drawn.judge_of_scenes(cases)
+        self.scenes = drawn.scene_classifier(cases)
         self.lineups = {SUBJECT: drawn.Lineup(self.encoder), COLOURS: drawn.Lineup(classifiers.histogram)}
 
     def __call__(self, pictures: Sequence[Sequence[Picture]]) -> Scores:
@@ -115,7 +115,7 @@ class Scorer:
         }
 
 
-def margin(judge: classifiers.Scenes, picture: Picture, scene: str) -> float:
+def margin(judge: classifiers.SceneClassifier, picture: Picture, scene: str) -> float:
     """(other - right) / (other + right), of the distances to the nearest real pictures of a scene."""
     distances = np.square(judge.known - classifiers.border(picture)).sum(axis=1)
 

@@ -33,10 +33,10 @@ from hyperrt.photos import load
 from hyperrt.sampling.options import SamplingConfig
 from hyperrt.training.evaluation import drawing as pictures
 from hyperrt.training.evaluation import drawn_scorers, protocols, report, scores
-from hyperrt.training.evaluation.drawing import Drawing, Found, Made
-from hyperrt.training.evaluation.protocols import PROTOCOLS, Entry
+from hyperrt.training.evaluation.drawing import Drawing, DrawResult, PictureFile
+from hyperrt.training.evaluation.protocols import PROTOCOLS, EvaluationSubject
 from hyperrt.training.evaluation.report import PHOTOS, PICTURES, REPORT
-from hyperrt.training.evaluation.scorers import Absent, Clip, Dino, Face, Scorer
+from hyperrt.training.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, Scorer, ScorerUnavailable
 from hyperrt.training.run.loop import reported, stopping
 
 log = logging.getLogger("hyperrt.training")
@@ -134,7 +134,7 @@ def run(config: EvaluateConfig) -> Path:
 
 def evaluate_one(
     config: EvaluateConfig,
-    entry: Entry,
+    entry: EvaluationSubject,
     runtime: Runtime | None,
     scorers: Mapping[str, Scorer],
     stopped: Sequence[int] = (),
@@ -173,7 +173,7 @@ def evaluate_one(
 
 
 def _score(
-    entry: Entry,
+    entry: EvaluationSubject,
     photos: load.Photos,
     folder: Path,
     config: EvaluateConfig,
@@ -195,14 +195,14 @@ def _score(
 
 def _draw(
     config: EvaluateConfig,
-    entry: Entry,
+    entry: EvaluationSubject,
     photos: load.Photos,
     runtime: Runtime,
     folder: Path,
     stopped: Sequence[int],
-) -> Made:
+) -> DrawResult:
     subject = runtime.personalize(photos.images, entry.noun)
-    made = Made()
+    made = DrawResult()
     prompts = entry.pack.prompts(entry.noun)
     for _ in pictures.draw(runtime, subject, prompts, folder, config.drawing, made):
         if stopped:
@@ -211,7 +211,10 @@ def _draw(
 
 
 def _scored(
-    entry: Entry, photos: Sequence[np.ndarray], found: Sequence[Found], scorers: Mapping[str, Scorer]
+    entry: EvaluationSubject,
+    photos: Sequence[np.ndarray],
+    found: Sequence[PictureFile],
+    scorers: Mapping[str, Scorer],
 ) -> list[dict[str, Any]]:
     loaded = [load.load_image(one.file) for one in found]
     columns: dict[str, Sequence[scores.Score]] = {}
@@ -262,7 +265,7 @@ def _runtime(
 
 
 def _scorers(
-    config: EvaluateConfig, everybody: Sequence[Entry], state: PartialState
+    config: EvaluateConfig, everybody: Sequence[EvaluationSubject], state: PartialState
 ) -> tuple[dict[str, Scorer], dict[str, str]]:
     """Those that can be had, and why the others cannot."""
     found: dict[str, Scorer] = {}
@@ -270,29 +273,33 @@ def _scorers(
     for name in config.scorers or PROTOCOLS[config.protocol].scorers:
         try:
             found[name] = _scorer(name, config, everybody, state)
-        except Absent as error:
+        except ScorerUnavailable as error:
             absent[name] = str(error)
             log.warning("%s is absent: %s", name, error)
     return found, absent
 
 
-def _scorer(name: str, config: EvaluateConfig, everybody: Sequence[Entry], state: PartialState) -> Scorer:
+def _scorer(
+    name: str, config: EvaluateConfig, everybody: Sequence[EvaluationSubject], state: PartialState
+) -> Scorer:
     if name in ("clip", "dino"):
         source = getattr(config, name)
         if not source:
-            raise Absent(f"no weights were named; --{name} takes a folder, or OWNER/NAME on the hub")
-        return (Clip if name == "clip" else Dino)(source, state.device, config.offline)
+            raise ScorerUnavailable(
+                f"no weights were named; --{name} takes a folder, or OWNER/NAME on the hub"
+            )
+        return (ClipScorer if name == "clip" else DinoScorer)(source, state.device, config.offline)
     if name == "face":
         if not config.face:
-            raise Absent("it was not asked for; --face takes facenet-pytorch and its weights")
-        return Face(state.device, config.offline)
+            raise ScorerUnavailable("it was not asked for; --face takes facenet-pytorch and its weights")
+        return FaceScorer(state.device, config.offline)
     if config.protocol != "drawn":
         why = "it knows drawn subjects alone"
         raise UsageError(f"{name} cannot score {config.protocol}", why, "choose others with --scorers")
     return {
-        "identity": lambda: drawn_scorers.Identity(config.judges),
-        "colours": drawn_scorers.Colours,
-        "background": lambda: drawn_scorers.Background(everybody),
+        "identity": lambda: drawn_scorers.IdentityScorer(config.judges),
+        "colours": drawn_scorers.ColourScorer,
+        "background": lambda: drawn_scorers.BackgroundScorer(everybody),
     }[name]()
 
 

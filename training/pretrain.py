@@ -58,7 +58,7 @@ SUBJECTS = click.IntRange(2 * contrastive.VALIDATION)
 VIEWS = click.IntRange(2, len(scenes.BACKGROUNDS))
 
 
-def draw(cache: data.SceneCache, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def draw(cache: data.PictureCache, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Random (identities, views) [count] of the training part."""
     identities, views = cache.shape
     return (
@@ -67,7 +67,7 @@ def draw(cache: data.SceneCache, count: int, generator: Generator) -> tuple[Tens
     )
 
 
-def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
+def train_vae(out: Path, cache: data.PictureCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
     """L1 and L2 on pixels. Crops of a quarter of the area at first: early on, steps count and not pixels.
 
     Noise on the latents makes the decoder forgive the small errors of the UNet.
@@ -93,7 +93,7 @@ def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int,
 
 
 def refine_decoder(
-    out: Path, cache: data.SceneCache, vae: nn.Module, schedule: Schedule, batch: int, seed: int
+    out: Path, cache: data.PictureCache, vae: nn.Module, schedule: Schedule, batch: int, seed: int
 ) -> None:
     """Trains the decoder of `vae` further from the cached latents: to the UNet nothing changes."""
     latents, scale = cache.latents, vae.config.scaling_factor
@@ -124,7 +124,7 @@ def _pixel_losses(fake: Tensor, real: Tensor) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def _reconstruct(
-    out: Path, step: int, cache: data.SceneCache, encoder: nn.Module, decoder: nn.Module
+    out: Path, step: int, cache: data.PictureCache, encoder: nn.Module, decoder: nn.Module
 ) -> Mapping[str, float]:
     """Held-out pictures through both halves: their PSNR in dB, and a sheet."""
     real = pictures(cache, *held_out(cache, 32, 0))
@@ -136,7 +136,7 @@ def _reconstruct(
 
 
 @torch.no_grad()
-def encode_latents(vae: nn.Module, cache: data.SceneCache) -> None:
+def encode_latents(vae: nn.Module, cache: data.PictureCache) -> None:
     """Writes latents.npy beside the pictures, scaled to unit deviation; sets the VAE's scaling_factor."""
     identities, views = cache.shape
     side = bases.IMAGE_SIZE // 8
@@ -170,7 +170,7 @@ class Denoiser(nn.Module):
 
 
 def train_unet(
-    out: Path, cache: data.SceneCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int
+    out: Path, cache: data.PictureCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int
 ) -> bases.Base:
     """Denoises cached latents under their captions: half of them described, a quarter with the token.
 
@@ -212,7 +212,7 @@ def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
     return dataclasses.replace(parts, unet=model.unet, text_encoder=model.text_encoder)
 
 
-def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
+def _caption_ids(cache: data.PictureCache, parts: bases.Base) -> Tensor:
     """Token ids [3, N, V, L]: without and with the subject's token, and described."""
     where = [index.ravel() for index in np.indices(cache.shape)]
     texts = [cache.captions(*where), cache.captions(*where, scenes.TOKEN), cache.described(*where)]
@@ -270,7 +270,7 @@ def main(
         train(out, cache, scale, batch, seed, until)
 
 
-def train(out: Path, cache: data.SceneCache, scale: float, batch: int, seed: int, until: str) -> None:
+def train(out: Path, cache: data.PictureCache, scale: float, batch: int, seed: int, until: str) -> None:
     """All stages, to the one that `until` names; a finished one is read and not repeated.
 
     But for the latents, which take a minute: the scale of the VAE comes with them.

@@ -24,7 +24,7 @@ from hyperrt.photos import load
 from hyperrt.training import evaluate
 from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import drawn, identity_encoder, prompt_packs
-from hyperrt.training.evaluation.scorers import Clip, Dino
+from hyperrt.training.evaluation.scorers import ClipScorer, DinoScorer
 from hyperrt.training.run import contrastive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def subjects(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         for k in range(count):
             rng = np.random.default_rng(k)
-            photo = scenes.scene(scenes.identity(noun, "test", 5), scenes.BACKGROUNDS[k], rng, 96)
+            photo = scenes.scene(scenes.drawn_subject(noun, "test", 5), scenes.BACKGROUNDS[k], rng, 96)
             Image.fromarray(photo).save(folder / name / f"{k}.png")
     (folder / "can" / "3.png").write_bytes(b"broken")
     (folder / "thing").mkdir()
@@ -90,7 +90,7 @@ def out(options, tmp_path_factory) -> Path:
 
 def test_the_figures_are_those_of_a_plain_loop_over_the_files(out, subjects, networks):
     report = report_of(out)
-    clip, dino = Clip(str(networks.clip), CPU), Dino(str(networks.dino), CPU)
+    clip, dino = ClipScorer(str(networks.clip), CPU), DinoScorer(str(networks.dino), CPU)
     of_subjects = {"clip_i": [], "clip_t": [], "dino": []}
     for name, noun in (("can", "can"), ("dog", "dog")):
         photos = load.load_folder(subjects / name).images
@@ -149,7 +149,10 @@ def test_of_a_protocol_without_a_folder_the_one_that_has_no_pictures_is_that_of_
 def test_real_photos_are_the_calibration_beside_the_published_figures(out, subjects, networks):
     found = report_of(out)["calibration"]
     assert (found["dino"]["published"], found["clip_i"]["published"]) == (0.774, 0.885)
-    for key, scorer in (("dino", Dino(str(networks.dino), CPU)), ("clip_i", Clip(str(networks.clip), CPU))):
+    for key, scorer in (
+        ("dino", DinoScorer(str(networks.dino), CPU)),
+        ("clip_i", ClipScorer(str(networks.clip), CPU)),
+    ):
         features = scorer.features(load.load_folder(subjects / "can").images)
         pairs = [features[i] @ features[j] for i in range(3) for j in range(3) if i != j]
         assert found[key]["leave_self_out"] == pytest.approx(np.mean(pairs), abs=1e-6)  # dog has one photo

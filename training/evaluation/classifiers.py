@@ -1,6 +1,6 @@
 """Judges of drawn subjects: whose picture is it, and which scene does it show?
 
-None of them is trained with the models that they judge, except that `Encoder` is the bundle's own frozen
+None of them is trained with the models that they judge, but `BundleEncoder` is the bundle's own frozen
 image encoder. What each says of real pictures is the ceiling of its figure.
 Used by bench/fidelity.py and, with the encoder of training/evaluation/identity_encoder.py, by
 training/evaluate.py and bench/scoring.py.
@@ -45,7 +45,7 @@ def histogram(picture: np.ndarray) -> np.ndarray:
     return np.sqrt(bins.ravel() / total) if total else bins.ravel()  # of an empty picture: like nobody's
 
 
-class Encoder:
+class BundleEncoder:
     """CLS feature of the bundle's image encoder, of unit length: [F]."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -69,7 +69,7 @@ def reference(views: Sequence[np.ndarray], features: Features) -> np.ndarray:
     return mean / np.linalg.norm(mean)
 
 
-class Scenes:
+class SceneClassifier:
     """Which scene a picture shows, by its border: a vote of the nearest of some real pictures."""
 
     def __init__(self, pictures: Sequence[np.ndarray], names: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ class Drawing:
 
 
 @dataclass
-class Made:
+class DrawResult:
     """What became of a subject's pictures.
 
     Attributes:
@@ -73,7 +73,12 @@ class Made:
 
 
 def draw(
-    runtime: Runtime, subject: Subject, prompts: Sequence[str], folder: Path, drawing: Drawing, made: Made
+    runtime: Runtime,
+    subject: Subject,
+    prompts: Sequence[str],
+    folder: Path,
+    drawing: Drawing,
+    made: DrawResult,
 ) -> Iterator[None]:
     """Draw what is not there yet, count it in `made`, and yield after each call of the runtime.
 
@@ -106,7 +111,7 @@ class Call:
 
 
 def _draw_together(
-    runtime: Runtime, subject: Subject, call: Call, folder: Path, drawing: Drawing, made: Made
+    runtime: Runtime, subject: Subject, call: Call, folder: Path, drawing: Drawing, made: DrawResult
 ) -> None:
     options = drawing.options(call.pictures)
     pairs = list(call.prompts.values()), [subject] * len(call.prompts)
@@ -149,7 +154,7 @@ def _is_of(path: Path, wanted: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Found:
+class PictureFile:
     """A picture of a subject on the disk."""
 
     file: Path
@@ -158,14 +163,14 @@ class Found:
     seed: int | None  # as its recipe says
 
 
-def find(folder: Path, prompts: Sequence[str], most: int) -> tuple[list[Found], list[tuple[str, str]]]:
+def find(folder: Path, prompts: Sequence[str], most: int) -> tuple[list[PictureFile], list[tuple[str, str]]]:
     """The pictures of a subject that can be scored, in order; and (file, reason) of those that cannot.
 
     Args:
         prompts: those of its pack; a picture whose recipe has another prompt is left out.
         most: pictures of each prompt; others are not looked at.
     """
-    found: list[Found] = []
+    found: list[PictureFile] = []
     left_out: list[tuple[str, str]] = []
     for path in sorted(folder.iterdir() if folder.is_dir() else (), key=lambda path: path.name):
         match = NAME.fullmatch(path.name)
@@ -179,7 +184,7 @@ def find(folder: Path, prompts: Sequence[str], most: int) -> tuple[list[Found], 
         except BadImage as error:
             left_out.append((images.printable(path.name), error.why))
             continue
-        found.append(Found(path, number, image, said.get("seed")))
+        found.append(PictureFile(path, number, image, said.get("seed")))
     return sorted(found, key=lambda one: (one.number, one.image)), left_out
 
 

@@ -68,7 +68,7 @@ def cases_of(seed: int, per_noun: int = PER_NOUN) -> list[Case]:
 
 def candidates_of(noun: str, first: int) -> list[Image.Image]:
     """Those among which a subject of the noun must be found, from an index on, as RGBA."""
-    who = [scenes.identity(noun, "test", first + k) for k in range(CANDIDATES)]
+    who = [scenes.drawn_subject(noun, "test", first + k) for k in range(CANDIDATES)]
     return [scenes.draw_subject(one, PHOTO_SIZE) for one in who]
 
 
@@ -95,10 +95,10 @@ class Lineup:
         return classifiers.nearest(picture, self.references(case), self.features) == case.place
 
 
-def judge_of_scenes(cases: Sequence[Case]) -> classifiers.Scenes:
+def scene_classifier(cases: Sequence[Case]) -> classifiers.SceneClassifier:
     """The judge of scenes, which knows real pictures of these cases."""
     names, pictures = real_scenes(cases, 1_000)
-    return classifiers.Scenes(pictures, names)
+    return classifiers.SceneClassifier(pictures, names)
 
 
 def real_scenes(cases: Sequence[Case], offset: int) -> tuple[list[str], list[np.ndarray]]:

@@ -17,14 +17,14 @@ from hyperrt.errors import UsageError
 from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import classifiers, drawn, identity_encoder, scores
 from hyperrt.training.evaluation.drawn import WHITE, Case, Lineup
-from hyperrt.training.evaluation.protocols import Entry
+from hyperrt.training.evaluation.protocols import EvaluationSubject
 from hyperrt.training.evaluation.scorers import Columns, Picture
 from hyperrt.training.evaluation.scores import Score
 
 REAL_NUMBER = 500  # of the views of which the ceilings are; photos and what judges know have others
 
 
-class Identity:
+class IdentityScorer:
     """Who is it, by the contrastive encoder."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -32,7 +32,11 @@ class Identity:
         self.lineup = Lineup(encoder.features)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        entry: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         case = _case(entry)
         own = self.lineup.references(case)[case.place]
@@ -41,13 +45,13 @@ class Identity:
             "identity_similarity": [float(own @ self.lineup.features(picture)) for picture in pictures],
         }
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
+    def real(self, entry: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
         real = _real_views(_case(entry))
         found = self.score(entry, photos, list(real.values()), [])
         return scores.means([{key: column[k] for key, column in found.items()} for k in range(len(real))])
 
 
-class Colours:
+class ColourScorer:
     """Who is it, by colours."""
 
     def __init__(self) -> None:
@@ -55,7 +59,11 @@ class Colours:
         self.lineup = Lineup(classifiers.histogram)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        entry: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         case = _case(entry)
         found = [
@@ -64,20 +72,24 @@ class Colours:
         ]
         return {"identity_hist": found}
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
+    def real(self, entry: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
         case = _case(entry)
         return {"identity_hist": float(self.lineup.is_right(case, _real_views(case)[WHITE]))}
 
 
-class Background:
+class BackgroundScorer:
     """Which scene is it."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[EvaluationSubject]) -> None:
         self.about: dict[str, Any] = {"model": "mean colours of the border, vote of five real pictures"}
-        self.judge = drawn.judge_of_scenes([_case(entry) for entry in entries])
+        self.judge = drawn.scene_classifier([_case(entry) for entry in entries])
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        entry: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         found = [
             float(self.judge(picture) == _scene(number))
@@ -85,12 +97,12 @@ class Background:
         ]
         return {"background": found}
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
+    def real(self, entry: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
         real = _real_views(_case(entry))
         return {"background": scores.mean(float(self.judge(view) == name) for name, view in real.items())}
 
 
-def _case(entry: Entry) -> Case:
+def _case(entry: EvaluationSubject) -> Case:
     if entry.case is None:
         why = f"{entry.name} comes from photos, and has no candidates"
         raise UsageError("these scorers are of the protocol drawn", why, "choose others with --scorers")

@@ -63,7 +63,7 @@ PROTOCOLS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class EvaluationSubject:
     """A subject of an evaluation; its photos are read when it is its turn.
 
     Attributes:
@@ -94,13 +94,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Listing:
+class SubjectList:
     """The subjects of a run, and (name, reason) of what was left out."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[EvaluationSubject, ...]
     left_out: tuple[tuple[str, str], ...] = ()
 
-    def chosen(self, only: Sequence[str] = (), limit: int | None = None) -> Listing:
+    def chosen(self, only: Sequence[str] = (), limit: int | None = None) -> SubjectList:
         """Those of some names, or as many, taken in turns from the nouns, in their order.
 
         Raises:
@@ -113,10 +113,10 @@ class Listing:
                 raise NotFound(f"there is no subject {name!r}", why, "check --only")
         kept = [entry for entry in self.entries if not only or entry.name in only]
         some = {id(entry) for entry in list(_in_turns(kept))[:limit]}
-        return Listing(tuple(entry for entry in kept if id(entry) in some), self.left_out)
+        return SubjectList(tuple(entry for entry in kept if id(entry) in some), self.left_out)
 
 
-def subjects(protocol: Protocol, folder: Path | None) -> Listing:
+def subjects(protocol: Protocol, folder: Path | None) -> SubjectList:
     """All subjects of a protocol in a folder.
 
     Raises:
@@ -126,8 +126,11 @@ def subjects(protocol: Protocol, folder: Path | None) -> Listing:
     if protocol.name == "drawn":
         pack = prompt_packs.PACKS["drawn-v1"]
         cases = enumerate(drawn.cases_of(seed=0))
-        return Listing(
-            tuple(Entry(f"{case.noun}-{k % drawn.PER_NOUN}", case.noun, pack, case=case) for k, case in cases)
+        return SubjectList(
+            tuple(
+                EvaluationSubject(f"{case.noun}-{k % drawn.PER_NOUN}", case.noun, pack, case=case)
+                for k, case in cases
+            )
         )
     if folder is None or not folder.is_dir():
         why = f"the protocol {protocol.name} reads its subjects' photos there"
@@ -140,13 +143,13 @@ def subjects(protocol: Protocol, folder: Path | None) -> Listing:
     return found
 
 
-def missing(protocol: Protocol, entries: Iterable[Entry]) -> list[str]:
+def missing(protocol: Protocol, entries: Iterable[EvaluationSubject]) -> list[str]:
     """Subjects of DreamBench that are not there; none for other protocols."""
     found = {entry.name for entry in entries}
     return [name for name in prompt_packs.DREAMBENCH if name not in found] if protocol.subjects else []
 
 
-def _dreambench(folder: Path) -> Listing:
+def _dreambench(folder: Path) -> SubjectList:
     known = {name: (noun, noun in prompt_packs.LIVE) for name, noun in prompt_packs.DREAMBENCH.items()}
     nouns = _table(folder) | known
     entries, left_out = [], []
@@ -159,8 +162,8 @@ def _dreambench(folder: Path) -> Listing:
             continue
         noun, live = nouns[path.name]
         pack = prompt_packs.PACKS["dreambench-live" if live else "dreambench-objects"]
-        entries.append(Entry(_folder_name(path.name), noun, pack, path))
-    return Listing(tuple(entries), tuple(left_out))
+        entries.append(EvaluationSubject(_folder_name(path.name), noun, pack, path))
+    return SubjectList(tuple(entries), tuple(left_out))
 
 
 def _table(folder: Path) -> dict[str, tuple[str, bool]]:
@@ -172,15 +175,17 @@ def _table(folder: Path) -> dict[str, tuple[str, bool]]:
     return {row["subject"]: (row["class_noun"].strip(), row.get("live") == "1") for row in rows}
 
 
-def _faces(folder: Path) -> Listing:
+def _faces(folder: Path) -> SubjectList:
     pack = prompt_packs.PACKS["hyperrt-faces-v1"]
     found = [path for path in _visible(folder) if path.is_dir() or _is_photo(path)]
     numbers = {path: folders.number(path) for path in found if not path.is_dir()}
     unseen = [path for path, number in numbers.items() if number in folders.CELEBA["eval"]]
-    return Listing(tuple(Entry(_folder_name(path.name), "face", pack, path) for path in unseen or found))
+    return SubjectList(
+        tuple(EvaluationSubject(_folder_name(path.name), "face", pack, path) for path in unseen or found)
+    )
 
 
-def _animals(folder: Path) -> Listing:
+def _animals(folder: Path) -> SubjectList:
     """Errors: BadInput where AFHQ is there without its test."""
     pack = prompt_packs.PACKS["dreambench-live"]
     entries = []
@@ -188,10 +193,10 @@ def _animals(folder: Path) -> Listing:
         if path.is_dir() and path.name in folders.AFHQ:
             for file in filter(_is_photo, _visible(path)):
                 name = _folder_name(f"{path.name}-{file.name}")
-                entries.append(Entry(name, folders.AFHQ[path.name], pack, file))
+                entries.append(EvaluationSubject(name, folders.AFHQ[path.name], pack, file))
         elif path.is_dir() or _is_photo(path):
-            entries.append(Entry(_folder_name(path.name), "animal", pack, path))
-    return Listing(tuple(entries))
+            entries.append(EvaluationSubject(_folder_name(path.name), "animal", pack, path))
+    return SubjectList(tuple(entries))
 
 
 def _unseen_of_afhq(folder: Path) -> Path:
@@ -220,9 +225,9 @@ def _folder_name(name: str) -> str:
     return quote(os.fsencode(name), safe=" ")
 
 
-def _in_turns(entries: Sequence[Entry]) -> Iterator[Entry]:
+def _in_turns(entries: Sequence[EvaluationSubject]) -> Iterator[EvaluationSubject]:
     """The first of each noun, then the second of each."""
-    by_noun: dict[str, list[Entry]] = {}
+    by_noun: dict[str, list[EvaluationSubject]] = {}
     for entry in entries:
         by_noun.setdefault(entry.noun, []).append(entry)
     for row in zip_longest(*by_noun.values()):

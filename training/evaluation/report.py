@@ -18,7 +18,7 @@ from hyperrt.sampling.options import SamplingConfig
 from hyperrt.sampling.request import settings_of
 from hyperrt.training.evaluation import protocols, report_page, report_plots, scores
 from hyperrt.training.evaluation.prompt_packs import PACKS
-from hyperrt.training.evaluation.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, Listing
+from hyperrt.training.evaluation.protocols import DREAMBENCH_SETTINGS, PROTOCOLS, SubjectList
 from hyperrt.training.evaluation.scorers import Scorer
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ PACKAGES = (
 def write(
     config: EvaluateConfig,
     runtime: Runtime | None,
-    listing: Listing,
+    listing: SubjectList,
     rows: Sequence[Row],
     scorers: Mapping[str, Scorer],
     absent: Mapping[str, str],
@@ -60,7 +60,7 @@ def write(
 def assemble(
     config: EvaluateConfig,
     runtime: Runtime | None,
-    listing: Listing,
+    listing: SubjectList,
     rows: Sequence[Row],
     scorers: Mapping[str, Scorer],
     absent: Mapping[str, str],
@@ -129,7 +129,7 @@ def _bundle(runtime: Runtime | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _doubts(config: EvaluateConfig, listing: Listing, rows: Sequence[Row]) -> list[str]:
+def _doubts(config: EvaluateConfig, listing: SubjectList, rows: Sequence[Row]) -> list[str]:
     """Why the figures are no measure beside the paper's; empty: they are."""
     protocol = PROTOCOLS[config.protocol]
     packs = dict.fromkeys(row["pack"] for row in rows)
@@ -192,7 +192,7 @@ def _doubts_of_scorers(scorers: Mapping[str, Scorer], calibration: Mapping[str, 
 
 def _calibration(
     config: EvaluateConfig,
-    listing: Listing,
+    listing: SubjectList,
     rows: Sequence[Row],
     real: Mapping[str, Mapping[str, Any]],
     paper: Mapping[str, float],

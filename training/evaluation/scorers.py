@@ -8,7 +8,7 @@
 
 As PatchDPO's evaluator has them, which the paper's rows are likely of: pictures are resized (bicubic),
 cropped to the middle and normalised as each network was trained. Weights come from a folder or the hub, as
-safetensors; what cannot be had is `Absent`, never a score of zero.
+safetensors; what cannot be had is `ScorerUnavailable`, never a score of zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from hyperrt.errors import IntegrityError, NotFound
 from hyperrt.training.data.features import CLIP_MEAN, CLIP_STD
 from hyperrt.training.evaluation import scores
-from hyperrt.training.evaluation.protocols import Entry
+from hyperrt.training.evaluation.protocols import EvaluationSubject
 from hyperrt.training.evaluation.scores import Score
 from hyperrt.training.run.checkpoint import hash_of
 
@@ -42,7 +42,7 @@ PUBLISHED = {"CLIP": (768, 32, 224), "DINO": (384, 16, 224)}  # ViT-B/32, ViT-S/
 FACE_SIZE, FACE_WEIGHTS = 160, "20180402-114759-vggface2.pt"
 
 
-class Absent(Exception):
+class ScorerUnavailable(Exception):
     """A scorer cannot be had here; the text says why."""
 
 
@@ -56,15 +56,19 @@ class Scorer(Protocol):
     about: dict[str, Any]
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        entry: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         """Scores of pictures of a subject, beside its real photos; `numbers`: of their prompts."""
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
+    def real(self, entry: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
         """What the scorer says of the subject's real photos, which is what pictures could reach."""
 
 
-class Clip:
+class ClipScorer:
     """CLIP-I and CLIP-T."""
 
     def __init__(self, source: str, device: torch.device, offline: bool = False) -> None:
@@ -77,7 +81,11 @@ class Clip:
         self.about = _about("CLIP", source, self.model, vision, self.size)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        entry: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         made = self.features(pictures)
         plain = entry.pack.plain(entry.noun)
@@ -88,7 +96,7 @@ class Clip:
             "clip_t": [float(one @ text[number]) for one, number in zip(made, numbers, strict=True)],
         }
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
+    def real(self, entry: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
         return _both_ways("clip_i", self.features(photos))
 
     @torch.no_grad()
@@ -110,7 +118,7 @@ class Clip:
         return scores.unit(self.model.get_text_features(**tokens).pooler_output.float().cpu().numpy())
 
 
-class Dino:
+class DinoScorer:
     """DINO: the CLS output behind the last norm."""
 
     def __init__(self, source: str, device: torch.device, offline: bool = False) -> None:
@@ -122,11 +130,15 @@ class Dino:
         self.about = _about("DINO", source, self.model, self.model.config, self.resize)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        entry: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         return {"dino": scores.mean_cosines(self.features(pictures), self.features(photos))}
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
+    def real(self, entry: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
         return _both_ways("dino", self.features(photos))
 
     @torch.no_grad()
@@ -141,7 +153,7 @@ class Dino:
         )
 
 
-class Face:
+class FaceScorer:
     """Face recognition by facenet-pytorch, which the project does not depend on."""
 
     def __init__(self, device: torch.device, offline: bool = False) -> None:
@@ -149,20 +161,28 @@ class Face:
             facenet = importlib.import_module("facenet_pytorch")
         except ImportError as error:
             # Its metadata asks for an old PyTorch, with which nothing here would work.
-            raise Absent(f"{error}; to install it: pip install --no-deps facenet-pytorch") from error
+            raise ScorerUnavailable(
+                f"{error}; to install it: pip install --no-deps facenet-pytorch"
+            ) from error
         weights = _torch_home() / "checkpoints" / FACE_WEIGHTS
         if offline and not weights.is_file():
-            raise Absent(f"{FACE_WEIGHTS} is not in {weights.parent}, and nothing is fetched offline")
+            raise ScorerUnavailable(
+                f"{FACE_WEIGHTS} is not in {weights.parent}, and nothing is fetched offline"
+            )
         try:
             self.detector = facenet.MTCNN(image_size=FACE_SIZE, device=device)
             self.model = facenet.InceptionResnetV1(pretrained="vggface2").eval().to(device)
         except Exception as error:  # a failed download is nearly any error
-            raise Absent(f"facenet-pytorch has no weights: {_first_line(error)}") from error
+            raise ScorerUnavailable(f"facenet-pytorch has no weights: {_first_line(error)}") from error
         self.device = device
         self.about = {"model": "InceptionResnetV1, VGGFace2; MTCNN", "sha256": hash_of(self.model)[:16]}
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        entry: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         known = [found for photo in photos if (found := self.feature(photo)) is not None]
         made = [self.feature(picture) for picture in pictures]
@@ -178,7 +198,7 @@ class Face:
             "face_detected": detected,
         }
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
+    def real(self, entry: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
         known = [found for photo in photos if (found := self.feature(photo)) is not None]
         return {
             "face_detected": len(known) / len(photos),
@@ -241,7 +261,7 @@ def _pretrained(kind: Any, source: str, offline: bool, **options: Any) -> Any:
     """A network with all of its weights, frozen, fp32.
 
     Raises:
-        Absent: the hub has it not, or not as safetensors, or cannot be reached.
+        ScorerUnavailable: the hub has it not, or not as safetensors, or cannot be reached.
         NotFound, IntegrityError: a folder that was named is not there, or lacks weights.
     """
     disable_progress_bar()
@@ -273,7 +293,7 @@ def _from(kind: Any, source: str, offline: bool, **options: Any) -> Any:
     try:
         return kind.from_pretrained(name, revision=revision or "main", local_files_only=offline, **options)
     except Exception as error:
-        raise Absent(f"{source} could not be had from the hub: {_first_line(error)}") from error
+        raise ScorerUnavailable(f"{source} could not be had from the hub: {_first_line(error)}") from error
 
 
 def _about(model: str, source: str, network: torch.nn.Module, vision: Any, resize: int) -> dict[str, Any]:

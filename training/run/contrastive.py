@@ -19,13 +19,13 @@ TEMPERATURE = 0.07
 VALIDATION = 128  # subjects at the end of a cache that pretraining never trains on
 
 
-def pictures(cache: data.SceneCache, identities: Tensor, views: Tensor) -> Tensor:
+def pictures(cache: data.PictureCache, identities: Tensor, views: Tensor) -> Tensor:
     """Cached pictures as floats in [-1, 1], [n, 3, S, S], on the device that computes."""
     images = torch.from_numpy(cache.images[identities.numpy(), views.numpy()]).to(device.pick())
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
-def held_out(cache: data.SceneCache, count: int, view: int) -> tuple[Tensor, Tensor]:
+def held_out(cache: data.PictureCache, count: int, view: int) -> tuple[Tensor, Tensor]:
     """The last identities of the cache, all in one view number."""
     last = len(cache.nouns)
     return torch.arange(last - count, last), torch.full((count,), view)
@@ -33,7 +33,7 @@ def held_out(cache: data.SceneCache, count: int, view: int) -> tuple[Tensor, Ten
 
 def train_image_encoder(
     out: Path,
-    cache: data.SceneCache,
+    cache: data.PictureCache,
     schedule: Schedule,
     batch: int,
     seed: int,
@@ -67,7 +67,7 @@ def train_image_encoder(
 
 
 def _similarity(
-    encoder: nn.Module, cache: data.SceneCache, who: Tensor, first: Tensor, second: Tensor
+    encoder: nn.Module, cache: data.PictureCache, who: Tensor, first: Tensor, second: Tensor
 ) -> Tensor:
     """Cosines [n, n] between the CLS features of two views."""
     features = (

@@ -13,7 +13,7 @@ from hyperrt.bundle.bundle import packaged
 from hyperrt.errors import NumericError
 from hyperrt.sampling import recipe
 from hyperrt.training.evaluation import drawing as pictures
-from hyperrt.training.evaluation.drawing import Drawing, Made
+from hyperrt.training.evaluation.drawing import Drawing, DrawResult
 
 PROMPTS = ["a [V] robot on a beach", "a [V] robot in the snow", "a [V] robot in a forest"]
 DRAWING = Drawing(images=2, seed=7, steps=1, batch=4)
@@ -32,8 +32,8 @@ def robot(runtime, drawn_photos):
     return runtime.personalize(drawn_photos, "robot")
 
 
-def draw(runtime, subject, folder, drawing=DRAWING, prompts=PROMPTS, calls=None) -> Made:
-    made = Made()
+def draw(runtime, subject, folder, drawing=DRAWING, prompts=PROMPTS, calls=None) -> DrawResult:
+    made = DrawResult()
     for done, _ in enumerate(pictures.draw(runtime, subject, prompts, folder, drawing, made), start=1):
         if done == calls:
             break
@@ -48,7 +48,7 @@ def contents(folder) -> dict[str, bytes]:
 def whole(runtime, robot, tmp_path_factory):
     """A finished folder."""
     folder = tmp_path_factory.mktemp("whole")
-    assert draw(runtime, robot, folder) == Made(drawn=6, kept=0)
+    assert draw(runtime, robot, folder) == DrawResult(drawn=6, kept=0)
     return folder
 
 
@@ -62,7 +62,7 @@ def test_every_prompt_has_its_pictures_as_the_runtime_draws_them(runtime, robot,
 
 def test_pictures_that_are_there_are_kept(runtime, robot, whole):
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
-    assert draw(runtime, robot, whole) == Made(drawn=0, kept=6)
+    assert draw(runtime, robot, whole) == DrawResult(drawn=0, kept=6)
     assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
@@ -85,7 +85,9 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits(runtime, robot, tmp_pa
 def test_a_picture_of_another_recipe_is_drawn_anew(runtime, robot, whole, tmp_path, change):
     for path in whole.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert draw(runtime, robot, tmp_path, dataclasses.replace(DRAWING, **change)) == Made(drawn=6, kept=0)
+    assert draw(runtime, robot, tmp_path, dataclasses.replace(DRAWING, **change)) == DrawResult(
+        drawn=6, kept=0
+    )
 
 
 def test_another_subject_is_another_recipe(runtime, drawn_photos, robot, whole, tmp_path):

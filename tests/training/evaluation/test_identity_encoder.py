@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from hyperrt.errors import IntegrityError, UsageError
 from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import drawn, drawn_scorers, identity_encoder, prompt_packs
-from hyperrt.training.evaluation.protocols import Entry
+from hyperrt.training.evaluation.protocols import EvaluationSubject
 from hyperrt.training.run import contrastive
 from hyperrt.training.run.loop import Schedule
 
@@ -39,7 +39,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def entries():
     cases = drawn.cases_of(0, per_noun=1)
-    return [Entry(case.noun, case.noun, prompt_packs.PACKS["drawn-v1"], case=case) for case in cases]
+    return [
+        EvaluationSubject(case.noun, case.noun, prompt_packs.PACKS["drawn-v1"], case=case) for case in cases
+    ]
 
 
 def test_it_is_trained_once_and_then_read(folder, monkeypatch):
@@ -94,7 +96,7 @@ def test_a_picture_of_any_size_becomes_a_unit_vector(folder, entries):
 
 
 def test_identity_is_the_nearest_of_the_candidates_in_a_plain_loop(folder, entries):
-    scorer = drawn_scorers.Identity(folder)
+    scorer = drawn_scorers.IdentityScorer(folder)
     encoder, _ = identity_encoder.trained(folder)
     case = entries[0].case
     own = []
@@ -115,7 +117,7 @@ def test_identity_is_the_nearest_of_the_candidates_in_a_plain_loop(folder, entri
 def test_colours_are_judged_on_white_alone_and_scenes_everywhere(entries):
     white = scenes.BACKGROUNDS.index(drawn.WHITE)
     beach = 0
-    colours, background = drawn_scorers.Colours(), drawn_scorers.Background(entries)
+    colours, background = drawn_scorers.ColourScorer(), drawn_scorers.BackgroundScorer(entries)
     pictures = [entries[0].case.view(scenes.BACKGROUNDS[number], 9) for number in (white, beach, beach)]
     assert colours.score(entries[0], [], pictures, [white, beach, white])["identity_hist"][:2] == [1.0, None]
     assert background.score(entries[0], [], pictures, [white, beach, white])["background"] == [1.0, 1.0, 0.0]
@@ -124,6 +126,6 @@ def test_colours_are_judged_on_white_alone_and_scenes_everywhere(entries):
 
 
 def test_a_subject_of_photos_has_no_candidates():
-    entry = Entry("can", "can", prompt_packs.PACKS["dreambench-objects"])
+    entry = EvaluationSubject("can", "can", prompt_packs.PACKS["dreambench-objects"])
     with pytest.raises(UsageError, match="no candidates"):
-        drawn_scorers.Colours().score(entry, [], [], [])
+        drawn_scorers.ColourScorer().score(entry, [], [], [])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hyperrt.errors import BadInput, NotFound
 from hyperrt.training.data import folders, scenes
-from hyperrt.training.data.subjects import Options
+from hyperrt.training.data.subjects import DatasetOptions
 from hyperrt.training.evaluation import drawn, protocols
 from hyperrt.training.evaluation.protocols import PROTOCOLS, subjects
 
@@ -20,7 +20,7 @@ def photo(path: Path, colour: int = 90) -> Path:
     return path
 
 
-def names(listing: protocols.Listing) -> list[str]:
+def names(listing: protocols.SubjectList) -> list[str]:
     return [entry.name for entry in listing.entries]
 
 
@@ -75,7 +75,7 @@ def test_of_celeba_hq_the_faces_are_those_that_no_training_sees(tmp_path):
     (tmp_path / "29901").mkdir()
     found = subjects(PROTOCOLS["faces"], tmp_path)
     assert names(found) == ["29900.jpg", "029950.jpg", "29999.jpg"]
-    trained = [subject.views[0].name for subject in folders.celeba(tmp_path, Options()).subjects]
+    trained = [subject.views[0].name for subject in folders.celeba(tmp_path, DatasetOptions()).subjects]
     assert trained == ["0.jpg", "99.jpg", "29799.jpg"]
 
 

@@ -12,7 +12,7 @@ from hyperrt.bundle.bundle import packaged
 from hyperrt.training.evaluate import EvaluateConfig
 from hyperrt.training.evaluation import prompt_packs, report, scores
 from hyperrt.training.evaluation.drawing import Drawing
-from hyperrt.training.evaluation.protocols import Entry, Listing
+from hyperrt.training.evaluation.protocols import EvaluationSubject, SubjectList
 
 
 def tables_of(protocol: str, **drawn: object) -> list[str]:
@@ -62,8 +62,8 @@ def test_on_all_thirty_subjects_the_scorer_agrees_or_does_not(measured, agrees):
         for name in prompt_packs.DREAMBENCH
     ]
     pack = prompt_packs.PACKS["drawn-v1"]
-    entries = [Entry(name, noun, pack) for name, noun in prompt_packs.DREAMBENCH.items()]
-    listing = Listing(tuple(entries))
+    entries = [EvaluationSubject(name, noun, pack) for name, noun in prompt_packs.DREAMBENCH.items()]
+    listing = SubjectList(tuple(entries))
     config = EvaluateConfig(protocol="dreambench", output=Path("."), bundle="tiny")
     real = scores.figures([row["real"] for row in rows])
     published = {"dino": 0.774, "clip_i": 0.885}
