@@ -117,7 +117,7 @@ class Scorer:
 
 def margin(judge: classifiers.SceneClassifier, picture: Picture, scene: str) -> float:
     """(other - right) / (other + right), of the distances to the nearest real pictures of a scene."""
-    distances = np.square(judge.known - classifiers.border(picture)).sum(axis=1)
+    distances = np.square(judge.borders - classifiers.border(picture)).sum(axis=1)
 
     def distance(name: str) -> float:
         return float(np.sort(distances[judge.names == name])[: classifiers.SCENE_NEIGHBOURS].mean())

@@ -20,7 +20,7 @@ def small():
     """A training of seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity_encoder, "SCHEDULE", SCHEDULE)
-        patch.setattr(identity_encoder, "IDENTITIES", 40)
+        patch.setattr(identity_encoder, "SUBJECTS", 40)
         patch.setattr(identity_encoder, "WIDTHS", (8, 16, 16))
         patch.setattr(identity_encoder, "BATCH", 16)
         patch.setattr(contrastive, "VALIDATION", 8)
@@ -31,7 +31,7 @@ def small():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a trained encoder."""
-    made = tmp_path_factory.mktemp("judges")
+    made = tmp_path_factory.mktemp("encoders")
     identity_encoder.trained(made)
     return made
 
@@ -82,8 +82,9 @@ def test_damaged_weights_are_named(folder, tmp_path):
         identity_encoder.trained(tmp_path)
 
 
-def test_the_command_says_how_good_it_is(folder):
-    result = CliRunner().invoke(identity_encoder.main, ["--out", str(folder)])
+@pytest.mark.parametrize("option", ["--output", "-o", "--out"])
+def test_the_command_prints_the_accuracy(folder, option):
+    result = CliRunner().invoke(identity_encoder.main, [option, str(folder)])
     assert result.exit_code == 0 and "held_out_top1" in result.stdout
 
 

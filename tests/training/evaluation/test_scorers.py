@@ -146,7 +146,7 @@ def test_a_folder_that_is_not_there_is_an_error_and_a_hub_out_of_reach_is_absenc
         ClipScorer(str(tmp_path / "clip"), CPU)
     with pytest.raises(NotFound, match="there is no folder"):
         ClipScorer("clip", CPU)
-    with pytest.raises(ScorerUnavailable, match="could not be had from the hub"):
+    with pytest.raises(ScorerUnavailable, match="could not be loaded from the hub"):
         ClipScorer("nobody/nothing@refs/pr/1", CPU, offline=True)
 
 
@@ -210,7 +210,7 @@ def test_face_recognition_is_absent_without_its_package_or_offline_without_its_w
     module = SimpleNamespace(MTCNN=Detector, InceptionResnetV1=Recogniser)
     monkeypatch.setitem(sys.modules, "facenet_pytorch", module)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ScorerUnavailable, match="nothing is fetched offline"):
+    with pytest.raises(ScorerUnavailable, match="--offline forbids"):
         FaceScorer(CPU, offline=True)
 
     def unreachable(**_):
