@@ -259,7 +259,7 @@ def coloured(*colours: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_the_colour_judge_sees_colours_and_not_white_or_place():
-    from hyperrt.training.evaluation.judges import histogram
+    from hyperrt.training.evaluation.classifiers import histogram
 
     mine = histogram(coloured((200, 30, 40), (20, 90, 200)))
     assert np.linalg.norm(mine) == pytest.approx(1)

@@ -224,8 +224,8 @@ def test_a_cache_is_captioned_by_noun(load, tmp_path):
     for _ in range(2):  # the second time it is there
         found = small_world.captioned_by_noun(world, tmp_path / "work" / "nouns")
     assert found == small_world.World(world.base, tmp_path / "work" / "nouns")
-    cache = data.SceneCache.open(found.cache)
-    assert np.array_equal(cache.images, data.SceneCache.open(world.cache).images)
+    cache = data.PictureCache.open(found.cache)
+    assert np.array_equal(cache.images, data.PictureCache.open(world.cache).images)
     assert cache.latents.shape == (9, 2, 1) and not (found.cache / "text-1.npy").exists()
     texts = json.loads((found.cache / "captions.json").read_text())["texts"]
     assert [len(of_one) for of_one in texts] == [2] * 9
@@ -263,9 +263,9 @@ def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
 
 
 def test_a_margin_is_from_minus_one_to_one(load):
-    scoring, judges = load("scoring"), importlib.import_module("hyperrt.training.evaluation.judges")
+    scoring, classifiers = load("scoring"), importlib.import_module("hyperrt.training.evaluation.classifiers")
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200)))
-    judge = judges.Scenes([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
+    judge = classifiers.SceneClassifier([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
     assert scoring.margin(judge, red, "red") == pytest.approx(1)
     assert scoring.margin(judge, red, "blue") == pytest.approx(-1)
     half = (red // 2 + blue // 2).astype(np.uint8)

@@ -28,7 +28,7 @@ def main(out: Path, index: int, force: bool) -> None:
     """Draw one example subject per noun, four photos each."""
     with reported():
         for noun in scenes.NOUNS:
-            who = scenes.identity(noun, "example", index)
+            who = scenes.drawn_subject(noun, "example", index)
             rng = np.random.default_rng([scenes.SPLIT_SEEDS["example"], 1, index])
             (out / noun).mkdir(parents=True, exist_ok=True)
             for number, place in enumerate(PLACES, start=1):

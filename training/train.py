@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from hyperrt.errors import Incompatible, UsageError
 from hyperrt.training.data import features
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.messages import reported, warn
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model import image_prompt, weight_hash
@@ -73,7 +73,7 @@ class Trainer:
         part = distributed.share(config.batch // config.targets, self.accelerator)
         # What one process of a machine computes and keeps, the others find.
         with self.accelerator.local_main_process_first(), bases.readable(config.data, "build it anew"):
-            self.cache = SceneCache.open(config.data)
+            self.cache = PictureCache.open(config.data)
             features.check_latents(self.base, self.cache)
             self.features = features.image_features(self.base, self.cache)
             self.captions = features.caption_table(self.base, self.cache, config.token)

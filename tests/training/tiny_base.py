@@ -1,8 +1,8 @@
 """A base model of the right classes with random weights, and a small scene cache for it: seconds to make.
 
 make(folder)              a base model's folder, for hyperrt.training.model.base_model.load
-make_cache(folder, base)  drawn scenes with its latents, as hyperrt.training.data.cache.SceneCache.open reads
-it
+make_cache(folder, base)  drawn scenes with its latents, as hyperrt.training.data.cache.PictureCache.open
+reads it
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hyperrt import files
 from hyperrt.errors import Incompatible, NumericError, ResourceError
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.messages import warn
 from hyperrt.training.model.base_model import Encoders
 from hyperrt.training.model.encode import encode_images, encode_latents, encode_prompts, preprocess_of
@@ -76,7 +76,7 @@ def split_vectors(vectors: Tensor, pooled: int) -> tuple[Tensor, Tensor | None]:
     return (vectors[:, :-1], vectors[:, -1, :pooled]) if pooled else (vectors, None)
 
 
-def caption_table(base: Encoders, cache: SceneCache, token: str) -> CaptionTable:
+def caption_table(base: Encoders, cache: PictureCache, token: str) -> CaptionTable:
     """Encodes each different caption of the cache once."""
     who, views = (index.ravel() for index in np.indices(cache.shape))
     row_of = {"": 0}
@@ -97,20 +97,20 @@ def caption_table(base: Encoders, cache: SceneCache, token: str) -> CaptionTable
     )
 
 
-def image_features(base: Encoders, cache: SceneCache) -> np.ndarray:
+def image_features(base: Encoders, cache: PictureCache) -> np.ndarray:
     """Features of every picture of the cache, (N, V, T, F) float16, memory-mapped."""
     name = f"features-{fingerprint(base.image_encoder, cache, preprocess_of(base.image_encoder.config))}.npy"
     return _of_pictures(cache, name, lambda pictures: encode_images(base, pictures), PICTURES_AT_ONCE)
 
 
-def latents(base: Encoders, cache: SceneCache, mirrored: bool = False) -> np.memmap:
+def latents(base: Encoders, cache: PictureCache, mirrored: bool = False) -> np.memmap:
     """Latents of every picture, or of its mirror image, (N, V, C, h, w) float16, memory-mapped."""
     name = f"{'mirrored' if mirrored else 'latents'}-{_of_vae(base, cache)}.npy"
     batch = max(1, min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // cache.images.shape[2] ** 2))
     return _of_pictures(cache, name, lambda pictures: encode_latents(base, pictures, mirrored), batch)
 
 
-def check_latents(base: Encoders, cache: SceneCache) -> None:
+def check_latents(base: Encoders, cache: PictureCache) -> None:
     """That the latents of a cache are those of this VAE.
 
     Those of training/prepare.py are told by their name. Of others a few are made again and compared; if they
@@ -131,7 +131,7 @@ def check_latents(base: Encoders, cache: SceneCache) -> None:
         raise Incompatible(what, why, "prepare it again with hyperrt prepare --force")
 
 
-def _latents_error(base: Encoders, cache: SceneCache) -> float:
+def _latents_error(base: Encoders, cache: PictureCache) -> float:
     """|z - z'| / |z'| of the latents z that a cache holds and z' that the VAE makes, over a few pictures."""
     count = min(len(cache.latents), len(cache.images))  # that they are as many is said elsewhere
     who = np.linspace(0, count - 1, min(count, LATENTS_COMPARED)).astype(int)
@@ -142,7 +142,7 @@ def _latents_error(base: Encoders, cache: SceneCache) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def fingerprint(encoder: nn.Module, cache: SceneCache, *more: object) -> str:
+def fingerprint(encoder: nn.Module, cache: PictureCache, *more: object) -> str:
     """Hex digits that stand for the encoder's weights, in fp32 or fp16 but not bf16, and some pictures."""
     digest = hashlib.sha256(repr((hash_of(encoder, half=True), cache.images.shape, more)).encode())
     for picture in cache.images[:: max(1, len(cache.images) // 64), 0]:
@@ -150,7 +150,7 @@ def fingerprint(encoder: nn.Module, cache: SceneCache, *more: object) -> str:
     return digest.hexdigest()[:HASH_DIGITS]
 
 
-def _of_vae(base: Encoders, cache: SceneCache) -> str:
+def _of_vae(base: Encoders, cache: PictureCache) -> str:
     """`fingerprint` of the VAE, and of its statistics where it has them: other names stay as they were."""
     scale = base.latent_scale
     return fingerprint(base.vae, cache, *([scale] if scale.mean else []))
@@ -165,7 +165,7 @@ def feature_statistics(features: np.ndarray, sample: int = 512) -> tuple[Tensor,
     return torch.from_numpy(some.mean(0)), torch.from_numpy(some.std(0))
 
 
-def _of_pictures(cache: SceneCache, name: str, encode: Callable[[np.ndarray], Tensor], batch: int) -> Any:
+def _of_pictures(cache: PictureCache, name: str, encode: Callable[[np.ndarray], Tensor], batch: int) -> Any:
     """(N, V, ...) of what `encode` makes of each picture; a file of that name is not made again."""
     path = cache.path / name
     if not path.exists():
@@ -175,7 +175,7 @@ def _of_pictures(cache: SceneCache, name: str, encode: Callable[[np.ndarray], Te
 
 
 def _encoded_identities(
-    cache: SceneCache, encode: Callable[[np.ndarray], Tensor], batch: int
+    cache: PictureCache, encode: Callable[[np.ndarray], Tensor], batch: int
 ) -> Iterator[np.ndarray]:
     """[identities, V, ...] of some identities after the other, each different view encoded once."""
     identities, views = cache.shape

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.data.features import CaptionTable
 from hyperrt.training.messages import warn
 from hyperrt.training.model.hypernet import Decoder, Packed
@@ -80,7 +80,7 @@ class Probe:
 
 
 def probe(
-    cache: SceneCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int
+    cache: PictureCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int
 ) -> Probe:
     """The probe of a run; a function of the cache and the seed."""
     rng = np.random.default_rng([config.seed, 4])

@@ -9,7 +9,7 @@ import torch
 
 from hyperrt.errors import UsageError
 from hyperrt.training.data import features
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.run import batches, monitors
 from hyperrt.training.run.config import TrainConfig
 
@@ -17,7 +17,7 @@ from hyperrt.training.run.config import TrainConfig
 @pytest.fixture(scope="module")
 def read(world, parts):
     """The cache, and what the frozen encoders see of it."""
-    cache = SceneCache.open(world.cache)
+    cache = PictureCache.open(world.cache)
     return cache, features.image_features(parts, cache), features.caption_table(parts, cache, "sks")
 
 
