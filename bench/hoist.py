@@ -80,7 +80,7 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
     from hyperrt.training.model import lora_layers
     from hyperrt.training.model.lora_layers import Rows
 
-    class InStep(modules.Denoiser):
+    class InStep(modules.DenoisingStep):
         """The denoiser that projects the text itself, site by site as diffusers does."""
 
         def forward(

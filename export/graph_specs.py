@@ -134,7 +134,7 @@ def _text_graph(source: Source) -> GraphSpec:
     names = [name for name in ("text_encoder", "text_encoder_2") if name in source.parts]
     inputs = tuple(TensorSpec(f"input_ids{name[12:]}", ids, "int64") for name in names)
     outputs = [_f32("hidden_states", *ids, source.text_width)]
-    module: type[modules.GraphModule] = modules.TextEncoder
+    module: type[modules.GraphModule] = modules.OneTextEncoder
     if source.is_sdxl:
         module = modules.TwoTextEncoders
         outputs.append(_f32("pooled", "prompts", source.config("text_encoder_2").projection_dim))
@@ -170,7 +170,7 @@ def _denoiser_graph(source: Source, image: ImagePromptShape) -> GraphSpec:
         inputs.append(_added_spec(source))
     outputs = (_f32("next_latents", *latent), _f32("denoised", *latent))
     return _graph(
-        "denoiser", modules.Denoiser, ("unet",), tuple(inputs), outputs,
+        "denoiser", modules.DenoisingStep, ("unet",), tuple(inputs), outputs,
         layout=source.layout, image_tokens=image.tokens,
     )  # fmt: skip
 

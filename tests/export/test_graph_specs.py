@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from hyperrt import engines
 from hyperrt.bundle.bundle import GRAPHS
 from hyperrt.export import graph_specs, onnx_graph
-from hyperrt.export.parts import Part
+from hyperrt.export.parts import ModelPart
 from hyperrt.training.model import lora_layers
 
 
@@ -75,7 +75,7 @@ def test_the_decoder_of_an_autoencoder_tiny_is_exported_too(source, tmp_path):
         encoder_block_out_channels=(8,) * 4, num_encoder_blocks=(0, 1, 1, 1),
         decoder_block_out_channels=(8,) * 4, num_decoder_blocks=(1, 1, 1, 0),
     ).eval().requires_grad_(False)  # fmt: skip
-    part = Part.of("vae", vae)
+    part = ModelPart.of("vae", vae)
     *_, graph = graph_specs.build(dataclasses.replace(source, parts={**source.parts, "vae": part}))
     onnx_graph.write(graph, {"vae": part.skeleton}, {"vae": part.load()}, tmp_path)
     with engines.open(tmp_path / "vae_decoder.onnx") as engine:

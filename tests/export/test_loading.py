@@ -169,7 +169,7 @@ def test_a_single_file_needs_a_configuration(saved, tmp_path):
         find(file, like=file)
     with pytest.raises(NotFound, match="no such file"):
         find(tmp_path / "other.safetensors")
-    assert find(file, like=saved) == loading.Found(saved, file)
+    assert find(file, like=saved) == loading.ModelFiles(saved, file)
 
 
 def test_a_configuration_of_something_that_has_its_own_is_refused(saved):
