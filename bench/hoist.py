@@ -75,12 +75,12 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
     from torch import Tensor
 
     from hyperrt.engines.tensors import TensorSpec
-    from hyperrt.export import families, graphs, modules, onnx_graph
+    from hyperrt.export import families, graph_specs, modules, onnx_graph
     from hyperrt.export.source import Inputs
     from hyperrt.training.model import lora_layers
     from hyperrt.training.model.lora_layers import Rows
 
-    class InStep(modules.Denoiser):
+    class InStep(modules.DenoisingStep):
         """The denoiser that projects the text itself, site by site as diffusers does."""
 
         def forward(
@@ -94,13 +94,13 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
             return self.step(latents, previous, noise, timestep, coefficients, guidance, gate, rows, added)
 
     with families.opened(families.get(args.family), Inputs(random_weights=0, size=args.size)) as source:
-        hoisted = next(graph for graph in graphs.build(source) if graph.name == "denoiser")
+        hoisted = next(graph for graph in graph_specs.build(source) if graph.name == "denoiser")
         text = TensorSpec("hidden_states", ("rows", source.max_tokens, source.text_width), "float32")
         lora_kv = TensorSpec("lora_kv", ("subjects", source.layout.size("lora_kv")), "float32")
         inputs = [text if spec.name == "context" else spec for spec in hoisted.inputs]
         place = [spec.name for spec in inputs].index("lora_q") + 1
 
-        def make(loaded: graphs.Modules) -> InStep:
+        def make(loaded: graph_specs.Modules) -> InStep:
             return InStep(hoisted.make(loaded).unet, layout=source.layout)
 
         in_step = dataclasses.replace(hoisted, make=make, inputs=(*inputs[:place], lora_kv, *inputs[place:]))

@@ -70,7 +70,7 @@ def _make_fp32(module: nn.Module) -> None:
         module.float()
 
 
-class TextEncoder(GraphModule):
+class OneTextEncoder(GraphModule):
     """input_ids [prompts, L] to hidden_states [prompts, L, D]."""
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -142,7 +142,7 @@ class ContextWithAdded(Context):
         return self.unet.add_embedding(torch.cat([pooled, sizes], dim=-1).to(self.dtype))
 
 
-class Denoiser(GraphModule):
+class DenoisingStep(GraphModule):
     """One step of the loop: tiling to rows, UNet with Q LoRA, guidance sum, solver update; the last two fp32.
 
     x            = tile(c0 latents)                                         export/row_unet.py

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from hyperrt.bundle.bundle import Betas, ImagePrompt, Preprocess
 from hyperrt.errors import UsageError
 from hyperrt.export.errors import ExportError
-from hyperrt.export.parts import Part
+from hyperrt.export.parts import ModelPart
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.training.model import encode, image_prompt, noise_schedule
 from hyperrt.training.model.latents import LatentScale
@@ -63,7 +63,7 @@ class Source:
         image_scale: of the image prompt, that the hypernetwork was trained with.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModelPart]
     tokenizer: CLIPTokenizer
     scheduler: Mapping[str, Any]
     layout: LoraLayout
@@ -193,6 +193,6 @@ def save_tokenizer(source: Source, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def vae_factor(vae: Part) -> int:
+def vae_factor(vae: ModelPart) -> int:
     """Pixels per latent."""
     return int(2 ** (len(vae.skeleton.config.block_out_channels) - 1))

@@ -73,9 +73,9 @@ def modules(source):
 @pytest.fixture(scope="session")
 def parts(source):
     """Its graphs by name."""
-    from hyperrt.export import graphs
+    from hyperrt.export import graph_specs
 
-    return {graph.name: graph for graph in graphs.build(source)}
+    return {graph.name: graph for graph in graph_specs.build(source)}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
-from hyperrt.export import assemble, export_bundle, families, loading
+from hyperrt.export import assemble, export_bundle, families, graph_specs, loading
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import random_part
 from hyperrt.export.source import Inputs
@@ -169,7 +169,7 @@ def test_a_single_file_needs_a_configuration(saved, tmp_path):
         find(file, like=file)
     with pytest.raises(NotFound, match="no such file"):
         find(tmp_path / "other.safetensors")
-    assert find(file, like=saved) == loading.Found(saved, file)
+    assert find(file, like=saved) == loading.ModelFiles(saved, file)
 
 
 def test_a_configuration_of_something_that_has_its_own_is_refused(saved):
@@ -329,8 +329,7 @@ def test_a_dry_run_tells_disk_and_memory(saved):
     family = families.get("sdxl")
     with families.opened(family, Inputs(saved, saved / "hypernet")) as source:
         needed = {
-            int8: assemble.needs(source, assemble.graphs.build(source), int8, "graphs")
-            for int8 in (False, True)
+            int8: assemble.needs(source, graph_specs.build(source), int8, "graphs") for int8 in (False, True)
         }
     assert needed[False].memory > assemble.LIBRARIES
     assert sum(needed[True].disk.values()) < sum(needed[False].disk.values())

@@ -43,9 +43,7 @@ CONFIGS = {"sd15": architectures.SD15_UNET, "sdxl": architectures.SDXL_UNET}
 
 def random_lora(layout, seed=0):
     rng = np.random.default_rng(seed)
-    return {
-        name: rng.normal(0, 0.3, layout.size(name)).astype(np.float32) for name in ("lora_q", "lora_kv")
-    }
+    return {name: rng.normal(0, 0.3, layout.size(name)).astype(np.float32) for name in ("lora_q", "lora_kv")}
 
 
 def small_unet(family):

@@ -11,7 +11,7 @@ import torch
 from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.cli import main as command
-from hyperrt.export import assemble, expected, export_bundle, families, verify
+from hyperrt.export import assemble, expected, export_bundle, families, graph_specs, verify
 from hyperrt.export.errors import ParityError
 from hyperrt.export.source import Inputs
 from hyperrt.plans import build
@@ -167,7 +167,7 @@ def test_a_graph_that_computes_something_else_ends_the_export(family, tmp_path, 
 
 def test_another_size_of_picture_is_that_of_the_latents(family):
     with families.opened(families.get(family), Inputs(random_weights=0, size=48)) as source:
-        by_name = {graph.name: graph for graph in assemble.graphs.build(source)}
+        by_name = {graph.name: graph for graph in graph_specs.build(source)}
     assert by_name["denoiser"].inputs[0].shape == ("images", 4, 24, 24)
 
 
