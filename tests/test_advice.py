@@ -261,7 +261,7 @@ def _(folder, monkeypatch):
     from hyperrt.training.evaluation import scorers
 
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
-    with pytest.raises(scorers.Absent) as caught:
+    with pytest.raises(scorers.ScorerUnavailable) as caught:
         scorers.Face("cpu")
     return str(caught.value)
 

@@ -107,29 +107,24 @@ def subject_of(runtime, scale: float):
     return Subject(lora, "robot", 1, {})
 
 
-def test_plain_cfg_is_of_the_personalised_model_on_both_rows(load, tiny):
+def test_plain_cfg_is_of_the_personalised_model_on_both_rows(load, tiny, monkeypatch):
     drawing = load("small_drawing")
 
     def latents(guidance, scale):
-        made = []
-        run = tiny._run
-
-        def spy(job, several):
-            made.append((job.gate.tolist(), job.texts, job.weights.tolist()))
-            return run(job, several)
-
-        tiny._run = spy
-        try:
+        requests = []
+        sample = type(tiny).sample
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, "sample", lambda one: requests.append(one) or sample(tiny, one))
             subject = subject_of(tiny, scale)
             picture = drawing.draw(tiny, "a [V] robot in a forest", subject, guidance, steps=2, seed=3)
-        finally:
-            del tiny._run
-        return picture, made[0]
+        rows = requests[0].rows
+        gate, texts = ([getattr(row, name) for row in rows] for name in ("gate", "text"))
+        return picture, (gate, texts, requests[0].weights)
 
     plain, (gate, texts, weights) = latents(drawing.Guidance(3.0, None), 0.1)
-    assert (gate, texts, weights) == ([1, 1], ("", "a sks robot in a forest"), [-2, 3])
+    assert (gate, texts, weights) == ([1, 1], ["", "a sks robot in a forest"], (-2, 3))
     hybrid, (gate, _, weights) = latents(drawing.Guidance(1.5, 2.0), 0.1)
-    assert (gate, weights) == ([0, 1], [-2, 3])
+    assert (gate, weights) == ([0, 1], (-2, 3))
     assert (plain != hybrid).any()  # the LoRA also changes what the empty prompt gives
     nothing = [latents(g, 0.0)[0] for g in (drawing.Guidance(3.0, None), drawing.Guidance(1.5, 2.0))]
     assert np.array_equal(*nothing)
