@@ -99,7 +99,8 @@ def tiny():
 
 
 def subject_of(runtime, scale: float):
-    from hyperrt.lora.layout import VECTORS, Subject
+    from hyperrt.lora.layout import VECTORS
+    from hyperrt.lora.subject import Subject
 
     rng = np.random.default_rng(0)
     size = runtime.bundle.layout.size

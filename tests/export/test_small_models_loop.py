@@ -20,8 +20,8 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.base import Engine
 from hyperrt.export import assemble, export_bundle, families, onnx_graph, reference, verify
 from hyperrt.export.source import Inputs
-from hyperrt.runtime import pictures_from_pixels
 from hyperrt.sampling import loop
+from hyperrt.session.decode import pictures_from_pixels
 from tests.export import small_models
 
 SEED = 3
