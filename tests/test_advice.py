@@ -262,7 +262,7 @@ def _(folder, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     with pytest.raises(scorers.ScorerUnavailable) as caught:
-        scorers.Face("cpu")
+        scorers.FaceScorer("cpu")
     return str(caught.value)
 
 

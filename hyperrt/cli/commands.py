@@ -165,9 +165,9 @@ def generate(context: click.Context, /, **options: Any) -> None:
     from hyperrt.cli.generate import generate as command
 
     if options["recipe"] is not None:
-        from hyperrt.cli.recipe import chosen
+        from hyperrt.cli.recipe import options_from
 
-        of_recipe = chosen(options, given(context))
+        of_recipe = options_from(options, given(context))
         context.meta["hyperrt.recipe"] = options["recipe"], of_recipe
         options |= of_recipe
     elif options["prompt"] is None:

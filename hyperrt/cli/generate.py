@@ -1,4 +1,4 @@
-"""What `hyperrt generate` and `hyperrt personalize` do."""
+"""`hyperrt generate` and `hyperrt personalize`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hyperrt.sampling.request import Request, blank_subject, noun_in, resolve
 
 
 def generate(config: GenerateConfig, output: Output) -> None:
-    """Photos or a subject file, and a prompt, to PNG files; each is written as soon as it is drawn."""
+    """Draw pictures of a prompt, with photos or a subject file, and write each as soon as it is drawn."""
     to_stdout = config.output == STDOUT
     if to_stdout and output.json:
         raise UsageError(
@@ -56,7 +56,7 @@ def generate(config: GenerateConfig, output: Output) -> None:
                     path = picture_files.save(target, image, result.recipe_of(k), config.force)
                     pictures.append({"path": str(path), "seed": result.seeds[k]})
                     output.event("picture", **pictures[-1])
-    first = {**result.recipe, "seed": config.seed}  # that of the result is its batch's
+    first = {**result.recipe, "seed": config.seed}  # the result has the seed of its batch
     output.result("\n".join(picture["path"] for picture in pictures), pictures=pictures, recipe=first)
 
 
@@ -65,7 +65,7 @@ def _seeds(seeds: range) -> str:
 
 
 def _request(runtime: Runtime, config: GenerateConfig, output: Output) -> Request:
-    """The request of a command; a bad prompt or option is refused before photos are read."""
+    """Resolve the request; a bad prompt or option is refused before photos are read."""
     options = config.sampling()
     if config.images:
         resolve(runtime.bundle, runtime.backend, [config.prompt], [blank_subject(runtime.bundle)], options)
@@ -76,7 +76,7 @@ def _request(runtime: Runtime, config: GenerateConfig, output: Output) -> Reques
 
 
 def personalize(config: PersonalizeConfig, output: Output) -> None:
-    """Photos to a subject file."""
+    """Turn photos into a subject file."""
     path = Path(config.output)
     if config.format == "peft" and not path.suffix:
         files.check_folder(path, PEFT_CONFIG, config.force)
@@ -113,5 +113,5 @@ def _count(subject: Subject) -> str:
 
 
 def _photos(images: tuple[str, ...]) -> Any:
-    # One folder goes as such, so that its limits and its report of bad photos are those of a folder.
+    # A single folder is passed by itself, for the limits and warnings of a folder.
     return images[0] if len(images) == 1 else images

@@ -1,8 +1,8 @@
-"""The names of a command's pictures: found before the work, and free when they are written.
+"""Chooses the names of a command's pictures before the work, and writes the pictures without a collision.
 
-In a folder a picture is called WORDS-OF-PROMPT-SEED.png. Where that is taken a number follows: a-mug-7.png,
-a-mug-7-2.png, a-mug-7-3.png. Two commands that run at once get different names. A file that the user named is
-that file.
+In a folder a picture is called WORDS-OF-PROMPT-SEED.png. If that name is taken, a number follows:
+a-mug-7.png, a-mug-7-2.png, a-mug-7-3.png. Two commands that run at the same time get different names. A file
+that the user named keeps its name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from hyperrt.errors import UsageError
 
 CHARACTERS, BYTES = 60, 200  # of the prompt in a name; a name has at most 255 bytes on most file systems
-# Letters and marks that nobody sees: variation selectors, fillers, and the like.
+# Invisible letters and marks: variation selectors, fillers and others.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
@@ -28,11 +28,11 @@ INVISIBLE = re.compile(
 
 @dataclass(frozen=True)
 class Target:
-    """Where a picture goes.
+    """The file of a picture.
 
     Attributes:
         path: the file.
-        stem: of a name that was made here, without a number; None: the user named the file.
+        stem: of a generated name, without a number; None: the user named the file.
     """
 
     path: Path
@@ -40,41 +40,41 @@ class Target:
 
 
 def targets(output: str | None, prompt: str, seeds: Sequence[int], force: bool = False) -> list[Target]:
-    """Where each picture goes; checked before the work, so that an hour is not lost to a name that is taken.
+    """The file of each picture, checked before the work: a taken name must not cost an hour.
 
     Args:
-        output: `FILE.png` is that file, with `-SEED` before the suffix when there are several pictures;
-            anything without a suffix is a folder, which may be new; None is the current folder.
-        prompt: what names a picture in a folder.
+        output: `FILE.png` is that file, with `-SEED` before the suffix if there are several pictures; a name
+            without a suffix is a folder, which may be new; None is the current folder.
+        prompt: names the pictures in a folder.
         seeds: one for each picture.
-        force: replace files that are there.
+        force: replace existing files.
 
     Raises:
-        UsageError: another suffix than .png, a named file that exists, is no plain file, or is not writable.
+        UsageError: the suffix is not .png, or a named file exists, is not a plain file, or is not writable.
         NotFound: the folder of `FILE.png` does not exist.
     """
     from hyperrt import files
 
     target = Path(output or ".")
     if target.suffix and not os.path.isdir(target) and not (output or "").endswith(("/", os.sep)):
-        found = [Target(path) for path in _named(target, seeds)]
+        chosen = [Target(path) for path in _named(target, seeds)]
     elif os.path.lexists(target) and not os.path.isdir(target):
         why = "a name without .png means a folder"
         raise UsageError(f"{target} is not a folder", why, f"use -o {shlex.quote(f'{target}.png')}")
     else:
         stems = [f"{words(prompt)}-{seed}" for seed in seeds]
-        if not os.path.isdir(target):  # it will be made: look whether it can be
+        if not os.path.isdir(target):  # it will be made: check whether it can be
             parent = next(folder for folder in target.absolute().parents if os.path.exists(folder))
             files.check_file(parent / target.name, force=True)
             return [Target(target / f"{stem}.png", stem) for stem in stems]
-        found = [Target(_free(target, stem, force), stem) for stem in stems]
-    for one in found:
-        files.check_file(one.path, force)
-    return found
+        chosen = [Target(_free(target, stem, force), stem) for stem in stems]
+    for picture in chosen:
+        files.check_file(picture.path, force)
+    return chosen
 
 
 def save(target: Target, image: Any, recipe: Mapping[str, Any], force: bool = False) -> Path:
-    """Write a picture with its recipe; returns its path, with another number if the name was taken since.
+    """Write a picture with its recipe; returns its path, with another number if the name is taken by now.
 
     Args:
         image: [H, W, 3] uint8.
@@ -98,7 +98,7 @@ def save(target: Target, image: Any, recipe: Mapping[str, Any], force: bool = Fa
 
 
 def words(prompt: str) -> str:
-    """The letters and digits of a prompt, of every script, as part of a name that every system takes."""
+    """The letters and digits of a prompt, in any script, as part of a file name for every system."""
     kept: list[str] = []
     for character in INVISIBLE.sub(" ", unicodedata.normalize("NFC", prompt.lower())):
         # Marks, such as the vowels of Devanagari, belong to the letter before them.

@@ -1,4 +1,4 @@
-"""`hyperrt generate --recipe`: what a recipe says below the command line, and what does not fit it."""
+"""`hyperrt generate --recipe`: the options that a recipe sets, and warnings if model or subject differ."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from hyperrt.text import short_repr
 log = logging.getLogger("hyperrt")
 
 
-def chosen(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """What the recipe of `generate --recipe` sets: its own options, but those that the command line gives.
+def options_from(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The options that a recipe sets, except those on the command line.
 
     Args:
-        options: of the command, from wherever they come; `recipe` is the file.
-        given: names of those that are on the command line.
+        options: of the command, from all sources; `recipe` is the file.
+        given: names of the options on the command line.
 
     Returns:
-        Options of the command; `recipe` is the recipe itself.
+        Options of the command; `recipe` is the content of the file.
 
     Raises:
         NotFound, BadInput: as `recipe.read_any`.
         UsageError: the recipe has no prompt, or had a subject and none is given.
-        Incompatible: it is of another base model than the bundle, which the command line does not name.
+        Incompatible: the recipe has another base model than the bundle, and --bundle is not given.
     """
     name = Path(options["recipe"]).name
     recipe = recipes.read_any(options["recipe"])
-    if "prompt" in given:  # the generic prompt belongs to the recipe's own prompt
+    if "prompt" in given:  # the recipe's generic prompt goes with its own prompt
         recipe = {**recipe, "prompt": options["prompt"], "generic_prompt": None}
     has_subject = bool(options["images"] or options["subject"])
     if recipes.had_subject(recipe) and not has_subject and "prompt" not in given:
         why = "a recipe holds neither photos nor a LoRA"
         do = "give the subject again, with --images or --subject"
         raise UsageError(f"{name} was drawn with a subject, and none is given", why, do)
-    found = recipes.options_of(recipe) | _guidance(recipe, given, has_subject)
-    found |= _beside(recipe, options, given)
-    found = {key: value for key, value in found.items() if key not in given}
-    bundle = Bundle.open(found.get("bundle", options["bundle"]))
+    chosen = recipes.options_of(recipe) | _guidance(recipe, given, has_subject)
+    chosen |= _other_options(recipe, options, given)
+    chosen = {key: value for key, value in chosen.items() if key not in given}
+    bundle = Bundle.open(chosen.get("bundle", options["bundle"]))
     _check_bundle(name, recipe, bundle, is_given="bundle" in given)
-    return {**found, "recipe": recipe}
+    return {**chosen, "recipe": recipe}
 
 
 def check_subject(recipe: Mapping[str, Any], runtime: Runtime, subject: Subject | None) -> None:
-    """Warn where the subject or the backend is another than the recipe's."""
+    """Warn if the subject or the backend differs from the recipe's."""
     before, now = recipe.get("subject_sha256"), hash_of(subject).get("subject_sha256")
     if now is not None and before not in (None, now):
         both = _short(now), _short(before)
@@ -68,39 +68,39 @@ def check_subject(recipe: Mapping[str, Any], runtime: Runtime, subject: Subject 
         log.warning("the backend is %r, the recipe's is %s: pixels may differ a little", *both)
 
 
-def _beside(
+def _other_options(
     recipe: Mapping[str, Any], options: Mapping[str, Any], given: Collection[str]
 ) -> dict[str, Any]:
-    """What `generate` takes of a recipe beside the options of a sampling, as far as it is of use here."""
+    """The options of a recipe that are not sampling options, if they can be used here."""
     names = ("class_noun", "combine", "bundle", "backend")
     noun, combine, bundle, backend = (recipe.get(name) for name in names)
-    found = {
-        # A new prompt is about the subject that is given, which says itself what it is.
+    chosen = {
+        # A new prompt is about the subject that is given, which has its own class noun.
         "class_noun": noun if (options["images"] or options["subject"]) and "prompt" not in given else None,
         "combine": combine if options["images"] and combine in COMBINED else None,
         "bundle": bundle if bundle in packaged() else None,
         "backend": backend if _runs_here(backend) else None,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _runs_here(backend: object) -> bool:
-    """Whether it is a backend for processors that is installed; a GPU's may be there and not work."""
-    known = BACKENDS.get(backend) if isinstance(backend, str) else None
-    return bool(known and known.vendor and not known.nvidia and find_spec(known.vendor))
+    """Whether it is an installed backend for processors; one for GPUs may be installed and not work."""
+    entry = BACKENDS.get(backend) if isinstance(backend, str) else None
+    return bool(entry and entry.vendor and not entry.nvidia and find_spec(entry.vendor))
 
 
 def _guidance(recipe: Mapping[str, Any], given: Collection[str], has_subject: bool) -> dict[str, Any]:
-    """The guidance's kind and scale, which is converted where the command line asks for the other kind."""
+    """The kind of guidance and its scale, converted if the command line asks for the other kind."""
     before = recipe.get("cfg") is True
     cfg = "cfg" in given or (before and has_subject and "kappa" not in given)
     scale = recipe.get("guidance_scale")
     if before != cfg and isinstance(scale, (int, float)) and 0 <= scale <= MAX_GUIDANCE:
         scale = scale * CFG_PULL if cfg else scale / CFG_PULL
-    found = {"cfg": cfg} | ({} if scale is None else {"guidance_scale": scale})
+    chosen = {"cfg": cfg} | ({} if scale is None else {"guidance_scale": scale})
     if cfg or not has_subject:
-        found |= {"kappa": None}
-    return found if has_subject else {**found, "image_scale": None}
+        chosen |= {"kappa": None}
+    return chosen if has_subject else {**chosen, "image_scale": None}
 
 
 def _check_bundle(name: str, recipe: Mapping[str, Any], bundle: Bundle, is_given: bool) -> None:

@@ -1,10 +1,10 @@
-"""Guidance: how several predictions of one step become the one that the solver follows.
+"""Guidance: combines the predictions of the branches into the one that the solver follows.
 
-Plain arithmetic on whatever arrays it is given: NumPy at run time, torch in training previews.
+The arithmetic works on NumPy arrays (at run time) and on torch tensors (training previews).
 
-Every rule here is an affine sum, its weights add up to 1. So it holds for noise, clean-sample and velocity
-predictions alike (they are affine in each other at one latent and one timestep), and a multistep solver
-must be given the combined prediction, never the single branches.
+Every rule is an affine sum: its weights add up to 1. So it holds for noise, clean-sample and velocity
+predictions alike, which are affine in each other at one latent and one timestep. A multistep solver takes the
+combined prediction, never those of the branches.
 
 Shapes: predictions are [images, C, h, w], one per branch, float32 (weights reach -13: half precision loses).
 Source: arXiv 2511.03156, equations 19 and 20 (hybrid-model classifier-free guidance, HM-CFG); CFG is of
@@ -23,7 +23,7 @@ from hyperrt.errors import UsageError
 BranchName = Literal["uncond", "subject", "generic", "subject_uncond"]
 BRANCHES: tuple[BranchName, ...] = ("uncond", "subject", "generic")  # as hm_cfg_weights returns their weights
 CFG_BRANCHES: tuple[BranchName, ...] = ("subject_uncond", "subject")  # as cfg_weights returns theirs
-CFG_PULL = 2  # the scale of CFG that pulls as HM-CFG of 1, where the subject's and the generic prompt agree
+CFG_PULL = 2  # HM-CFG at scale s equals CFG at scale 2s if the subject and the generic prompt agree
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Branch:
 
     @property
     def personalised(self) -> bool:
-        """Whether the personalised model evaluates it."""
+        """Whether the branch uses the personalised model."""
         return self.name in CFG_BRANCHES
 
 
@@ -50,9 +50,9 @@ def hm_cfg_weights(guidance_scale: float, kappa: float) -> tuple[float, float, f
     """Weights of HM-CFG, paper eq. 20: `(1 - 2s) uncond + kappa s subject + (2 - kappa) s generic`.
 
     Args:
-        guidance_scale: s = w + 1, as in diffusers. Both conditions pull, so the strongest pull is 2s of plain
+        guidance_scale: s = w + 1, as in diffusers. Both conditions together guide as strongly as 2s in plain
             classifier-free guidance; s = 0.5 turns the unconditional branch off.
-        kappa: share of the personalised model, 0 (none of it) to 2 (no generic prompt); 1 is the paper.
+        kappa: share of the personalised model, 0 (base model alone) to 2 (no generic prompt); 1 is the paper.
 
     Returns:
         `(w_uncond, w_subject, w_generic)`; they add up to 1.
@@ -68,7 +68,7 @@ def cfg_weights(guidance_scale: float) -> tuple[float, float]:
     """Weights of CFG of the personalised model: `(1 - s) subject_uncond + s subject`.
 
     Args:
-        guidance_scale: s = w + 1, as in diffusers; it pulls as HM-CFG of s / 2 where both prompts agree.
+        guidance_scale: s = w + 1, as in diffusers; as strong as HM-CFG at s / 2 if both prompts agree.
 
     Returns:
         `(w_subject_uncond, w_subject)`; they add up to 1.
@@ -81,9 +81,9 @@ def cfg_weights(guidance_scale: float) -> tuple[float, float]:
 
 
 def active(branches: Iterable[Branch]) -> tuple[Branch, ...]:
-    """The branches that count, in their order: those of weight zero need no model evaluation.
+    """The branches with a weight other than zero, in their order; the others need no model evaluation.
 
-    kappa = 0 and kappa = 2 leave two branches, guidance_scale = 0.5 drops the unconditional one.
+    kappa = 0 and kappa = 2 leave two branches; guidance_scale = 0.5 drops the unconditional branch.
     """
     return tuple(branch for branch in branches if branch.weight != 0)
 

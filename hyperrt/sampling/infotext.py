@@ -1,11 +1,11 @@
-"""The text in which AUTOMATIC1111's web UI keeps the settings of a picture, and which many programs read.
+"""Reads and writes the text in which AUTOMATIC1111's web UI and other programs keep a picture's settings.
 
     a red house in the snow
     Negative prompt: blurry
     Steps: 30, Sampler: DPM++ 2M, CFG scale: 7.0, Seed: 42, Size: 512x512, Model: v1-5
 
-`write` turns a recipe into this text, and `read` the text into a recipe, as far as it has a meaning here.
-"CFG scale" is that of plain classifier-free guidance: HM-CFG of half the scale pulls as strongly
+`write` turns a recipe into this text, and `read` turns the text into a recipe, without the settings that have
+no meaning here. "CFG scale" is that of plain classifier-free guidance; HM-CFG at half the scale is as strong
 (`guidance.CFG_PULL`).
 Source: `parse_generation_parameters` and `create_infotext` of AUTOMATIC1111/stable-diffusion-webui.
 """
@@ -25,16 +25,16 @@ from hyperrt.sampling.guidance import CFG_PULL
 log = logging.getLogger("hyperrt")
 
 SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M"}
-OURS = "hyperrt "  # what the value of "Version" begins with in a text of this program
+OURS = "hyperrt "  # start of the value of "Version" in a text of this program
 READ = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model hash", "Model", "Version")
-MAX_LINE = 10_000  # characters of the settings that are read
-FEWEST = 3  # settings in a line of settings; a line with less is part of the prompt
-# Bounded and possessive, so that a hostile line takes no more time than an honest one.
+MAX_LINE = 10_000  # characters of the line of settings that are read
+MIN_SETTINGS = 3  # a line with fewer is part of the prompt
+# Bounded and possessive, so that a hostile line takes no longer than others.
 SETTING = re.compile(r'(\w[\w /-]{0,60}): {0,9}("(?:\\.|[^\\"])*+"|[^,]*+)')
 
 
 def write(recipe: Mapping[str, Any]) -> str:
-    """The recipe as text; see `hyperrt.sampling.recipe` for its keys, of which none must be there."""
+    """The recipe as text; sampling/recipe.py lists its keys, which are all optional."""
     size = recipe.get("size")
     settings = {
         "Steps": recipe.get("steps"),
@@ -58,21 +58,21 @@ def write(recipe: Mapping[str, Any]) -> str:
 
 
 def read(text: str) -> dict[str, Any] | None:
-    """The recipe that the text holds, its values as untrusted as the text; None if it holds no settings.
+    """The recipe in a text, its values as untrusted as the text; None if it holds no settings.
 
-    One warning says what of another program's settings has no meaning here.
+    One warning names the settings of another program that have no meaning here.
     """
     lines = text.strip().split("\n")
     last = max((k for k, line in enumerate(lines) if line.startswith("Steps:")), default=None)
     settings = {} if last is None else _settings(lines[last])
-    if len(settings) < FEWEST:
+    if len(settings) < MIN_SETTINGS:
         return None
     prompt, *negative = re.split(r"^Negative prompt:", "\n".join(lines[:last]), maxsplit=1, flags=re.M)
     solver, renamed = _solver(settings.get("Sampler", ""))
     ours = settings.get("Version", "").startswith(OURS)
     cfg = ours and "Subject" in settings and "Kappa" not in settings
     size = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", settings.get("Size", ""))
-    found = {
+    recipe = {
         "prompt": prompt.strip(),
         "negative_prompt": "".join(negative).strip(),
         "steps": _number(settings["Steps"]),
@@ -84,7 +84,7 @@ def read(text: str) -> dict[str, Any] | None:
         "bundle": settings.get("Model"),
     }
     if ours:
-        found |= {
+        recipe |= {
             "cfg": cfg,
             "kappa": _number(settings.get("Kappa")),
             "class_noun": settings.get("Subject"),
@@ -92,7 +92,7 @@ def read(text: str) -> dict[str, Any] | None:
         }
     else:
         _warn(renamed, [name for name in settings if name not in READ])
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in recipe.items() if value is not None}
 
 
 def _settings(line: str) -> dict[str, str]:
@@ -101,19 +101,19 @@ def _settings(line: str) -> dict[str, str]:
 
 
 def _solver(sampler: str) -> tuple[str | None, str]:
-    """The solver that a sampler's name begins with, and what to say where it is not just that one."""
+    """The solver at the start of a sampler's name, and a warning if the name has more."""
     names = {**{name: name for name in SAMPLERS}, **{shown: name for name, shown in SAMPLERS.items()}}
-    for known in sorted(names, key=len, reverse=True):
-        if f"{sampler} ".lower().startswith(f"{known} ".lower()):
-            exact = len(sampler) == len(known)
-            return names[known], "" if exact else f"the sampler {sampler[:60]!r} is drawn as {names[known]}"
+    for name in sorted(names, key=len, reverse=True):
+        if f"{sampler} ".lower().startswith(f"{name} ".lower()):
+            exact = len(sampler) == len(name)
+            return names[name], "" if exact else f"the sampler {sampler[:60]!r} is drawn as {names[name]}"
     return None, f"there is no sampler {sampler[:60]!r} here, so the default is used" if sampler else ""
 
 
 def _warn(renamed: str, left_out: list[str]) -> None:
     unread = f"not read: {', '.join(left_out[:20])}" if left_out else ""
-    said = ["the recipe is another program's, so its seed draws another picture here", renamed, unread]
-    log.warning("%s", "; ".join(filter(None, said)))
+    parts = ["the recipe is another program's, so its seed draws another picture here", renamed, unread]
+    log.warning("%s", "; ".join(filter(None, parts)))
 
 
 def _scaled(value: Any, factor: float) -> Any:
@@ -121,14 +121,14 @@ def _scaled(value: Any, factor: float) -> Any:
 
 
 def _number(text: str | None) -> Any:
-    """The number that the text is; else the text, which whoever takes the recipe refuses."""
+    """The text as a number; else the text itself, which `generate` refuses."""
     if text and re.fullmatch(r"-?[0-9]{1,20}", text):
         return int(text)
     return float(text) if text and re.fullmatch(r"-?[0-9]{1,20}\.[0-9]{1,20}", text) else text
 
 
 def _one_line(text: Any) -> str:
-    # A line break would let a prompt pass for the lines below it; to the tokenizer it is a space anyway.
+    # A line break would let a prompt pass for the lines below it; the tokenizer reads it as a space.
     return " ".join(str(text or "").split())
 
 
@@ -139,7 +139,7 @@ def _quoted(value: Any) -> str:
 
 def _unquoted(text: str) -> str:
     try:
-        found = json.loads(text) if text.startswith('"') else text
+        value = json.loads(text) if text.startswith('"') else text
     except ValueError:
         return text
-    return found if isinstance(found, str) else text
+    return value if isinstance(value, str) else text

@@ -1,9 +1,9 @@
-"""Prompts: from the one that the user writes to those of the guidance branches.
+"""Turns the user's prompt into the prompts of the guidance branches.
 
     "a [V] cat on a beach"  ->  subject "a sks cat on a beach", generic "a cat on a beach", empty ""
 
 The subject prompt goes to the personalised model, the generic one to the base model: c_S and c_G of
-arXiv 2511.03156, eq. 20. Text is checked here; how much of it fits the text encoder is the tokenizer's word.
+arXiv 2511.03156, eq. 20. Text is checked here; sampling/tokenizer.py cuts it to what the encoder takes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hyperrt.errors import BadPrompt
 from hyperrt.lora.metadata import triggers_in
 from hyperrt.text import short_repr
 
-MAX_CHARACTERS = 10_000  # some 30 times what fits a text encoder
+MAX_CHARACTERS = 10_000  # about 30 times as much as a text encoder reads
 
 # What follows "a [V]" in a prompt that leaves the noun out: "a [V] on a beach", "a [V], watercolour".
 _PUNCTUATION = ".,;:!?)'’、。，！？"
@@ -38,8 +38,8 @@ class Prompts:
     """The texts of the guidance branches.
 
     Attributes:
-        subject: for the personalised model, with the token for the subject; empty where there is no subject.
-        generic: for the base model: the same scene, with any member of the class for the subject.
+        subject: for the personalised model, with the subject's token; empty without a subject.
+        generic: for the base model: the same scene, with the class noun alone for the subject.
         empty: for the unconditional branch; a negative prompt takes its place.
     """
 
@@ -55,21 +55,21 @@ def split_prompt(
     placeholder: str = "[V]",
     has_subject: bool = True,
 ) -> Prompts:
-    """The prompts of all branches.
+    """Split a prompt into the prompts of all branches.
 
-    Every placeholder, in capitals or not, becomes the token (for the base model: nothing); where no noun
-    stands beside it, the class noun is put in. White space is made plain, see `check_text`.
+    Every placeholder, in either case, becomes the token (for the base model: nothing). If no noun stands
+    beside it, the class noun is added. White space is normalised, see `check_text`.
 
     Args:
         prompt: what the user wrote.
-        class_noun: what the subject is, such as "cat"; None or empty: nothing is put in.
-        token: the word that the text encoder knows the subject by.
-        placeholder: what stands for the subject in `prompt`.
-        has_subject: whether there is a subject. Without one the placeholder may be absent.
+        class_noun: what the subject is, such as "cat"; None or empty: no noun is added.
+        token: the word for the subject in the text encoder's vocabulary.
+        placeholder: stands for the subject in `prompt`.
+        has_subject: False: the placeholder may be absent.
 
     Raises:
-        BadPrompt: the prompt is empty, is not text (see `check_text`), has no words but the placeholder, or
-            lacks it although there is a subject.
+        BadPrompt: the prompt is empty, is not text (see `check_text`), consists of the placeholder, or lacks
+            it although there is a subject.
     """
     text, noun = check_text(prompt, "prompt"), check_text(class_noun or "", "class noun")
     example = f'write for example "a {placeholder} {noun or "cat"} on a beach"'
@@ -95,19 +95,19 @@ def split_prompt(
 def split_for_trigger(
     prompt: str, trigger: str, class_noun: str | None, token: str = "sks", placeholder: str = "[V]"
 ) -> Prompts:
-    """The prompts for a LoRA of another program, whose prompts must hold its trigger.
+    """Split a prompt for a LoRA of another program, which needs its trigger in the prompt.
 
-    The first of the triggers stands for the placeholder and the noun beside it: with "ohwx mug", both "a [V]
-    mug on a beach" and "a [V] on a beach" become "a ohwx mug on a beach".  A prompt without the placeholder
-    is used as it is, by both models.
+    The first trigger replaces the placeholder and the noun beside it: with "ohwx mug", both "a [V] mug on a
+    beach" and "a [V] on a beach" become "a ohwx mug on a beach".  Both models get a prompt without the
+    placeholder unchanged.
 
     Args:
         prompt: what the user wrote.
-        trigger: what the file says to write, `triggers_in`; "": it says nothing, and `token` is used.
+        trigger: triggers of the file, separated by commas; "": none, and `token` is used.
         class_noun, token, placeholder: as for `split_prompt`.
 
     Raises:
-        BadPrompt: as `split_prompt`, but for the placeholder.
+        BadPrompt: as `split_prompt`, but the placeholder may be absent.
     """
     has_placeholder = placeholder.lower() in prompt.lower()
     plain = split_prompt(prompt, class_noun, token, placeholder, has_subject=has_placeholder)
@@ -119,7 +119,7 @@ def split_for_trigger(
 
 
 def noun_of_trigger(trigger: str, nouns: Collection[str], otherwise: str) -> str:
-    """The noun that the first trigger ends in: one of `nouns`, else the last of several words."""
+    """The noun at the end of the first trigger: one of `nouns`, else the last of several words."""
     words = next(iter(triggers_in(trigger)), "").split()
     endings = [" ".join(words[start:]) for start in range(len(words))]
     last = words[-1] if len(words) > 1 else otherwise
@@ -127,22 +127,22 @@ def noun_of_trigger(trigger: str, nouns: Collection[str], otherwise: str) -> str
 
 
 def warnings_of_trigger(prompt: str, subject_prompt: str, trigger: str, placeholder: str) -> list[str]:
-    """What the user should know of the prompt that `split_for_trigger` made, for people."""
-    asked = re.sub(re.escape(placeholder), " ", prompt, flags=re.IGNORECASE).split()
-    found = []
-    if lost := _lacking(subject_prompt, asked):
-        found.append(f"the subject's trigger takes the place of {short_repr(' '.join(lost))} in the prompt")
+    """Warnings about a prompt of `split_for_trigger`: words that it replaced, triggers that it lacks."""
+    words = re.sub(re.escape(placeholder), " ", prompt, flags=re.IGNORECASE).split()
+    warnings = []
+    if lost := _lacking(subject_prompt, words):
+        warnings.append(f"the subject's trigger replaces {short_repr(' '.join(lost))} in the prompt")
     if missing := _lacking(subject_prompt, triggers_in(trigger)):
-        found.append(f"the subject's file asks for words that the prompt lacks: {', '.join(missing)}")
-    return found
+        warnings.append(f"the subject's file asks for words that the prompt lacks: {', '.join(missing)}")
+    return warnings
 
 
 def check_text(text: str, name: str) -> str:
-    """The text with its white space made plain: no margins, one space between words.
+    """The text with normalised white space: none at the ends, one space between words.
 
     Args:
         text: a prompt; may be empty.
-        name: what to call it in an error, such as "negative prompt".
+        name: for messages, such as "negative prompt".
 
     Raises:
         BadPrompt: it is longer than `MAX_CHARACTERS`, or has a control character or half of a surrogate pair.
@@ -150,14 +150,14 @@ def check_text(text: str, name: str) -> str:
     if len(text) > MAX_CHARACTERS:
         raise BadPrompt(
             f"the {name} is too long: {len(text):,} characters",
-            f"at most {MAX_CHARACTERS:,} are taken, and a text encoder reads only a few hundred",
+            f"the limit is {MAX_CHARACTERS:,}, and a text encoder reads only a few hundred",
             "shorten it; what the subject looks like comes from the photos",
         )
     plain = " ".join(text.split())
     for character in plain:
         if unicodedata.category(character) in ("Cc", "Cs"):
             raise BadPrompt(
-                f"the {name} has a character that is no text: U+{ord(character):04X} after "
+                f"the {name} has a character that is not text: U+{ord(character):04X} after "
                 f"{short_repr(plain[: plain.index(character)])}",
                 "control characters and halves of surrogate pairs mean nothing to a text encoder",
                 "remove it, and check that the text is UTF-8",
@@ -166,17 +166,17 @@ def check_text(text: str, name: str) -> str:
 
 
 def _with_trigger(text: str, trigger: str, placeholder: str) -> str:
-    """`text` with the trigger for every placeholder and the noun beside it."""
+    """`text` with the trigger in place of every placeholder and the noun beside it."""
     parts = re.split(" ?" + re.escape(placeholder), text, flags=re.IGNORECASE)
-    written = parts[:1]
+    result = parts[:1]
     for before, after in itertools.pairwise(parts):
         words, rest = _words_of_trigger(trigger, before, after)
-        written.append(f" {words}{'' if rest[:1] in tuple(_PUNCTUATION) else ' '}{rest}")
-    return " ".join("".join(written).split())
+        result.append(f" {words}{'' if rest[:1] in tuple(_PUNCTUATION) else ' '}{rest}")
+    return " ".join("".join(result).split())
 
 
 def _words_of_trigger(trigger: str, before: str, after: str) -> tuple[str, str]:
-    """The words of the trigger that the text between `before` and `after` lacks, and what then follows."""
+    """The words of the trigger that are missing between `before` and `after`, and the text that follows."""
     words, beside = trigger.split(), _NO_NOUN_FOLLOWS.split(after, maxsplit=1)[0].split()
     for size in range(len(words), 0, -1):  # its end may be there: "a [V] mug", "a [V] red mug", "the mug [V]"
         places = [beside[start : start + size] for start in range(len(beside))] or [before.split()[-size:]]
@@ -190,21 +190,21 @@ def _words_of_trigger(trigger: str, before: str, after: str) -> tuple[str, str]:
 
 
 def _lacking(prompt: str, phrases: Iterable[str]) -> list[str]:
-    """The phrases of which a word is not in the prompt."""
-    known = set(_plain_words(prompt))
-    return [phrase for phrase in phrases if not known.issuperset(_plain_words(phrase))]
+    """The phrases with a word that is not in the prompt."""
+    present = set(_plain_words(prompt))
+    return [phrase for phrase in phrases if not present.issuperset(_plain_words(phrase))]
 
 
 def _plain_words(text: str) -> list[str]:
-    """The words without capitals and without the s of a plural."""
+    """The words in lower case, without a plural s."""
     return [word.removesuffix("s") for word in re.findall(r"[\w-]+", text.lower())]
 
 
 def _replace(text: str, mark: re.Pattern[str], word: str, noun: str) -> str:
-    """`text` with `word` for every mark, and `noun` after it where no noun stands beside it."""
+    """`text` with `word` in place of every mark, and `noun` after it if no noun stands beside it."""
 
-    def replacement(found: re.Match[str]) -> str:
-        before, after = text[: found.start()], text[found.end() :]
+    def replacement(match: re.Match[str]) -> str:
+        before, after = text[: match.start()], text[match.end() :]
         lacks_noun = _NO_NOUN_FOLLOWS.match(after) and not before.lower().endswith(noun.lower())
         words = f" {word} {noun if lacks_noun else ''}".rstrip()
         return words if after[:1] in tuple(_PUNCTUATION) else words + " "

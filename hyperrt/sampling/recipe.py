@@ -1,12 +1,12 @@
-"""Recipes: pictures as PNG that say how they were made, and that they were made by a model.
+"""Writes and reads PNG files with a recipe: how the picture was made, and that a model made it.
 
 Three chunks before the pixels:
 
     parameters          the text that AUTOMATIC1111's web UI writes, and many programs read (`infotext`)
-    hyperrt             the recipe as JSON, iTXt; `read` gives it back, `options_of` what draws it again
+    hyperrt             the recipe as JSON, iTXt; `read` returns it, `options_of` the options to draw it again
     XML:com.adobe.xmp   IPTC's marker of generated media, DigitalSourceType trainedAlgorithmicMedia, iTXt
 
-A recipe is a dict of JSON values. `parameters` is made of these keys, where they are there: `prompt`,
+A recipe is a dict of JSON values. `parameters` is made from these keys, all optional: `prompt`,
 `negative_prompt`, `steps`, `solver`, `guidance_scale`, `kappa`, `seed`, `strength`, `class_noun`, `bundle` (a
 name), `base_model` (a hash). A recipe must not hold file paths, photos, or names of users and machines.
 `schema`, `version` and `size` ([W, H]) are added here.
@@ -59,12 +59,12 @@ def save_png(
     Args:
         path: where to.
         image: [H, W, 3] uint8.
-        recipe: see the module.
+        recipe: see the top of this file.
         force: replace a file that is there.
 
     Raises:
-        UsageError: the image is no picture, or the recipe holds something that JSON has no form for.
-        HyperRTError: what `files.publish` raises.
+        UsageError: the image is not a picture, or the recipe holds a value that JSON cannot represent.
+        HyperRTError: as `files.publish`.
     """
     content = encode_png(image, recipe)
     files.publish(path, lambda file: file.write(content), force=force)
@@ -119,7 +119,7 @@ def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         NotFound: there is no such file.
         BadImage: as `read`.
-        BadInput: it is a text that holds no recipe.
+        BadInput: it is text without a recipe.
     """
     file = _file(path)
     if (text := _text_of(file)) is not None:
@@ -127,43 +127,43 @@ def read_any(path: str | os.PathLike[str]) -> dict[str, Any]:
     chunks = _read_chunks(file)
     if JSON_CHUNK in chunks:
         return _of_json(file.name, chunks[JSON_CHUNK])
-    if (found := _of_parameters(chunks.get(TEXT_CHUNK, ""))) is None:
+    if (parameters := _of_parameters(chunks.get(TEXT_CHUNK, ""))) is None:
         raise _none_in(file.name)
-    return found
+    return parameters
 
 
 @checked
 def options_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What draws a recipe again: `runtime.generate(subject=subject, **options_of(recipe))`.
+    """The options that draw a recipe again: `runtime.generate(subject=subject, **options_of(recipe))`.
 
-    Bundle, subject, backend, threads and low_memory being the same, and the batch size 1, so are the bits.
-    A value of a wrong type or out of range is refused by `generate`.
+    The bits are the same with the same bundle, subject, backend, threads and low_memory, and batch size 1.
+    `generate` refuses values of a wrong type or out of range.
 
     Args:
-        recipe: of `read` or `read_any`, or a `Result`'s.
+        recipe: from `read`, `read_any` or a `Result`.
 
     Returns:
-        `prompt` and the options of `Runtime.steps` that the recipe names; without `kappa`, which is always 0
-        there, if it had no subject.
+        `prompt` and the options of `Runtime.request` that the recipe has; without `kappa`, which is always 0,
+        if it had no subject.
 
     Raises:
         UsageError: the recipe has no prompt.
     """
     if recipe.get("prompt") is None:
-        raise UsageError("the recipe has no prompt", "nothing says what to draw", "give a prompt")
+        raise UsageError("the recipe has no prompt", "a picture needs one", "give a prompt")
     left_out = {"n", "batch_size"} | (set() if had_subject(recipe) else {"kappa"})
     names = {"prompt", *(field.name for field in fields(SamplingOptions))} - left_out
     return {"cfg": False, **{name: recipe[name] for name in names if recipe.get(name) is not None}}
 
 
 def had_subject(recipe: Mapping[str, Any]) -> bool:
-    """Whether the picture is of a subject, and not of the base model alone."""
+    """Whether the picture was drawn with a subject."""
     return recipe.get("class_noun") is not None
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
     name = Path(path).name
-    if not os.path.exists(path):  # unlike Path.exists it says False of a name that is too long
+    if not os.path.exists(path):  # unlike Path.exists, it returns False for a name that is too long
         raise NotFound(f"there is no file {name[:200]!r}", "", "check the name")
     if not Path(path).is_file():
         raise BadImage(name, "it is not a plain file", "name a PNG file")
@@ -171,7 +171,7 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 
 def _none_in(name: str) -> BadImage:
-    return BadImage(name, "it carries no recipe", "a recipe is in the PNGs that hyperrt generate writes")
+    return BadImage(name, "it has no recipe", "use a PNG that hyperrt generate wrote")
 
 
 def _of_parameters(text: str) -> dict[str, Any] | None:
@@ -181,18 +181,18 @@ def _of_parameters(text: str) -> dict[str, Any] | None:
 def _of_text(name: str, text: str) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
-            found = strict_json.loads(text.encode())
-            inner = found.get("recipe", found)
+            content = strict_json.loads(text.encode())
+            inner = content.get("recipe", content)
             if "branches" not in inner and "schema" not in inner:
-                why = "it is JSON of another program: a recipe of HyperRT's says its schema or its branches"
+                why = "it is JSON of another program: a recipe of HyperRT has a schema or branches"
                 do = "give the prompt, seed and steps as options"
                 raise BadInput(f"{name} holds no recipe", why, do)
             return _known(name, {"schema": SCHEMA, **inner})
-        except (strict_json.StrictError, TypeError):  # other programs' prompts begin like this, too
+        except (strict_json.StrictError, TypeError):  # prompts of other programs may begin with a brace
             pass
     if (parameters := _of_parameters(text)) is not None:
         return parameters
-    why = "it is no JSON of a recipe, and no text of AUTOMATIC1111 with its line of settings"
+    why = "it is neither a recipe as JSON nor AUTOMATIC1111's text with its line of settings"
     raise BadInput(f"{name} holds no recipe", why, "name a picture that hyperrt generate wrote")
 
 
@@ -202,7 +202,7 @@ def _of_json(name: str, text: str) -> dict[str, Any]:
     except strict_json.StrictError:
         recipe = None
     if not isinstance(recipe, dict):
-        raise BadImage(name, "its recipe is no JSON object of at most 1 MB", "use the original file")
+        raise BadImage(name, "its recipe is not a JSON object of at most 1 MB", "use the original file")
     return _known(name, recipe)
 
 
@@ -213,7 +213,7 @@ def _known(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(path: Path) -> str | None:
-    """What the file holds, if that is text of at most 1 MB."""
+    """The content of a file, if it is text of at most 1 MB."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_JSON + 1)
@@ -228,14 +228,14 @@ def _text_of(path: Path) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy numbers and arrays as Python's, for JSON."""
+    """NumPy numbers and arrays as Python values, for JSON."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise ValueError(f"a recipe cannot hold {type(value).__name__}")
 
 
 def _read_chunks(path: Path) -> dict[str, str]:
-    """The texts of a PNG's chunks that may hold a recipe, by their keys."""
+    """The text chunks of a PNG that may hold a recipe, by their keys."""
     from PIL import Image, UnidentifiedImageError
 
     bomb = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -243,11 +243,11 @@ def _read_chunks(path: Path) -> dict[str, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=["PNG"]) as image:
-                # Pillow has read what stands before the pixels; some programs move text behind them.
+                # Pillow has read the chunks before the pixels; some programs move text behind them.
                 if JSON_CHUNK not in image.info and image.width * image.height <= MAX_PIXELS:
                     image.load()
-                found = {key: image.info.get(key) for key in (JSON_CHUNK, TEXT_CHUNK)}
+                chunks = {key: image.info.get(key) for key in (JSON_CHUNK, TEXT_CHUNK)}
     except (OSError, ValueError, SyntaxError, struct.error, zlib.error, MemoryError, *bomb) as error:
-        reason = "no PNG begins like this" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "it does not begin like a PNG" if isinstance(error, UnidentifiedImageError) else str(error)
         raise BadImage(path.name, f"it is not a sound PNG ({reason})", "use the original file") from error
-    return {key: text for key, text in found.items() if isinstance(text, str)}
+    return {key: text for key, text in chunks.items() if isinstance(text, str)}

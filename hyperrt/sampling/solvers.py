@@ -1,7 +1,7 @@
-"""Solvers as tables: one row of seven coefficients per step, whichever the solver.
+"""Solvers as tables: one row of seven coefficients per step.
 
-Every solver here is linear in the latents, the model output and the clean sample estimated one step before,
-so the step graph only ever applies a row `c` (see `apply`):
+Every solver is linear in the latents, the model output and the clean sample estimated one step before, so the
+step graph applies a row `c` (see `apply`), whichever the solver:
 
     model input  = c0 latents
     next_latents = c1 latents + c2 output + c3 previous + c4 noise
@@ -12,15 +12,15 @@ One update covers all four. Write latents as `x = a x0 + s eps`; going to (a', s
     x' = (s'/s) x + (a' - a s'/s) D
 
 is DDIM (arXiv 2010.02502 eq. 12, eta 0) for D = x0. DPM-Solver++(2M) (arXiv 2211.01095 alg. 2) extrapolates D
-from this and the previous x0. Euler (arXiv 2206.00364 alg. 1) is the same in coordinates scaled to a = 1,
-s = sigma; Euler ancestral (k-diffusion) goes down to sigma_down and adds noise of sigma_up.
+from the present and the previous x0. Euler (arXiv 2206.00364 alg. 1) is DDIM in coordinates scaled to a = 1,
+s = sigma; Euler ancestral (k-diffusion) steps to sigma_down and adds noise of sigma_up.
 
-Numbers follow diffusers' schedulers with Stable Diffusion 1.5's configuration: timestep_spacing "leading" (or
-"trailing", as models of few steps have it), steps_offset 1, clip_sample False, set_alpha_to_one False, and
-otherwise diffusers' defaults; for DPM-Solver++(2M) those are final_sigmas_type "zero" (so the last step is
-first order), lower_order_final True (no further effect at order 2) and euler_at_final False.
+The numbers are those of diffusers' schedulers with Stable Diffusion 1.5's configuration: timestep_spacing
+"leading" (or "trailing", for models of few steps), steps_offset 1, clip_sample False, set_alpha_to_one False,
+and otherwise diffusers' defaults; for DPM-Solver++(2M) these are final_sigmas_type "zero" (so the last step
+is first order), lower_order_final True (no further effect at order 2) and euler_at_final False.
 
-Shapes: T training steps (1000); tables are float32, the arithmetic that makes them is float64.
+Shapes: T training steps (1000). Tables are float32, computed in float64.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LEAST_SIGNAL = 1e-30  # of alphas_cumprod: below, coefficients leave float32
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The noise a model was trained with.
+    """The noise schedule that a model was trained with.
 
     Attributes:
         betas: [T] variance added at each training step, each in (0, 1).
@@ -59,7 +59,7 @@ class NoiseSchedule:
         usable = betas.ndim == 1 and betas.size > 0 and bool(np.all((betas > 0) & (betas < 1)))
         if not usable or np.prod(1 - betas) < LEAST_SIGNAL:
             raise UsageError(
-                "the betas are no noise schedule",
+                "the betas are not a noise schedule",
                 "they must be a list of numbers between 0 and 1, both excluded, that leaves some signal",
                 "check `betas` in the bundle's bundle.json",
             )
@@ -74,7 +74,7 @@ class NoiseSchedule:
             schedule: one of `BETA_SCHEDULES`, with diffusers' meaning.
             start: first beta; "squaredcos_cap_v2" does not use it.
             end: last beta; "squaredcos_cap_v2" does not use it.
-            steps: T, how many training steps.
+            steps: T, the number of training steps.
 
         Raises:
             UsageError: the name is unknown, or the betas are outside (0, 1).
@@ -90,19 +90,19 @@ class NoiseSchedule:
 
     @property
     def alphas_cumprod(self) -> Array64:
-        """[T] share of the clean sample's variance that is left: `x_t = sqrt(ac) x0 + sqrt(1 - ac) noise`."""
+        """[T] ac in `x_t = sqrt(ac) x0 + sqrt(1 - ac) noise`."""
         return np.cumprod(1 - self.betas, dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class SolverTable:
-    """What the loop and the step graph need of a solver.
+    """A solver for a number of steps, as the loop and the step graph take it.
 
     Attributes:
-        timesteps: [steps] float32, what the model is told, falling.
+        timesteps: [steps] float32, falling.
         coefficients: [steps, 7] float32, one row per step; the module docstring gives their meaning.
         initial_scale: factor on unit Gaussian noise to get the first latents.
-        stochastic: whether a step takes fresh noise; where not, c4 is zero everywhere.
+        stochastic: whether a step takes fresh noise; otherwise c4 is zero everywhere.
     """
 
     timesteps: NDArray[np.float32]
@@ -117,7 +117,7 @@ def apply(coefficients: Any, latents: Any, output: Any, previous: Any, noise: An
     Args:
         coefficients: [7], a row of `SolverTable.coefficients`.
         latents: [images, C, h, w].
-        output: what the model said of `latents * coefficients[0]`, guidance already summed; shape of latents.
+        output: guided model output for `latents * coefficients[0]`; shape of latents.
         previous: `denoised` of the step before, zeros at the first step; shape of latents.
         noise: unit Gaussian noise, zeros for a solver that is not stochastic; shape of latents.
 
@@ -133,15 +133,15 @@ def apply(coefficients: Any, latents: Any, output: Any, previous: Any, noise: An
 def table(
     solver: str, schedule: NoiseSchedule, steps: int, prediction_type: str, spacing: str = "leading"
 ) -> SolverTable:
-    """The coefficients of a solver for a number of steps.
+    """Compute the coefficients of a solver for a number of steps.
 
     Args:
         solver: one of `options.SOLVER_NAMES`.
         schedule: the model's training noise.
         steps: model evaluations, 1 to 1000 (and at most the schedule's length).
-        prediction_type: what the model predicts, one of `PREDICTION_TYPES`: the noise, v = a noise - s x0
+        prediction_type: one of `PREDICTION_TYPES`: the model predicts the noise, v = a noise - s x0
             (arXiv 2202.00512), or the clean sample.
-        spacing: which timesteps the steps take, one of `SPACINGS`.
+        spacing: timestep spacing, one of `SPACINGS`.
 
     Raises:
         UsageError: an unknown name, or steps out of range.
@@ -161,13 +161,13 @@ def table(
         input_scale, on_latents = a, on_latents * a
         a, s = np.ones(steps), s / a
         a_next, s_next = a, np.append(s[1:], 0)
-        # Trailing timesteps begin at the last one, where diffusers takes all latents for noise.
+        # Trailing timesteps begin at the last one, for which diffusers takes the latents as pure noise.
         initial_scale = float(s[0]) if spacing == "trailing" else math.sqrt(s[0] ** 2 + 1)
         if solver == "euler_ancestral":
             s_next, noise = _ancestral(s, s_next)
     else:
         kept_next = np.append(kept[1:], 1.0)
-        if solver == "ddim":  # diffusers goes to a timestep that, trailing, may not be the next
+        if solver == "ddim":  # trailing: diffusers steps to a timestep that may not be the next one
             kept_next = alphas_cumprod[np.maximum(timesteps - alphas_cumprod.size // steps, 0)]
         a_next, s_next = np.sqrt(kept_next), np.sqrt(1 - kept_next)
 
@@ -192,10 +192,10 @@ def table(
     )
 
 
-def _check_name(kind: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        known_names = ", ".join(sorted(known))
-        raise UsageError(f"unknown {kind} {name!r}", f"known are {known_names}", "choose one of these")
+def _check_name(kind: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        why = f"known are {', '.join(sorted(names))}"
+        raise UsageError(f"unknown {kind} {name!r}", why, "choose one of these")
 
 
 def _check_steps(steps: int, most: int) -> None:
@@ -217,13 +217,13 @@ def _leading_timesteps(steps: int, train_steps: int, spare: bool) -> NDArray[np.
     """diffusers' "leading" spacing with steps_offset 1, falling: [steps].
 
     Args:
-        spare: divide the range into one interval more and leave the lowest timestep out, as diffusers'
+        spare: divide the range into one more interval and leave out the lowest timestep, as diffusers'
             DPMSolverMultistepScheduler does.
     """
     first = int(spare)
     stride = max(1, train_steps // (steps + first))
     timesteps = np.arange(first, first + steps)[::-1] * stride
-    # With nearly as many steps as the schedule has, diffusers' offset would leave it: shift less.
+    # With nearly as many steps as the schedule, diffusers' offset would leave the schedule: shift less.
     return timesteps + min(1, train_steps - 1 - int(timesteps[0]))
 
 
@@ -250,9 +250,9 @@ def _ancestral(sigma: Array64, sigma_next: Array64) -> tuple[Array64, Array64]:
 
 
 def _second_order(a: Array64, s: Array64) -> Array64:
-    """1 / (2 r) of DPM-Solver++(2M) per step, r = h_before / h in log-SNR; zero at the first and the last.
+    """1 / (2 r) of DPM-Solver++(2M) per step, r = h_before / h in log-SNR; zero at the first and last step.
 
-    The first step has no predecessor; the last goes to zero noise, where h is infinite, so it is first order.
+    The first step has no predecessor; the last ends at zero noise, where h is infinite, so it is first order.
     """
     h = np.diff(np.log(a / s))
     extrapolate = np.zeros_like(a)

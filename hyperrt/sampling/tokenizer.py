@@ -1,11 +1,11 @@
-"""Text to token ids, by CLIP's rules: `[start, tokens..., end, pad, pad, ...]`, int64 [L].
+"""Turns text into token ids by CLIP's rules: `[start, tokens..., end, pad, pad, ...]`, int64 [L].
 
 The vocabulary is the bundle's `tokenizer.json`, as transformers' CLIPTokenizer writes it; ids are those of
-`CLIPTokenizer(text, padding="max_length", truncation=True)`. What does not fit is not lost silently: it is
+`CLIPTokenizer(text, padding="max_length", truncation=True)`. The part that does not fit is returned as
 `Encoded.dropped`.
 
-Two text encoders share the vocabulary, and differ in the pad: SDXL's second one has "!". As in transformers
-the word of a pad is a token of its own wherever the text has it: "mug!" ends in the id of the pad.
+SDXL's two text encoders share the vocabulary but not the pad token: the second one pads with "!". As in
+transformers, the pad is a special token also inside a text: "mug!" ends in the id of the pad.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from hyperrt.errors import BundleError
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One text as the text encoder takes it.
+    """The input of a text encoder for one text.
 
     Attributes:
-        ids: [L] int64; the pad follows the text's end token.
-        dropped: the end of the text that did not fit; empty when all of it did.
+        ids: [L] int64; pad tokens follow the end token.
+        dropped: the end of the text that did not fit, or "".
     """
 
     ids: NDArray[np.int64]
@@ -39,23 +39,23 @@ class Tokenizer:
 
     Args:
         path: a `tokenizer.json`.
-        max_tokens: L, the start and end tokens included.
-        pad: id that follows the end token; None: the end token again.
+        max_tokens: L, including the start and end tokens.
+        pad: id of the pad token; None: the end token.
 
     Raises:
-        BundleError: the file is missing, is no tokenizer, or puts no start and end token around text.
+        BundleError: the file is missing, is not a tokenizer, or adds no start and end token.
     """
 
     def __init__(self, path: str | os.PathLike[str], max_tokens: int, pad: int | None = None) -> None:
-        import tokenizers  # here, because `hyperrt --help` does not need it
+        import tokenizers  # slow, and `hyperrt --help` does not need it
 
         self.max_tokens = max_tokens
         name = Path(path).name
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
-        except Exception as error:  # the library raises bare Exception, for a missing file too
+        except Exception as error:  # the library raises bare Exception, also for a missing file
             raise BundleError(f"cannot read the tokenizer {name}", str(error), EXPORT_AGAIN) from error
-        # A file may ask for its own cutting and padding; both are done below, so that the cut is seen.
+        # The file may ask for truncation and padding; both are done below, to know what is dropped.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ends = self._tokenizer.encode("").ids
@@ -68,7 +68,7 @@ class Tokenizer:
         self._start, self._end = ends
         self._pad = self._end if pad is None else pad
         if pad is not None and (word := self._tokenizer.id_to_token(pad)):
-            self._tokenizer.add_special_tokens([word])  # a word of the vocabulary keeps its id
+            self._tokenizer.add_special_tokens([word])  # which keeps its id
 
     def encode(self, text: str) -> Encoded:
         """Token ids [L] of a text, and the part of the text that did not fit."""

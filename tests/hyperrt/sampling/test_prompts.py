@@ -155,7 +155,7 @@ def test_triggers_are_between_commas():
     [
         ("a [V] mug", "a ohwx mug, blue", []),
         ("a mug", "a mug", ["lacks: ohwx mug, blue"]),
-        ("a [V] cup", "a ohwx mug", ["place of 'cup'", "lacks: blue"]),
+        ("a [V] cup", "a ohwx mug", ["replaces 'cup'", "lacks: blue"]),
         ("blue [V] mugs", "blue ohwx mugs", []),
     ],
 )
