@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from hyperrt import __version__, files
+from hyperrt import files
 from hyperrt.bundle import bundle, memory
 from hyperrt.errors import ResourceError, UsageError
 from hyperrt.export import expected, families, graph_specs, onnx_graph, source, verify
@@ -25,6 +25,7 @@ from hyperrt.export.onnx_graph import Written
 from hyperrt.export.parts import numbers_of
 from hyperrt.export.precision import Precision
 from hyperrt.export.source import Inputs, Source
+from hyperrt.version import VERSION
 
 Progress = Callable[[int, int, str], None]  # stages done, stages in all, what comes now
 
@@ -217,7 +218,7 @@ def manifest(
         format=bundle.FORMAT,
         family=family.name,
         name=name,
-        created_by=f"hyperrt {__version__}",
+        created_by=f"hyperrt {VERSION}",
         image_size=made_from.image_size,
         latent=bundle.Latent(made_from.config("unet").in_channels, made_from.latent_size),
         prediction_type=source.prediction_type(made_from),

@@ -14,6 +14,8 @@ import importlib
 import os.path
 from typing import TYPE_CHECKING, Any
 
+from hyperrt.version import VERSION
+
 if TYPE_CHECKING:
     from hyperrt.bundle.bundle import Bundle
     from hyperrt.errors import HyperRTError
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from hyperrt.sampling import recipe
     from hyperrt.sampling.loop import Step
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Bundle",

@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from hyperrt import __version__
 from hyperrt.cli.compile import compile_
 from hyperrt.cli.configs import GenerateConfig, PersonalizeConfig
 from hyperrt.cli.export import export
@@ -25,6 +24,7 @@ from hyperrt.cli.training import COMMANDS, TrainingCommand
 from hyperrt.cli.user_config import default_map, user_config
 from hyperrt.lora.names import COMBINED, COMBINED_TO_SAVE, FORMATS
 from hyperrt.sampling.options import RANDOM, SOLVER_NAMES
+from hyperrt.version import VERSION
 
 ENV = "HYPERRT"
 SETTINGS = {
@@ -42,7 +42,7 @@ def _load_config(context: click.Context, option: click.Parameter, value: str | N
 
 
 @click.group(context_settings=SETTINGS, invoke_without_command=True)
-@click.version_option(__version__, "--version", message="hyperrt %(version)s")
+@click.version_option(VERSION, "--version", message="hyperrt %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error (also HYPERRT_DEBUG=1).")
 @click.option(
     "--config",

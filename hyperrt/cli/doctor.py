@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperrt import __version__, engines
+from hyperrt import engines
 from hyperrt.engines import telemetry
 from hyperrt.engines.backends import DEFAULT
 from hyperrt.engines.nvidia import driver as nvidia
 from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
+from hyperrt.version import VERSION
 
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
@@ -66,7 +67,7 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     """
     asked, backend = backend, engines.resolve(backend)
     yield Check(
-        "hyperrt", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
+        "hyperrt", "ok", f"{VERSION}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     )
     yield _guarded("dependencies", _dependencies)
     yield _guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))

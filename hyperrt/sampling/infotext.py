@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from hyperrt import __version__
 from hyperrt.sampling.guidance import CFG_PULL
+from hyperrt.version import VERSION
 
 log = logging.getLogger("hyperrt")
 
@@ -47,7 +47,7 @@ def write(recipe: Mapping[str, Any]) -> str:
         "Kappa": recipe.get("kappa"),
         "Subject": recipe.get("class_noun"),
         "Subject strength": recipe.get("strength"),
-        "Version": f"{OURS}{recipe.get('version', __version__)}",
+        "Version": f"{OURS}{recipe.get('version', VERSION)}",
     }
     lines = [_one_line(recipe.get("prompt"))]
     if recipe.get("negative_prompt"):

@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt import __version__, files, strict_json
+from hyperrt import files, strict_json
 from hyperrt.arguments import checked
 from hyperrt.errors import BadImage, BadInput, NotFound, UsageError
 from hyperrt.sampling import infotext
 from hyperrt.sampling.options import SamplingOptions
+from hyperrt.version import VERSION
 
 SCHEMA = 1
 JSON_CHUNK, TEXT_CHUNK, XMP_CHUNK = "hyperrt", "parameters", "XML:com.adobe.xmp"
@@ -44,7 +45,7 @@ XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
     ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
-    f' xmp:CreatorTool="HyperRT {__version__}"'
+    f' xmp:CreatorTool="HyperRT {VERSION}"'
     ' Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
     '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
@@ -80,7 +81,7 @@ def encode_png(image: NDArray[np.uint8], recipe: Mapping[str, Any]) -> bytes:
         what = f"the image is {image.dtype} {list(image.shape)}"
         raise UsageError(what, "a picture is uint8 [H, W, 3]", "pass one of Result.images")
     height, width = image.shape[:2]
-    full = {"schema": SCHEMA, "version": __version__, "size": [width, height], **recipe}
+    full = {"schema": SCHEMA, "version": VERSION, "size": [width, height], **recipe}
     chunks = PngInfo()
     try:
         chunks.add_text(TEXT_CHUNK, infotext.write(full))  # tEXt, or iTXt where Latin-1 is not enough

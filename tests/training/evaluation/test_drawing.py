@@ -98,14 +98,14 @@ def test_another_subject_means_another_recipe(runtime, drawn_photos, robot, whol
 
 
 def test_only_the_bad_picture_of_a_call_is_left_out(runtime, robot, tmp_path, monkeypatch):
-    real = runtime.generate
+    real = runtime.sample
 
-    def generate(prompts, subjects, **options):
-        if PROMPTS[1] in prompts and 8 in range(options["seed"], options["seed"] + options["n"]):
+    def sample(request):
+        if PROMPTS[1] in [recipe["prompt"] for recipe in request.recipes] and 8 in request.seeds:
             raise NumericError("the picture is all of one colour")
-        return real(prompts, subjects, **options)
+        return real(request)
 
-    monkeypatch.setattr(runtime, "generate", generate)
+    monkeypatch.setattr(runtime, "sample", sample)
     (tmp_path / "01-1.png").write_bytes(b"of an earlier run")
     result = draw(runtime, robot, tmp_path)
     assert (result.drawn, result.failed) == (5, [("01-1.png", "the picture is all of one colour")])
