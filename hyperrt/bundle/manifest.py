@@ -1,7 +1,7 @@
-"""The manifest of a bundle: the dataclasses that `bundle.json` is read into, field for field, and checked by.
+"""The manifest of a bundle: `bundle.json` as dataclasses, field by field, which check it.
 
 docs/bundle-format.md is the specification.  A field with a default was added after the first bundles; it is
-written only where it says something else, so that what needs none of it stays the same file.
+written only if it differs, so that the bytes of other manifests stay the same.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hyperrt.lora.metadata import MAX_IMAGE_SCALE
 from hyperrt.strict_json import check_sha256
 
 GRAPHS = ("image_encoder", "weight_decoder", "text_encoder", "context", "denoiser", "vae_decoder")
-IMAGE_PROMPT = "image_prompt"  # graph of the open category; there if the manifest has `image_prompt`
+IMAGE_PROMPT = "image_prompt"  # graph of the open category, if the manifest has `image_prompt`
 
-MAX_SIZE = 2**16  # of anything that the manifest counts: what is beyond is damaged or hostile
-MAX_BYTES = 2**50  # of what a graph says that it needs
-# A plain name: it cannot leave the folder, on any system, and is no device on Windows.
+MAX_SIZE = 2**16  # limit of every count and size; more is damaged or hostile
+MAX_BYTES = 2**50  # limit of `weight_bytes` and `row_bytes`
+# A plain name, which cannot leave the folder on any system and is not a device on Windows.
 FILE_NAME = re.compile(
     r"(?!(?i:CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?:\.|$))[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 )
@@ -31,7 +31,7 @@ FILE_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Latent:
-    """What the UNet denoises: [channels, size, size]."""
+    """Shape of the latents: [channels, size, size]."""
 
     channels: int
     size: int
@@ -57,7 +57,7 @@ class Betas:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What `generate` uses where it is told nothing."""
+    """Defaults of `generate`."""
 
     solver: str
     steps: int
@@ -72,7 +72,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX file, its external data if it has any, and its tensors."""
+    """One ONNX file, its external data file if it has one, and its tensors."""
 
     file: str
     sha256: str
@@ -81,7 +81,7 @@ class Graph:
     data_file: str | None = None
     data_sha256: str | None = None
     weight_bytes: int = 0  # of the weights once loaded, in the graph's arithmetic; 0: unknown
-    row_bytes: int = 0  # peak of what one row (or image, or prompt) needs beside them; 0: unknown
+    row_bytes: int = 0  # peak that one row (or image, or prompt) needs beside them; 0: unknown
     weights: tuple[TensorSpec, ...] = ()  # constants that a refit replaces
 
     def __post_init__(self) -> None:
@@ -89,10 +89,10 @@ class Graph:
             if not 0 <= count <= MAX_BYTES:
                 raise ValueError(f"{name} is {str(count)[:20]}; it must be from 0 to {MAX_BYTES}")
         if (self.data_file is None) != (self.data_sha256 is None):
-            raise ValueError("data_file and data_sha256 come together or not at all")
+            raise ValueError("data_file and data_sha256 must be given together")
         for name, _ in self.files():
             if not FILE_NAME.fullmatch(name):
-                why = "it must be letters, digits, '_', '-' and '.', with no folder and no device of Windows"
+                why = "it may have letters, digits, '_', '-' and '.', and must not be a device of Windows"
                 raise ValueError(f"the file name {name[:60]!r} is refused; {why}")
         for _, sha256 in self.files():
             check_sha256(sha256=sha256)
@@ -103,28 +103,28 @@ class Graph:
 
     @property
     def adapt(self) -> str:
-        """How its LoRA enters it: by "refit" of constants, or as "inputs"."""
+        """How the LoRA enters: by "refit" of constants, or as "inputs"."""
         return "refit" if self.weights else "inputs"
 
     def takes(self, name: str) -> bool:
-        """Whether it has an input of that name."""
+        """Whether it has the input."""
         return any(spec.name == name for spec in self.inputs)
 
     def gives(self, name: str) -> bool:
-        """Whether it has an output of that name."""
+        """Whether it has the output."""
         return any(spec.name == name for spec in self.outputs)
 
     def files(self) -> list[tuple[str, str]]:
         """(file name, sha256) of each file."""
-        found = [(self.file, self.sha256)]
+        files = [(self.file, self.sha256)]
         if self.data_file is not None and self.data_sha256 is not None:
-            found.append((self.data_file, self.data_sha256))
-        return found
+            files.append((self.data_file, self.data_sha256))
+        return files
 
 
 @dataclass(frozen=True)
 class LoraSection:
-    """The LoRA layout as JSON holds it."""
+    """The LoRA layout in JSON."""
 
     rank: int
     sites: tuple[Site, ...]
@@ -136,12 +136,12 @@ class LoraSection:
 
     @functools.cached_property
     def layout(self) -> LoraLayout:
-        """The same, ready to pack and unpack."""
+        """The layout, which packs and unpacks."""
         return LoraLayout(self.sites, self.rank)
 
     @classmethod
     def of(cls, layout: LoraLayout) -> LoraSection:
-        """What the manifest says of `layout`."""
+        """The section for `layout`."""
         return cls(layout.rank, layout.sites, layout.hash)
 
 
@@ -163,16 +163,16 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rules of prompts: `placeholder` is what people write, `token` what the text encoder reads instead."""
+    """Rules of prompts: people write `placeholder`, and the text encoder reads `token` instead."""
 
     placeholder: str
     token: str
     max_tokens: int
     default_class: str
     nouns: tuple[str, ...]
-    pad: int | None = None  # what follows the end token in the ids; None: the end token again
-    pad_2: int | None = None  # the same for a second text encoder, which there is if this is said
-    zero_empty: bool = False  # an empty text, if it is no negative prompt, is all zeros and is not encoded
+    pad: int | None = None  # token id after the end token; None: the end token again
+    pad_2: int | None = None  # the same for a second text encoder; None: there is only one
+    zero_empty: bool = False  # an empty prompt, unless negative, is all zeros and is not encoded
 
     def __post_init__(self) -> None:
         _positive(max_tokens=self.max_tokens)
@@ -189,7 +189,7 @@ class ImagePrompt:
 
     tokens: int
     width: int
-    scale: float  # where `generate` is told nothing; 0 is the plain UNet
+    scale: float  # default of `generate`; 0 is the plain UNet
 
     def __post_init__(self) -> None:
         _positive(tokens=self.tokens, width=self.width)
@@ -199,7 +199,7 @@ class ImagePrompt:
 
 @dataclass(frozen=True)
 class Hashes:
-    """sha256 (hex) of the weights that the bundle was exported from."""
+    """sha256, in hex, of the weights that the bundle was exported from."""
 
     base_model: str
     hypernet: str
@@ -237,9 +237,9 @@ class Manifest:
     def __post_init__(self) -> None:
         _positive(image_size=self.image_size)
         check_sha256(tokenizer_sha256=self.tokenizer_sha256)
-        wanted = self.graph_names
-        if set(self.graphs) != set(wanted):
-            raise ValueError(f"graphs has {', '.join(sorted(self.graphs))}; it must have {', '.join(wanted)}")
+        names = self.graph_names
+        if set(self.graphs) != set(names):
+            raise ValueError(f"graphs has {', '.join(sorted(self.graphs))}; it must have {', '.join(names)}")
         self._check_lora("lora_q", "denoiser", by_refit=self.adapt == "refit")
         self._check_lora("lora_kv", "context", by_refit=False)
         for name, graph in self.graphs.items():
@@ -248,33 +248,33 @@ class Manifest:
         self._check_inputs()
 
     def _check_lora(self, vector: str, name: str, by_refit: bool) -> None:
-        """A graph takes its part of the LoRA as the layout has it: as one input, or as constants."""
+        """A graph takes its packed vector as one input of the layout's size, or as constants."""
         graph, size = self.graphs[name], self.layout.size(vector)
         shapes = [spec.shape[1:] for spec in graph.inputs if spec.name == vector]
         if not by_refit and shapes != [(size,)]:
-            raise ValueError(f"graphs.{name} must take {vector} of {size}, the size that lora gives")
+            raise ValueError(f"graphs.{name} must take {vector} of {size}, the size in lora")
         if by_refit and shapes:
             raise ValueError(f"graphs.{name} must not take {vector}: adapt is refit")
-        if by_refit and graph.weights != (wanted := self.layout.constants(vector)):
-            pairs = itertools.zip_longest(graph.weights, wanted)
-            k, one, other = next((k, *pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
-            why = f"by lora it must be {spec_text(other)}"
-            raise ValueError(f"graphs.{name}.weights[{k}] is {spec_text(one)}; {why}")
+        if by_refit and graph.weights != (constants := self.layout.constants(vector)):
+            pairs = itertools.zip_longest(graph.weights, constants)
+            k, spec, expected = next((k, *pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
+            why = f"lora needs {spec_text(expected)}"
+            raise ValueError(f"graphs.{name}.weights[{k}] is {spec_text(spec)}; {why}")
 
     def _check_inputs(self) -> None:
-        """The inputs that not every bundle has are there together with what feeds them."""
+        """An optional input exists if and only if something feeds it."""
         text, context = self.graphs["text_encoder"], self.graphs["context"]
-        image = "image_prompt says so" if self.image_prompt else "there is no image_prompt"
+        image = f"the manifest has {'an' if self.image_prompt else 'no'} image_prompt"
         pad = f"prompts.pad_2 is {self.prompts.pad_2}"
-        added = f"graphs.context gives {'an' if context.gives('added') else 'no'} output of that name"
-        for graph, name, wanted, why in (
+        added = f"graphs.context has {'an' if context.gives('added') else 'no'} output of that name"
+        for graph, name, is_fed, why in (
             ("text_encoder", "input_ids_2", self.prompts.pad_2 is not None, pad),
             ("context", "image_tokens", self.image_prompt is not None, image),
             ("context", "image_scale", self.image_prompt is not None, image),
             ("denoiser", "added", context.gives("added"), added),
         ):
-            if self.graphs[graph].takes(name) != wanted:
-                must = "must" if wanted else "must not"
+            if self.graphs[graph].takes(name) != is_fed:
+                must = "must" if is_fed else "must not"
                 raise ValueError(f"graphs.{graph} {must} take {name}: {why}")
         if context.takes("pooled") and not text.gives("pooled"):
             raise ValueError("graphs.context takes pooled, which graphs.text_encoder does not give")
@@ -286,17 +286,17 @@ class Manifest:
 
     @property
     def graph_names(self) -> tuple[str, ...]:
-        """The graphs of this bundle, in the order in which they first run."""
+        """Names of the graphs, in the order in which they first run."""
         return GRAPHS if self.image_prompt is None else (*GRAPHS[:2], IMAGE_PROMPT, *GRAPHS[2:])
 
     @property
     def layout(self) -> LoraLayout:
-        """The LoRA layout: order and shapes of all factors."""
+        """The LoRA layout: sites, their order, and the rank."""
         return self.lora.layout
 
 
 def spec_text(spec: TensorSpec | None) -> str:
-    """A weight for a message; None is one that is not there."""
+    """A tensor for a message: name, shape, type; None: "none"."""
     return f"{spec.name[:100]} {list(spec.shape)} {spec.dtype[:20]}" if spec else "none"
 
 

@@ -1,26 +1,40 @@
-"""How much memory drawing takes, and how much this process can still have.
+"""Estimates the memory that drawing takes, and finds how much this process can still have.
 
-The estimate is made of what the manifest says of each graph: bytes of its weights, and bytes at the peak for
-each row.  Graphs are loaded and run one after the other, so the peak is the weights that are open then, and
-the rows of one, or what a backend needs beside them while it loads one.
+The manifest says for each graph how many bytes its weights take, and how many one row needs beside them at
+its peak.  The estimate is the highest point of a list of events: graphs are loaded, run and closed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from itertools import accumulate
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import ResourceError
 
-TILE = 512  # pixels: a picture up to this size is decoded whole, a larger one in tiles of it
+TILE = 512  # pixels: larger pictures are decoded in tiles of this size if memory is to be saved
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 DRAWING = ("text_encoder", "context", "denoiser", "vae_decoder")  # in the order in which they run
 PERSONALIZING = ("image_encoder", "weight_decoder", "image_prompt")  # likewise
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # of a number, by precision
+
+
+class Event(NamedTuple):
+    """A graph is loaded, run or closed."""
+
+    kept: int  # change in bytes, which stays
+    needed: int = 0  # more bytes, until the event is over
+
+
+def _peak(events: Iterable[Event]) -> int:
+    kept = peak = 0
+    for event in events:
+        kept += event.kept
+        peak = max(peak, kept + event.needed)
+    return peak
 
 
 def to_draw(
@@ -30,7 +44,7 @@ def to_draw(
     is_open: Collection[str] = (),
     loads_fp32: bool = False,
 ) -> int | None:
-    """Bytes at the peak of drawing, beside what is loaded already; None where the bundle does not say.
+    """Bytes that drawing takes at its peak, beyond what is loaded already; None if the bundle does not say.
 
     Args:
         rows: of the denoiser: branches x pictures of one call.
@@ -38,25 +52,27 @@ def to_draw(
         is_open: names of the graphs that are loaded.
         loads_fp32: as `engines.Backend` has it.
     """
-    graphs = [bundle.graphs[name] for name in DRAWING]
-    if not all(graph.weight_bytes and graph.row_bytes for graph in graphs):
+    graphs = {name: bundle.graphs[name] for name in DRAWING}
+    if not all(graph.weight_bytes and graph.row_bytes for graph in graphs.values()):
         return None
-    weights = {name: bundle.graphs[name].weight_bytes for name in DRAWING}
-    beside = {name: bundle.graphs[name].row_bytes * rows for name in DRAWING}
-    beside["vae_decoder"] = _of_decoding(bundle, low_memory)
-    missing = [name for name in DRAWING if name not in is_open]
-    loading = {name: _in_fp32(bundle, name) if loads_fp32 else 0 for name in missing}
-    if low_memory:
-        loaded = sum(size for name, size in weights.items() if name in is_open)
-        alone = (weights[name] + max(beside[name], loading.get(name, 0)) for name in DRAWING)
-        return max(0, max(alone) - loaded)
-    opened = accumulate(weights[name] for name in missing)  # one after the other
-    peaks = [size + loading[name] for size, name in zip(opened, missing, strict=True)]
-    return max([*peaks, sum(weights[name] for name in missing) + max(beside.values())])
+    converted = {name for name in DRAWING if loads_fp32 and name not in is_open}
+    load = {
+        name: Event(graph.weight_bytes, _in_fp32(bundle, name) if name in converted else 0)
+        for name, graph in graphs.items()
+    }
+    run = {name: Event(0, graph.row_bytes * rows) for name, graph in graphs.items()}
+    run["vae_decoder"] = Event(0, _of_decoding(bundle, low_memory))
+    close = {name: Event(-graph.weight_bytes) for name, graph in graphs.items()}
+    if not low_memory:
+        return _peak([*(load[name] for name in DRAWING if name not in is_open), *run.values()])
+    events = [close[name] for name in DRAWING if name in is_open]
+    for name in DRAWING:
+        events += [load[name], run[name], close[name]]
+    return _peak(events)
 
 
 def to_personalize(bundle: Bundle, loads_fp32: bool = False, stay_open: bool = False) -> int | None:
-    """Bytes at the peak of making a subject; None where the bundle does not say.
+    """Bytes that making a subject takes at its peak; None if the bundle does not say.
 
     Args:
         stay_open: no graph is closed before the next one is opened.
@@ -64,22 +80,21 @@ def to_personalize(bundle: Bundle, loads_fp32: bool = False, stay_open: bool = F
     graphs = {name: bundle.graphs[name] for name in PERSONALIZING if name in bundle.graphs}
     if not all(graph.weight_bytes and graph.row_bytes for graph in graphs.values()):
         return None
-    before, peaks = 0, []
+    events = []
     for name, graph in graphs.items():
-        beside = max(graph.row_bytes, _in_fp32(bundle, name) if loads_fp32 else 0)
-        peaks.append(before + graph.weight_bytes + beside)
-        before += graph.weight_bytes if stay_open else 0
-    return max(peaks)
+        events += [Event(graph.weight_bytes, _in_fp32(bundle, name) if loads_fp32 else 0)]
+        events += [Event(0, graph.row_bytes), Event(0 if stay_open else -graph.weight_bytes)]
+    return _peak(events)
 
 
 def fits(needed: int | None) -> bool:
-    """Whether there is so much memory; where either number is unknown, there is."""
+    """Whether `needed` bytes are available; True if either number is unknown."""
     left = available()
     return needed is None or left is None or needed <= left
 
 
 def check(needed: int | None, what: str, advice: str) -> None:
-    """Refuse work for which there is not enough memory; where either number is unknown, nothing is refused.
+    """Refuse work for which memory is short; nothing is refused if either number is unknown.
 
     Args:
         needed: bytes.
@@ -87,7 +102,7 @@ def check(needed: int | None, what: str, advice: str) -> None:
         advice: what to do.
 
     Raises:
-        ResourceError: with both numbers.
+        ResourceError: naming both numbers.
     """
     left = available()
     if needed is not None and left is not None and not fits(needed):
@@ -110,9 +125,9 @@ def _of_decoding(bundle: Bundle, low_memory: bool) -> int:
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping, within the container's limit; None where nothing says so."""
-    found = [size for size in (_of_machine(), _of_cgroup()) if size is not None]
-    return min(found) if found else None
+    """Bytes available without swapping, within the container's limit; None if unknown."""
+    sizes = [size for size in (_of_machine(), _of_cgroup()) if size is not None]
+    return min(sizes) if sizes else None
 
 
 def _of_machine() -> int | None:
@@ -125,7 +140,7 @@ def _of_machine() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """What the container's limit leaves (cgroup v2, else v1); files that are only cached can be dropped."""
+    """Bytes left of the container's limit (cgroup v2, else v1); cached files count as free."""
     for folder, limit_name, used_name, cached in (
         (CGROUP, "memory.max", "memory.current", "inactive_file"),
         (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -141,7 +156,7 @@ def _of_cgroup() -> int | None:
 
 
 def tile_of(bundle: Bundle) -> int | None:
-    """Side of a tile in latents, 512 pixels; None where the picture is small or the graph's size is fixed."""
+    """Side of a tile in latents (512 pixels); None if the picture is small or the graph's size is fixed."""
     if bundle.image_size <= TILE:
         return None
     latents = next(spec for spec in bundle.graphs["vae_decoder"].inputs if spec.name == "latents")

@@ -27,17 +27,19 @@ NUMBERS: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"
 }  # fmt: skip
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save, old and new
-# What to do about a fault in a file of another program, in one of ours, and in one that does not tell.
+# Remedies for a fault in a file of another program, in a subject of ours, and in a file of either.
 FETCH = "get a correct file from where this one came from"
 REMAKE = "make the subject again from its photos"
 REDO = f"{FETCH}; if it is a subject of HyperRT, {REMAKE}"
-_INSTEAD = {  # how another kind of file begins -> what it is, and what to do
+_PICTURES = (b"\x89png", b"\xff\xd8\xff", b"gif8", b"riff")  # PNG, JPEG, GIF, WebP
+_INSTEAD = {  # first bytes in lower case -> kind of file, and what to do
     b"\x1f\x8b": ("an archive", "unpack it"),
     b"7z\xbc\xaf": ("an archive", "unpack it"),
     b"rar!": ("an archive", "unpack it"),
     b"version https://git-lfs": ("a Git LFS pointer", "fetch the file that it stands for with Git LFS"),
     b"<!doctype": ("a web page", "download the file itself, not the page that shows it"),
     b"<html": ("a web page", "download the file itself, not the page that shows it"),
+    **dict.fromkeys(_PICTURES, ("a picture", "name photos with --images")),
     b"<?xml": ("a server's answer", "download the file again; the answer may say why it was not sent"),
 }
 

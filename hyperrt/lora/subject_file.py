@@ -19,6 +19,7 @@ from hyperrt.lora.layout import LoraLayout, Site, Vector, difference
 from hyperrt.lora.reader import IMAGE_TOKENS, LoraFile, check_tokens
 from hyperrt.lora.safetensors_file import REMAKE
 from hyperrt.lora.subject import SUBJECT_VERSION, Subject
+from hyperrt.text import shortened
 
 log = logging.getLogger("hyperrt")
 
@@ -100,12 +101,16 @@ def _check_origin(name: str, metadata: Mapping[str, str], layout: LoraLayout, ba
         raise LoraMismatch(f"{name} is of another format", why, REMAKE)
     if fault := lora_metadata.fault(metadata):
         raise LoraError(f"{name} does not say what it is", fault, REMAKE)
-    for word, found, here in (
+    if metadata.get("combine") == "concat" and metadata.get("layout") != layout.hash:
+        why = f"its rank is {shortened(metadata.get('rank', ''))}, the bundle's is {layout.rank}"
+        do = f"{REMAKE}, with --combine product"
+        raise LoraMismatch(f"{name} was made with --combine concat, for other programs", why, do)
+    for word, in_file, in_bundle in (
         ("base model", metadata["base_model"], base_model_hash),
         ("LoRA layout", metadata.get("layout", ""), layout.hash),
     ):
-        if found != here:
-            why = f"the file's {word} is {found[:12]!r}, the bundle's is {here[:12]!r}"
+        if in_file != in_bundle:
+            why = f"the file's {word} is {in_file[:12]!r}, the bundle's is {in_bundle[:12]!r}"
             do = f"use the bundle that made it, or {REMAKE}"
             raise LoraMismatch(f"{name} was made for another {word}", why, do)
 

@@ -7,6 +7,7 @@ them is a thumbnail of 160 x 120 pixels.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -96,13 +97,38 @@ def opened(file: BinaryIO, name: str, keep_side: int) -> Iterator[PilImage]:
     head = file.read(HEAD_BYTES)
     file.seek(0)
     kind = kind_of(head)
-    with damage_as_bad_image(name, kind), _open(file, name, kind) as image:
+    with damage_as_bad_image(name, kind), _silent_libtiff(kind), _open(file, name, kind) as image:
         size, most = image.size, MAX_PIXELS
         if kind == "JPEG":
             image.draft(None, (keep_side, keep_side))
             most = MAX_PIXELS if image.size == size else MAX_JPEG_PIXELS
         check_size(size, name, most)
         yield image
+
+
+@contextlib.contextmanager
+def _silent_libtiff(kind: str | None) -> Iterator[None]:
+    """Keep libtiff from printing errors on stderr: Pillow raises them too.
+
+    This sets libtiff's error handler: redirecting file descriptor 2 would lose what other threads print.
+    The handler belongs to the process; two threads at once may leave it off.  Nothing is done if Pillow's
+    libtiff cannot be reached, as on Windows.
+    """
+    handler: Any = None
+    if kind == "TIFF":
+        from PIL import _imaging
+
+        with contextlib.suppress(AttributeError, OSError):
+            handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    if handler is None:
+        yield
+        return
+    handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+    before = handler(None)
+    try:
+        yield
+    finally:
+        handler(before)
 
 
 def check_size(size: tuple[int, int], name: str, most: int = MAX_PIXELS) -> None:

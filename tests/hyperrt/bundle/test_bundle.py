@@ -310,7 +310,7 @@ def test_a_graph_with_no_data_file_has_its_weights_inside(folder):
     with pytest.raises(BundleError, match=r"context\.onnx .*cannot be used"):
         Bundle.open(folder).graph("context")
     with_graph(folder, "context", external_graph(b"x")[:-1])
-    with pytest.raises(BundleError, match=r"context\.onnx .*is no graph"):
+    with pytest.raises(BundleError, match=r"context\.onnx .*is not an ONNX graph"):
         Bundle.open(folder).graph("context")
 
 

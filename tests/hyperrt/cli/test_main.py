@@ -372,7 +372,7 @@ def test_photos_side_by_side_are_a_file_for_other_programs(run, photos):
     tensors = safetensors.numpy.load_file("s.safetensors")
     assert {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key} == {6}
     code, _, err = run("generate", "-s", "s.safetensors", "-p", PROMPT)
-    assert code == 5 and is_three_lines(err) and "LoRA layout" in err
+    assert code == 5 and is_three_lines(err) and "--combine concat" in err and "its rank is 6" in err
 
 
 def test_export_without_pytorch_says_what_to_install(monkeypatch, capsys):

@@ -157,6 +157,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 FAULTS = {
     "fp8": (fp8, "is F8_E4M3", "version of the file in one of these types"),
     "a web page": (holds(b"\n<!DOCTYPE html><html>"), "is a web page", "download the file itself"),
+    "a PNG": (holds(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "is a picture", "with --images"),
+    "a JPEG": (holds(b"\xff\xd8\xff\xe0\0\x10JFIF"), "is a picture", "with --images"),
     "HTML": (holds(b"<html><head>"), "is a web page", "download the file itself"),
     "a refusal": (holds(b"<?xml version='1.0'?><Error>"), "is a server's answer", "download the file again"),
     "Git LFS": (holds(LFS), "is a Git LFS pointer", "with Git LFS"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import struct
@@ -198,6 +199,15 @@ def test_a_file_that_becomes_a_pipe_when_it_is_opened_is_refused(tmp_path, monke
         patch.setattr(os, "stat", lambda *_, **__: sound)
         with pytest.raises(BadImage, match="a named pipe"):
             load.load_image(tmp_path / "pipe.png")
+
+
+def test_libtiff_does_not_write_to_stderr(shared_data, capfd):
+    paths = list((shared_data / "bad_images").glob("crash-*.tif"))
+    assert paths
+    for path in paths:
+        with contextlib.suppress(BadImage):
+            load.load_image(path)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_name_with_a_nul_is_refused():

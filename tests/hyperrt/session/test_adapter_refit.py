@@ -279,5 +279,5 @@ def test_a_manifest_that_names_other_weights_than_its_layout_is_refused(change, 
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest["graphs"]["denoiser"]["weights"])
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match=r"denoiser\.weights\[\d\] is .*; by lora it must be .*lora_[AB]"):
+    with pytest.raises(BundleError, match=r"denoiser\.weights\[\d\] is .*; lora needs .*lora_[AB]"):
         Bundle.open(folder)
