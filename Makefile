@@ -1,10 +1,12 @@
-# One word per chore; CI calls these and nothing else. PYTHON=... chooses the interpreter.
+# One word per chore; CI calls these and nothing else. PYTHON=... chooses the interpreter, WORKERS=... how many processes test.
 PYTHON ?= python
+WORKERS ?= auto
+PYTEST = $(PYTHON) -m pytest -n $(WORKERS)
 RUNTIME_TESTS = $(wildcard tests/engines tests/hyperrt) $(wildcard tests/test_*.py)
 INSTALLED = .mypy_cache/installed
 MEASUREMENTS = coldstart parity fused_step switch fidelity
 
-.PHONY: check test test-runtime bench wheel clean
+.PHONY: check test test-fast test-runtime bench wheel clean
 
 check:  ## style and types
 	$(PYTHON) -m ruff check .
@@ -13,12 +15,15 @@ check:  ## style and types
 	cd $(INSTALLED) && $(PYTHON) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 test:  ## everything; needs .[dev]
-	$(PYTHON) -m pytest
+	$(PYTEST)
+
+test-fast:  ## everything that is not marked slow; needs .[dev]
+	$(PYTEST) -m "not slow"
 
 test-runtime:  ## what an install without torch must pass; needs .[cpu,test]
-	$(PYTHON) -m pytest $(RUNTIME_TESTS)
+	$(PYTEST) $(RUNTIME_TESTS)
 
-bench:  ## the quick figures in the README; its table names the commands of the others
+bench:  ## the quick figures; docs/measurements.md names the commands of the others
 	@for name in $(MEASUREMENTS); do $(PYTHON) "bench/$$name.py" || exit 1; done
 
 wheel:  ## the wheel, in dist/

@@ -44,7 +44,8 @@ from hyperrt.training.data import scenes
 from hyperrt.training.evaluation.intervals import mean_interval
 from hyperrt.training.finetune import DreamBoothConfig, Finetuned, finetune
 from hyperrt.training.model import base_model as bases
-from hyperrt.training.run import checkpoint, device
+from hyperrt.training.model import weight_hash
+from hyperrt.training.run import device
 
 STOPS = (50, 100, 200, 400, 800)
 METHODS = ("hypernet", "dreambooth")
@@ -88,7 +89,7 @@ def main() -> None:
         device.prepare(args.threads)
         base = bases.opened(world.base)
         work = args.work or world.base.parent / "bench"
-        bundle = small_drawing.bundle_of(args, world, lambda: checkpoint.hash_of(base.unet), work)
+        bundle = small_drawing.bundle_of(args, world, lambda: weight_hash.hash_of(base.unet), work)
         with Runtime.open(bundle.path, "onnxruntime", threads=args.threads) as runtime:
             figures = compare(args, base, runtime)
     report.finish(__file__, figures, BARS)

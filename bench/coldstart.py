@@ -11,7 +11,8 @@ The median of several runs; the first, which fills the disk cache, is left out.
     install_mb          all files of site-packages after `pip install '.[cpu]'` in a new virtual environment,
                         less what was there before (pip, setuptools); with the byte code that pip compiles
 
-The last two need pip's index; --no-install leaves them out. The CPUs are those that this process may use.
+The last two need pip's index; --no-install leaves them out, and so does --against. The CPUs are those that
+this process may use.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import against
 import report
 
 PHOTOS = report.ROOT / "examples" / "subjects" / "mug"
@@ -56,7 +58,11 @@ def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--no-install", action="store_true", help="leave out wheel_mb and install_mb")
+    against.add_options(parser)
     args = parser.parse_args()
+    if args.against:
+        against.finish(__file__, args, BARS, "--no-install")
+        return
     runs = 1 if args.quick else args.runs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -14,7 +14,7 @@ picture is made by the runtime with the bundle's defaults, in three ways: with t
     identity_hist_cutouts   with --cutouts: the same on other people's drawings (split test), reported only
 
 A candidate is known by four views of its own on white, other than the photos and other than the views behind
-`_real`. --seed draws other subjects; the judges (training/evaluation/judges.py) stay as they are.
+`_real`. --seed draws other subjects; the judges (training/evaluation/classifiers.py) stay as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from PIL import Image
 from hyperrt import Runtime
 from hyperrt.lora.subject import Subject
 from hyperrt.training.data import cutouts, scenes
-from hyperrt.training.evaluation import drawn, judges
+from hyperrt.training.evaluation import classifiers, drawn
 from hyperrt.training.evaluation.drawn import (
     CANDIDATES,
     FIRST_INDEX,
@@ -58,7 +58,7 @@ def main() -> None:
     cases = drawn.cases_of(args.seed, per_noun=1 if args.quick else drawn.PER_NOUN)
     with Runtime.open(args.bundle, "onnxruntime") as runtime:
         steps = 2 if args.quick else None
-        encoder = judges.Encoder(runtime.bundle)
+        encoder = classifiers.BundleEncoder(runtime.bundle)
         subjects = [runtime.personalize(case.photos, case.noun) for case in cases]
         ways = {
             "": subjects,
@@ -67,7 +67,7 @@ def main() -> None:
         }
         white = {way: [*identity_pictures(runtime, cases, by, args.seed, steps)] for way, by in ways.items()}
         figures = identity_figures(
-            cases, white, {"identity_hist": judges.histogram, "identity_encoder": encoder}
+            cases, white, {"identity_hist": classifiers.histogram, "identity_encoder": encoder}
         )
         in_scenes = {
             way: [*background_pictures(runtime, cases, by, args.seed, steps)] for way, by in ways.items()
@@ -77,7 +77,7 @@ def main() -> None:
             others = cutout_cases(args.cutouts, args.seed)
             own = [runtime.personalize(case.photos, case.noun) for case in others]
             pictures = [*identity_pictures(runtime, others, own, args.seed, steps)]
-            found = identity_figures(others, {"": pictures}, {"identity_hist": judges.histogram})
+            found = identity_figures(others, {"": pictures}, {"identity_hist": classifiers.histogram})
             figures |= {key.replace("hist", "hist_cutouts"): value for key, value in found.items()}
     if args.sheet:
         write_sheet(args.sheet, cases, white, in_scenes)
@@ -148,7 +148,7 @@ def scenes_of(case: int) -> list[str]:
 
 
 def identity_figures(
-    cases: Sequence[Case], pictures: dict[str, list[np.ndarray]], by: dict[str, judges.Features]
+    cases: Sequence[Case], pictures: dict[str, list[np.ndarray]], by: dict[str, classifiers.Features]
 ) -> dict[str, float]:
     """How often the right candidate is the nearest, by each judge, in each way, and of real pictures."""
     figures = {}
@@ -163,14 +163,14 @@ def identity_figures(
 
 def background_figures(cases: Sequence[Case], pictures: dict[str, list[np.ndarray]]) -> dict[str, float]:
     """How often the scene is the right one, in each way, and of real pictures."""
-    judge = drawn.judge_of_scenes(cases)
+    judge = drawn.scene_classifier(cases)
     names, real = drawn.real_scenes(cases, 10_000)
     wanted = [scene for k in range(len(cases)) for scene in scenes_of(k)]
     figures = {"background_real": share(judge, real, names)}
     return figures | {f"background{way}": share(judge, made, wanted) for way, made in pictures.items()}
 
 
-def share(judge: judges.Scenes, pictures: Sequence[np.ndarray], wanted: Sequence[str]) -> float:
+def share(judge: classifiers.SceneClassifier, pictures: Sequence[np.ndarray], wanted: Sequence[str]) -> float:
     return float(np.mean([judge(picture) == name for picture, name in zip(pictures, wanted, strict=True)]))
 
 

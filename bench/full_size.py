@@ -111,13 +111,13 @@ def export(args: argparse.Namespace, precision: str) -> dict[str, float]:
 
 def parity(args: argparse.Namespace) -> dict[str, float]:
     """Every graph of both bundles against PyTorch; one network in memory at a time."""
-    from hyperrt.export import expected, families, graphs, verify
+    from hyperrt.export import expected, families, graph_specs, verify
     from hyperrt.export.source import Inputs
 
     errors: dict[str, dict[str, float]] = {precision: {} for precision in PARITY_OF}
     family = families.get(args.family)
     with families.opened(family, Inputs(random_weights=0, size=args.size)) as source:
-        for graph in graphs.build(source):
+        for graph in graph_specs.build(source):
             modules = {name: source.parts[name].load() for name in graph.parts}
             right = expected.of_graph(graph, source, modules, verify.LARGE_SIZES)
             del modules

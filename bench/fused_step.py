@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import against
 import numpy as np
 import onnx_ir as ir
 import report
@@ -40,7 +41,11 @@ def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--threads", type=int, help="default: what the runtime uses")
+    against.add_options(parser)
     args = parser.parse_args()
+    if args.against:
+        against.finish(__file__, args, BARS)
+        return
     bundle = Bundle.open(args.bundle)
     with tempfile.TemporaryDirectory() as folder:
         plain = without_lora(bundle.graph("denoiser"), Path(folder) / "plain.onnx")

@@ -21,7 +21,7 @@ import peer_ours
 import report
 
 from hyperrt import Runtime
-from hyperrt.plans.build import PLANNED
+from hyperrt.engines.backends import BACKENDS
 
 PROMPT = "a [V] on a beach"
 
@@ -33,15 +33,15 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
         options: the backend's own.
     """
     found: dict[str, float] = {}
-    if backend in PLANNED:
+    if BACKENDS[backend].runs_plans:
         start = perf_counter()
         compile_bundle(args.bundle, backend)
         found["compile_s"] = perf_counter() - start
     with Runtime.open(args.bundle, backend, backend_options=options) as runtime:
         pair = [peer_ours.random_subject(runtime.bundle, seed) for seed in (0, 1)]
         subjects = cycle(pair[::-1])
-        runtime.prepare(PROMPT, pair[0])
-        loop = runtime.steps(PROMPT, pair[0], steps=args.warm_up + args.rounds, seed=0)
+        runtime.prepare(runtime.request(PROMPT, pair[0]))
+        loop = runtime.sample(runtime.request(PROMPT, pair[0], steps=args.warm_up + args.rounds, seed=0))
         wait = waiting(backend)
 
         def step() -> None:
@@ -49,13 +49,13 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
 
         def picture() -> None:
             # The decoder comes after the last step, when somebody asks for more.
-            steps = runtime.steps(PROMPT, pair[0], steps=args.steps, seed=0)
+            steps = runtime.sample(runtime.request(PROMPT, pair[0], steps=args.steps, seed=0))
             for _ in range(args.steps):
                 last = next(steps)
             np.asarray(last.latents)
 
         def switch() -> None:
-            runtime.prepare(PROMPT, next(subjects))
+            runtime.prepare(runtime.request(PROMPT, next(subjects)))
             wait()
 
         return found | gpu_timing.figures(step, switch, picture, args)
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
 
 def waiting(backend: str) -> Callable[[], object]:
     """What waits for the device; ONNX Runtime has waited already."""
-    if backend not in PLANNED:
+    if not BACKENDS[backend].runs_plans:
         return lambda: None
     from cuda.bindings import runtime as cudart
 

@@ -60,11 +60,11 @@ def rate(device: str, dtype: torch.dtype, args: argparse.Namespace) -> float:
 
 def counted(family: str) -> int:
     """Operations of a step with three rows, one picture; a multiplication and an addition are two."""
-    from hyperrt.export import families, graphs
+    from hyperrt.export import families, graph_specs
     from hyperrt.export.parts import FAKE
 
     source = families.get(family).random(0)
-    graph: Any = next(graph for graph in graphs.build(source) if graph.name == "denoiser")
+    graph: Any = next(graph for graph in graph_specs.build(source) if graph.name == "denoiser")
     module = graph.make({"unet": source.parts["unet"].skeleton})
     feeds = graph.feeds({"images": 1, "branches": 3, "rows": 3, "subjects": 1}, seed=0)
     # The attention that is written out: the counter does not know the CPU's own.

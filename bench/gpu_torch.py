@@ -24,7 +24,7 @@ import numpy as np
 try:
     import torch
 
-    from hyperrt.export import families, graphs, precision
+    from hyperrt.export import families, graph_specs, precision
     from hyperrt.export.source import Source
     from hyperrt.training.model import lora_layers
 except ModuleNotFoundError as error:
@@ -141,9 +141,9 @@ def replayed(function: Any) -> Any:
     return lambda *tensors: function(*tensors).clone()
 
 
-def denoiser_of(source: Source) -> graphs.Graph:
+def denoiser_of(source: Source) -> graph_specs.GraphSpec:
     """The graph of a step."""
-    return next(graph for graph in graphs.build(source) if graph.name == "denoiser")
+    return next(graph for graph in graph_specs.build(source) if graph.name == "denoiser")
 
 
 def naive(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]]:

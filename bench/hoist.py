@@ -75,12 +75,12 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
     from torch import Tensor
 
     from hyperrt.engines.tensors import TensorSpec
-    from hyperrt.export import families, graphs, modules, onnx_graph
+    from hyperrt.export import families, graph_specs, modules, onnx_graph
     from hyperrt.export.source import Inputs
     from hyperrt.training.model import lora_layers
     from hyperrt.training.model.lora_layers import Rows
 
-    class InStep(modules.Denoiser):
+    class InStep(modules.DenoisingStep):
         """The denoiser that projects the text itself, site by site as diffusers does."""
 
         def forward(
@@ -94,13 +94,13 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
             return self.step(latents, previous, noise, timestep, coefficients, guidance, gate, rows, added)
 
     with families.opened(families.get(args.family), Inputs(random_weights=0, size=args.size)) as source:
-        hoisted = next(graph for graph in graphs.build(source) if graph.name == "denoiser")
+        hoisted = next(graph for graph in graph_specs.build(source) if graph.name == "denoiser")
         text = TensorSpec("hidden_states", ("rows", source.max_tokens, source.text_width), "float32")
         lora_kv = TensorSpec("lora_kv", ("subjects", source.layout.size("lora_kv")), "float32")
         inputs = [text if spec.name == "context" else spec for spec in hoisted.inputs]
         place = [spec.name for spec in inputs].index("lora_q") + 1
 
-        def make(loaded: graphs.Modules) -> InStep:
+        def make(loaded: graph_specs.Modules) -> InStep:
             return InStep(hoisted.make(loaded).unet, layout=source.layout)
 
         in_step = dataclasses.replace(hoisted, make=make, inputs=(*inputs[:place], lora_kv, *inputs[place:]))
@@ -149,7 +149,8 @@ class Projected(Mapping):
 def opened(folder: Path, backend: str) -> tuple[Engine, dict[str, np.ndarray]]:
     """The engine with everything bound that stays over a loop, and what a step is given."""
     backend = engines.resolve(backend)
-    fp32 = {"precision": "f32"} if backend == "openvino" else {}  # which may choose bf16: they are compared
+    # The graphs are compared, so no rounding to bf16.
+    fp32 = {"precision": "f32"} if engines.BACKENDS[backend].precisions else {}
     engine = engines.open(folder / "denoiser.onnx", backend, sizes=SIZES, **fp32)
     names = {spec.name for spec in engine.inputs}
     feeds = {name: array for name, array in np.load(folder / "feeds.npz").items() if name in names}

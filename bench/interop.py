@@ -40,7 +40,6 @@ from parity import NOUN, PHOTOS, SCENE, reference_of, relative, scheduler_of
 
 from hyperrt import Runtime, engines
 from hyperrt.bundle.bundle import Bundle
-from hyperrt.lora import layout
 from hyperrt.lora.names import FORMATS
 from hyperrt.sampling import loop
 
@@ -77,7 +76,7 @@ def compare(
     bundle = runtime.bundle
     made = runtime.personalize(PHOTOS, NOUN)
     path = folder / ("peft" if format == "peft" else f"{format}.safetensors")
-    layout.save_subject(path, made.lora, bundle.layout, made.metadata, format)
+    made.save(path, format)
     prompt, subject = f"a [V] {NOUN} {SCENE}", runtime.load_subject(path)
     ours, plain = (
         runtime.generate(prompt, subject, steps=steps, strength=strength, **ALONE).latents

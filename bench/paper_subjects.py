@@ -24,12 +24,13 @@ from small_drawing import Studio
 from small_world import World
 
 from hyperrt import files
-from hyperrt.lora import layout as lora
 from hyperrt.lora.subject import Subject
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.training import train
-from hyperrt.training.data.features import encode_images
 from hyperrt.training.finetune import DreamBoothConfig, finetune
 from hyperrt.training.model import base_model as bases
+from hyperrt.training.model import weight_hash
+from hyperrt.training.model.encode import encode_images
 from hyperrt.training.model.hypernet import Decoder
 from hyperrt.training.run import checkpoint
 from hyperrt.training.run.config import to_json
@@ -95,15 +96,15 @@ class Lab:
         return Made([small_drawing.anywhere(s) for s, _ in found], median(seconds for _, seconds in found))
 
     def _fine_tuned(self, case: scoring.Case) -> tuple[Subject, float]:
-        layout, origin = self.studio.runtime.bundle.layout, checkpoint.hash_of(self.base.unet)
+        layout, origin = self.studio.runtime.bundle.layout, weight_hash.hash_of(self.base.unet)
         name = f"{case.noun}-{case.index}-{_digest(vars(self.fine_tuning), origin, layout.hash)}"
         folder = self.work / "dreambooth"
         path, note = folder / f"{name}.safetensors", folder / f"{name}.json"
         if note.is_file():  # written last
-            return lora.load_subject(path, layout, origin), json.loads(note.read_text())["seconds"]
+            return load_subject(path, layout, origin), json.loads(note.read_text())["seconds"]
         done = finetune(self.base, case.photos, case.noun, layout, self.fine_tuning)[-1]
         folder.mkdir(parents=True, exist_ok=True)
-        lora.save_subject(path, done.subject.lora, layout, done.subject.metadata, force=True)
+        done.subject.save(path, force=True)
         content = json.dumps({"seconds": done.seconds, "steps": done.steps}).encode()
         files.publish(note, lambda file: file.write(content), force=True)
         return done.subject, done.seconds
@@ -119,7 +120,7 @@ def trained(
     training, origin = going_on(training, start)
     config = world.training("", lambda_=lambda_, **training)
     settings = {name: value for name, value in to_json(config).items() if name not in WHERE}
-    base = checkpoint.hash_of(bases.opened(world.base).unet)
+    base = weight_hash.hash_of(bases.opened(world.base).unet)
     out = work / f"lambda-{lambda_:g}-{_digest(settings, base, origin)}"
     if start is not None and not out.exists():
         part = work / f"{out.name}.part"

@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from unittest import mock
 
+import against
 import diffusers
 import graph_weights
 import numpy as np
@@ -35,12 +36,11 @@ from torch import Tensor
 from hyperrt import Runtime, engines
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.export import storage
-from hyperrt.lora import layout
 from hyperrt.lora.subject import Subject
 from hyperrt.sampling import loop, solvers
 from hyperrt.sampling.tokenizer import Tokenizer
-from hyperrt.training.data.features import encode_text
 from hyperrt.training.model import base_model as tiny
+from hyperrt.training.model.encode import encode_text
 
 KAPPAS = (0.4, 1.0, 2.0)
 SOLVERS = sorted(solvers.SOLVERS)
@@ -64,7 +64,11 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, help="folder of the base model that the bundle was exported from"
     )
+    against.add_options(parser, turns=1)
     args = parser.parse_args()
+    if args.against:
+        against.finish(__file__, args, BARS)
+        return
     kappas, steps = ((1.0,), 3) if args.quick else (KAPPAS, STEPS)
     bundle = Bundle.open(args.bundle)
     unet, encode = reference_of(bundle, args.base)
@@ -73,7 +77,7 @@ def main() -> None:
     rows, scale = [], bundle.defaults.guidance_scale
     with Runtime.open(args.bundle, "onnxruntime") as runtime:
         subject = runtime.personalize(PHOTOS, NOUN)
-        inject(unet, subject, bundle)
+        inject(unet, subject)
         for solver, kappa in product(SOLVERS, kappas):
             options = {
                 "kappa": kappa,
@@ -111,11 +115,11 @@ def reference_of(bundle: Bundle, folder: Path | None) -> tuple[UNet2DConditionMo
     return unet, encode
 
 
-def inject(unet: UNet2DConditionModel, subject: Subject, bundle: Bundle) -> None:
+def inject(unet: UNet2DConditionModel, subject: Subject) -> None:
     """The subject as a PEFT adapter of the UNet, read from a subject file by diffusers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subject.safetensors"
-        layout.save_subject(path, subject.lora, bundle.layout, subject.metadata)
+        subject.save(path)
         unet.load_lora_adapter(str(path), prefix="unet", use_safetensors=True)
 
 

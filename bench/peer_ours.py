@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
+from hyperrt.engines.backends import BACKENDS, resolve
 from hyperrt.lora.layout import VECTORS
 from hyperrt.lora.subject import Subject
 
@@ -36,10 +37,12 @@ def main() -> None:
     args = parser.parse_args()
     times = []
     # ONNX Runtime computes in what the graph says, which is fp32 in the bundles that are measured here.
-    chosen = {"precision": args.precision.replace("fp", "f")} if args.backend == "openvino" else {}
+    takes_precision = bool(BACKENDS[resolve(args.backend)].precisions)
+    chosen = {"precision": args.precision.replace("fp", "f")} if takes_precision else {}
     with Runtime.open(args.bundle, args.backend, args.threads, backend_options=chosen) as runtime:
         steps = args.warm_up + args.rounds
-        loop = runtime.steps("a [V] on a beach", random_subject(runtime.bundle, 0), steps=steps, seed=0)
+        subject = random_subject(runtime.bundle, 0)
+        loop = runtime.sample(runtime.request("a [V] on a beach", subject, steps=steps, seed=0))
         for turn in range(steps):
             start = perf_counter()
             next(loop)

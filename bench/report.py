@@ -46,7 +46,9 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> None:
-    """Print rows under a head, columns aligned; floats with four significant digits."""
+    """Print rows under a head, columns aligned; floats with four significant digits; nothing of no rows."""
+    if not rows:
+        return
     cells = [list(head)] + [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -54,26 +56,29 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> None:
     print()
 
 
-def finish(script: str, figures: Mapping[str, float], bars: Mapping[str, str] | None = None) -> None:
+def finish(
+    script: str, figures: Mapping[str, float], bars: Mapping[str, str] | None = None, **more: str
+) -> None:
     """Print the figures as a table, and as the JSON line that ends every script.
 
     Args:
         script: its `__file__`.
         figures: key -> number.
         bars: key -> what is wanted of it, for the table.
+        more: further keys of the JSON line.
     """
     table(
         [(key, float(value), (bars or {}).get(key, "")) for key, value in figures.items()],
         ("figure", "measured", "wanted"),
     )
     line = {"bench": Path(script).stem, "commit": commit(), "machine": machine(), "figures": dict(figures)}
-    print(json.dumps(line), flush=True)
+    print(json.dumps(line | more), flush=True)
 
 
-def commit() -> str:
-    """Short hash of the checkout, "-dirty" where files differ from it; "unknown" outside git."""
+def commit(root: Path = ROOT) -> str:
+    """Short hash of a checkout, "-dirty" where files differ from it; "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.training.data import scenes
-from hyperrt.training.evaluation import drawn, identity_encoder, judges
+from hyperrt.training.evaluation import classifiers, drawn, identity_encoder
 
 Case = drawn.Case
 Picture = np.ndarray  # [H, W, 3] uint8
@@ -59,9 +59,9 @@ def scenes_of(case: int, others: int) -> list[str]:
     return [drawn.WHITE, *places]
 
 
-def encoder(bundle: Bundle, quick: bool) -> judges.Features:
+def encoder(bundle: Bundle, quick: bool) -> classifiers.Features:
     """Who is it? By the encoder of identities; in a quick run by the bundle's, which need not be trained."""
-    return judges.Encoder(bundle) if quick else identity_encoder.trained()[0].features
+    return classifiers.BundleEncoder(bundle) if quick else identity_encoder.trained()[0].features
 
 
 class Scorer:
@@ -72,12 +72,12 @@ class Scorer:
         others: scenes besides white that each case is drawn in.
     """
 
-    def __init__(self, features: judges.Features, cases: Sequence[Case], others: int = 1) -> None:
+    def __init__(self, features: classifiers.Features, cases: Sequence[Case], others: int = 1) -> None:
         self.cases = cases
         self.places = [scenes_of(k, others) for k in range(len(cases))]
         self.encoder = features
-        self.scenes = drawn.judge_of_scenes(cases)
-        self.lineups = {SUBJECT: drawn.Lineup(self.encoder), COLOURS: drawn.Lineup(judges.histogram)}
+        self.scenes = drawn.scene_classifier(cases)
+        self.lineups = {SUBJECT: drawn.Lineup(self.encoder), COLOURS: drawn.Lineup(classifiers.histogram)}
 
     def __call__(self, pictures: Sequence[Sequence[Picture]]) -> Scores:
         """Scores of the pictures of every case, in the order of its `places`: name -> [cases]."""
@@ -99,7 +99,7 @@ class Scorer:
     def _of_case(self, case: Case, places: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float]:
         known = {name: lineup.references(case) for name, lineup in self.lineups.items()}
         likeness = [known[SUBJECT] @ self.encoder(picture) for picture in pictures]
-        colours = known[COLOURS] @ judges.histogram(pictures[0])
+        colours = known[COLOURS] @ classifiers.histogram(pictures[0])
         margins = [
             margin(self.scenes, picture, scene) for picture, scene in zip(pictures, places, strict=True)
         ]
@@ -115,12 +115,12 @@ class Scorer:
         }
 
 
-def margin(judge: judges.Scenes, picture: Picture, scene: str) -> float:
+def margin(judge: classifiers.SceneClassifier, picture: Picture, scene: str) -> float:
     """(other - right) / (other + right), of the distances to the nearest real pictures of a scene."""
-    distances = np.square(judge.known - judges.border(picture)).sum(axis=1)
+    distances = np.square(judge.borders - classifiers.border(picture)).sum(axis=1)
 
     def distance(name: str) -> float:
-        return float(np.sort(distances[judge.names == name])[: judges.SCENE_NEIGHBOURS].mean())
+        return float(np.sort(distances[judge.names == name])[: classifiers.SCENE_NEIGHBOURS].mean())
 
     right = distance(scene)
     other = min(distance(name) for name in dict.fromkeys(judge.names) if name != scene)

@@ -106,7 +106,7 @@ def captioned_by_noun(world: World, folder: Path) -> World:
             link = folder / path.name
             link.unlink(missing_ok=True)
             link.symlink_to(path)
-        cache = data.SceneCache.open(world.cache)
+        cache = data.PictureCache.open(world.cache)
         views = cache.images.shape[1]
         texts = [[(f"a [V] {cache.names[noun]}", f"a {cache.names[noun]}")] * views for noun in cache.nouns]
         content = json.dumps({"texts": texts}).encode()

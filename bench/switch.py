@@ -33,6 +33,7 @@ import argparse
 from itertools import cycle
 from statistics import median
 
+import against
 import numpy as np
 import peer_environment
 import peer_ours
@@ -42,7 +43,8 @@ from hyperrt import Runtime, engines
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.base import Engine
 from hyperrt.lora.subject import Subject
-from hyperrt.session.adapter import Adapter
+from hyperrt.session.adapter import put_lora
+from hyperrt.session.resident import Resident
 
 BARS = {"switch_ms": "< 2", "aba_max_diff": "0", "a_base_max_diff": "0", "row_alone_max_rel": "< 1e-5"}
 SUBJECTS = report.ROOT / "examples" / "subjects"
@@ -60,8 +62,11 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="with --family: measure the peers, too")
     parser.add_argument("--backend", default="auto", help="with --family: ours (default: auto)")
     parser.set_defaults(bundle=None)
+    against.add_options(parser)
     args = parser.parse_args()
-    if args.family:
+    if args.against:
+        against.finish(__file__, args, BARS)
+    elif args.family:
         full_size(args)
     else:
         args.bundle, args.changes = args.bundle or "tiny", args.changes or 500
@@ -101,7 +106,9 @@ def prepare_times(runtime: Runtime, subjects: list[Subject], changes: int) -> li
     """Milliseconds from LoRA tensors to a denoiser that is ready for its first step, prompts unchanged."""
     times = []
     for turn, subject in zip(range(WARM_UP + changes), cycle(subjects), strict=False):
-        elapsed = report.milliseconds(lambda subject=subject: runtime.prepare("a [V] on a beach", subject))
+        elapsed = report.milliseconds(
+            lambda subject=subject: runtime.prepare(runtime.request("a [V] on a beach", subject))
+        )
         if turn >= WARM_UP:
             times.append(elapsed)
     return times
@@ -134,19 +141,19 @@ def switch_times(
     bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[Subject], changes: int
 ) -> dict[str, list[float]]:
     """Milliseconds of every change of subject, by its parts."""
-    adapters = [adapter(bundle, "denoiser", denoiser), adapter(bundle, "context", context)]
+    residents = {"denoiser": Resident(denoiser), "context": Resident(context)}
     texts = random_inputs(bundle, "context", len(GATE))
 
-    def put(subject: Subject) -> None:
-        for adapter in adapters:
-            adapter.put(subject)
+    def put_both(subject: Subject) -> None:
+        for graph, resident in residents.items():
+            put(bundle, graph, resident, subject)
 
     def renew() -> None:
         denoiser.bind(context.run({**texts, "gate": GATE}))
 
     times: dict[str, list[float]] = {"factors into both graphs": [], "K and V": []}
     for turn, subject in zip(range(WARM_UP + changes), cycle(subjects), strict=False):
-        parts = report.milliseconds(lambda subject=subject: put(subject)), report.milliseconds(renew)
+        parts = report.milliseconds(lambda subject=subject: put_both(subject)), report.milliseconds(renew)
         if turn >= WARM_UP:
             for known, part in zip(times.values(), parts, strict=True):
                 known.append(part)
@@ -155,9 +162,9 @@ def switch_times(
     return times
 
 
-def adapter(bundle: Bundle, graph: str, engine: Engine) -> Adapter:
-    """What puts a subject's LoRA into one of the two graphs that have one."""
-    return Adapter(engine, VECTOR[graph], bundle.layout, bundle.graphs[graph].adapt)
+def put(bundle: Bundle, graph: str, resident: Resident, subject: Subject) -> None:
+    """Put a subject's LoRA into one of the two graphs that take one."""
+    put_lora(resident, VECTOR[graph], bundle.layout, bundle.graphs[graph].adapt, [subject])
 
 
 def return_differences(runtime: Runtime, a: Subject, b: Subject, steps: int | None) -> dict[str, float]:
@@ -188,7 +195,7 @@ def row_alone(bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[
     texts = random_inputs(bundle, "context", rows)
     refitted = bundle.graphs["denoiser"].adapt == "refit"
     if refitted:
-        adapter(bundle, "denoiser", denoiser).put(subjects[0])
+        put(bundle, "denoiser", Resident(denoiser), subjects[0])
     latents = rng.standard_normal(
         (IMAGES, bundle.latent.channels, bundle.latent.size, bundle.latent.size), np.float32
     )

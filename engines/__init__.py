@@ -4,27 +4,31 @@
     with engines.open("unet.onnx", backend="onnxruntime", threads=2) as engine:
         outputs = engine.run({"x": x})
 
-Importing this package loads NumPy and nothing of any vendor: a vendor's package is imported when its backend
-is opened.  Contract: engines/base.py; feed checks: engines/tensors.py; errors: engines/errors.py.
+The names below are imported on first use, so that importing the errors does not load NumPy.  A vendor's
+package is imported when its backend is opened.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hyperrt.engines import telemetry
-from hyperrt.engines.backends import BACKENDS
-from hyperrt.engines.base import (
-    BackendMissing,
-    Engine,
-    EngineClosed,
-    EngineError,
-    EngineForked,
-    EngineInputError,
-    EngineLoadError,
-    EngineMemoryError,
-    EngineUnusable,
-    load,
-    open,
-    resolve,
-)
-from hyperrt.engines.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from hyperrt.engines.backends import BACKENDS, load, resolve
+    from hyperrt.engines.base import Engine, open
+    from hyperrt.engines.errors import (
+        BackendMissing,
+        EngineClosed,
+        EngineError,
+        EngineForked,
+        EngineInputError,
+        EngineLoadError,
+        EngineMemoryError,
+        EngineUnusable,
+    )
+    from hyperrt.engines.tensors import TensorSpec
 
 telemetry.switch_off()
 
@@ -44,3 +48,24 @@ __all__ = [
     "open",
     "resolve",
 ]
+
+_DEFINED_IN = {
+    "BACKENDS": "backends",
+    "Engine": "base",
+    "TensorSpec": "tensors",
+    "load": "backends",
+    "open": "base",
+    "resolve": "backends",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'hyperrt.engines' has no attribute {name!r}")
+    module = importlib.import_module(f"hyperrt.engines.{_DEFINED_IN.get(name, 'errors')}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,35 +7,31 @@ extra in pyproject.toml, and its graph in FILES in tests/backends.py.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from importlib.util import find_spec
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, ClassVar, Self, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 import numpy as np
 
-from hyperrt.engines import cpu as cores
-from hyperrt.engines import forks, telemetry
-from hyperrt.engines.backends import BACKENDS
+from hyperrt.engines import forks
+from hyperrt.engines.backends import BACKENDS, load, resolve
 from hyperrt.engines.dlpack import DeviceArray
-from hyperrt.engines.errors import BackendMissing as BackendMissing
-from hyperrt.engines.errors import EngineClosed as EngineClosed
-from hyperrt.engines.errors import EngineError as EngineError
-from hyperrt.engines.errors import EngineForked as EngineForked
-from hyperrt.engines.errors import EngineInputError as EngineInputError
-from hyperrt.engines.errors import EngineLoadError as EngineLoadError
-from hyperrt.engines.errors import EngineMemoryError as EngineMemoryError
-from hyperrt.engines.errors import EngineUnusable as EngineUnusable
-from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked, listed, nearest
+from hyperrt.engines.errors import (
+    EngineClosed,
+    EngineError,
+    EngineInputError,
+    EngineLoadError,
+    EngineUnusable,
+    listed,
+)
+from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked
 
 GIVEN = ("path", "threads", "sizes", "device")  # arguments of `open` that are no options of a backend's own
-CUDA_PROVIDER = "capi/*onnxruntime_providers_cuda.*"  # in the package onnxruntime of onnxruntime-gpu
 
 
 class Engine(ABC):
@@ -49,12 +45,13 @@ class Engine(ABC):
         inputs: what `run` takes, less what is bound.
         outputs: what `run` returns.
         weights: the constants that `refit` can replace; empty where the backend or the graph has none.
+        on_device: as `Backend` has it; set by `open`.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: tuple[TensorSpec, ...] = ()
-    on_device: ClassVar[bool] = False  # whether it runs elsewhere than on the host
+    on_device: bool = False
 
     def __init__(self) -> None:
         # Replaced as a whole and never changed, so that a run can keep it.
@@ -290,9 +287,9 @@ def open(
     elif device:  # not ignored: two runtimes that were to be apart would share a processor
         why = f"the backend {backend!r} runs on no GPU"
         raise EngineInputError(f"the device is {device}", why, "leave it out, or name a backend that does")
-    return cast(Callable[..., Engine], module.open)(
-        path, threads=threads, sizes=sizes, **options, **about.options
-    )
+    engine = cast(Engine, module.open(path, threads=threads, sizes=sizes, **options, **about.options))
+    engine.on_device = about.on_device
+    return engine
 
 
 def _check_options(backend: str, module: Any, options: Mapping[str, Any]) -> None:
@@ -303,84 +300,3 @@ def _check_options(backend: str, module: Any, options: Mapping[str, Any]) -> Non
     if unknown and not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
         why = f"its options are: {listed(known)}"
         raise EngineInputError(f"the backend {backend!r} has no option {unknown[0]!r}", why, "leave it out")
-
-
-def resolve(backend: str) -> str:
-    """The name of a backend in `BACKENDS`; for "auto" the fastest that is installed.
-
-    That is onnxruntime-cuda where its package is installed and an NVIDIA GPU is there; else openvino on
-    processors of Intel and on those that multiply bfloat16, and onnxruntime on others.
-
-    Raises:
-        BackendMissing: there is no such backend.
-    """
-    if backend == "auto":
-        if _suits_cuda():
-            return "onnxruntime-cuda"
-        cpu = [name for name, one in BACKENDS.items() if one.vendor and not one.nvidia]
-        installed = {name for name in cpu if find_spec(BACKENDS[name].vendor)}
-        if "openvino" in installed and (cores.suits_openvino() or "onnxruntime" not in installed):
-            return "openvino"
-        return "onnxruntime"
-    if backend not in BACKENDS:
-        known = [name for name in BACKENDS if name != "fake"]  # which is for tests
-        raise BackendMissing(
-            f"no backend is called {backend[:60]!r}",
-            f"there are: {listed(known)}, auto",
-            nearest(backend, [*known, "auto"]),
-        )
-    return backend
-
-
-def _suits_cuda() -> bool:
-    """Whether ONNX Runtime's package for GPUs is installed, with a driver and a GPU for it.
-
-    Where only the package for processors is, its module is not loaded for that.
-    """
-    spec = find_spec("onnxruntime")
-    folders = (spec and spec.submodule_search_locations) or ()
-    if not any(one for folder in folders for one in Path(folder).glob(CUDA_PROVIDER)):
-        return False
-    try:
-        load("onnxruntime-cuda").check(**BACKENDS["onnxruntime-cuda"].options)
-    except EngineError:
-        return False
-    return True
-
-
-def load(backend: str) -> Any:
-    """The module of a backend, its vendor's package imported.
-
-    Args:
-        backend: one of `BACKENDS`.
-
-    Raises:
-        BackendMissing: the package is not installed.
-        EngineError: it is installed but does not start, for want of a library for example.
-    """
-    about = BACKENDS[backend]
-    try:
-        with telemetry.IMPORTING:
-            if about.vendor:
-                _check_package(telemetry.import_vendor(about.vendor), about.install)
-            return importlib.import_module(f"hyperrt.engines.{about.module}")
-    except (ImportError, OSError) as error:  # OSError: packages that load their libraries themselves
-        if isinstance(error, ModuleNotFoundError) and error.name == about.vendor:
-            raise BackendMissing(
-                f"the backend {backend!r} is not installed",
-                f"there is no package {about.vendor!r}",
-                f"run: {about.install}",
-            ) from error
-        raise EngineError(
-            f"the backend {backend!r} is installed but does not start",
-            str(error),
-            f"install it again: {about.install}",
-        ) from error
-
-
-def _check_package(found: ModuleType, install: str) -> None:
-    """Refuse a file of the user's that is called as a vendor's package."""
-    file = getattr(found, "__file__", None)
-    if file and not hasattr(found, "__path__"):
-        what, why = f"{found.__name__} is not the package of that name", f"Python found {file} first"
-        raise EngineError(what, why, f"rename that file; the package comes with: {install}")

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from hyperrt.engines.base import Engine, EngineError, EngineLoadError
+from hyperrt.engines.base import Engine
 from hyperrt.engines.cpu import thread_count
-from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked, listed
+from hyperrt.engines.errors import EngineError, EngineLoadError, listed
+from hyperrt.engines.tensors import Array, Tensors, TensorSpec, checked
 
 Function = Callable[[dict[str, Array]], Tensors]
 

@@ -21,18 +21,12 @@ import numpy as np
 import onnxruntime as ort
 
 from hyperrt.engines import memory
-from hyperrt.engines.base import (
-    Engine,
-    EngineError,
-    EngineInputError,
-    EngineLoadError,
-    EngineMemoryError,
-    closed,
-)
+from hyperrt.engines.base import Engine, closed
 from hyperrt.engines.cpu import thread_count
+from hyperrt.engines.errors import EngineError, EngineInputError, EngineLoadError, EngineMemoryError, listed
 from hyperrt.engines.nvidia import driver
-from hyperrt.engines.onnx_dims import multiplies_halves, tensor_dims
-from hyperrt.engines.tensors import Array, TensorSpec, listed
+from hyperrt.engines.onnx_file import multiplies_halves, tensor_dims
+from hyperrt.engines.tensors import Array, TensorSpec
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GRAPH_OPTION = {CUDA: "enable_cuda_graph", TENSORRT: "trt_cuda_graph_enable"}

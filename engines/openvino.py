@@ -1,6 +1,6 @@
 """The OpenVINO backend, on the CPU: compiles the graph when it is opened; bf16 where the processor has it.
 
-OpenVINO forgets what the sizes of a graph are called, so they are read from the file (engines/onnx_dims.py).
+OpenVINO forgets what the sizes of a graph are called, so they are read from the file (engines/onnx_file.py).
 Results are new arrays.  Figures behind the options: docs/log.md.
 """
 
@@ -29,16 +29,10 @@ import openvino as ov
 import openvino.opset13 as opset
 from openvino.frontend import FrontEndManager
 
-from hyperrt.engines.base import (
-    Engine,
-    EngineError,
-    EngineInputError,
-    EngineLoadError,
-    EngineMemoryError,
-    closed,
-)
+from hyperrt.engines.base import Engine, closed
 from hyperrt.engines.cpu import thread_count
-from hyperrt.engines.onnx_dims import Dims, tensor_dims
+from hyperrt.engines.errors import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
+from hyperrt.engines.onnx_file import Dims, tensor_dims
 from hyperrt.engines.tensors import Array, TensorSpec
 
 DTYPES = {

@@ -5,7 +5,6 @@ Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.engines.dlpack import DeviceArray
-from hyperrt.engines.errors import EngineInputError
+from hyperrt.engines.errors import EngineInputError, listed, nearest
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array | DeviceArray]
@@ -57,17 +56,6 @@ def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str
                 nearest(name, known),
             )
     return {name: _checked(known[name], array, role) for name, array in arrays.items()}
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message, sorted."""
-    return ", ".join(sorted(names)) or "none"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question for a message, if one of the known names is nearly this one."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {found[0]!r}?" if found else ""
 
 
 def _checked(spec: TensorSpec, array: Any, role: str) -> Any:

@@ -18,9 +18,9 @@ from torch import nn
 from hyperrt import __version__, files
 from hyperrt.bundle import bundle, memory
 from hyperrt.errors import ResourceError, UsageError
-from hyperrt.export import expected, families, graphs, onnx_graph, source, verify
+from hyperrt.export import expected, families, graph_specs, onnx_graph, source, verify
 from hyperrt.export.families import Family
-from hyperrt.export.graphs import Graph
+from hyperrt.export.graph_specs import GraphSpec
 from hyperrt.export.onnx_graph import Written
 from hyperrt.export.parts import numbers_of
 from hyperrt.export.precision import Precision
@@ -90,7 +90,7 @@ def export_bundle(
     files.check_folder(output, bundle.MANIFEST, force)
     level = level_of(family, options)
     with families.opened(family, inputs) as made_from:
-        parts = graphs.build(made_from, options.adapt)
+        parts = graph_specs.build(made_from, options.adapt)
         rungs = {"none": 0, "graphs": 1, "full": len(verify.TOLERANCE)}[level]
         tell = _Counter(progress, 1 + len(parts) + rungs)
         tell("check")
@@ -109,10 +109,10 @@ def export_bundle(
         return files.publish_folder(output, write, marker=bundle.MANIFEST, force=force)
 
 
-def needs(made_from: Source, parts: Sequence[Graph], int8: bool, level: str) -> Needs:
+def needs(made_from: Source, parts: Sequence[GraphSpec], int8: bool, level: str) -> Needs:
     """What an export takes."""
     skeletons = {name: part.skeleton for name, part in made_from.parts.items()}
-    held = {graph.name: graphs.numbers_of(graph, skeletons) for graph in parts}
+    held = {graph.name: graph_specs.numbers_of(graph, skeletons) for graph in parts}
     disk = {name: (1 if int8 else 2) * count for name, count in held.items()}
     if level == "full":
         numbers = 4 * sum(numbers_of(skeleton) for skeleton in skeletons.values()) + 4 * sum(held.values())
@@ -163,7 +163,7 @@ def level_of(family: Family, options: Options) -> str:
 
 
 def _write_graphs(
-    made_from: Source, parts: Sequence[Graph], folder: Path, options: Options, level: str, tell: _Counter
+    made_from: Source, parts: Sequence[GraphSpec], folder: Path, options: Options, level: str, tell: _Counter
 ) -> tuple[dict[str, Written], dict[str, float]]:
     """Every graph, its parts loaded when it is reached and gone when no later one needs them."""
     skeletons = {name: part.skeleton for name, part in made_from.parts.items()}
@@ -192,7 +192,7 @@ def _write_graphs(
     return written, parity
 
 
-def _loaded_parts(parts: Sequence[Graph]) -> list[set[str]]:
+def _loaded_parts(parts: Sequence[GraphSpec]) -> list[set[str]]:
     """Per graph the parts in memory while it is written: its own, and those needed before and after."""
     found = []
     for k, graph in enumerate(parts):
@@ -238,7 +238,7 @@ def manifest(
     )
 
 
-def _described(graph: Graph, folder: Path, written: Written) -> bundle.Graph:
+def _described(graph: GraphSpec, folder: Path, written: Written) -> bundle.Graph:
     file = f"{graph.name}.onnx"
     data = f"{file}.data"
     external = (folder / data).exists()

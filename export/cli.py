@@ -49,15 +49,15 @@ def _export(family: str, inputs: Inputs, options: Options, config: ExportConfig,
         return path
 
 
-def _tell_needs(
-    family: str, inputs: Inputs, options: Options, config: ExportConfig, output: Output
-) -> None:
+def _tell_needs(family: str, inputs: Inputs, options: Options, config: ExportConfig, output: Output) -> None:
     """What an export would take of disk and memory; nothing is written."""
-    from hyperrt.export import assemble, families, graphs
+    from hyperrt.export import assemble, families, graph_specs
 
     known = families.get(family)
     with families.opened(known, inputs) as source:
-        needed = assemble.needs(source, graphs.build(source), options.int8, assemble.level_of(known, options))
+        needed = assemble.needs(
+            source, graph_specs.build(source), options.int8, assemble.level_of(known, options)
+        )
     rows = {**needed.disk, "in all": sum(needed.disk.values())}
     text = "\n".join(f"{name:15} {size / 1e6:9,.1f} MB" for name, size in rows.items())
     text += f"\n{'peak of memory':15} {needed.memory / 1e6:9,.1f} MB"

@@ -15,7 +15,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from hyperrt.bundle import bundle
 from hyperrt.export import reference
-from hyperrt.export.graphs import Graph
+from hyperrt.export.graph_specs import GraphSpec
 from hyperrt.export.reference import Switch, Text
 from hyperrt.export.source import Source, save_tokenizer
 from hyperrt.sampling.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ PROMPTS = ("a sks toy on a beach!", "a toy", "a robot in the snow, at night, " *
 
 @torch.no_grad()
 def of_graph(
-    graph: Graph, source: Source, modules: Modules, sizes: Sequence[Mapping[str, int]]
+    graph: GraphSpec, source: Source, modules: Modules, sizes: Sequence[Mapping[str, int]]
 ) -> list[Expected]:
     """Inputs of these sizes, and what the graph must make of them.
 
@@ -46,7 +46,7 @@ def of_graph(
 
 
 def _image_encoder(
-    graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int
+    graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int
 ) -> Expected:
     feeds = graph.feeds(size, seed)
     if isinstance(modules["image_encoder"], CLIPVisionModelWithProjection):
@@ -63,7 +63,7 @@ def _encoded_images(source: Source, modules: Any, pixels: Tensor) -> tuple[Tenso
 
 
 def _weight_decoder(
-    graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int
+    graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int
 ) -> Expected:
     """The hypernetwork's own; diffusers has no such thing."""
     feeds = graph.feeds(size, seed)
@@ -71,7 +71,9 @@ def _weight_decoder(
     return feeds, {name: packed[name].numpy() for name in ("lora_q", "lora_kv")}
 
 
-def _image_prompt(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
+def _image_prompt(
+    graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int
+) -> Expected:
     feeds = graph.feeds(size, seed)
     project = reference.image_projection(source.parts["unet"].skeleton, modules["image_prompt"])
     side = source.config("image_encoder").image_size
@@ -80,7 +82,9 @@ def _image_prompt(graph: Graph, source: Source, modules: Any, size: Mapping[str,
     return feeds, {name: tensor.numpy() for name, tensor in tokens.items()}
 
 
-def _text_encoder(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
+def _text_encoder(
+    graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int
+) -> Expected:
     """Prompts: their ids by the runtime's tokenizer, what they become by the pipeline."""
     prompts = [PROMPTS[(seed + k) % len(PROMPTS)] for k in range(size["prompts"])]
     found = reference.encoded(reference.pipeline(source, modules), prompts)
@@ -103,7 +107,7 @@ def token_ids(source: Source, prompts: Sequence[str]) -> Feeds:
     }
 
 
-def _context(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
+def _context(graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
     feeds, unet = graph.feeds(size, seed), modules["unet"]
     texts = Text(feeds["hidden_states"], feeds.get("pooled"))
     with contextlib.ExitStack() as stack:
@@ -155,7 +159,7 @@ def added(unet: Any, texts: Text, time_ids: Tensor) -> Tensor:
     return unet.get_aug_embed(texts.hidden, texts.hidden, condition)
 
 
-def _denoiser(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
+def _denoiser(graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
     """One step of random coefficients; each row by a call of the UNet with its text and its LoRA."""
     feeds, unet, rows = graph.feeds(size, seed), modules["unet"], size["rows"]
     rng = np.random.default_rng([seed, 1])
@@ -181,9 +185,7 @@ def _denoiser(graph: Graph, source: Source, modules: Any, size: Mapping[str, int
             context.append(torch.cat([text_keys_values(unet, text), own_image], dim=1))
             ids = None if time_ids is None else time_ids[row : row + 1]
             with image_given(unet, own_image) as tokens:
-                outputs.append(
-                    reference.predicted(unet, x[k : k + 1], feeds["timestep"], text, ids, tokens)
-                )
+                outputs.append(reference.predicted(unet, x[k : k + 1], feeds["timestep"], text, ids, tokens))
     feeds["context"] = torch.cat(context)
     return feeds, _stepped(feeds, torch.cat(outputs))
 
@@ -207,12 +209,14 @@ def _stepped(feeds: Feeds, outputs: Tensor) -> dict[str, np.ndarray]:
     return {"next_latents": following.numpy(), "denoised": (c[5] * latents + c[6] * guided).numpy()}
 
 
-def _vae_decoder(graph: Graph, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
+def _vae_decoder(
+    graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int
+) -> Expected:
     feeds = graph.feeds(size, seed)
     return feeds, {"pixels": reference.decoded(source, modules["vae"], feeds["latents"])}
 
 
-MAKERS: Mapping[str, Callable[[Graph, Source, Any, Mapping[str, int], int], Expected]] = {
+MAKERS: Mapping[str, Callable[[GraphSpec, Source, Any, Mapping[str, int], int], Expected]] = {
     "image_encoder": _image_encoder,
     "weight_decoder": _weight_decoder,
     "image_prompt": _image_prompt,

@@ -22,16 +22,16 @@ from hyperrt.bundle.bundle import Defaults, Prompts
 from hyperrt.errors import BadInput, HyperRTError, IntegrityError, NotFound, UsageError
 from hyperrt.export import architectures, loading, supported
 from hyperrt.export.errors import ExportError
-from hyperrt.export.loading import Found
-from hyperrt.export.parts import Part, random_part
+from hyperrt.export.loading import ModelFiles
+from hyperrt.export.parts import ModelPart, random_part
 from hyperrt.export.source import Inputs, Source, sized, vae_factor
 from hyperrt.training.data import clip_tokenizer, scenes
+from hyperrt.training.messages import first_line
 from hyperrt.training.model import base_model as tiny
-from hyperrt.training.model import image_prompt, lora_layers
+from hyperrt.training.model import image_prompt, lora_layers, weight_hash
+from hyperrt.training.model.decoder_config import FULL_CLOSED, FULL_OPEN, DecoderConfig
 from hyperrt.training.model.hypernet import decoder_of
 from hyperrt.training.run import checkpoint
-from hyperrt.training.run.config import FULL_CLOSED, FULL_OPEN, DecoderConfig
-from hyperrt.training.run.loop import first_line
 
 RANDOM_RANK = 4  # of tiny
 TOKEN = "sks"
@@ -141,7 +141,7 @@ def opened(family: Family, inputs: Inputs) -> Iterator[Source]:
     yield source
 
 
-def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]) -> Source:
+def _load(family: Family, found: ModelFiles, inputs: Inputs, about: Mapping[str, Any]) -> Source:
     folder = found.folder
     vae = None if inputs.vae is None else loading.find_vae(str(inputs.vae), folder, inputs.offline)
     parts = loading.parts_of(folder, inputs.image_encoder, found.file, vae)
@@ -152,7 +152,7 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
         path = inputs.image_prompt
         read = lambda: image_prompt.load(path, unet, torch.float16)  # noqa: E731
         loaded_sizes = read()  # the file is checked now; its sizes are what the skeleton is made of
-        parts["image_prompt"] = Part("image_prompt", lambda: loaded_sizes, read)
+        parts["image_prompt"] = ModelPart("image_prompt", lambda: loaded_sizes, read)
     return Source(
         parts=parts,
         tokenizer=tokenizer,
@@ -167,7 +167,7 @@ def _load(family: Family, found: Found, inputs: Inputs, about: Mapping[str, Any]
     )
 
 
-def _sdxl_rules(folder: Path, text_encoder_2: Part, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+def _sdxl_rules(folder: Path, text_encoder_2: ModelPart, tokenizer: CLIPTokenizer) -> dict[str, Any]:
     index = loading.read_json(folder / "model_index.json")
     return {
         "tokenizer_2": loading.second_tokenizer_of(folder, text_encoder_2, tokenizer),
@@ -181,7 +181,7 @@ def _license_of(folder: Path, family: Family) -> str:
     return family.license
 
 
-def _license_of_vae(vae: Found | None) -> str:
+def _license_of_vae(vae: ModelFiles | None) -> str:
     """What is added for a VAE that is not the base model's: its licence, if it came with one."""
     if vae is None:
         return ""
@@ -229,8 +229,8 @@ def _about_hypernet(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _decoder_part(path: Path, about: Mapping[str, Any]) -> Part:
-    return Part(
+def _decoder_part(path: Path, about: Mapping[str, Any]) -> ModelPart:
+    return ModelPart(
         "weight_decoder",
         lambda: decoder_of(about["layout"], about["feature_dim"], about["decoder"]),
         lambda: checkpoint.load_hypernet(path)[0],
@@ -272,7 +272,7 @@ def _check_image_prompt(source: Source, about: Mapping[str, Any]) -> None:
         do = "leave --image-prompt out, or train with it"
         raise ExportError("the hypernetwork was trained without an image prompt", why, do)
     if given and about["prompt_hash"]:
-        found = checkpoint.prompt_hash(source.parts["image_prompt"].read())
+        found = weight_hash.prompt_hash(source.parts["image_prompt"].read())
         if found != about["prompt_hash"]:
             why = f"it was trained with {about['prompt_hash'][:12]} ({trained_with}), this is {found[:12]}"
             do = "give --image-prompt the file that it was trained with"
@@ -290,7 +290,7 @@ def _random_tiny(seed: int) -> Source:
             "image_encoder": tiny.tiny_image_encoder(),
         }
         scheduler = dict(tiny.tiny_scheduler().config)
-    parts = {name: Part.of(name, module) for name, module in modules.items()}
+    parts = {name: ModelPart.of(name, module) for name, module in modules.items()}
     return _random(parts, tokenizer, scheduler, seed, RANDOM_RANK, DecoderConfig(), tiny.IMAGE_SIZE, LICENSE)
 
 
@@ -315,7 +315,7 @@ def _random_sdxl(seed: int) -> Source:
 
 
 def _random(
-    parts: dict[str, Part],
+    parts: dict[str, ModelPart],
     tokenizer: CLIPTokenizer,
     scheduler: Mapping[str, Any],
     seed: int,
@@ -339,7 +339,7 @@ def _random(
                 vector.add_(torch.randn_like(vector), alpha=0.05)
             return decoder
 
-    parts["weight_decoder"] = Part("weight_decoder", build, read, drawn_from=f"{seed}/weight_decoder")
+    parts["weight_decoder"] = ModelPart("weight_decoder", build, read, drawn_from=f"{seed}/weight_decoder")
     return Source(
         parts=parts, tokenizer=tokenizer, scheduler=scheduler, layout=layout, token=TOKEN,
         image_size=image_size, license=license,

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hyperrt.errors import BadInput, NotFound, UsageError
+from hyperrt.training.messages import first_line
 from hyperrt.training.model.model_config import STEMS, weights
-from hyperrt.training.run.loop import first_line
 
 CONVERT = "convert it: diffusers' DiffusionPipeline.save_pretrained(FOLDER, safe_serialization=True)"
 LICENSE = re.compile(r"LICENSE[^/]*")

@@ -21,19 +21,19 @@ from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
 from hyperrt.export import hub, single_file
 from hyperrt.export.errors import ExportError
 from hyperrt.export.hub import CONVERT
-from hyperrt.export.parts import Part
+from hyperrt.export.parts import ModelPart
 from hyperrt.export.source import unknown_noise
+from hyperrt.training.messages import first_line
 from hyperrt.training.model import base_model as base
 from hyperrt.training.model import model_config, noise_schedule
 from hyperrt.training.model.latents import LatentScale
-from hyperrt.training.run.loop import first_line
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelFiles:
     """Where a base model, or a VAE, is.
 
     Attributes:
@@ -45,7 +45,7 @@ class Found:
     file: Path | None = None
 
 
-def find(model: str, like: str | None, offline: bool, but: Sequence[str] = ()) -> Found:
+def find(model: str, like: str | None, offline: bool, but: Sequence[str] = ()) -> ModelFiles:
     """A base model by what the user calls it.
 
     Args:
@@ -61,16 +61,16 @@ def find(model: str, like: str | None, offline: bool, but: Sequence[str] = ()) -
     """
     path = Path(model)
     if _is_weights(path, "base model"):
-        return Found(_like(path, like, offline), path)
+        return ModelFiles(_like(path, like, offline), path)
     if like is not None:
         why = f"it is for a single .safetensors file, and {model} is none"
         raise UsageError(f"--like {like} would not be read", why, "leave --like out")
     if path.is_dir():
-        return Found(path)
-    return Found(hub.fetch(model, offline, lambda files: hub.base_model(files, but)))
+        return ModelFiles(path)
+    return ModelFiles(hub.fetch(model, offline, lambda files: hub.base_model(files, but)))
 
 
-def find_vae(vae: str, base_model: Path, offline: bool) -> Found:
+def find_vae(vae: str, base_model: Path, offline: bool) -> ModelFiles:
     """A VAE by what the user calls it; errors as `find`.
 
     Args:
@@ -81,13 +81,13 @@ def find_vae(vae: str, base_model: Path, offline: bool) -> Found:
     if _is_weights(path, "VAE"):
         if not path.is_file():
             raise NotFound(f"there is no VAE {path}", "there is no such file", "check the path")
-        return Found(base_model / "vae", path)
+        return ModelFiles(base_model / "vae", path)
     folder = path if path.is_dir() else hub.fetch(vae, offline, hub.vae, "VAE")
     found = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (found / "config.json").is_file():
         why = "it has no config.json" if path.is_dir() else "its repository has no config.json"
         raise NotFound(f"no VAE can be read from {vae}", why, "give a folder in diffusers' format, or a file")
-    return Found(found)
+    return ModelFiles(found)
 
 
 def _is_weights(path: Path, kind: str) -> bool:
@@ -108,12 +108,12 @@ def _is_weights(path: Path, kind: str) -> bool:
 
 
 def parts_of(
-    folder: Path, image_encoder: Path | None = None, file: Path | None = None, vae: Found | None = None
-) -> dict[str, Part]:
+    folder: Path, image_encoder: Path | None = None, file: Path | None = None, vae: ModelFiles | None = None
+) -> dict[str, ModelPart]:
     """The networks of a base model; nothing but their configurations and names of weights is read now.
 
     Args:
-        folder, file: as in `Found`.
+        folder, file: as in `ModelFiles`.
         image_encoder: folder of the hypernetwork's ViT where the base model's has none (`image_encoder/`).
         vae: in place of the base model's.
 
@@ -152,7 +152,7 @@ def _check_index(folder: Path, but: list[str]) -> None:
         raise BadInput(f"{folder} cannot be used", first_line(error), do) from error
 
 
-def _check_latents(folder: Path, vae: Part, given: Found) -> None:
+def _check_latents(folder: Path, vae: ModelPart, given: ModelFiles) -> None:
     """Whether a VAE's latents are scaled as those of the VAE that the base model has, if it has one.
 
     An AutoencoderTiny's have a scale of their own: it decodes the other VAE's latents as the UNet has them.
@@ -193,7 +193,7 @@ def scheduler_of(folder: Path, file: Path | None = None) -> dict[str, Any]:
     return noise_schedule.with_defaults(config, named)
 
 
-def tokenizer_of(folder: Path, text_encoder: Part) -> CLIPTokenizer:
+def tokenizer_of(folder: Path, text_encoder: ModelPart) -> CLIPTokenizer:
     """A tokenizer that fits a text encoder.
 
     Raises:
@@ -214,7 +214,7 @@ def tokenizer_of(folder: Path, text_encoder: Part) -> CLIPTokenizer:
     return tokenizer
 
 
-def second_tokenizer_of(folder: Path, text_encoder_2: Part, tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+def second_tokenizer_of(folder: Path, text_encoder_2: ModelPart, tokenizer: CLIPTokenizer) -> CLIPTokenizer:
     """SDXL's second tokenizer, which must read text as the first does; errors as `tokenizer_of`.
 
     Raises:
@@ -253,7 +253,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_configured(folder: Path, folders: Mapping[str, Path], vae: Found | None) -> None:
+def _check_configured(folder: Path, folders: Mapping[str, Path], vae: ModelFiles | None) -> None:
     missing = [name for name, where in folders.items() if not (where / "config.json").is_file()]
     if not missing:
         return
@@ -277,7 +277,7 @@ def _check_configured(folder: Path, folders: Mapping[str, Path], vae: Found | No
     raise NotFound(f"no base model can be read from {folder}", why, do)
 
 
-def _part(name: str, folder: Path, file: Path | None) -> Part:
+def _part(name: str, folder: Path, file: Path | None) -> ModelPart:
     def read() -> Any:
         # As it is stored: fp16 in half the memory. What is read is rounded to fp16 in any case.
         dtype = torch.float16 if _stored_as_half(folder, name) else torch.float32
@@ -294,7 +294,7 @@ def _part(name: str, folder: Path, file: Path | None) -> Part:
             do = "give a Stable Diffusion model; other kinds are not known"
             raise BadInput(f"{folder} cannot be used as {name}", first_line(error), do) from error
 
-    return Part(name, build, read) if file is None else single_file.part_of(file, name, build)
+    return ModelPart(name, build, read) if file is None else single_file.part_of(file, name, build)
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hyperrt.export import operators, row_unet
 from hyperrt.lora.layout import LoraLayout
-from hyperrt.training.data import features
-from hyperrt.training.model import lora_layers
+from hyperrt.training.model import encode, lora_layers
 from hyperrt.training.model.latents import LatentScale
 from hyperrt.training.model.lora_layers import Rows
 
@@ -35,7 +34,7 @@ class ImageEncoder(GraphModule):
         self.encoder = encoder
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return features.encode_pixels(self.encoder, pixels.to(self.dtype)).float()
+        return encode.encode_pixels(self.encoder, pixels.to(self.dtype)).float()
 
 
 class PackedDecoder(GraphModule):
@@ -71,7 +70,7 @@ def _make_fp32(module: nn.Module) -> None:
         module.float()
 
 
-class TextEncoder(GraphModule):
+class OneTextEncoder(GraphModule):
     """input_ids [prompts, L] to hidden_states [prompts, L, D]."""
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -91,7 +90,7 @@ class TwoTextEncoders(GraphModule):
         self.encoder_2 = encoder_2
 
     def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_states, pooled = features.encode_ids(self.encoder, self.encoder_2, input_ids, input_ids_2)
+        hidden_states, pooled = encode.encode_ids(self.encoder, self.encoder_2, input_ids, input_ids_2)
         return hidden_states.float(), pooled.float()
 
 
@@ -143,7 +142,7 @@ class ContextWithAdded(Context):
         return self.unet.add_embedding(torch.cat([pooled, sizes], dim=-1).to(self.dtype))
 
 
-class Denoiser(GraphModule):
+class DenoisingStep(GraphModule):
     """One step of the loop: tiling to rows, UNet with Q LoRA, guidance sum, solver update; the last two fp32.
 
     x            = tile(c0 latents)                                         export/row_unet.py

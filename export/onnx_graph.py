@@ -25,7 +25,7 @@ from torch.export import Dim
 
 from hyperrt.export import operators, precision, refit_form, storage
 from hyperrt.export.errors import ExportError
-from hyperrt.export.graphs import Graph
+from hyperrt.export.graph_specs import GraphSpec
 from hyperrt.export.parts import FAKE
 from hyperrt.export.precision import Precision
 from hyperrt.export.storage import Weight
@@ -50,7 +50,7 @@ class Written:
 
 
 def write(
-    graph: Graph,
+    graph: GraphSpec,
     skeletons: Mapping[str, nn.Module],
     modules: Mapping[str, nn.Module],
     folder: Path,
@@ -86,7 +86,7 @@ def write(
     return written
 
 
-def _traced(graph: Graph, module: nn.Module) -> ir.Model:
+def _traced(graph: GraphSpec, module: nn.Module) -> ir.Model:
     dims = {name: Dim(name) for name in SIZES}
     shapes = {
         spec.name: {k: dims[TRACED_AS.get(d, d)] for k, d in enumerate(spec.shape) if isinstance(d, str)}
@@ -175,7 +175,7 @@ def _activation_bytes(model: ir.Model) -> int:
     return most
 
 
-def _finish(model: ir.Model, graph: Graph) -> None:
+def _finish(model: ir.Model, graph: GraphSpec) -> None:
     """Names and dims as the bundle format wants them; checks that no input was baked in or lost."""
     values = {value.name: value for value in model.graph.inputs}
     if (found := [v.name for v in model.graph.inputs]) != (wanted := [s.name for s in graph.inputs]):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hyperrt.export.errors import ExportError
-from hyperrt.training.run import checkpoint
+from hyperrt.training.model import weight_hash
 
 # What a graph is traced with must be fake in one and the same mode; buffers that are computed stay real.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -29,7 +29,7 @@ HALF_MOST = 65504
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ModelPart:
     """One network.
 
     Attributes:
@@ -66,18 +66,18 @@ class Part:
         return module
 
     def hash(self, half: bool) -> str:
-        """sha256 (hex) that tells these weights from others; `half` as in `checkpoint.hash_of`."""
+        """sha256 (hex) that tells these weights from others; `half` as in `weight_hash.hash_of`."""
         if self.drawn_from:
             return hashlib.sha256(self.drawn_from.encode()).hexdigest()
-        return checkpoint.hash_of(self.read(), half)
+        return weight_hash.hash_of(self.read(), half)
 
     @classmethod
-    def of(cls, name: str, module: nn.Module) -> Part:
+    def of(cls, name: str, module: nn.Module) -> ModelPart:
         """The part of a module that is in memory; it is not changed."""
         return cls(name, lambda: copy.deepcopy(module), lambda: copy.deepcopy(module))
 
 
-def random_part(name: str, build: Callable[[], nn.Module], seed: int) -> Part:
+def random_part(name: str, build: Callable[[], nn.Module], seed: int) -> ModelPart:
     """A part whose weights are drawn, each from (seed, name of the part, name of the weight) alone.
 
     Weights of products have the variance 1 / fan-in, so that activations keep their size; norms are near one.
@@ -93,7 +93,7 @@ def random_part(name: str, build: Callable[[], nn.Module], seed: int) -> Part:
                 owner[key] = _like(tensor, _drawn(tensor.shape, f"{seed}/{name}/{path}", path))
         return module
 
-    return Part(name, build, read, drawn_from=f"{seed}/{name}")
+    return ModelPart(name, build, read, drawn_from=f"{seed}/{name}")
 
 
 def hollow(module: nn.Module) -> nn.Module:

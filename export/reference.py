@@ -4,7 +4,7 @@ Prompts, time ids, image prompt, timesteps, solver steps and pictures are diffus
 by diffusers into PEFT, and every row is a call of its own. So what HyperRT leaves out is not left out here,
 too. diffusers has no HM-CFG: its sum alone is written out (`Guided`). Nor has it a hypernetwork.
 
-The networks must be as they were read, which `Graph.hold` leaves them; what is added to them is taken away.
+The networks must be as they were read, as `GraphSpec.hold` leaves them; what is added to them is taken away.
 """
 
 from __future__ import annotations

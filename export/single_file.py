@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from hyperrt.errors import BadInput, IntegrityError
 from hyperrt.export.errors import ExportError
-from hyperrt.export.parts import Part
-from hyperrt.training.run.loop import first_line
+from hyperrt.export.parts import ModelPart
+from hyperrt.training.messages import first_line
 
 Tensors = Mapping[str, Tensor]
 
@@ -54,7 +54,7 @@ VAE_FOLDER = "give --vae a folder in diffusers' format, which has a configuratio
 NAME_VAE = "say where one is: --vae FILE, DIR or OWNER/NAME@COMMIT"
 
 
-def part_of(path: Path, name: str, build: Callable[[], nn.Module]) -> Part:
+def part_of(path: Path, name: str, build: Callable[[], nn.Module]) -> ModelPart:
     """A network of the file, a key of `PREFIXES`; `build` makes it as its configuration says."""
 
     def read() -> nn.Module:
@@ -63,10 +63,10 @@ def part_of(path: Path, name: str, build: Callable[[], nn.Module]) -> Part:
         module.load_state_dict(_translated(name, _tensors(path, name), module), assign=True)
         return module.eval()
 
-    return Part(name, build, read)
+    return ModelPart(name, build, read)
 
 
-def check(path: Path, part: Part, like: Path, kind: str = "base model") -> None:
+def check(path: Path, part: ModelPart, like: Path, kind: str = "base model") -> None:
     """Whether the file has all of a network, and of the shapes that the configuration in `like` asks for.
 
     kind: what the file is, for errors: "base model" or "VAE".

@@ -13,10 +13,9 @@ from transformers import CLIPTokenizer
 from hyperrt.bundle.bundle import Betas, ImagePrompt, Preprocess
 from hyperrt.errors import UsageError
 from hyperrt.export.errors import ExportError
-from hyperrt.export.parts import Part
+from hyperrt.export.parts import ModelPart
 from hyperrt.lora.layout import LoraLayout
-from hyperrt.training.data import features
-from hyperrt.training.model import image_prompt, noise_schedule
+from hyperrt.training.model import encode, image_prompt, noise_schedule
 from hyperrt.training.model.latents import LatentScale
 
 
@@ -64,7 +63,7 @@ class Source:
         image_scale: of the image prompt, that the hypernetwork was trained with.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModelPart]
     tokenizer: CLIPTokenizer
     scheduler: Mapping[str, Any]
     layout: LoraLayout
@@ -158,7 +157,7 @@ def timestep_spacing(source: Source) -> Literal["leading", "trailing"]:
 
 def preprocess(source: Source) -> Preprocess:
     """Photo preprocessing for the manifest: that of training/data/features.py."""
-    return features.preprocess_of(source.config("image_encoder"))
+    return encode.preprocess_of(source.config("image_encoder"))
 
 
 def image_prompt_section(source: Source) -> ImagePrompt | None:
@@ -194,6 +193,6 @@ def save_tokenizer(source: Source, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def vae_factor(vae: Part) -> int:
+def vae_factor(vae: ModelPart) -> int:
     """Pixels per latent."""
     return int(2 ** (len(vae.skeleton.config.block_out_channels) - 1))

@@ -23,18 +23,18 @@ from torch import Tensor, nn
 
 from hyperrt import engines
 from hyperrt.bundle.bundle import Defaults
+from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.base import Engine
 from hyperrt.export import expected, reference, refit_form
 from hyperrt.export.errors import ParityError
 from hyperrt.export.expected import Expected
-from hyperrt.export.graphs import Graph
+from hyperrt.export.graph_specs import GraphSpec
 from hyperrt.export.reference import Guided, Text
 from hyperrt.export.source import Source, betas, prediction_type, timestep_spacing
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.plans.compare import relative
 from hyperrt.sampling import guidance, loop, solvers
 from hyperrt.sampling.solvers import SolverTable
-from hyperrt.session.graphs import REFITTING
 
 LEVELS = ("none", "graphs", "full")
 # rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
@@ -78,7 +78,7 @@ Progress = Callable[[str], None]
 
 def ladder(
     source: Source,
-    graphs: Sequence[Graph],
+    graphs: Sequence[GraphSpec],
     modules: Modules,
     folder: Path,
     defaults: Defaults,
@@ -88,7 +88,7 @@ def ladder(
 
     Args:
         source: what the graphs were made from.
-        graphs: as `graphs.build` made them.
+        graphs: as `graph_specs.build` made them.
         modules: its parts as they were read, fp32, weights as they are stored.
         folder: holds NAME.onnx of each.
         defaults: guidance of the loop.
@@ -156,7 +156,7 @@ def graph_error(
 
     refit: layout of the LoRA, where its factors are constants of the file.
     """
-    if refit is not None and backend not in REFITTING:
+    if refit is not None and not BACKENDS[backend].refits:
         return max(_error_of_copy(path, backend, one, refit, **options) for one in expected)
     with engines.open(path, backend, **options) as engine:
         fed = Fed(engine, refit)
@@ -182,7 +182,7 @@ def _constants(refit: LoraLayout, feeds: Mapping[str, np.ndarray]) -> tuple[Arra
     return refit.named({"lora_q": feeds["lora_q"][0]}), others
 
 
-def lora_zero_error(graph: Graph, opened: Mapping[str, Fed]) -> float:
+def lora_zero_error(graph: GraphSpec, opened: Mapping[str, Fed]) -> float:
     """Rows with a LoRA of zeros, against rows with some LoRA and a gate of zeros."""
     name, engine = _lora_of(graph), opened[graph.name]
     feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=2))
@@ -190,7 +190,7 @@ def lora_zero_error(graph: Graph, opened: Mapping[str, Fed]) -> float:
     return relative(engine.run(open_gate), engine.run(feeds | {"gate": np.zeros_like(feeds["gate"])}))
 
 
-def broadcast_error(graph: Graph, opened: Mapping[str, Fed]) -> float:
+def broadcast_error(graph: GraphSpec, opened: Mapping[str, Fed]) -> float:
     """One LoRA for all rows, against the same one in every row."""
     name, engine = _lora_of(graph), opened[graph.name]
     feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=3))
@@ -250,7 +250,8 @@ def _denoised(
     step: Callable[[Mapping[str, Any]], Arrays], table: SolverTable, noise: np.ndarray
 ) -> np.ndarray:
     latents = noise * np.float32(table.initial_scale)
-    for done in loop.denoise(step, table, latents, loop.noise_generators(0, len(noise))):
+    trajectory = loop.Trajectory(table, latents, loop.noise_generators(0, len(noise)))
+    for done in loop.denoise(step, trajectory):
         latents = done.latents
     return latents
 
@@ -339,7 +340,7 @@ def _stepper(
     return lambda feeds: opened["denoiser"].run({**feeds, **resident})
 
 
-def _lora_of(graph: Graph) -> str:
+def _lora_of(graph: GraphSpec) -> str:
     """The LoRA input of a graph, or ""."""
     return next((spec.name for spec in graph.inputs if spec.name.startswith("lora_")), "")
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from hyperrt.bundle.bundle import Bundle
     from hyperrt.errors import HyperRTError
-    from hyperrt.lora.layout import load_subject, save_subject
     from hyperrt.lora.subject import Subject
     from hyperrt.runtime import Result, Runtime
     from hyperrt.sampling import recipe
@@ -34,9 +33,7 @@ __all__ = [
     "Step",
     "Subject",
     "__version__",
-    "load_subject",
     "recipe",
-    "save_subject",
 ]
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
@@ -51,9 +48,7 @@ _DEFINED_IN = {
     "Runtime": "runtime",
     "Step": "sampling.loop",
     "Subject": "lora.subject",
-    "load_subject": "lora.layout",
     "recipe": "sampling.recipe",
-    "save_subject": "lora.layout",
 }
 
 

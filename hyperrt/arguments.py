@@ -11,19 +11,18 @@ import dataclasses
 import functools
 import inspect
 import numbers
-import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from hyperrt.errors import UsageError
+from hyperrt.text import short_repr
 
 P = ParamSpec("P")
 T = TypeVar("T")
 SCALARS = (bool, int, float, str)
 UNCHECKED = (Sequence, Iterable, Callable)  # of what they hold or take only the function itself knows
-LONGEST = 60  # characters of a value in an error
 _REQUIRED = inspect.Parameter.empty
 
 
@@ -80,21 +79,41 @@ def taken(name: str, value: object, hint: Any, default: Any = _REQUIRED) -> Any:
         return _converted(hint, value)
     except _Unfit:
         raise UsageError(
-            f"{name.replace('_', ' ')} is {shown(value)}",
+            f"{name.replace('_', ' ')} is {short_repr(value)}",
             f"it is of the type {type(value).__name__}; it must be {_named(hint)}",
             "correct it" if default is _REQUIRED else "correct it, or leave it out for the default",
         ) from None
 
 
-def shown(value: object) -> str:
-    """A value for a message, on one line, its end left out where it is long."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = LONGEST
-    try:
-        text = " ".join(short.repr(value).split())
-    except ValueError:  # a whole number with more digits than Python writes
-        return "a very large number"
-    return text if len(text) <= 2 * LONGEST else text[: 2 * LONGEST] + "…"
+def in_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Refuse a number outside the range; None is not checked.
+
+    Raises:
+        UsageError: naming the value and the range.
+    """
+    if value is not None and not low <= value <= high:  # NaN is in no range
+        raise UsageError(f"{name} is {short_repr(value)}", f"it must be from {low} to {high}")
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a word that is not among the choices.
+
+    Raises:
+        UsageError: naming the value and the choices.
+    """
+    if value not in (choices := tuple(choices)):
+        raise UsageError(f"{name} is {short_repr(value)}", f"it must be one of {', '.join(choices)}")
+
+
+def not_empty(name: str, *paths: str | None) -> None:
+    """Refuse an empty path; None is not checked.
+
+    Raises:
+        UsageError: a path is "".
+    """
+    if "" in paths:
+        why = "an empty name would mean the current folder"
+        raise UsageError(f"{name} is an empty name", why, "name a file or a folder")
 
 
 @functools.cache

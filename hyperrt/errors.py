@@ -1,7 +1,21 @@
-"""The errors HyperRT raises: each says what happened, why, and what to do, and carries an exit code.
+"""The errors of the runtime.  `HyperRTError` is the base of these and of the errors of engines.
 
-`str(error)` is three lines (``what``, ``why:``, ``do:``; the empty ones are left out).  `code` is the exit
-status of the command line for that error.  Every subclass is a `HyperRTError`: catch one, catch all.
+    HyperRTError 1
+    ├── UsageError 2 (a ValueError, too)
+    ├── BadInput 3
+    │   ├── BadImage 3, LinkedPhotos 3, BadPrompt 3
+    │   └── LoraError 3
+    │       └── LoraMismatch 5
+    ├── NotFound 4
+    ├── Incompatible 5
+    ├── ResourceError 6
+    ├── IntegrityError 8
+    │   └── BundleError 8
+    │       └── BundleMismatch 5
+    ├── NumericError 9
+    └── EngineError 7 and the errors below it: engines/errors.py
+
+The number is `code`, the exit status of the command line.
 """
 
 from __future__ import annotations
@@ -14,38 +28,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from hyperrt.engines.errors import HyperRTError as HyperRTError
+
 SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # the system may have room for it later
 EXISTS = {errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
-
-class HyperRTError(Exception):
-    """Base of every error of this package.
-
-    Args:
-        what: what happened, one line.
-        why: the cause, as far as it is known; may be empty.
-        do: the next step for the reader; may be empty.
-    """
-
-    code: ClassVar[int] = 1
-
-    def __init__(self, what: str, why: str = "", do: str = "") -> None:
-        # All three go to Exception.args, so that pickling (worker processes) rebuilds the same error.
-        super().__init__(what, why, do)
-        self.what = what
-        self.why = why
-        self.do = do
-
-    def __str__(self) -> str:
-        lines = [self.what]
-        if self.why:
-            lines.append(f"  why: {self.why}")
-        if self.do:
-            lines.append(f"  do:  {self.do}")
-        return "\n".join(lines)
 
 
 class UsageError(HyperRTError, ValueError):

@@ -12,10 +12,13 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
+
+from hyperrt.text import shortened
 
 T = TypeVar("T")
 SCALARS: Mapping[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -49,7 +52,8 @@ def read(kind: Callable[..., T], data: object, where: str = "") -> T:
         _wrong(data, where, "an object")
     fields, hints = _schema(kind)
     for name in data.keys() - fields.keys():
-        raise StrictError(f"the key {_join(where, _short(name))} is unknown; known are {', '.join(fields)}")
+        key, known = _join(where, shortened(name)), ", ".join(fields)
+        raise StrictError(f"the key {key} is unknown; known are {known}")
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -74,6 +78,17 @@ def dump(value: object) -> Any:
     return value
 
 
+def check_sha256(**hashes: str) -> None:
+    """Refuse a hash that is not 64 lower-case hexadecimal digits; for the `__post_init__` of a dataclass.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, value in hashes.items():
+        if not re.fullmatch(r"[0-9a-f]{64}", value):
+            raise ValueError(f"{name} is {value[:20]!r}; it must be 64 hex digits")
+
+
 @functools.cache
 def _schema(kind: Any) -> tuple[dict[str, dataclasses.Field[Any]], dict[str, Any]]:
     """Fields and types of a dataclass; kept, as resolving types is slow and a manifest has many sites."""
@@ -96,7 +111,7 @@ def _value(hint: Any, data: object, where: str) -> Any:
         if not isinstance(data, dict):
             _wrong(data, where, "an object")
         return {
-            _scalar(str, key, f"a key of {where}"): _value(args[1], item, _join(where, _short(key)))
+            _scalar(str, key, f"a key of {where}"): _value(args[1], item, _join(where, shortened(key)))
             for key, item in data.items()
         }
     return read(hint, data, where)
@@ -130,12 +145,7 @@ def _tuple(args: tuple[Any, ...], data: object, where: str) -> tuple[Any, ...]:
 
 
 def _wrong(data: object, where: str, expected: str) -> NoReturn:
-    raise StrictError(f"{where or 'it'} is {_short(json.dumps(data))}; it must be {expected}")
-
-
-def _short(text: str) -> str:
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 60 else text[:57] + "..."
+    raise StrictError(f"{where or 'it'} is {shortened(json.dumps(data))}; it must be {expected}")
 
 
 def _join(where: str, name: str) -> str:
@@ -146,7 +156,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
-        raise StrictError(f"the key {_short(twice)} occurs twice")
+        raise StrictError(f"the key {shortened(twice)} occurs twice")
     return found
 
 

@@ -17,20 +17,11 @@ from hyperrt.engines import TensorSpec
 from hyperrt.engines.nvidia import tensorrt_build
 
 GRAPHS = Path(__file__).parent / "engines" / "graphs"
-ONNX = "affine.onnx"
 # Backend -> its form of the graph.
 FILES = {
-    "fake": "affine.json",
-    "onnxruntime": ONNX,
-    "onnxruntime-cuda": ONNX,
-    "onnxruntime-tensorrt": ONNX,
-    "openvino": ONNX,
-    "tensorrt": ONNX,
-    "tensorrt-rtx": ONNX,
+    name: "affine.onnx" if backend.vendor else "affine.json" for name, backend in engines.BACKENDS.items()
 }
 REFITTABLE = {name: file.replace("affine", "refittable") for name, file in FILES.items()}
-FROZEN = ("onnxruntime-tensorrt", "openvino")  # backends to which constants with names are like any others
-PLANNED = ("tensorrt", "tensorrt-rtx")  # those that run what was compiled
 RANGES = {"rows": (1, 2, 8), "subjects": (1, 1, 8)}
 
 W = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
@@ -76,7 +67,7 @@ def ready(backend, monkeypatch):
 def opened(backend, files=FILES, **options):
     """An engine of one of the graphs, compiled where the backend runs what was compiled."""
     path = GRAPHS / files[backend]
-    if backend not in PLANNED or not path.exists():
+    if not engines.BACKENDS[backend].runs_plans or not path.exists():
         return engines.open(path, backend, **options)
     sizes = options.get("sizes") or {}
     weights = WEIGHTS if files is REFITTABLE else ()

@@ -46,7 +46,7 @@ def drawn_photos() -> list[Any]:
     from hyperrt.training.data import scenes
 
     rng = np.random.default_rng(0)
-    robot = scenes.identity("robot", "test", 0)
+    robot = scenes.drawn_subject("robot", "test", 0)
     return [scenes.scene(robot, background, rng, size=96) for background in scenes.BACKGROUNDS[:4]]
 
 

@@ -25,7 +25,7 @@ from hyperrt.photos import load
 from hyperrt.plans import cache as plans
 from hyperrt.plans import private_folder
 from hyperrt.sampling import recipe
-from hyperrt.session import personalizer, pictures
+from hyperrt.session import decode, finite
 from tests.advice import ROOT, fits, run, sites
 from tests.hyperrt import some_plans
 from tests.pasting import commands_in
@@ -210,14 +210,14 @@ def _(folder, monkeypatch):
     return advice_of(load.load_image, b"\0\0\0\x18ftypavif\0\0\0\0avifmif1")
 
 
-@message("hyperrt/session/personalizer.py:check_finite")
+@message("hyperrt/session/finite.py:check_finite")
 def _(folder, monkeypatch):
-    return advice_of(personalizer.check_finite, {"x": np.array([np.nan])}, "it")
+    return advice_of(finite.check_finite, {"x": np.array([np.nan])}, "it")
 
 
-@message("hyperrt/session/pictures.py:check_not_flat")
+@message("hyperrt/session/decode.py:check_not_flat")
 def _(folder, monkeypatch):
-    return advice_of(pictures.check_not_flat, np.zeros((1, 3, 8, 8), np.float32))
+    return advice_of(decode.check_not_flat, np.zeros((1, 3, 8, 8), np.float32))
 
 
 @message("hyperrt/plans/messages.py:compile_command")
@@ -261,7 +261,7 @@ def _(folder, monkeypatch):
     from hyperrt.training.evaluation import scorers
 
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
-    with pytest.raises(scorers.Absent) as caught:
+    with pytest.raises(scorers.ScorerUnavailable) as caught:
         scorers.Face("cpu")
     return str(caught.value)
 

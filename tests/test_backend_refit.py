@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from hyperrt import engines
 from hyperrt.engines import EngineError, EngineInputError
-from tests.backends import FILES, FROZEN, REFITTABLE, WEIGHTS, X, marked, opened, ready
+from tests.backends import FILES, REFITTABLE, WEIGHTS, X, marked, opened, ready
 
 FIRST = {"w": np.ones((3, 2), np.float32), "b": np.zeros((1, 2), np.float32)}
 A, B = (
@@ -22,7 +23,7 @@ def computed(weights):
     return X @ weights["w"] + weights["b"]
 
 
-@pytest.fixture(params=[marked(name) for name in FILES if name not in FROZEN])
+@pytest.fixture(params=[marked(name) for name in FILES if engines.BACKENDS[name].refits])
 def refitted(request, monkeypatch):
     """An engine of this graph."""
     backend = ready(request.param, monkeypatch)
@@ -34,7 +35,7 @@ def y(engine):
     return engine.run({"x": X})["y"]
 
 
-@pytest.mark.parametrize("backend", [marked(name) for name in FROZEN])
+@pytest.mark.parametrize("backend", [marked(name) for name in FILES if not engines.BACKENDS[name].refits])
 def test_a_backend_that_cannot_refit_says_so_and_runs_with_what_the_graph_has(backend, monkeypatch):
     ready(backend, monkeypatch)
     with opened(backend, REFITTABLE, threads=1) as engine:

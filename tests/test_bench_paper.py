@@ -99,7 +99,8 @@ def tiny():
 
 
 def subject_of(runtime, scale: float):
-    from hyperrt.lora.layout import VECTORS, Subject
+    from hyperrt.lora.layout import VECTORS
+    from hyperrt.lora.subject import Subject
 
     rng = np.random.default_rng(0)
     size = runtime.bundle.layout.size
@@ -107,29 +108,24 @@ def subject_of(runtime, scale: float):
     return Subject(lora, "robot", 1, {})
 
 
-def test_plain_cfg_is_of_the_personalised_model_on_both_rows(load, tiny):
+def test_plain_cfg_is_of_the_personalised_model_on_both_rows(load, tiny, monkeypatch):
     drawing = load("small_drawing")
 
     def latents(guidance, scale):
-        made = []
-        run = tiny._run
-
-        def spy(job, several):
-            made.append((job.gate.tolist(), job.texts, job.weights.tolist()))
-            return run(job, several)
-
-        tiny._run = spy
-        try:
+        requests = []
+        sample = type(tiny).sample
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, "sample", lambda one: requests.append(one) or sample(tiny, one))
             subject = subject_of(tiny, scale)
             picture = drawing.draw(tiny, "a [V] robot in a forest", subject, guidance, steps=2, seed=3)
-        finally:
-            del tiny._run
-        return picture, made[0]
+        rows = requests[0].rows
+        gate, texts = ([getattr(row, name) for row in rows] for name in ("gate", "text"))
+        return picture, (gate, texts, requests[0].weights)
 
     plain, (gate, texts, weights) = latents(drawing.Guidance(3.0, None), 0.1)
-    assert (gate, texts, weights) == ([1, 1], ("", "a sks robot in a forest"), [-2, 3])
+    assert (gate, texts, weights) == ([1, 1], ["", "a sks robot in a forest"], (-2, 3))
     hybrid, (gate, _, weights) = latents(drawing.Guidance(1.5, 2.0), 0.1)
-    assert (gate, weights) == ([0, 1], [-2, 3])
+    assert (gate, weights) == ([0, 1], (-2, 3))
     assert (plain != hybrid).any()  # the LoRA also changes what the empty prompt gives
     nothing = [latents(g, 0.0)[0] for g in (drawing.Guidance(3.0, None), drawing.Guidance(1.5, 2.0))]
     assert np.array_equal(*nothing)
@@ -197,7 +193,7 @@ def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
 
     monkeypatch.setattr(subjects.train, "run", run)
     monkeypatch.setattr(subjects.checkpoint, "load_hypernet", load_hypernet)
-    monkeypatch.setattr(subjects.checkpoint, "hash_of", lambda unet: "hash")
+    monkeypatch.setattr(subjects.weight_hash, "hash_of", lambda unet: "hash")
     monkeypatch.setattr(subjects.bases, "opened", lambda folder: SimpleNamespace(unet=None))
     monkeypatch.setattr(
         small_world, "captioned_by_noun", lambda world, folder: small_world.World(world.base, folder)
@@ -224,8 +220,8 @@ def test_a_cache_is_captioned_by_noun(load, tmp_path):
     for _ in range(2):  # the second time it is there
         found = small_world.captioned_by_noun(world, tmp_path / "work" / "nouns")
     assert found == small_world.World(world.base, tmp_path / "work" / "nouns")
-    cache = data.SceneCache.open(found.cache)
-    assert np.array_equal(cache.images, data.SceneCache.open(world.cache).images)
+    cache = data.PictureCache.open(found.cache)
+    assert np.array_equal(cache.images, data.PictureCache.open(world.cache).images)
     assert cache.latents.shape == (9, 2, 1) and not (found.cache / "text-1.npy").exists()
     texts = json.loads((found.cache / "captions.json").read_text())["texts"]
     assert [len(of_one) for of_one in texts] == [2] * 9
@@ -263,9 +259,9 @@ def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
 
 
 def test_a_margin_is_from_minus_one_to_one(load):
-    scoring, judges = load("scoring"), importlib.import_module("hyperrt.training.evaluation.judges")
+    scoring, classifiers = load("scoring"), importlib.import_module("hyperrt.training.evaluation.classifiers")
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200)))
-    judge = judges.Scenes([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
+    judge = classifiers.SceneClassifier([red] * 5 + [blue] * 5, ["red"] * 5 + ["blue"] * 5)
     assert scoring.margin(judge, red, "red") == pytest.approx(1)
     assert scoring.margin(judge, red, "blue") == pytest.approx(-1)
     half = (red // 2 + blue // 2).astype(np.uint8)

@@ -1,13 +1,13 @@
-"""Draws and scores pictures of many subjects, and writes a report.
+"""Draws and scores pictures of many subjects and writes a report.
 
     hyperrt evaluate BUNDLE --protocol dreambench --subjects DIR --output OUT --clip DIR --dino DIR
-    hyperrt evaluate --pictures DIR ...     scores what is there, and draws nothing
-    hyperrt evaluate --calibrate ...        scores the real photos alone
+    hyperrt evaluate --score DIR ...        scores the pictures in DIR and draws nothing
+    hyperrt evaluate --calibrate ...        scores the real photos only
 
-OUT gets pictures/SUBJECT/*.png, photos/SUBJECT/*.png (small, for the page), report.json and index.html. The
-pictures come from the runtime, the scores from training/evaluation/scorers.py; the protocols are those of
-training/evaluation/protocols.py. Started by `accelerate launch -m hyperrt.training.evaluate ...`, each
-process takes its part of the subjects; the figures are the same. A run that was killed goes on with --resume.
+OUT gets pictures/SUBJECT/*.png, photos/SUBJECT/*.png (small copies for the page), report.json and index.html.
+The runtime draws the pictures, training/evaluation/scorers.py scores them, and
+training/evaluation/protocols.py defines the protocols. With `accelerate launch -m hyperrt.training.evaluate`
+each process takes its share of the subjects; the scores are the same. --resume continues a killed run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,207 +26,172 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from hyperrt import Runtime, files
+from hyperrt.cli.options import RenamedOption
 from hyperrt.engines import BACKENDS, resolve
 from hyperrt.errors import BadInput, UsageError
 from hyperrt.photos import load
-from hyperrt.sampling.options import SamplingConfig
-from hyperrt.training.evaluation import drawing as pictures
-from hyperrt.training.evaluation import drawn_scorers, protocols, report, scores
-from hyperrt.training.evaluation.drawing import Drawing, Found, Made
-from hyperrt.training.evaluation.protocols import PROTOCOLS, Entry
+from hyperrt.sampling.options import SamplingOptions
+from hyperrt.training.evaluation import drawing, drawn_scorers, protocols, report, scores
+from hyperrt.training.evaluation.drawing import DrawResult, DrawSettings, PictureFile
+from hyperrt.training.evaluation.protocols import PROTOCOLS, EvaluationSubject
 from hyperrt.training.evaluation.report import PHOTOS, PICTURES, REPORT
-from hyperrt.training.evaluation.scorers import Absent, Clip, Dino, Face, Scorer
-from hyperrt.training.run.loop import reported, stopping
+from hyperrt.training.evaluation.results import ScoredPicture, SubjectResult
+from hyperrt.training.evaluation.scorers import (
+    ClipScorer,
+    DinoScorer,
+    FaceScorer,
+    Scorer,
+    ScorerUnavailable,
+)
+from hyperrt.training.evaluation.settings import SCORERS, EvaluateConfig
+from hyperrt.training.messages import reported
+from hyperrt.training.run.loop import stopping
 
 log = logging.getLogger("hyperrt.training")
 
-SCORERS = ("clip", "dino", "face", "identity", "colours", "background")
 THUMBNAIL = 256  # pixels
 PATIENCE = timedelta(days=14)  # how long a process waits for the others, which may have more to draw
-Row = dict[str, Any]  # what is known of a subject, as JSON values; see `evaluate_one`
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """One evaluation.
-
-    Raises:
-        UsageError: a value is not one of those known, or two exclude each other.
-    """
-
-    protocol: str
-    output: Path
-    bundle: str | None = None  # name or folder
-    subjects: Path | None = None
-    pictures: Path | None = None  # score these, draw nothing
-    calibrate: bool = False  # score real photos alone
-    drawing: Drawing = field(default_factory=Drawing)
-    scorers: tuple[str, ...] = ()  # none: the protocol's
-    clip: str | None = None  # folder, or OWNER/NAME@REVISION on the hub
-    dino: str | None = None
-    face: bool = False
-    judges: Path | None = None  # folder of trained judges; None: HyperRT's own
-    only: tuple[str, ...] = ()  # subjects by name
-    limit: int | None = None  # subjects; None: the protocol's
-    backend: str = "auto"
-    threads: int | None = None
-    cpu: bool = False  # scorers compute on the processor, although there is a GPU
-    offline: bool = False
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for kind, known, names in (
-            ("protocol", PROTOCOLS, (self.protocol,)),
-            ("scorer", SCORERS, self.scorers),
-        ):
-            for name in names:
-                if name not in known:
-                    why = f"there are {', '.join(known)}"
-                    raise UsageError(f"there is no {kind} {name!r}", why, "name one of them")
-        sources = {"a bundle": self.bundle, "--pictures": self.pictures, "--calibrate": self.calibrate}
-        given = [name for name, value in sources.items() if value]
-        if len(given) != 1:
-            why = "pictures are drawn with a bundle, or are there already, or are not looked at"
-            what = f"{' and '.join(given)} were given" if given else "no source of pictures was given"
-            raise UsageError(what, why, f"give one of {', '.join(sources)}")
 
 
 def run(config: EvaluateConfig) -> Path:
-    """The whole evaluation; returns the path of report.json.
+    """Runs the evaluation and returns the path of report.json.
 
     Raises:
         UsageError: OUT holds an evaluation and `resume` is off.
-        NotFound, BadInput: there are no subjects, or nothing of them that can be used.
+        NotFound, BadInput: there are no subjects, or none of them can be used.
         HyperRTError, engines.EngineError: as the runtime and the scorers.
         SystemExit: 128 + the number of a signal that arrived.
     """
     state = PartialState(cpu=config.cpu, timeout=PATIENCE)
     protocol = PROTOCOLS[config.protocol]
     everybody = protocols.subjects(protocol, config.subjects)
-    listing = everybody.chosen(config.only, config.limit or protocol.limit)
+    selection = everybody.select(config.only, config.limit or protocol.limit)
     if state.is_main_process:
-        _prepare(config)
+        _prepare_output(config)
     state.wait_for_everyone()
     with stopping() as stopped:
-        with state.main_process_first():  # so that one process trains or fetches, and the others find it
-            scorers, absent = _scorers(config, everybody.entries, state)
+        with state.main_process_first():  # one process trains or downloads; the others find the files
+            scorers, unavailable = _scorers(config, everybody.subjects, state)
         with (
             _runtime(config, state) as runtime,
-            state.split_between_processes(list(listing.entries)) as share,
+            state.split_between_processes(list(selection.subjects)) as share,
         ):
-            rows: list[Row] = []
-            for entry in share:
+            results: list[SubjectResult] = []
+            for subject in share:
                 if not stopped:
-                    rows.append(evaluate_one(config, entry, runtime, scorers, stopped))
-                    log.info("%s: %s (%d of %d)", entry.name, _in_words(rows[-1]), len(rows), len(share))
+                    results.append(evaluate_subject(config, subject, runtime, scorers, stopped))
+                    log.info("%s: %s (%d of %d)", subject.name, results[-1], len(results), len(share))
         if stopped:
             return config.output  # `stopping` ends the process
-        by_name = {row["name"]: row for row in gather_object(rows)}  # the last one may come twice
-    report_path = config.output / REPORT
+        by_name = {result.name: result for result in gather_object(results)}  # the last may come twice
     if state.is_main_process:
-        ordered = [by_name[entry.name] for entry in listing.entries]
-        _refuse_nothing(config, ordered)
-        report.write(config, runtime, listing, ordered, scorers, absent)
+        ordered = [by_name[subject.name] for subject in selection.subjects]
+        _check_any_scored(config, ordered)
+        report.write(config, runtime, selection, ordered, scorers, unavailable)
     state.wait_for_everyone()
-    return report_path
+    return config.output / REPORT
 
 
-def evaluate_one(
+def evaluate_subject(
     config: EvaluateConfig,
-    entry: Entry,
+    subject: EvaluationSubject,
     runtime: Runtime | None,
     scorers: Mapping[str, Scorer],
     stopped: Sequence[int] = (),
-) -> Row:
-    """Draws what is to be drawn of a subject, and scores what is there.
+) -> SubjectResult:
+    """Draws the missing pictures of a subject and scores all of them.
 
-    Returns a row with `name`, `noun`, `pack`, `photos` (files of small copies), `left_out` ([name, reason] of
-    photos and pictures), `reason` (why nothing of it counts, or ""), `drawn`, `kept`, `missing`, `real` and
-    `scores` (means), and `pictures`, each with `file`, `number`, `image`, `seed`, `scores`.
+    Args:
+        runtime: draws; None: only existing pictures are scored.
+        stopped: if a signal is added to it, drawing stops and nothing is scored.
     """
-    row: Row = {
-        "name": entry.name, "noun": entry.noun, "pack": entry.pack.name, "photos": [], "left_out": [],
-        "reason": "", "drawn": 0, "kept": 0, "missing": 0, "real": {}, "scores": {}, "pictures": [],
-    }  # fmt: skip
+    result = SubjectResult(subject.name, subject.noun, subject.pack.name)
     try:
-        photos = entry.photos()
+        photos = subject.photos()
     except BadInput as error:
-        log.warning("%s is left out: %s", entry.name, error.why or error.what)
-        return {**row, "reason": f"{error.what}: {error.why}"}
-    row["photos"] = _small_copies(photos, config.output / PHOTOS / entry.name)
-    row["left_out"] = [list(one) for one in photos.rejected]
-    folder = (config.pictures or config.output / PICTURES) / entry.name
+        log.warning("%s is left out: %s", subject.name, error.why or error.what)
+        result.reason = f"{error.what}: {error.why}"
+        return result
+    result.photos = _save_thumbnails(photos, config.output / PHOTOS / subject.name)
+    result.left_out += photos.rejected
+    folder = (config.score or config.output / PICTURES) / subject.name
     if runtime is not None:
-        made = _draw(config, entry, photos, runtime, folder, stopped)
-        row |= {"drawn": made.drawn, "kept": made.kept}
-        row["left_out"] += [list(one) for one in made.failed]
+        drawn = _draw(config, subject, photos, runtime, folder, stopped)
+        result.drawn, result.kept = drawn.drawn, drawn.kept
+        result.left_out += drawn.failed
     if stopped:
-        return row
+        return result
     for scorer in scorers.values():
-        row["real"] |= scorer.real(entry, photos.images)
+        result.real |= scorer.real(subject, photos.images)
     if not config.calibrate:
-        _score(entry, photos, folder, config, scorers, row)
-    for name, reason in row["left_out"]:
-        log.warning("%s: left out %s: %s", entry.name, name, reason)
-    return row
+        _score(config, subject, photos, folder, scorers, result)
+    for name, reason in result.left_out:
+        log.warning("%s: left out %s: %s", subject.name, name, reason)
+    return result
 
 
 def _score(
-    entry: Entry,
+    config: EvaluateConfig,
+    subject: EvaluationSubject,
     photos: load.Photos,
     folder: Path,
-    config: EvaluateConfig,
     scorers: Mapping[str, Scorer],
-    row: Row,
+    result: SubjectResult,
 ) -> None:
-    """Fills in what a row says of pictures."""
-    prompts = entry.pack.prompts(entry.noun)
-    found, bad = pictures.find(folder, prompts, config.drawing.images)
-    row["left_out"] += [list(one) for one in bad]
-    row["missing"] = len(prompts) * config.drawing.images - len(found)
-    if not found:
-        row["reason"] = "there are no pictures of it"
+    """Scores the pictures in a folder and adds them to the result."""
+    prompts = subject.pack.prompts(subject.noun)
+    pictures, bad = drawing.find(folder, prompts, config.drawing.pictures)
+    result.left_out += bad
+    result.missing = len(prompts) * config.drawing.pictures - len(pictures)
+    if not pictures:
+        result.reason = "there are no pictures of it"
         return
-    row["pictures"] = _scored(entry, photos.images, found, scorers)
-    of_pictures = scores.means([one["scores"] for one in row["pictures"]])
-    row["scores"] = of_pictures | scores.average(of_pictures, PROTOCOLS[config.protocol].average)
+    result.pictures = _scored(subject, photos.images, pictures, scorers)
+    means = scores.means([picture.scores for picture in result.pictures])
+    result.scores = means | scores.average(means, PROTOCOLS[config.protocol].average)
 
 
 def _draw(
     config: EvaluateConfig,
-    entry: Entry,
+    subject: EvaluationSubject,
     photos: load.Photos,
     runtime: Runtime,
     folder: Path,
     stopped: Sequence[int],
-) -> Made:
-    subject = runtime.personalize(photos.images, entry.noun)
-    made = Made()
-    prompts = entry.pack.prompts(entry.noun)
-    for _ in pictures.draw(runtime, subject, prompts, folder, config.drawing, made):
+) -> DrawResult:
+    personalized = runtime.personalize(photos.images, subject.noun)
+    result = DrawResult()
+    prompts = subject.pack.prompts(subject.noun)
+    for _ in drawing.draw(runtime, personalized, prompts, folder, config.drawing, result):
         if stopped:
             break
-    return made
+    return result
 
 
 def _scored(
-    entry: Entry, photos: Sequence[np.ndarray], found: Sequence[Found], scorers: Mapping[str, Scorer]
-) -> list[dict[str, Any]]:
-    loaded = [load.load_image(one.file) for one in found]
+    subject: EvaluationSubject,
+    photos: Sequence[np.ndarray],
+    pictures: Sequence[PictureFile],
+    scorers: Mapping[str, Scorer],
+) -> list[ScoredPicture]:
+    images = [load.load_image(picture.file) for picture in pictures]
     columns: dict[str, Sequence[scores.Score]] = {}
     for scorer in scorers.values():
-        columns |= scorer.score(entry, photos, loaded, [one.number for one in found])
+        columns |= scorer.score(subject, photos, images, [picture.number for picture in pictures])
     return [
-        {
-            "file": one.file.name, "number": one.number, "image": one.image, "seed": one.seed,
-            "scores": {key: column[k] for key, column in columns.items()},
-        }
-        for k, one in enumerate(found)
-    ]  # fmt: skip
+        ScoredPicture(
+            picture.file.name,
+            picture.number,
+            picture.image,
+            picture.seed,
+            {key: column[k] for key, column in columns.items()},
+        )
+        for k, picture in enumerate(pictures)
+    ]
 
 
-def _small_copies(photos: load.Photos, folder: Path) -> list[str]:
-    """The photos, reduced, for the page; their names."""
+def _save_thumbnails(photos: load.Photos, folder: Path) -> list[str]:
+    """Writes small copies of the photos for the page; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for k, photo in enumerate(photos.images):
@@ -238,23 +202,24 @@ def _small_copies(photos: load.Photos, folder: Path) -> list[str]:
     return names
 
 
-def _prepare(config: EvaluateConfig) -> None:
-    out, why = config.output, "nothing is overwritten unasked"
-    names = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
+def _prepare_output(config: EvaluateConfig) -> None:
+    output, why = config.output, "existing files are kept"
+    names = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
     if names and not names & {PHOTOS, PICTURES, REPORT}:
-        raise UsageError(f"{out} is not empty, and holds no evaluation", why, "choose another --output")
+        raise UsageError(f"{output} is not empty, and holds no evaluation", why, "choose another --output")
     if names and not config.resume:
-        raise UsageError(f"{out} holds an evaluation", why, "add --resume, or another --output")
+        raise UsageError(f"{output} holds an evaluation", why, "add --resume, or choose another --output")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{out} cannot be made", error.strerror or str(error), "name another") from error
+        what = f"the folder {output} cannot be created"
+        raise UsageError(what, error.strerror or str(error), "choose another --output") from error
 
 
 def _runtime(
     config: EvaluateConfig, state: PartialState
 ) -> contextlib.AbstractContextManager[Runtime | None]:
-    """Where GPUs draw, each process of a machine has one."""
+    """The runtime that draws; on GPUs each process of a machine takes its own."""
     if config.bundle is None:
         return contextlib.nullcontext()
     device = state.local_process_index if BACKENDS[resolve(config.backend)].nvidia else 0
@@ -262,54 +227,58 @@ def _runtime(
 
 
 def _scorers(
-    config: EvaluateConfig, everybody: Sequence[Entry], state: PartialState
+    config: EvaluateConfig, everybody: Sequence[EvaluationSubject], state: PartialState
 ) -> tuple[dict[str, Scorer], dict[str, str]]:
-    """Those that can be had, and why the others cannot."""
-    found: dict[str, Scorer] = {}
-    absent: dict[str, str] = {}
+    """The available scorers, and the reasons why others are unavailable, by name."""
+    scorers: dict[str, Scorer] = {}
+    unavailable: dict[str, str] = {}
     for name in config.scorers or PROTOCOLS[config.protocol].scorers:
         try:
-            found[name] = _scorer(name, config, everybody, state)
-        except Absent as error:
-            absent[name] = str(error)
-            log.warning("%s is absent: %s", name, error)
-    return found, absent
+            scorers[name] = _scorer(name, config, everybody, state)
+        except ScorerUnavailable as error:
+            unavailable[name] = str(error)
+            log.warning("scorer %s is unavailable: %s", name, error)
+    return scorers, unavailable
 
 
-def _scorer(name: str, config: EvaluateConfig, everybody: Sequence[Entry], state: PartialState) -> Scorer:
+def _scorer(
+    name: str, config: EvaluateConfig, everybody: Sequence[EvaluationSubject], state: PartialState
+) -> Scorer:
     if name in ("clip", "dino"):
         source = getattr(config, name)
         if not source:
-            raise Absent(f"no weights were named; --{name} takes a folder, or OWNER/NAME on the hub")
-        return (Clip if name == "clip" else Dino)(source, state.device, config.offline)
+            why = f"no weights were given; --{name} takes a folder, or OWNER/NAME on the hub"
+            raise ScorerUnavailable(why)
+        return (ClipScorer if name == "clip" else DinoScorer)(source, state.device, config.offline)
     if name == "face":
         if not config.face:
-            raise Absent("it was not asked for; --face takes facenet-pytorch and its weights")
-        return Face(state.device, config.offline)
+            raise ScorerUnavailable("it was not requested; --face uses facenet-pytorch and its weights")
+        return FaceScorer(state.device, config.offline)
     if config.protocol != "drawn":
-        why = "it knows drawn subjects alone"
+        why = "it scores drawn subjects only"
         raise UsageError(f"{name} cannot score {config.protocol}", why, "choose others with --scorers")
     return {
-        "identity": lambda: drawn_scorers.Identity(config.judges),
-        "colours": drawn_scorers.Colours,
-        "background": lambda: drawn_scorers.Background(everybody),
+        "identity": lambda: drawn_scorers.IdentityScorer(config.encoders),
+        "colours": drawn_scorers.ColourScorer,
+        "background": lambda: drawn_scorers.BackgroundScorer(everybody),
     }[name]()
 
 
-def _refuse_nothing(config: EvaluateConfig, rows: Sequence[Row]) -> None:
-    wanted = "real" if config.calibrate else "pictures"
-    if not any(row[wanted] for row in rows):
-        why = "; ".join(f"{row['name']}: {row['reason']}" for row in rows[:3])
-        where = config.pictures or config.subjects or config.output
+def _check_any_scored(config: EvaluateConfig, results: Sequence[SubjectResult]) -> None:
+    """Raises BadInput if no subject has scores."""
+    if not any(result.real if config.calibrate else result.pictures for result in results):
+        why = "; ".join(f"{result.name}: {result.reason}" for result in results[:3])
+        where = config.score or config.subjects or config.output
         what = f"nothing in {where} can be scored"
         raise BadInput(what, why, "see training/evaluation/drawing.py for the names")
 
 
-def _in_words(row: Row) -> str:
-    if row["reason"]:
-        return row["reason"]
-    figures = ", ".join(f"{key} {value:.3f}" for key, value in row["scores"].items() if value is not None)
-    return f"{row['drawn']} pictures drawn, {row['kept']} kept" + (f"; {figures}" if figures else "")
+class CountOrFolder(click.IntRange):
+    """The value of --pictures: a count or, as in earlier versions, the folder that --score names now."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        is_folder = isinstance(value, str) and Path(value).is_dir() and not value.isdigit()
+        return Path(value) if is_folder else super().convert(value, param, ctx)
 
 
 PATH = click.Path(path_type=Path)
@@ -320,35 +289,65 @@ PATH = click.Path(path_type=Path)
 )
 @click.argument("bundle", required=False)
 @click.option("--protocol", required=True, help=f"One of {', '.join(PROTOCOLS)}.")
-@click.option("--output", type=PATH, required=True, help="Folder of the report and the pictures.")
+@click.option("--output", "-o", type=PATH, required=True, help="Folder of the report and the pictures.")
 @click.option("--subjects", type=PATH, help="Folder of the subjects' real photos.")
-@click.option("--pictures", "found", type=PATH, help="Score the pictures there, draw nothing.")
-@click.option("--calibrate", is_flag=True, help="Score the real photos alone.")
-@click.option("--images-per-prompt", type=click.IntRange(1, 1000), help="[default: 4]")
-@click.option("--fast", is_flag=True, help="One image for each prompt.")
-@click.option("--seed", type=click.IntRange(0), default=42, help="Image k of a prompt has seed + k.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=30)
-@click.option("--kappa", type=float, help="[default: the bundle's]")
+@click.option("--score", type=PATH, help="Score the pictures in this folder; draw nothing.")
+@click.option("--calibrate", is_flag=True, help="Score the real photos only.")
+@click.option(
+    "--pictures",
+    "-n",
+    cls=RenamedOption,
+    former=["--images-per-prompt"],
+    type=CountOrFolder(1, 1000),
+    help="Pictures of each subject and prompt.  [default: 4]",
+)
+@click.option("--fast", is_flag=True, help="One picture of each subject and prompt.")
+@click.option("--seed", type=click.IntRange(0), default=42, help="Picture k of a prompt uses seed + k.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=30, help="Denoising steps.")
+@click.option(
+    "--kappa", type=float, help="Share of the subject in the guidance, 0 to 2.  [default: the bundle's]"
+)
 @click.option("--cfg", is_flag=True, help="Plain CFG of the personalised model, as in the paper's tables.")
-@click.option("--guidance", type=float, help="s = w + 1 [default: the bundle's, of CFG twice that]")
+@click.option(
+    "--guidance-scale",
+    "-g",
+    cls=RenamedOption,
+    former=["--guidance"],
+    type=float,
+    help="How hard to follow the prompt (s = w + 1).  [default: the bundle's; twice that with --cfg]",
+)
 @click.option("--solver", help="[default: the bundle's]")
-@click.option("--batch", type=click.IntRange(1, 1000), default=4, help="Pictures of one call.")
-@click.option("--scorers", help=f"Some of {','.join(SCORERS)} [default: the protocol's]")
+@click.option(
+    "--batch-size",
+    cls=RenamedOption,
+    former=["--batch"],
+    type=click.IntRange(1, 1000),
+    default=4,
+    help="Pictures per engine call.",
+)
+@click.option("--scorers", help=f"Some of {','.join(SCORERS)}.  [default: the protocol's]")
 @click.option("--clip", help="CLIP ViT-B/32: a folder, or OWNER/NAME[@REVISION] on the hub.")
 @click.option("--dino", help="DINO ViT-S/16: likewise.")
 @click.option("--face", is_flag=True, help="Face recognition by facenet-pytorch.")
-@click.option("--judges", type=PATH, help="Folder of trained judges [default: HyperRT's own].")
-@click.option("--only", multiple=True, help="A subject by name; may be repeated.")
-@click.option("--limit", type=click.IntRange(1), help="Most subjects [default: the protocol's]")
-@click.option("--backend", default="auto", help="That draws.")
-@click.option("--threads", type=click.IntRange(1), help="Of one engine call.")
-@click.option("--cpu", is_flag=True, help="Scorers compute on the processor, although there is a GPU.")
-@click.option("--offline", is_flag=True, help="Fetch nothing.")
-@click.option("--resume", is_flag=True, help="Go on with the evaluation in --output.")
+@click.option(
+    "--encoders",
+    cls=RenamedOption,
+    former=["--judges"],
+    type=PATH,
+    help="Folder of trained identity encoders.  [default: in HyperRT's own folder]",
+)
+@click.option("--only", multiple=True, help="Name of a subject; may be repeated.")
+@click.option(
+    "--limit", type=click.IntRange(1), help="Maximum number of subjects.  [default: the protocol's]"
+)
+@click.option("--backend", default="auto", help="What runs the model.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the physical cores]")
+@click.option("--cpu", is_flag=True, help="Run the scorers on the CPU even if there is a GPU.")
+@click.option("--offline", is_flag=True, help="Do not access the network.")
+@click.option("--resume", is_flag=True, help="Continue the evaluation in --output.")
 def main(
-    bundle: str | None, protocol: str, output: Path, found: Path | None, images_per_prompt: int | None,
-    fast: bool, seed: int, steps: int, kappa: float | None, cfg: bool, guidance: float | None,
-    solver: str | None, batch: int, scorers: str | None, **others: Any,
+    pictures: int | Path | None, fast: bool, seed: int, steps: int, kappa: float | None, cfg: bool,
+    guidance_scale: float | None, solver: str | None, batch_size: int, scorers: str | None, **others: Any,
 ) -> None:  # fmt: skip
     """Draw and score pictures of many subjects with BUNDLE (a name or a folder), and write a report.
 
@@ -356,21 +355,19 @@ def main(
     Examples:
       hyperrt evaluate tiny --protocol drawn --output report --limit 8
       hyperrt evaluate sdxl --protocol dreambench --subjects dreambench --output report
-      hyperrt evaluate --protocol drawn --pictures report/pictures --output scores
+      hyperrt evaluate --protocol drawn --score report/pictures --output scores
     """
     with reported():
-        if fast and images_per_prompt not in (None, 1):
-            why = f"--fast is one image of each prompt, and --images-per-prompt is {images_per_prompt}"
-            raise UsageError("--fast and --images-per-prompt do not go together", why, "leave one out")
-        number = 1 if fast else images_per_prompt or 4
-        drawing = Drawing(number, seed, steps, kappa, cfg, guidance, solver, batch)
-        SamplingConfig(**drawing.options(range(number)))
+        if isinstance(pictures, Path):
+            others["score"], pictures = pictures, None
+        if fast and pictures not in (None, 1):
+            why = f"--fast draws one picture of each prompt, and --pictures is {pictures}"
+            raise UsageError("--fast and --pictures do not go together", why, "leave one of them out")
+        count = 1 if fast else pictures or 4
+        settings = DrawSettings(count, seed, steps, kappa, cfg, guidance_scale, solver, batch_size)
+        SamplingOptions(**settings.options(range(count)))  # checks the values
         names = tuple(name.strip() for name in (scorers or "").split(",") if name.strip())
-        config = EvaluateConfig(
-            bundle=bundle, protocol=protocol, output=output, pictures=found, drawing=drawing, scorers=names,
-            **others,
-        )  # fmt: skip
-        click.echo(run(config))
+        click.echo(run(EvaluateConfig(drawing=settings, scorers=names, **others)))
 
 
 if __name__ == "__main__":

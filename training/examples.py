@@ -14,7 +14,7 @@ from PIL import Image
 
 from hyperrt import files
 from hyperrt.training.data import scenes
-from hyperrt.training.run.loop import reported
+from hyperrt.training.messages import reported
 
 PHOTO_SIZE = 256
 PLACES = ("on a plain white background", "in a forest", "in a city", "in the snow")
@@ -28,7 +28,7 @@ def main(out: Path, index: int, force: bool) -> None:
     """Draw one example subject per noun, four photos each."""
     with reported():
         for noun in scenes.NOUNS:
-            who = scenes.identity(noun, "example", index)
+            who = scenes.drawn_subject(noun, "example", index)
             rng = np.random.default_rng([scenes.SPLIT_SEEDS["example"], 1, index])
             (out / noun).mkdir(parents=True, exist_ok=True)
             for number, place in enumerate(PLACES, start=1):

@@ -28,21 +28,22 @@ from torch import Tensor, nn
 from hyperrt import files
 from hyperrt.bundle.bundle import Preprocess
 from hyperrt.errors import Incompatible, UsageError
-from hyperrt.lora import layout as lora
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.lora.subject import Subject
 from hyperrt.photos.load import preprocess
+from hyperrt.photos.read import Photos, read_photos
 from hyperrt.sampling.prompts import split_prompt
-from hyperrt.session.personalizer import Photos, read_photos
 from hyperrt.training.data import scenes
-from hyperrt.training.data.features import HALVES, encode_latents, encode_text, latents_of_pixels
+from hyperrt.training.messages import reported
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model.base_model import Base
+from hyperrt.training.model.encode import HALVES, encode_latents, encode_text, latents_of_pixels
 from hyperrt.training.model.lora_layers import layout_of
 from hyperrt.training.model.losses import Noising, row_loss
-from hyperrt.training.run import checkpoint, device
+from hyperrt.training.model.weight_hash import base_hash
+from hyperrt.training.run import device
 from hyperrt.training.run.batches import spread_timesteps
-from hyperrt.training.run.loop import Descent, Schedule, reported
+from hyperrt.training.run.loop import Descent, Schedule
 from hyperrt.training.run.sample import sample
 
 log = logging.getLogger("hyperrt.training")
@@ -135,7 +136,7 @@ def finetune(
         why = f"there are {len(prompts)} prompts and {len(pictures)} usable photos"
         raise UsageError("prompts and photos do not go together", why, "give one prompt for each photo")
     texts = [split_prompt(prompt, noun, config.token) for prompt in prompts]
-    origin = {"base_model": checkpoint.base_hash(base.unet), "hypernet": "", "class_noun": noun}
+    origin = {"base_model": base_hash(base.unet), "hypernet": "", "class_noun": noun}
     origin |= {"photos": str(len(pictures)), "trigger": config.token}
     began = time.perf_counter()
     own = latents_of(base, pictures), encode_text(base, [text.subject for text in texts])
@@ -147,7 +148,8 @@ def finetune(
         if step + 1 in wanted:
             factors = layout.pack(tuning.factors())
             seconds = time.perf_counter() - began
-            found.append(Finetuned(Subject(factors, noun, len(pictures), origin), step + 1, seconds, loss))
+            subject = Subject(factors, noun, len(pictures), origin, layout=layout)
+            found.append(Finetuned(subject, step + 1, seconds, loss))
     return found
 
 
@@ -267,7 +269,7 @@ def main(
             module.to(device.pick())
         layout = layout_of(base.unet, rank)
         done = finetune(base, images, class_noun, layout, config)[-1]
-        lora.save_subject(out, done.subject.lora, layout, done.subject.metadata, force=force)
+        done.subject.save(out, force=force)
         log.info("%s: %d steps in %.0f s, loss %.4g", out, done.steps, done.seconds, done.loss)
 
 

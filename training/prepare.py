@@ -32,7 +32,7 @@ import torch
 
 from hyperrt import files
 from hyperrt.errors import IntegrityError, NotFound, UsageError
-from hyperrt.photos import load
+from hyperrt.text import printable
 from hyperrt.training.data import features, ingest, scenes
 from hyperrt.training.data.cache import (
     BACKGROUNDS,
@@ -40,47 +40,47 @@ from hyperrt.training.data.cache import (
     DESCRIPTIONS,
     IMAGES,
     LATENTS,
+    METADATA,
     NOUNS,
-    RECIPE,
-    SceneCache,
+    PictureCache,
     cutout_subjects,
     read_json,
 )
 from hyperrt.training.data.folders import afhq, celeba, folders
 from hyperrt.training.data.shards import webdataset
-from hyperrt.training.data.subjects import Found, Options
+from hyperrt.training.data.subjects import Dataset, DatasetOptions
 from hyperrt.training.data.subjects200k import subjects200k
+from hyperrt.training.messages import reported
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model import model_config
+from hyperrt.training.model.weight_hash import hash_of
 from hyperrt.training.run import device
-from hyperrt.training.run.checkpoint import hash_of
-from hyperrt.training.run.loop import reported
 
 log = logging.getLogger("hyperrt.training")
 
 VERSION = 2  # of the cache; 1 and 3 are those of drawn scenes
 ENCODED = ("latents", "mirrored", "features", "text", "pooled")
-FILES = (IMAGES, NOUNS, CAPTIONS, RECIPE, LATENTS, ingest.SKIPPED, BACKGROUNDS, DESCRIPTIONS)
+FILES = (IMAGES, NOUNS, CAPTIONS, METADATA, LATENTS, ingest.SKIPPED, BACKGROUNDS, DESCRIPTIONS)
 OURS = re.compile(rf"({'|'.join(ENCODED)})-[0-9a-f]+\.npy|\.hyperrt-\w+\.tmp")
 MODEL_PARTS = ("vae", "image_encoder", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """How a data set lies on the disk, and which options are of use to it."""
 
-    find: Callable[[Path, Options], Found]
+    find: Callable[[Path, DatasetOptions], Dataset]
     splits: tuple[str, ...] = ("train",)
     options: tuple[str, ...] = ()  # of noun, views
 
 
 LAYOUTS = {
-    "folders": Layout(folders, options=("noun", "views")),
-    "celeba": Layout(celeba, splits=("train", "eval")),
-    "afhq": Layout(afhq, splits=("train", "eval")),
-    "subjects200k": Layout(subjects200k),
-    "cutouts": Layout(cutout_subjects, splits=("train", "eval"), options=("views",)),
-    "webdataset": Layout(webdataset, options=("noun", "views")),
+    "folders": DatasetLayout(folders, options=("noun", "views")),
+    "celeba": DatasetLayout(celeba, splits=("train", "eval")),
+    "afhq": DatasetLayout(afhq, splits=("train", "eval")),
+    "subjects200k": DatasetLayout(subjects200k),
+    "cutouts": DatasetLayout(cutout_subjects, splits=("train", "eval"), options=("views",)),
+    "webdataset": DatasetLayout(webdataset, options=("noun", "views")),
 }
 
 
@@ -127,7 +127,7 @@ class PrepareConfig:
             raise UsageError(f"max_bad is {self.max_bad}", "it is a share, from 0 to 1", "--max-bad 0.05")
 
 
-def prepare(config: PrepareConfig) -> SceneCache:
+def prepare(config: PrepareConfig) -> PictureCache:
     """Makes the cache, or what is still missing of it; one that is finished and the same is kept.
 
     Raises:
@@ -152,7 +152,7 @@ def prepare(config: PrepareConfig) -> SceneCache:
         about = read_json(config.output / CAPTIONS)
         about = {name: about[name] for name in ("names", "photos", "bad", "filtered")}
         ingest.check_share(config.output, about, config.max_bad)
-        cache = SceneCache.read(config.output, about)
+        cache = PictureCache.read(config.output, about)
         base = _encoders(config)
         made = {**recipe, "model": _hashes(base), "token": config.token, "flip": config.flip}
         _give_up_finished(config, made)
@@ -161,19 +161,19 @@ def prepare(config: PrepareConfig) -> SceneCache:
             if path.name.startswith(ENCODED) and path.name not in encoded.values():
                 path.unlink()
         done = json.dumps({**made, **about, **encoded})
-        files.publish(config.output / RECIPE, lambda file: file.write(done.encode()), force=True)
+        files.publish(config.output / METADATA, lambda file: file.write(done.encode()), force=True)
         log.info("%s: %d subjects, %d views of each", config.output, *cache.shape)
-        return SceneCache.open(config.output)
+        return PictureCache.open(config.output)
 
 
 def _read_pictures(config: PrepareConfig, recipe: dict[str, Any]) -> None:
     size = recipe["size"]
-    options = Options(config.split, config.noun, config.views, config.limit, size)
+    options = DatasetOptions(config.split, config.noun, config.views, config.limit, size)
     found = LAYOUTS[config.layout].find(config.source, options)
     ingest.write(config.output, found, size, config.limit, config.workers, recipe)
 
 
-def _encode(config: PrepareConfig, base: bases.Encoders, cache: SceneCache) -> dict[str, str]:
+def _encode(config: PrepareConfig, base: bases.Encoders, cache: PictureCache) -> dict[str, str]:
     """The second stage; the names of its files by kind."""
     found = {"latents": features.latents(base, cache)}
     if config.flip:
@@ -254,7 +254,7 @@ def _claimed(output: Path, source: Path) -> Iterator[None]:
     names = [path.name for path in output.iterdir()]
     strangers = [name for name in names if name not in FILES and not OURS.fullmatch(name)]
     if strangers:
-        why = f"it holds {load.printable(strangers[0])}, and only a cache is replaced"
+        why = f"it holds {printable(strangers[0])}, and only a cache is replaced"
         raise UsageError(f"{output} is no cache", why, "name a new folder")
     descriptor = os.open(output, os.O_RDONLY)
     try:
@@ -272,14 +272,14 @@ def _give_up_finished(config: PrepareConfig, wanted: dict[str, Any]) -> None:
     Raises:
         UsageError: it would be, and `force` is off.
     """
-    finished = read_json(config.output / RECIPE)
+    finished = read_json(config.output / METADATA)
     if all(finished.get(name) == value for name, value in wanted.items()) or not finished:
         return
     if not config.force:
         differing = [name for name, value in wanted.items() if finished.get(name) != value]
         why = f"it is a finished cache, of which {', '.join(differing)} would change"
         raise UsageError(f"{config.output} exists", why, "add --force, or choose another --output")
-    (config.output / RECIPE).unlink()
+    (config.output / METADATA).unlink()
 
 
 PATH = click.Path(path_type=Path)

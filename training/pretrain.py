@@ -27,13 +27,15 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hyperrt import files
-from hyperrt.session.pictures import pictures_from_pixels
+from hyperrt.session.decode import pictures_from_pixels
 from hyperrt.training.data import cache as data
 from hyperrt.training.data import clip_tokenizer, cutouts, scenes
+from hyperrt.training.messages import reported
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model.lora_layers import install
-from hyperrt.training.run import device
-from hyperrt.training.run.loop import Schedule, fit, reported
+from hyperrt.training.run import contrastive, device
+from hyperrt.training.run.contrastive import held_out, pictures, train_image_encoder
+from hyperrt.training.run.loop import Schedule, fit
 from hyperrt.training.run.sample import sample, write_sheet
 
 log = logging.getLogger("hyperrt.training")
@@ -47,40 +49,26 @@ DECODER = Schedule(
 IMAGE_ENCODER = Schedule(steps=650, lr=1e-3, warmup=100, ema=0.99, report_every=150)
 UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
 LATENT_NOISE = 0.1  # in standard deviations of the latents
-TEMPERATURE = 0.07
 TEXT_DROPOUT = 0.1
 DESCRIBED = 0.5  # of the captions; the others know the noun alone
-VALIDATION = 128  # identities at the end of the cache that no stage trains on
 
 STAGES = ("vae", "image_encoder", "decoder", "unet")
 PATH = click.Path(path_type=Path)
 SHARE, FACTOR = click.FloatRange(0, 1), click.FloatRange(0, min_open=True)
-SUBJECTS = click.IntRange(2 * VALIDATION)
+SUBJECTS = click.IntRange(2 * contrastive.VALIDATION)
 VIEWS = click.IntRange(2, len(scenes.BACKGROUNDS))
 
 
-def pictures(cache: data.SceneCache, identities: Tensor, views: Tensor) -> Tensor:
-    """Cached pictures as floats in [-1, 1], [n, 3, S, S], on the device that computes."""
-    images = torch.from_numpy(cache.images[identities.numpy(), views.numpy()]).to(device.pick())
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-
-
-def draw(cache: data.SceneCache, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def draw(cache: data.PictureCache, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Random (identities, views) [count] of the training part."""
     identities, views = cache.shape
     return (
-        torch.randint(identities - VALIDATION, (count,), generator=generator),
+        torch.randint(identities - contrastive.VALIDATION, (count,), generator=generator),
         torch.randint(views, (count,), generator=generator),
     )
 
 
-def held_out(cache: data.SceneCache, count: int, view: int) -> tuple[Tensor, Tensor]:
-    """The last identities of the cache, all in one view number."""
-    last = len(cache.nouns)
-    return torch.arange(last - count, last), torch.full((count,), view)
-
-
-def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
+def train_vae(out: Path, cache: data.PictureCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
     """L1 and L2 on pixels. Crops of a quarter of the area at first: early on, steps count and not pixels.
 
     Noise on the latents makes the decoder forgive the small errors of the UNet.
@@ -106,7 +94,7 @@ def train_vae(out: Path, cache: data.SceneCache, schedule: Schedule, batch: int,
 
 
 def refine_decoder(
-    out: Path, cache: data.SceneCache, vae: nn.Module, schedule: Schedule, batch: int, seed: int
+    out: Path, cache: data.PictureCache, vae: nn.Module, schedule: Schedule, batch: int, seed: int
 ) -> None:
     """Trains the decoder of `vae` further from the cached latents: to the UNet nothing changes."""
     latents, scale = cache.latents, vae.config.scaling_factor
@@ -137,7 +125,7 @@ def _pixel_losses(fake: Tensor, real: Tensor) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def _reconstruct(
-    out: Path, step: int, cache: data.SceneCache, encoder: nn.Module, decoder: nn.Module
+    out: Path, step: int, cache: data.PictureCache, encoder: nn.Module, decoder: nn.Module
 ) -> Mapping[str, float]:
     """Held-out pictures through both halves: their PSNR in dB, and a sheet."""
     real = pictures(cache, *held_out(cache, 32, 0))
@@ -148,56 +136,8 @@ def _reconstruct(
     return {"psnr": (10 * torch.log10(4 / (fake - real).square().mean((1, 2, 3)))).mean().item()}
 
 
-def train_image_encoder(
-    out: Path,
-    cache: data.SceneCache,
-    schedule: Schedule,
-    batch: int,
-    seed: int,
-    encoder: nn.Module | None = None,
-) -> nn.Module:
-    """InfoNCE between two views of each subject; every other batch is of one noun: only identity differs.
-
-    encoder: pixels to an output with `last_hidden_state`, whose first token counts; None: `tiny`'s.
-    """
-    torch.manual_seed(seed)
-    encoder = (bases.tiny_image_encoder() if encoder is None else encoder).to(device.pick())
-    by_noun = [np.flatnonzero(cache.nouns[:-VALIDATION] == k) for k in range(len(cache.names))]
-    by_noun = [identities for identities in by_noun if len(identities) > 1]
-
-    def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
-        noun = by_noun[step // 2 % len(by_noun)] if step % 2 else np.arange(len(cache.nouns) - VALIDATION)
-        who = torch.from_numpy(noun)[torch.randperm(len(noun), generator=generator)[:batch]]
-        views = torch.rand(len(who), cache.shape[1], generator=generator).argsort(1)
-        logits = _similarity(encoder, cache, who, views[:, 0], views[:, 1]) / TEMPERATURE
-        target = torch.arange(len(who), device=logits.device)
-        value = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return {"loss": value, "top1": (logits.argmax(1) == target).float().mean()}
-
-    @torch.no_grad()
-    def report(step: int, ema: nn.Module) -> Mapping[str, float]:
-        who, view = held_out(cache, VALIDATION, 0)
-        found = _similarity(ema, cache, who, view, view + 1).argmax(1).cpu()
-        return {"held_out_top1": (found == torch.arange(VALIDATION)).float().mean().item()}
-
-    return fit(out, encoder, loss, schedule, seed, report)
-
-
-def _similarity(
-    encoder: nn.Module, cache: data.SceneCache, who: Tensor, first: Tensor, second: Tensor
-) -> Tensor:
-    """Cosines [n, n] between the CLS features of two views."""
-    features = (
-        encoder(torch.cat([pictures(cache, who, first), pictures(cache, who, second)]))
-        .last_hidden_state[:, 0]
-        .float()
-    )
-    one, other = F.normalize(features, dim=-1).chunk(2)
-    return one @ other.T
-
-
 @torch.no_grad()
-def encode_latents(vae: nn.Module, cache: data.SceneCache) -> None:
+def encode_latents(vae: nn.Module, cache: data.PictureCache) -> None:
     """Writes latents.npy beside the pictures, scaled to unit deviation; sets the VAE's scaling_factor."""
     identities, views = cache.shape
     side = bases.IMAGE_SIZE // 8
@@ -231,7 +171,7 @@ class Denoiser(nn.Module):
 
 
 def train_unet(
-    out: Path, cache: data.SceneCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int
+    out: Path, cache: data.PictureCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int
 ) -> bases.Base:
     """Denoises cached latents under their captions: half of them described, a quarter with the token.
 
@@ -273,7 +213,7 @@ def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
     return dataclasses.replace(parts, unet=model.unet, text_encoder=model.text_encoder)
 
 
-def _caption_ids(cache: data.SceneCache, parts: bases.Base) -> Tensor:
+def _caption_ids(cache: data.PictureCache, parts: bases.Base) -> Tensor:
     """Token ids [3, N, V, L]: without and with the subject's token, and described."""
     where = [index.ravel() for index in np.indices(cache.shape)]
     texts = [cache.captions(*where), cache.captions(*where, scenes.TOKEN), cache.described(*where)]
@@ -294,16 +234,10 @@ def _scaled(schedule: Schedule, scale: float) -> Schedule:
 @click.option("--cache", "cache_path", type=PATH, help="Folder of the scenes [default: OUT/cache].")
 @click.option("--identities", type=SUBJECTS, default=12000, help="Subjects to draw.")
 @click.option("--views", type=VIEWS, default=4, help="Scenes per subject.")
-@click.option(
-    "--cutouts", "cutouts_path", type=PATH, help="Folder of RGBA cut-outs to mix in."
-)
-@click.option(
-    "--cutout-share", type=SHARE, default=data.CUTOUT_SHARE, help="Of the subjects."
-)
+@click.option("--cutouts", "cutouts_path", type=PATH, help="Folder of RGBA cut-outs to mix in.")
+@click.option("--cutout-share", type=SHARE, default=data.CUTOUT_SHARE, help="Of the subjects.")
 @click.option("--scale", type=FACTOR, default=1.0, help="Factor on the steps of every stage.")
-@click.option(
-    "--batch", type=click.IntRange(8), default=64, help="Rows of a step; autoencoder: an eighth."
-)
+@click.option("--batch", type=click.IntRange(8), default=64, help="Rows of a step; autoencoder: an eighth.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: its own choice].")
 @click.option("--workers", type=click.IntRange(1), default=2, help="Processes that draw.")
@@ -331,7 +265,7 @@ def main(
         train(out, cache, scale, batch, seed, until)
 
 
-def train(out: Path, cache: data.SceneCache, scale: float, batch: int, seed: int, until: str) -> None:
+def train(out: Path, cache: data.PictureCache, scale: float, batch: int, seed: int, until: str) -> None:
     """All stages, to the one that `until` names; a finished one is read and not repeated.
 
     But for the latents, which take a minute: the scale of the VAE comes with them.

@@ -27,16 +27,17 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from hyperrt.errors import Incompatible, UsageError
 from hyperrt.training.data import features
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
+from hyperrt.training.messages import reported, warn
 from hyperrt.training.model import base_model as bases
-from hyperrt.training.model import image_prompt
+from hyperrt.training.model import image_prompt, weight_hash
 from hyperrt.training.model.hypernet import Packed, decoder_of
 from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack
 from hyperrt.training.model.losses import Noising, Regulariser, row_loss
 from hyperrt.training.run import checkpoint, device, distributed, dry_run
 from hyperrt.training.run.batches import Ahead, Batch, Batches
 from hyperrt.training.run.config import TrainConfig, resolve
-from hyperrt.training.run.loop import LOG, Descent, Schedule, reported, stopping, warn
+from hyperrt.training.run.loop import LOG, Descent, Schedule, stopping
 from hyperrt.training.run.presets import PRESETS
 from hyperrt.training.run.reporter import LOSSES, Journal
 
@@ -72,13 +73,13 @@ class Trainer:
         part = distributed.share(config.batch // config.targets, self.accelerator)
         # What one process of a machine computes and keeps, the others find.
         with self.accelerator.local_main_process_first(), bases.readable(config.data, "build it anew"):
-            self.cache = SceneCache.open(config.data)
+            self.cache = PictureCache.open(config.data)
             features.check_latents(self.base, self.cache)
             self.features = features.image_features(self.base, self.cache)
             self.captions = features.caption_table(self.base, self.cache, config.token)
             self.batches = Batches(self.cache, self.features, self.captions, config, self.noising.steps, part)
         self.image_prompt, prompt_hash = self._loaded_image_prompt()
-        base_hash = checkpoint.base_hash(self.base.unet)
+        base_hash = weight_hash.base_hash(self.base.unet)
         self.origin = checkpoint.Origin(base_hash, self.batches.fingerprint, prompt_hash)
         self.unet = self._prepared_unet()
         self.layout = layout_of(self.base.unet, config.rank)
@@ -130,7 +131,7 @@ class Trainer:
         if (takes := found.image_proj.proj_in.in_features) != width:
             why = f"it reads features of {takes} numbers, the image encoder of --model makes {width}"
             raise Incompatible(f"{path} does not fit the base model", why, image_prompt.PUBLISHED)
-        known = checkpoint.prompt_hash(found)  # of the file's weights, not of what a GPU makes of them
+        known = weight_hash.prompt_hash(found)  # of the file's weights, not of what a GPU makes of them
         return found.to(self.device, device.frozen_dtype(self.device, self.config.precision)), known
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ import numpy as np
 from cuda.bindings import runtime as cudart
 
 from hyperrt.engines import dlpack
-from hyperrt.engines.base import EngineError, EngineMemoryError
 from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.engines.errors import EngineError, EngineMemoryError
 from hyperrt.engines.nvidia import driver
 from hyperrt.engines.tensors import Array
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperrt.engines.base import EngineError
+from hyperrt.engines.errors import EngineError
 
 LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")

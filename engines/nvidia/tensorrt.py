@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from hyperrt.engines.base import Engine, EngineError, EngineLoadError, EngineMemoryError, closed
+from hyperrt.engines.base import Engine, closed
 from hyperrt.engines.dlpack import DeviceArray
+from hyperrt.engines.errors import EngineError, EngineLoadError, EngineMemoryError
 from hyperrt.engines.nvidia import cuda
 from hyperrt.engines.tensors import Array, TensorSpec
 
@@ -75,8 +76,6 @@ class TensorRTEngine(Engine):
         recording: whether steps are recorded as a CUDA graph; a plan of open sizes never is.
         stream: on the GPU that the plan was deserialised for.
     """
-
-    on_device = True
 
     def __init__(
         self,

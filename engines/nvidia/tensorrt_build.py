@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt.engines import memory
-from hyperrt.engines.base import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
-from hyperrt.engines.onnx_dims import Dims, tensor_dims
+from hyperrt.engines.errors import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
+from hyperrt.engines.onnx_file import Dims, tensor_dims
 
 RTX = "tensorrt_rtx"
 CURRENT = "current"  # the GPU of this machine

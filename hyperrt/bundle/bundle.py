@@ -28,7 +28,7 @@ from hyperrt.bundle.manifest import (
     Preprocess,
     Prompts,
 )
-from hyperrt.bundle.onnx_file import external_files
+from hyperrt.engines.onnx_file import external_files
 from hyperrt.errors import SCARCE, BundleError, BundleMismatch, NotFound, UsageError
 from hyperrt.strict_json import StrictError
 
@@ -62,7 +62,7 @@ PACKAGED = Path(__file__).parents[1] / "bundles"  # the bundles in the wheel
 
 MAX_MANIFEST = 8 * 2**20  # bytes
 CHUNK = 2**20  # bytes hashed at a time
-REDO = "export it again; if it came with hyperrt, install hyperrt again"
+EXPORT_AGAIN = "export the bundle again; if it came with hyperrt, install hyperrt again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,8 @@ class Bundle(Manifest):
         opened = cls(**{**told, "name": _name_of(folder) or manifest.name}, path=folder)
         for name in [TOKENIZER, *(name for graph in opened.graphs.values() for name, _ in graph.files())]:
             if not (folder / name).is_file():
-                raise BundleError(f"the bundle {opened.name} is not complete", f"{name} is missing", REDO)
+                what = f"the bundle {opened.name} is not complete"
+                raise BundleError(what, f"{name} is missing", EXPORT_AGAIN)
             _refuse_link_out(folder / name)
         return opened
 
@@ -143,17 +144,17 @@ class Bundle(Manifest):
     def _check(self, file: str, expected: str) -> None:
         path = self.path / file
         if not path.is_file():  # missing; or a pipe, which would block
-            raise BundleError(f"the bundle {self.name} is not complete", f"{file} is missing", REDO)
+            raise BundleError(f"the bundle {self.name} is not complete", f"{file} is missing", EXPORT_AGAIN)
         _refuse_link_out(path)
         try:
             found = sha256_of(path)
         except OSError as error:
             _pass_if_scarce(error)
             what = f"{file} of the bundle {self.name} cannot be read"
-            raise BundleError(what, f"{error.strerror}", REDO) from error
+            raise BundleError(what, f"{error.strerror}", EXPORT_AGAIN) from error
         if found != expected:
             why = f"its sha256 is {found[:12]}..., {MANIFEST} says {expected[:12]}..."
-            raise BundleError(f"{file} of the bundle {self.name} is damaged", why, REDO)
+            raise BundleError(f"{file} of the bundle {self.name} is damaged", why, EXPORT_AGAIN)
 
     def _check_external(self, graph: Graph) -> None:
         """Refuse weights in a file that the manifest does not name for this graph, and so nobody hashed."""
@@ -162,10 +163,10 @@ class Bundle(Manifest):
         except (OSError, ValueError) as error:
             _pass_if_scarce(error)
             what = f"{graph.file} of the bundle {self.name} is no graph"
-            raise BundleError(what, str(error), REDO) from error
+            raise BundleError(what, str(error), EXPORT_AGAIN) from error
         if others:
             why = f"it has weights in {min(others)[:60]!r}, which {MANIFEST} does not name"
-            raise BundleError(f"{graph.file} of the bundle {self.name} cannot be used", why, REDO)
+            raise BundleError(f"{graph.file} of the bundle {self.name} cannot be used", why, EXPORT_AGAIN)
 
 
 def _pass_if_scarce(error: Exception) -> None:
@@ -216,13 +217,13 @@ def read_manifest(folder: Path) -> Manifest:
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST + 1)
     except OSError as error:
-        raise BundleError(f"{path} cannot be read", f"{error.strerror}", REDO) from error
+        raise BundleError(f"{path} cannot be read", f"{error.strerror}", EXPORT_AGAIN) from error
     if len(text) > MAX_MANIFEST:
-        raise BundleError(f"{path} is not usable", f"it is over {MAX_MANIFEST} bytes", REDO)
+        raise BundleError(f"{path} is not usable", f"it is over {MAX_MANIFEST} bytes", EXPORT_AGAIN)
     try:
         return _parse(text)
     except StrictError as error:
-        raise BundleError(f"{path} is not usable", f"{error}", REDO) from error
+        raise BundleError(f"{path} is not usable", f"{error}", EXPORT_AGAIN) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -15,12 +15,13 @@ from typing import Literal
 
 from hyperrt.engines.tensors import TensorSpec
 from hyperrt.lora.layout import MAX_WEIGHTS, LoraLayout, Site
+from hyperrt.lora.metadata import MAX_IMAGE_SCALE
+from hyperrt.strict_json import check_sha256
 
 GRAPHS = ("image_encoder", "weight_decoder", "text_encoder", "context", "denoiser", "vae_decoder")
 IMAGE_PROMPT = "image_prompt"  # graph of the open category; there if the manifest has `image_prompt`
 
 MAX_SIZE = 2**16  # of anything that the manifest counts: what is beyond is damaged or hostile
-MAX_IMAGE_SCALE = 10
 MAX_BYTES = 2**50  # of what a graph says that it needs
 # A plain name: it cannot leave the folder, on any system, and is no device on Windows.
 FILE_NAME = re.compile(
@@ -94,7 +95,7 @@ class Graph:
                 why = "it must be letters, digits, '_', '-' and '.', with no folder and no device of Windows"
                 raise ValueError(f"the file name {name[:60]!r} is refused; {why}")
         for _, sha256 in self.files():
-            _hex64(sha256=sha256)
+            check_sha256(sha256=sha256)
         for spec in (*self.inputs, *self.outputs, *self.weights):
             if not all(isinstance(size, str) or 1 <= size <= MAX_WEIGHTS for size in spec.shape):
                 why = f"a fixed size must be from 1 to {MAX_WEIGHTS}"
@@ -204,7 +205,7 @@ class Hashes:
     hypernet: str
 
     def __post_init__(self) -> None:
-        _hex64(base_model=self.base_model, hypernet=self.hypernet)
+        check_sha256(base_model=self.base_model, hypernet=self.hypernet)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         _positive(image_size=self.image_size)
-        _hex64(tokenizer_sha256=self.tokenizer_sha256)
+        check_sha256(tokenizer_sha256=self.tokenizer_sha256)
         wanted = self.graph_names
         if set(self.graphs) != set(wanted):
             raise ValueError(f"graphs has {', '.join(sorted(self.graphs))}; it must have {', '.join(wanted)}")
@@ -257,7 +258,8 @@ class Manifest:
         if by_refit and graph.weights != (wanted := self.layout.constants(vector)):
             pairs = itertools.zip_longest(graph.weights, wanted)
             k, one, other = next((k, *pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise ValueError(f"graphs.{name}.weights[{k}] is {shown(one)}; by lora it must be {shown(other)}")
+            why = f"by lora it must be {spec_text(other)}"
+            raise ValueError(f"graphs.{name}.weights[{k}] is {spec_text(one)}; {why}")
 
     def _check_inputs(self) -> None:
         """The inputs that not every bundle has are there together with what feeds them."""
@@ -293,7 +295,7 @@ class Manifest:
         return self.lora.layout
 
 
-def shown(spec: TensorSpec | None) -> str:
+def spec_text(spec: TensorSpec | None) -> str:
     """A weight for a message; None is one that is not there."""
     return f"{spec.name[:100]} {list(spec.shape)} {spec.dtype[:20]}" if spec else "none"
 
@@ -302,9 +304,3 @@ def _positive(**values: int) -> None:
     for name, value in values.items():
         if not 1 <= value <= MAX_SIZE:
             raise ValueError(f"{name} is {str(value)[:20]}; it must be at least 1 and at most {MAX_SIZE}")
-
-
-def _hex64(**values: str) -> None:
-    for name, value in values.items():
-        if not re.fullmatch(r"[0-9a-f]{64}", value):
-            raise ValueError(f"{name} is {value[:20]!r}; it must be 64 hexadecimal digits")

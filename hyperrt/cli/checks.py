@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hyperrt.cli.output import Output
-from hyperrt.engines import EngineError
 from hyperrt.errors import HyperRTError
 
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
@@ -41,7 +40,7 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
     """Run a check; an error that it raises becomes a failure."""
     try:
         return check()
-    except (HyperRTError, EngineError) as error:
+    except HyperRTError as error:
         return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
 
 

@@ -14,13 +14,7 @@ import click
 
 from hyperrt import __version__
 from hyperrt.cli.compile import compile_
-from hyperrt.cli.configs import (
-    COMBINED,
-    COMBINED_TO_SAVE,
-    SUBJECT_FORMATS,
-    GenerateConfig,
-    PersonalizeConfig,
-)
+from hyperrt.cli.configs import GenerateConfig, PersonalizeConfig
 from hyperrt.cli.export import export
 from hyperrt.cli.images import PhotosCommand
 from hyperrt.cli.lora import lora
@@ -29,6 +23,7 @@ from hyperrt.cli.output import Output, with_json
 from hyperrt.cli.plans import plans
 from hyperrt.cli.training import COMMANDS, TrainingCommand
 from hyperrt.cli.user_config import default_map, user_config
+from hyperrt.lora.names import COMBINED, COMBINED_TO_SAVE, FORMATS
 from hyperrt.sampling.options import RANDOM, SOLVER_NAMES
 
 ENV = "HYPERRT"
@@ -197,7 +192,7 @@ def generate(context: click.Context, /, **options: Any) -> None:
     "--format",
     default="diffusers",
     show_default=True,
-    type=click.Choice(SUBJECT_FORMATS),
+    type=click.Choice(tuple(FORMATS)),
     help="Whose key names.",
 )
 @click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to make it for.")

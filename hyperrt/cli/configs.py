@@ -9,22 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hyperrt.arguments import Checked
+from hyperrt.arguments import Checked, in_range, not_empty, one_of
 from hyperrt.errors import UsageError
+from hyperrt.lora.names import COMBINED, COMBINED_TO_SAVE, FORMATS
 from hyperrt.sampling.options import (
     MAX_DEVICE,
     MAX_IMAGES,
     MAX_SEED,
     MAX_THREADS,
-    SamplingConfig,
+    SamplingOptions,
     check_needs_subject,
-    in_range,
-    one_of,
 )
 
-SUBJECT_FORMATS = ("diffusers", "peft", "kohya")
-COMBINED = ("mean", "product")  # ways to make one LoRA of several photos, of the bundle's rank
-COMBINED_TO_SAVE = (*COMBINED, "concat")  # any rank; as WAYS in lora/combine.py, which needs NumPy
 PRECISIONS = ("fp32", "fp16", "bf16")
 QUANTIZED = ("none", "int8")
 VERIFIED = ("none", "graphs", "full")
@@ -35,7 +31,7 @@ STDOUT = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(SamplingOptions):
     """One `hyperrt generate`.
 
     Raises:
@@ -72,8 +68,8 @@ class GenerateConfig(SamplingConfig):
         if self.output == STDOUT and self.n != 1:
             what = f"-o - writes one picture, but -n is {self.n}"
             raise UsageError(what, "a pipe takes one PNG", "name a folder with -o")
-        _named("images", *self.images)
-        _named("subject", self.subject)
+        not_empty("images", *self.images)
+        not_empty("subject", self.subject)
         if self.partial and not self.subject:
             why = "it leaves out part of a subject file, and none was named"
             do = "leave it out, or name the file with --subject"
@@ -83,10 +79,10 @@ class GenerateConfig(SamplingConfig):
             why = "it says what becomes of several photos, and would change nothing"
             raise UsageError(f"combine is {self.combine!r}, but there are no photos", why, "leave it out")
 
-    def sampling(self, **changes: Any) -> SamplingConfig:
+    def sampling(self, **changes: Any) -> SamplingOptions:
         """The sampling options alone, some of them changed."""
-        own = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
-        return SamplingConfig(**{**own, **changes})
+        own = {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
+        return SamplingOptions(**{**own, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +109,12 @@ class PersonalizeConfig(Checked):
         super().__post_init__()
         in_range("threads", self.threads, 1, MAX_THREADS)
         in_range("device", self.device, 0, MAX_DEVICE)
-        one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("format", self.format, FORMATS)
         one_of("combine", self.combine, COMBINED_TO_SAVE)
         if not self.images:
             raise UsageError("no photos were named", "", "name them with --images")
-        _named("images", *self.images)
-        _named("output", self.output)
+        not_empty("images", *self.images)
+        not_empty("output", self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +178,7 @@ class CompileConfig(Checked):
         super().__post_init__()
         in_range("images", self.images, 1, MAX_IMAGES)
         in_range("branches", self.branches, 1, 3)
-        _named("target", *self.targets)
+        not_empty("target", *self.targets)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -208,16 +204,7 @@ class ConvertConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("format", self.format, SUBJECT_FORMATS)
+        one_of("format", self.format, FORMATS)
         in_range("rank", self.rank, 1, MAX_RANK)
-        _named("source", self.source)
-        _named("output", self.output)
-
-
-def _named(name: str, *values: str | None) -> None:
-    if "" in values:
-        raise UsageError(
-            f"{name} is an empty name",
-            "an empty name would mean the current folder",
-            "name a file or a folder",
-        )
+        not_empty("source", self.source)
+        not_empty("output", self.output)

@@ -19,10 +19,9 @@ from typing import Any
 from hyperrt import __version__, engines
 from hyperrt.cli.checks import Check, guarded
 from hyperrt.engines import telemetry
+from hyperrt.engines.backends import DEFAULT
 from hyperrt.engines.nvidia import driver as nvidia
 from hyperrt.errors import Incompatible, IntegrityError
-
-ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # both install the module `onnxruntime`
 
 
 def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
@@ -41,8 +40,8 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     )
     yield guarded("dependencies", _dependencies)
     yield guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))
-    for name in engines.BACKENDS:
-        if name != "fake":
+    for name, about in engines.BACKENDS.items():
+        if not about.for_tests:
             yield guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
     yield guarded("one ONNX Runtime", _one_onnxruntime)
     yield guarded("telemetry", _telemetry)
@@ -108,7 +107,7 @@ def _backend(name: str, wanted: bool) -> Check:
     if not importlib.util.find_spec(about.vendor):
         status, code = ("fail", engines.BackendMissing.code) if wanted else ("ok", 0)
         return Check(title, status, "not installed", about.install, code)
-    found = [version for dist in (about.vendor, f"{about.vendor}-gpu") if (version := _version(dist))]
+    found = [version for package in about.packages if (version := _version(package))]
     detail = " ".join([about.vendor, *found[:1]])
     status = "warn"
     try:
@@ -143,7 +142,7 @@ def _cuda_of(distribution: str) -> int | None:
 
 
 def _one_onnxruntime() -> Check:
-    found = [name for name in ONNX_RUNTIMES if _version(name)]
+    found = [name for name in engines.BACKENDS[DEFAULT].packages if _version(name)]
     if len(found) < 2:
         return Check("one ONNX Runtime", "ok", ", ".join(found) or "none")
     raise Incompatible(

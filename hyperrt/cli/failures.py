@@ -28,7 +28,7 @@ class Bug(HyperRTError):
 def explained(error: BaseException) -> Any:
     """The error that the command prints for an exception: it has `what`, `why`, `do` and `code`."""
     for candidate in (error, error.__cause__):  # the training commands wrap theirs for click
-        if isinstance(candidate, HyperRTError) or _is_engine_error(candidate):
+        if isinstance(candidate, HyperRTError):
             return candidate
     if isinstance(error, MemoryError):
         return ResourceError(
@@ -54,8 +54,3 @@ def explained(error: BaseException) -> Any:
         "this is a bug, not your mistake",
         "please report it, with the command and what it prints when HYPERRT_DEBUG=1 is set",
     )
-
-
-def _is_engine_error(error: BaseException | None) -> bool:
-    base = sys.modules.get("hyperrt.engines.base")  # not imported here: it loads NumPy
-    return base is not None and isinstance(error, base.EngineError)

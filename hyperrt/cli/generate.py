@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,11 @@ from hyperrt.cli import recipe as cli_recipe
 from hyperrt.cli.configs import STDOUT, GenerateConfig, PersonalizeConfig
 from hyperrt.cli.output import Output
 from hyperrt.errors import UsageError
-from hyperrt.lora import layout as lora
-from hyperrt.lora.combine import concat_layout
 from hyperrt.lora.peft_config import PEFT_CONFIG
 from hyperrt.lora.subject import Subject
-from hyperrt.runtime import Result, Runtime
+from hyperrt.runtime import Runtime
 from hyperrt.sampling import recipe
-from hyperrt.sampling.loop import Step
-from hyperrt.sampling.request import noun_in
+from hyperrt.sampling.request import Request, blank_subject, noun_in, resolve
 
 
 def generate(config: GenerateConfig, output: Output) -> None:
@@ -36,17 +32,30 @@ def generate(config: GenerateConfig, output: Output) -> None:
     with Runtime.open(
         config.bundle, config.backend, config.threads, low_memory=config.low_memory, device=config.device
     ) as runtime:
-        for result in _drawn(runtime, config, output):
-            if not pictures:
-                output.note(_seeds(seeds), seed=config.seed)
-            if to_stdout:
-                output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
-                return
-            for k, image in enumerate(result.images):
-                target = targets[len(pictures)]
-                path = picture_files.save(target, image, result.recipe_of(k), config.force)
-                pictures.append({"path": str(path), "seed": result.seeds[k]})
-                output.event("picture", **pictures[-1])
+        request = _request(runtime, config, output)
+        # To save memory the denoiser is closed before anything is decoded: then all pictures are one part.
+        parts = [request] if config.low_memory else list(request.parts())
+        batches, per_batch = len(list(request.parts())), len(request.table.timesteps)
+        with output.progress("drawing", batches * per_batch) as advance_to:
+            for number, part in enumerate(parts):
+                sampling = runtime.sample(part)
+                while True:
+                    try:
+                        step = next(sampling)
+                    except StopIteration as end:
+                        [result] = end.value
+                        break
+                    advance_to(number * per_batch + step.index + 1)
+                if not pictures:
+                    output.note(_seeds(seeds), seed=config.seed)
+                if to_stdout:
+                    output.bytes().write(recipe.encode_png(result.images[0], result.recipe))
+                    return
+                for k, image in enumerate(result.images):
+                    target = targets[len(pictures)]
+                    path = picture_files.save(target, image, result.recipe_of(k), config.force)
+                    pictures.append({"path": str(path), "seed": result.seeds[k]})
+                    output.event("picture", **pictures[-1])
     first = {**result.recipe, "seed": config.seed}  # that of the result is its batch's
     output.result("\n".join(picture["path"] for picture in pictures), pictures=pictures, recipe=first)
 
@@ -55,36 +64,15 @@ def _seeds(seeds: range) -> str:
     return f"seed: {seeds[0]}" if len(seeds) == 1 else f"seeds: {seeds[0]} to {seeds[-1]}"
 
 
-def _drawn(runtime: Runtime, config: GenerateConfig, output: Output) -> Iterator[Result]:
-    """The pictures of a command, a batch at a time, under one progress bar.
-
-    To save memory the denoiser is closed before anything is decoded; then all batches are drawn first.
-    """
-    if not config.subject:  # the file tells what its prompt must hold
-        runtime.check(config.prompt, bool(config.images), **dataclasses.asdict(config.sampling()))
+def _request(runtime: Runtime, config: GenerateConfig, output: Output) -> Request:
+    """The request of a command; a bad prompt or option is refused before photos are read."""
+    options = config.sampling()
+    if config.images:
+        resolve(runtime.bundle, runtime.backend, [config.prompt], [blank_subject(runtime.bundle)], options)
     subject = _subject(runtime, config, output)
     if config.recipe is not None:
         cli_recipe.check_subject(config.recipe, runtime, subject)
-    per_batch = config.steps or runtime.bundle.defaults.steps
-    batches = -(-config.n // config.batch_size)
-    size = config.n if config.low_memory else config.batch_size
-    with output.progress("drawing", batches * per_batch) as advance_to:
-        for start in range(0, config.n, size):
-            n = min(size, config.n - start)
-            options = dataclasses.asdict(config.sampling(seed=config.seed + start, n=n))
-            done = start // config.batch_size * per_batch
-            yield _result(runtime.steps(config.prompt, subject, **options), advance_to, done)
-
-
-def _result(steps: Generator[Step, None, Result], advance_to: Callable[[int], None], done: int) -> Result:
-    """Run a sampling to its end, `done` steps being behind."""
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        advance_to(done + step.index + 1)
+    return runtime.resolve(config.prompt, subject, options)
 
 
 def personalize(config: PersonalizeConfig, output: Output) -> None:
@@ -95,20 +83,12 @@ def personalize(config: PersonalizeConfig, output: Output) -> None:
     else:
         files.check_file(path, config.force)
     with Runtime.open(config.bundle, config.backend, config.threads, device=config.device) as runtime:
-        photos, layout = _photos(config.images), runtime.bundle.layout
+        photos = _photos(config.images)
         subject = runtime.personalize(photos, config.class_noun, config.strict_images, config.combine)
-        if config.combine == "concat":
-            layout = concat_layout(layout, subject.photos)
-            output.note(f"rank {layout.rank}: for other programs, not to draw with here", rank=layout.rank)
-        lora.save_subject(
-            path,
-            subject.lora,
-            layout,
-            subject.metadata,
-            config.format,
-            config.force,
-            subject.image_tokens,
-        )
+        if config.combine == "concat" and subject.layout:
+            rank = subject.layout.rank
+            output.note(f"rank {rank}: for other programs, not to draw with here", rank=rank)
+        subject.save(path, config.format, config.force)
     weights = sum(vector.size for vector in subject.lora.values())
     output.note(f"subject: {_count(subject)}, {weights:,} weights", photos=subject.photos)
     output.result(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt.cli import lora_report
-from hyperrt.cli.output import escaped
 from hyperrt.errors import BadInput
 from hyperrt.lora.layout import VECTORS
 from hyperrt.lora.reader import FOLDER_FILES
 from hyperrt.sampling import recipe
+from hyperrt.text import shortened
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LONGEST = 400  # characters of one name or value, as text
@@ -66,17 +66,11 @@ def _lines(facts: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            lines += [f"{indent}{_shown(name)}:", *_lines(value, indent + "  ")]
+            lines += [f"{indent}{shortened(name, LONGEST)}:", *_lines(value, indent + "  ")]
             continue
         shown = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-        lines.append(f"{indent}{_shown(name)}: {_shown(shown)}")
+        lines.append(f"{indent}{shortened(name, LONGEST)}: {shortened(shown, LONGEST)}")
     return lines
-
-
-def _shown(text: str) -> str:
-    """The text on one line, cut where it is long, with nothing in it that a terminal would obey."""
-    cut = escaped(text[:LONGEST]).replace("\n", "\\n")
-    return cut + "…" if len(text) > LONGEST else cut
 
 
 def _bundle(path: str) -> dict[str, Any]:

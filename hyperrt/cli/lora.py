@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hyperrt.cli.configs import SUBJECT_FORMATS, ConvertConfig
+from hyperrt.cli.configs import ConvertConfig
 from hyperrt.cli.output import Output, with_json
 from hyperrt.errors import LoraMismatch, UsageError
+from hyperrt.lora.names import FORMATS
 
 if TYPE_CHECKING:
     from hyperrt.bundle.bundle import Bundle
@@ -56,7 +57,7 @@ def inspect(output: Output, file: str) -> None:
 @click.argument("source", metavar="IN")
 @click.argument("output", metavar="OUT")
 @click.option(
-    "--format", default="diffusers", show_default=True, type=click.Choice(SUBJECT_FORMATS),
+    "--format", default="diffusers", show_default=True, type=click.Choice(tuple(FORMATS)),
     help="Whose key names.",
 )  # fmt: skip
 @click.option("--bundle", metavar="NAME|DIR", help="Model that it must fit.  [default: that is not checked]")
@@ -118,7 +119,8 @@ def _convert(config: ConvertConfig, output: Output) -> float:
 
 def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
     """Refuse a file that, once converted, the bundle would not take."""
-    from hyperrt.lora.layout import LoraLayout, load_file
+    from hyperrt.lora.layout import LoraLayout
+    from hyperrt.lora.subject_file import load_file
 
     layout = bundle.layout
     if config.rank is not None:

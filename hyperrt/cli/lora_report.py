@@ -10,10 +10,10 @@ from typing import Any
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.cli.checks import Check, guarded
 from hyperrt.errors import LoraError
-from hyperrt.lora import layout as lora
 from hyperrt.lora import metadata, reader, writer
 from hyperrt.lora.reader import IMAGE_TOKENS, Factors, LoraFile, counted
 from hyperrt.lora.safetensors_file import REMAKE
+from hyperrt.lora.subject_file import load_file
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
 FEW = 3  # of what may be thousands
@@ -95,7 +95,7 @@ def _tensors(file: LoraFile, partial: bool) -> Check:
 def _numbers(file: LoraFile) -> Check:
     norms = [writer.norm(file.factors(site)) for site in file.pairs]
     if tokens := file.tokens():
-        lora.check_tokens(file.name, tokens.array(), tokens.shape[1:])
+        reader.check_tokens(file.name, tokens.array(), tokens.shape[1:])
     if norms and not any(norms):
         return Check("numbers", "warn", "all are finite, but the LoRA is zero: it changes nothing")
     return Check("numbers", "ok", "all are finite")
@@ -115,7 +115,7 @@ def _origin(file: LoraFile) -> Check:
 def _fits(file: LoraFile, bundle: Bundle, partial: bool) -> Check:
     layout = bundle.layout
     base, tokens = bundle.hashes.base_model, bundle.token_shape
-    lora.load_file(file, layout, base, tokens, partial=partial, bundle=bundle.reference)
+    load_file(file, layout, base, tokens, partial=partial, bundle=bundle.reference)
     missing = len(layout.sites) - len(file.pairs)
     detail = f"{len(file.pairs)} of {len(layout.sites)} sites"
     if missing:

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import click
 
+from hyperrt.text import printable
+
 SCHEMA = 1
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -49,7 +51,7 @@ class Output:
     def result(self, text: str, /, **fields: Any) -> None:
         """The command's result: `text` on stdout, or the event."""
         if not self.json and text:
-            print(escaped(text))
+            print(printable(text, lines=True))
         self.event("result", **fields)
 
     def note(self, text: str, /, **fields: Any) -> None:
@@ -57,14 +59,14 @@ class Output:
         if self.json:
             self.event("note", message=text, **fields)
         else:
-            print(escaped(text), file=sys.stderr)
+            print(printable(text, lines=True), file=sys.stderr)
 
     def warning(self, text: str) -> None:
         """A warning on stderr, or the event."""
         if self.json:
             self.event("warning", message=text)
         else:
-            print(f"warning: {escaped(text)}", file=sys.stderr)
+            print(f"warning: {printable(text, lines=True)}", file=sys.stderr)
 
     def error(self, error: Any) -> None:
         """An error of three lines on stderr, or the event; `error` has what, why, do and code."""
@@ -76,7 +78,7 @@ class Output:
         for head, text in lines:
             if text:
                 # Spaces stay as they are: a name in a command may have two of them.
-                print(head + escaped(" ".join(line.strip() for line in text.splitlines())), file=sys.stderr)
+                print(head + printable(" ".join(line.strip() for line in text.splitlines())), file=sys.stderr)
 
     def bytes(self) -> BinaryIO:
         """stdout for a file's content."""
@@ -160,8 +162,3 @@ class _ToOutput(logging.Handler):
         elif text not in self._warned:  # a command that draws in batches asks the library several times
             self._warned.add(text)
             self._output.warning(text)
-
-
-def escaped(text: str) -> str:
-    """`text` with all but line ends and printable characters as backslash escapes: no terminal commands."""
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

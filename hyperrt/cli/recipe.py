@@ -9,17 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hyperrt.arguments import shown
 from hyperrt.bundle.bundle import Bundle, packaged
-from hyperrt.cli.configs import COMBINED
 from hyperrt.engines.backends import BACKENDS
 from hyperrt.errors import Incompatible, UsageError
+from hyperrt.lora.names import COMBINED
 from hyperrt.lora.subject import Subject
 from hyperrt.runtime import Runtime
 from hyperrt.sampling import recipe as recipes
-from hyperrt.sampling import request
 from hyperrt.sampling.guidance import CFG_PULL
 from hyperrt.sampling.options import MAX_GUIDANCE
+from hyperrt.sampling.request import hash_of
+from hyperrt.text import short_repr
 
 log = logging.getLogger("hyperrt")
 
@@ -58,13 +58,13 @@ def chosen(options: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]
 
 def check_subject(recipe: Mapping[str, Any], runtime: Runtime, subject: Subject | None) -> None:
     """Warn where the subject or the backend is another than the recipe's."""
-    before, now = recipe.get("subject_sha256"), request.hash_of(subject).get("subject_sha256")
+    before, now = recipe.get("subject_sha256"), hash_of(subject).get("subject_sha256")
     if now is not None and before not in (None, now):
         both = _short(now), _short(before)
         log.warning("the subject is %s, the recipe's is %s: the picture will differ", *both)
     backend = recipe.get("backend")
     if backend is not None and backend != runtime.backend:
-        both = runtime.backend, shown(backend)
+        both = runtime.backend, short_repr(backend)
         log.warning("the backend is %r, the recipe's is %s: pixels may differ a little", *both)
 
 
@@ -106,7 +106,8 @@ def _guidance(recipe: Mapping[str, Any], given: Collection[str], has_subject: bo
 def _check_bundle(name: str, recipe: Mapping[str, Any], bundle: Bundle, is_given: bool) -> None:
     before, now = recipe.get("base_model"), bundle.hashes.base_model
     if isinstance(before, str) and not now.startswith(before):
-        what = f"{name} was drawn with {shown(recipe.get('bundle'))}, whose base model is {_short(before)}"
+        drawn_with = short_repr(recipe.get("bundle"))
+        what = f"{name} was drawn with {drawn_with}, whose base model is {_short(before)}"
         why = f"the base model of {bundle.name!r} is {_short(now)}"
         if recipe.get("schema") and not is_given:
             this = shlex.join(["--bundle", str(bundle.path)])
@@ -115,8 +116,8 @@ def _check_bundle(name: str, recipe: Mapping[str, Any], bundle: Bundle, is_given
         log.warning("%s; %s: the picture will differ", what, why)
     size, here = recipe.get("size"), [bundle.image_size] * 2
     if size is not None and size != here:
-        log.warning("%s is %s pixels large, pictures of %r are %s", name, shown(size), bundle.name, here)
+        log.warning("%s is %s pixels large, pictures of %r are %s", name, short_repr(size), bundle.name, here)
 
 
 def _short(sha256: object) -> str:
-    return shown(sha256[:12] if isinstance(sha256, str) else sha256)
+    return short_repr(sha256[:12] if isinstance(sha256, str) else sha256)

@@ -20,25 +20,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from hyperrt.arguments import shown
-from hyperrt.errors import UsageError
-from hyperrt.lora.layout import LoraLayout
+from hyperrt.arguments import one_of
+from hyperrt.lora.layout import LoraLayout, Vector
 from hyperrt.lora.low_rank import Matrix, truncated
-from hyperrt.lora.subject import Vector
+from hyperrt.lora.names import COMBINED_TO_SAVE
 
 Packed = Mapping[str, Vector]  # "lora_q" [Nq], "lora_kv" [Nkv]
 
-WAYS = ("mean", "product", "concat")
-
 
 def check_way(way: str) -> None:
-    """Refuse a word that is none of `WAYS`.
+    """Refuse a way of combining that is not in `COMBINED_TO_SAVE`.
 
     Raises:
         UsageError: it is not.
     """
-    if way not in WAYS:
-        raise UsageError(f"combine is {shown(way)}", f"it must be one of {', '.join(WAYS)}")
+    one_of("combine", way, COMBINED_TO_SAVE)
 
 
 def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
@@ -53,24 +49,25 @@ def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vect
 
 
 def concatenated(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
-    """mean(A_i B_i) itself, packed as `concat_layout` says.
+    """mean(A_i B_i) itself, packed as `combined_layout` says.
 
     Raises:
         LoraMismatch: a photo does not fit the layout.
         UsageError: the layout becomes too large.
     """
-    return concat_layout(layout, len(photos)).pack(
+    return combined_layout(layout, "concat", len(photos)).pack(
         {path: (a, b) for path, a, b in _side_by_side(photos, layout)}
     )
 
 
-def concat_layout(layout: LoraLayout, photos: int) -> LoraLayout:
-    """The layout of so many LoRAs side by side: the same sites, of rank n r.
+def combined_layout(layout: LoraLayout, way: str, photos: int) -> LoraLayout:
+    """The layout of a LoRA combined from `photos` LoRAs: the same, or for "concat" of rank n r.
 
     Raises:
-        UsageError: it is larger than a layout may be.
+        UsageError: `way` is not in `COMBINED_TO_SAVE`, or the layout is too large.
     """
-    return dataclasses.replace(layout, rank=photos * layout.rank)
+    check_way(way)
+    return dataclasses.replace(layout, rank=photos * layout.rank) if way == "concat" else layout
 
 
 def _side_by_side(photos: Sequence[Packed], layout: LoraLayout) -> Iterator[tuple[str, Matrix, Matrix]]:

@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hyperrt.lora.safetensors_file import shown
+from hyperrt.text import shortened
 
 REQUIRED = ("base_model", "hypernet", "class_noun", "photos", "trigger")
 # What other programs want to know: family of the base model, pixels, "epsilon", and of the open category how
 # strongly the image tokens act beside the LoRA.
 OPTIONAL = ("family", "image_size", "prediction_type", "image_scale")
+MAX_IMAGE_SCALE = 10
 MAX_NOUN = 64  # characters, also of a trigger
 MAX_TRIGGERS = 20
 
@@ -32,9 +33,9 @@ def fault(origin: Mapping[str, str]) -> str:
         return f"the metadata lacks {', '.join(missing)}"
     noun, photos = origin["class_noun"], origin["photos"]
     if not (0 < len(noun) <= MAX_NOUN and noun.isprintable()):
-        return f"the class noun is {shown(noun)!r}; it must be 1 to {MAX_NOUN} printable characters"
+        return f"the class noun is {shortened(noun)!r}; it must be 1 to {MAX_NOUN} printable characters"
     if not (photos.isascii() and photos.isdigit() and len(photos) < 7):
-        return f"the number of photos is {shown(photos)!r}"
+        return f"the number of photos is {shortened(photos)!r}"
     return ""
 
 
@@ -52,7 +53,7 @@ def triggers_in(text: str) -> list[str]:
 def base_of(metadata: Mapping[str, str]) -> str:
     """What another program's file says of its base model, or ""."""
     names = ("ss_sd_model_name", "modelspec.architecture", "ss_base_model_version")
-    return next((shown(metadata[name]) for name in names if metadata.get(name)), "")
+    return next((shortened(metadata[name]) for name in names if metadata.get(name)), "")
 
 
 def family_of(metadata: Mapping[str, str], text_width: int) -> str:

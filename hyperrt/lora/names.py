@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 # What the tensor names of each format begin with; diffusers' models alone save without a prefix.
 FORMATS: Mapping[str, str] = {"diffusers": "unet.", "peft": "base_model.model.", "kohya": "lora_unet_"}
+# How several photos become one LoRA (hyperrt/lora/combine.py): of the bundle's rank, or of a higher one too.
+COMBINED = ("mean", "product")
+COMBINED_TO_SAVE = (*COMBINED, "concat")
 LAYERS = 2  # per block, in every published Stable Diffusion
 SITE = re.compile(  # the path of a site in a Stable Diffusion UNet
     r"(?:(?:down|up)_blocks\.\d{1,3}|mid_block)\.attentions\.\d{1,3}\.transformer_blocks\.\d{1,3}\.attn2\.to_[qkv]"
@@ -57,17 +60,48 @@ _METHODS = (  # other ways of adapting a model, and how their tensors tell
 
 @dataclass(frozen=True)
 class Part:
-    """What a name means.
+    """What the name of a tensor means.
 
     Attributes:
         format: whose name it is.
-        path: module path of a projection as diffusers has it; "" if it is none, or not known.
-        role: "A", "B", "alpha", or what else follows the path.
+        site: path of the site in the UNet; "" if the tensor belongs to another module.
+        role: "A", "B", "alpha", or the rest of the name.
     """
 
     format: str
-    path: str
+    site: str
     role: str
+
+
+class SiteNames:
+    """Finds the site that a tensor belongs to.
+
+    Args:
+        paths: of a bundle's sites.  Cross-attentions of a Stable Diffusion UNet are always sites.
+        layers: layers per block if there are no paths; kohya's names of the first publication depend on it.
+    """
+
+    def __init__(self, paths: Collection[str] = (), layers: int = LAYERS) -> None:
+        self.layers = layers_of(paths) if paths else layers
+        self._paths = frozenset(paths)
+        self._of_stem = {stem(path, count): path for path in paths for count in (None, self.layers)}
+
+    def part_of(self, name: str) -> Part:
+        """What the name of a tensor means."""
+        if name.startswith("lora_"):
+            module, _, rest = name.partition(".")
+            path = self._of_stem.get(module) or _path_of(module, self.layers)
+            return self._part("kohya", path, _ROLES.get(f".{rest}", rest))
+        format = "peft" if name.startswith(FORMATS["peft"]) else "diffusers"
+        match = _PROJECTION.fullmatch(name.removeprefix(FORMATS[format]))
+        if match is None:
+            return Part(format, "", name)
+        path = match[1].replace(".processor.", ".")
+        return self._part(format, path, _ROLES.get(match[2], match[2]))
+
+    def _part(self, format: str, path: str, role: str) -> Part:
+        is_site = path in self._paths or SITE.fullmatch(path)
+        return Part(format, path if is_site else "", role)
 
 
 def keys(format: str, path: str, layers: int | None = None) -> tuple[str, str]:
@@ -103,28 +137,6 @@ def layers_of(paths: Collection[str]) -> int:
     found = [match.groups() for match in map(_DOWN_OR_UP.match, paths) if match]
     counts = [int(number) + (side == "down") for side, _, number, _ in found]
     return max([count for count in counts if count], default=LAYERS)
-
-
-def known_stems(paths: Collection[str], layers: int) -> dict[str, str]:
-    """kohya's two names of every site -> its path."""
-    return {stem(path, among): path for path in paths for among in (None, layers)}
-
-
-def part_of(name: str, known: Mapping[str, str], layers: int = LAYERS) -> Part:
-    """What the name of a tensor means.
-
-    Args:
-        known: kohya's names of the sites of a bundle (`known_stems`); another name is taken apart.
-    """
-    if name.startswith("lora_"):
-        module, _, rest = name.partition(".")
-        path = known.get(module) or _path_of(module, layers)
-        return Part("kohya", path, _ROLES.get(f".{rest}", rest))
-    format = "peft" if name.startswith(FORMATS["peft"]) else "diffusers"
-    match = _PROJECTION.fullmatch(name.removeprefix(FORMATS[format]))
-    if match is None:
-        return Part(format, "", name)
-    return Part(format, match[1].replace(".processor.", "."), _ROLES.get(match[2], match[2]))
 
 
 def is_first_published(names: Collection[str]) -> bool:

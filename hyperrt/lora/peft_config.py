@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from hyperrt import strict_json
 from hyperrt.errors import LoraError
-from hyperrt.lora.safetensors_file import shown
+from hyperrt.text import shortened
 
 Config = Mapping[str, Any]
 Patterns = Mapping[str, tuple[int, Any]]  # a key of alpha_pattern -> its place among the keys, and its value
@@ -128,7 +128,7 @@ def alpha(config: Config, patterns: Patterns, name: str, site: str, rank: int) -
     found = min(meant, key=itemgetter(0))[1] if meant else config.get("lora_alpha", ALPHA)
     if isinstance(found, bool) or not isinstance(found, (int, float)) or abs(found) > MAX_ALPHA:
         why = f"it must be a number above 0, and at most {MAX_ALPHA:g}"
-        raise LoraError(f"{name}: alpha is {shown(repr(found))}", why, CORRECT)
+        raise LoraError(f"{name}: alpha is {shortened(repr(found))}", why, CORRECT)
     return float(found) * math.sqrt(rank) if config.get("use_rslora") else float(found)
 
 
@@ -136,7 +136,7 @@ def methods(config: Config) -> tuple[Method, ...]:
     """Everything for which PEFT computes something else than W + alpha / r B A; () for a plain LoRA."""
     kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights")
     if kind != "LORA":
-        return (Method(shown(str(kind)), f"peft_type is {shown(repr(kind))}, not 'LORA'"),)
+        return (Method(shortened(str(kind)), f"peft_type is {shortened(repr(kind))}, not 'LORA'"),)
     found = []
     if (start.lower() if isinstance(start, str) else start) not in _KEPT_BASE:
         found.append(_of_changed_base(start))
@@ -149,11 +149,12 @@ def methods(config: Config) -> tuple[Method, ...]:
 def unknown(config: Config) -> list[str]:
     """Names of options that are set, and that this version does not know."""
     known = _WITHOUT_EFFECT | _OTHER_METHODS.keys()
-    return [shown(name) for name, value in config.items() if name not in known and value not in (*_UNSET, {})]
+    is_set = [name for name, value in config.items() if value not in (*_UNSET, {})]
+    return [shortened(name) for name in is_set if name not in known]
 
 
 def _of_changed_base(start: Any) -> Method:
-    said = f"init_lora_weights is {shown(repr(start))}"
+    said = f"init_lora_weights is {shortened(repr(start))}"
     key = next((key for key in _CHANGED_BASE if str(start).lower().startswith(key)), "")
     if not key:
         return Method("LoRA of an unknown start", f"{said}, which PEFT 0.21 does not have")
@@ -168,7 +169,7 @@ def _module_of(pattern: str, name: str) -> str:
     """A key of `alpha_pattern`, "^" first where it is a whole path; to PEFT it is a regular expression."""
     ending = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if not re.fullmatch(r"[\w.]+", ending):  # never run: it may take for ever
-        why = f"its key {shown(pattern)} is a pattern, not the name of a module"
+        why = f"its key {shortened(pattern)} is a pattern, not the name of a module"
         raise LoraError(f"the alpha_pattern of {name} is not understood", why, CORRECT)
     return f"^{ending}" if pattern.startswith("^") else ending
 
@@ -177,7 +178,7 @@ def _object(name: str, text: bytes) -> Config:
     try:
         found = strict_json.loads(text)
     except strict_json.StrictError as error:
-        raise LoraError(f"the configuration in {name} is damaged", shown(str(error)), CORRECT) from error
+        raise LoraError(f"the configuration in {name} is damaged", shortened(str(error)), CORRECT) from error
     if not isinstance(found, dict):
         raise LoraError(f"the configuration in {name} is damaged", "it is no JSON object", CORRECT)
     return found

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import LoraError, LoraMismatch, NotFound
 from hyperrt.lora import names as lora_names
 from hyperrt.lora import peft_config, safetensors_file
 from hyperrt.lora.peft_config import MAX_ALPHA, PEFT_CONFIG, PEFT_FILE
-from hyperrt.lora.safetensors_file import FETCH, REMAKE, Entry, Stored, shown
-from hyperrt.text import advice
+from hyperrt.lora.safetensors_file import FETCH, REMAKE, Entry, Stored
+from hyperrt.text import advice, shortened
 
 Array = NDArray[np.float32]
 
@@ -128,7 +129,7 @@ class LoraFile:
         found = Factors(self.stored(pair.a), self.stored(pair.b), pair.alpha)
         for key, numbers in zip((pair.a, pair.b), found.numbers(), strict=True):
             if not usable(numbers):
-                raise LoraError(f"{self.name}: {shown(key)} cannot be used", NOT_USABLE, self.redo)
+                raise LoraError(f"{self.name}: {shortened(key)} cannot be used", NOT_USABLE, self.redo)
         return found
 
     def tokens(self) -> Stored | None:
@@ -137,48 +138,50 @@ class LoraFile:
 
 
 def open_lora(path: str | os.PathLike[str], paths: Collection[str] = ()) -> LoraFile:
-    """Read and check the header of a file of any of the three formats, or of a folder that has one.
+    """Read and check the header of a LoRA file of any of the three formats, or of a folder that holds one.
+
+    Every tensor name becomes a `Part` (format, site, role); the tensors of a site become its `Pair`.
 
     Args:
-        paths: of a bundle's sites; kohya's names are understood by them.  Without, as in published models.
+        paths: of a bundle's sites; kohya's names are matched with them.  Empty: with published models'.
 
     Raises:
-        NotFound: there is no such file, or the folder has none.
-        LoraError: it is no plain file, a pickle, no safetensors file, not whole, A and B do not match, or
+        NotFound: the file does not exist, or the folder holds none.
+        LoraError: it is not a regular file, a pickle, not safetensors, truncated, A and B do not match, or
             PEFT's configuration is damaged.
     """
     source = _file_of(Path(path))
     metadata, entries = safetensors_file.read_header(source)
-    said = metadata.get(LAYERS, "")
-    layers = int(said) if re.fullmatch("[1-9]", said) else lora_names.LAYERS
-    layers = lora_names.layers_of(paths) if paths else layers
-    known, among = lora_names.known_stems(paths, layers), set(paths)
-    parts = {name: lora_names.part_of(name, known, layers) for name in entries if name != IMAGE_TOKENS}
-    of_sites = {
-        name: part
-        for name, part in parts.items()
-        if part.path in among or lora_names.SITE.fullmatch(part.path)
-    }
-    format = next((part.format for part in [*of_sites.values(), *parts.values()]), "diffusers")
+    layers = metadata.get(LAYERS, "")
+    names = lora_names.SiteNames(paths, int(layers) if re.fullmatch("[1-9]", layers) else lora_names.LAYERS)
+    parts = {name: names.part_of(name) for name in entries if name != IMAGE_TOKENS}
+    at_sites = {name: part for name, part in parts.items() if part.site}
+    format = next((part.format for part in [*at_sites.values(), *parts.values()]), "diffusers")
     config = peft_config.read(source, format, metadata)
-    config_of_alpha = None if format == "kohya" else config
-    patterns = peft_config.alpha_patterns(config_of_alpha or {}, source.name)
-    header = _Header(source, metadata, entries, config_of_alpha, patterns)
+    header = _Header(source, metadata, entries, None if format == "kohya" else config)
     pairs, odd, methods = {}, [], peft_config.methods(config or {})
-    for site, names in _by_site(of_sites).items():
-        complete = names.keys() >= {"A", "B"}
-        odd += [name for role, name in names.items() if not complete or role not in ("A", "B", "alpha")]
+    for site, tensors in _tensors_by_site(at_sites).items():
+        complete = tensors.keys() >= {"A", "B"}
+        odd += [name for role, name in tensors.items() if not complete or role not in ("A", "B", "alpha")]
         try:
             if complete:
-                pairs[site] = _pair(header, names, site)
+                pairs[site] = header.pair(site, tensors)
         except LoraError:
-            if not methods:  # otherwise they say what it is
+            if not methods:  # otherwise the method explains the shapes
                 raise
-            odd += names.values()
-    first = layers if lora_names.is_first_published(list(of_sites)) else None
-    unused = tuple(name for name in parts if name not in of_sites)
-    notes = _notes(header, format)
-    return LoraFile(source, format, first, metadata, entries, pairs, tuple(odd), methods, unused, notes)
+            odd += tensors.values()
+    return LoraFile(
+        path=source,
+        format=format,
+        layers=names.layers if lora_names.is_first_published(at_sites) else None,
+        metadata=metadata,
+        entries=entries,
+        pairs=pairs,
+        odd=tuple(odd),
+        methods=methods,
+        unused=tuple(name for name in parts if name not in at_sites),
+        notes=header.notes(format),
+    )
 
 
 def check_plain(file: LoraFile) -> None:
@@ -205,12 +208,12 @@ def check_used(file: LoraFile, partial: bool = False) -> None:
     if file.odd:
         method_name = lora_names.method_of(file.odd[0])
         is_that = f"is {method_name} and not" if method_name else "is not"
-        why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shown(file.odd[0])}"
+        why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shortened(file.odd[0])}"
         convert = "convert it to a plain LoRA where it came from, or use another file"
         do = REMAKE if file.origin else convert
         raise LoraError(f"{file.name} {is_that} a LoRA of pairs A and B", why, do)
     if not file.pairs:
-        first = f"; its first tensor is {shown(next(iter(file.entries)))}" if file.entries else ""
+        first = f"; its first tensor is {shortened(next(iter(file.entries)))}" if file.entries else ""
         why = f"it has no cross-attention q, k or v of a Stable Diffusion UNet{first}"
         inspect = ("hyperrt", "lora", "inspect", file.path)
         do = advice("use another file; to see what this one holds, run", *inspect)
@@ -243,6 +246,29 @@ def unused_kinds(file: LoraFile) -> dict[str, int]:
     return counted(map(lora_names.kind_of, file.unused))
 
 
+def check_tokens(name: str, tokens: Array | DeviceArray | None, shape: tuple[int, ...] | None) -> None:
+    """Refuse image tokens [1 or photos, tokens, width] that a bundle does not take; None fits every bundle.
+
+    Of those on a device only the shape is looked at.
+
+    Args:
+        name: of the file or subject, for the message.
+        shape: (tokens, width) of the bundle; None if it takes none.
+
+    Raises:
+        LoraMismatch: another shape, or the bundle takes none.
+        LoraError: a number is NaN, infinite or beyond MAX_WEIGHT.
+    """
+    if tokens is None:
+        return
+    if shape is None or len(tokens.shape) != 3 or not tokens.shape[0] or tokens.shape[1:] != shape:
+        takes = f"takes {list(shape)} of each photo" if shape else "takes none"
+        why = f"they are {list(tokens.shape)}, the bundle {takes}"
+        raise LoraMismatch(f"the image tokens of {name} do not fit the bundle", why, REMAKE)
+    if isinstance(tokens, np.ndarray) and not usable(tokens):
+        raise LoraError(f"the image tokens of {name} cannot be used", NOT_USABLE, REMAKE)
+
+
 def usable(array: Array) -> bool:
     """Whether all numbers are finite, and within MAX_WEIGHT."""
     return bool(np.all(np.abs(array) <= MAX_WEIGHT))  # False for NaN too
@@ -256,17 +282,6 @@ def counted(items: Iterable[Any]) -> dict[Any, int]:
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def difference(found: set[str], expected: set[str]) -> str:
-    """What is missing from `found` and what is too much: counts and the first three names; "" if nothing."""
-    parts = []
-    for word, names in (("missing", expected - found), ("unknown", found - expected)):
-        if names:
-            first = ", ".join(shown(name) for name in sorted(names)[:3])
-            more = ", ..." if len(names) > 3 else ""
-            parts.append(f"{len(names)} {word} ({len(expected)} expected): {first}{more}")
-    return "; ".join(parts)
-
-
 def _file_of(path: Path) -> Path:
     """The file itself, or the one in a folder of PEFT or diffusers."""
     if not os.path.isdir(path):
@@ -278,79 +293,79 @@ def _file_of(path: Path) -> Path:
     raise NotFound(f"there is no subject file in the folder {path}", why, "name the file itself")
 
 
-def _by_site(parts: Mapping[str, lora_names.Part]) -> dict[str, dict[str, str]]:
-    """Path of a site -> role -> name; of two names for one role the second has itself as its role."""
-    found: dict[str, dict[str, str]] = {}
+def _tensors_by_site(parts: Mapping[str, lora_names.Part]) -> dict[str, dict[str, str]]:
+    """Site -> role -> tensor name; if a role occurs twice, the second tensor is filed under its own name."""
+    sites: dict[str, dict[str, str]] = {}
     for name, part in parts.items():
-        names = found.setdefault(part.path, {})
-        names[name if part.role in names else part.role] = name
-    return found
+        roles = sites.setdefault(part.site, {})
+        roles[name if part.role in roles else part.role] = name
+    return sites
 
 
-class _Header(NamedTuple):
-    """What is known of a file before its pairs are looked at."""
+class _Header:
+    """A header, and PEFT's configuration if alpha comes from it."""
 
-    path: Path
-    metadata: Mapping[str, str]
-    entries: Mapping[str, Entry]
-    config: peft_config.Config | None  # that tells alpha
-    patterns: peft_config.Patterns
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        entries: Mapping[str, Entry],
+        config: peft_config.Config | None,
+    ) -> None:
+        self.path, self.metadata, self.entries, self.config = path, metadata, entries, config
+        self.name, self.redo = path.name, _redo(metadata)
+        self.alpha_patterns = peft_config.alpha_patterns(config or {}, path.name)
+
+    def pair(self, site: str, tensors: Mapping[str, str]) -> Pair:
+        """The pair of a site, from the names of its tensors by role; LoraError: A, B or alpha is unusable."""
+        a, b = tensors["A"], tensors["B"]
+        rank = self._rank(a, b)
+        return Pair(a, b, self._alpha(tensors.get("alpha"), site, rank), rank)
+
+    def notes(self, format: str) -> tuple[str, ...]:
+        """The assumptions that were made."""
+        if self.config is None:
+            is_known = format != "peft" or _origin(self.metadata)
+            note = f"{self.name} has no {PEFT_CONFIG} beside it: alpha is taken to be the rank"
+            return () if is_known else (note,)
+        if unknown := peft_config.unknown(self.config):
+            options = ", ".join(unknown[:3])
+            return (f"the configuration of {self.name} sets {options}, which HyperRT does not know",)
+        return ()
+
+    def _rank(self, a: str, b: str) -> int:
+        for key in (a, b):
+            safetensors_file.check_type(self.path, key, self.entries[key])
+        shape_a, shape_b = self.entries[a].shape, self.entries[b].shape
+        if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
+            why = f"{shortened(b)} is {shape_b}; they must be (rank, inputs) and (outputs, rank)"
+            raise LoraError(f"{self.name}: {shortened(a)} is {shape_a}", why, self.redo)
+        return shape_a[0]
+
+    def _alpha(self, key: str | None, site: str, rank: int) -> float:
+        """From the tensor `key`, else from PEFT's configuration, else the rank."""
+        if key is not None:
+            entry = self.entries[key]
+            if math.prod(entry.shape) != 1:
+                what = f"{self.name}: {shortened(key)} is {entry.shape}"
+                raise LoraError(what, "it must be one number", self.redo)
+            types = (*safetensors_file.NUMBERS, "BF16")
+            stored = safetensors_file.read_tensor(self.path, key, entry, types)
+            alpha = float(stored.array().ravel()[0])
+        elif self.config is not None:
+            alpha = peft_config.alpha(self.config, self.alpha_patterns, self.name, site, rank)
+        else:
+            alpha = rank
+        if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
+            why = f"it must be above 0 and at most {MAX_ALPHA:g}"
+            raise LoraError(f"{self.name}: alpha is {alpha:g} at {shortened(site)}", why, self.redo)
+        return alpha
 
 
 def _origin(metadata: Mapping[str, str]) -> dict[str, str]:
     ours = {key: text for key, text in metadata.items() if key.startswith(ORIGIN)}
-    return {key[len(ORIGIN) :]: text for key, text in ours.items() if key != LAYERS}
+    return {key.removeprefix(ORIGIN): text for key, text in ours.items() if key != LAYERS}
 
 
 def _redo(metadata: Mapping[str, str]) -> str:
     return REMAKE if _origin(metadata) else FETCH
-
-
-def _notes(header: _Header, format: str) -> tuple[str, ...]:
-    """What had to be assumed."""
-    name = header.path.name
-    if header.config is None:
-        is_told = format != "peft" or _origin(header.metadata)
-        return () if is_told else (f"{name} has no {PEFT_CONFIG} beside it: alpha is taken to be the rank",)
-    unknown = peft_config.unknown(header.config)
-    if not unknown:
-        return ()
-    return (f"the configuration of {name} sets {', '.join(unknown[:3])}, which HyperRT does not know",)
-
-
-def _pair(header: _Header, names: Mapping[str, str], site: str) -> Pair:
-    rank = _rank(header, names["A"], names["B"])
-    return Pair(names["A"], names["B"], _alpha(header, names.get("alpha"), site, rank), rank)
-
-
-def _rank(header: _Header, a: str, b: str) -> int:
-    name, entries = header.path.name, header.entries
-    for key in (a, b):
-        safetensors_file.check_type(header.path, key, entries[key])
-    shape_a, shape_b = entries[a].shape, entries[b].shape
-    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or 0 in shape_a + shape_b:
-        why = f"beside it {shown(b)} is {shape_b}; they must be (rank, inputs) and (outputs, rank)"
-        raise LoraError(f"{name}: {shown(a)} is {shape_a}", why, _redo(header.metadata))
-    return shape_a[0]
-
-
-def _alpha(header: _Header, key: str | None, site: str, rank: int) -> float:
-    """A site's alpha: a tensor, or in PEFT's configuration, or not said, which means the rank."""
-    name, redo = header.path.name, _redo(header.metadata)
-    if key is not None:
-        entry = header.entries[key]
-        if math.prod(entry.shape) != 1:
-            raise LoraError(f"{name}: {shown(key)} is {entry.shape}", "it must be one number", redo)
-        types = (*safetensors_file.NUMBERS, "BF16")
-        stored = safetensors_file.read_tensor(header.path, key, entry, types)
-        alpha = float(stored.array().ravel()[0])
-    else:
-        alpha = rank if header.config is None else _configured(header, site, rank)
-    if not 0 < alpha <= MAX_ALPHA:  # to some programs 0 means the rank, to others nothing
-        why = f"it must be above 0 and at most {MAX_ALPHA:g}"
-        raise LoraError(f"{name}: alpha is {alpha:g} at {shown(site)}", why, redo)
-    return alpha
-
-
-def _configured(header: _Header, site: str, rank: int) -> float:
-    return peft_config.alpha(header.config or {}, header.patterns, header.path.name, site, rank)

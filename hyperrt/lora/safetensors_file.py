@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.errors import LoraError, NotFound
-from hyperrt.text import advice
+from hyperrt.text import advice, shortened
 
 MAX_HEADER = 2**24  # bytes; kohya's trainer writes its statistics there
 TYPES = ("F32", "F16", "BF16")  # that a LoRA is stored as
@@ -127,7 +127,7 @@ def check_type(path: Path, name: str, entry: Entry, types: Collection[str] = TYP
     if entry.dtype not in types:
         why = f"it must be one of {', '.join(types)}"
         do = "use a version of the file in one of these types, or convert it where it came from"
-        raise LoraError(f"{path.name}: {shown(name)} is {entry.dtype}", why, do)
+        raise LoraError(f"{path.name}: {shortened(name)} is {entry.dtype}", why, do)
 
 
 def encode(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
@@ -140,11 +140,6 @@ def encode(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin on a multiple of 8
     return b"".join([len(text).to_bytes(8, "little"), text, *(tensor.data for tensor in tensors.values())])
-
-
-def shown(text: str) -> str:
-    """Text out of a file, short and with nothing that a terminal would obey."""
-    return text[:120] if text.isprintable() else repr(text)[:120]
 
 
 def _header_of(path: Path) -> bytes:
@@ -174,7 +169,8 @@ def _check_start(path: Path, start: bytes) -> None:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for known, (what, do) in _INSTEAD.items():
         if text.startswith(known):
-            raise LoraError(f"{path.name} is {what}, not a LoRA", f"it begins with {shown(repr(start))}", do)
+            why = f"it begins with {shortened(repr(start))}"
+            raise LoraError(f"{path.name} is {what}, not a LoRA", why, do)
 
 
 def _what_is_missing(path: Path, header: bytes) -> str:
@@ -193,4 +189,4 @@ def _entry(said: Any, data: int) -> Entry:
 
 
 def _damaged(path: Path, why: str) -> LoraError:
-    return LoraError(f"{path.name} is damaged, or no safetensors file", shown(why), REDO)
+    return LoraError(f"{path.name} is damaged, or no safetensors file", shortened(why), REDO)

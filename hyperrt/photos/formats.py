@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hyperrt.errors import BadImage
+from hyperrt.text import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -155,11 +156,6 @@ def _bad_image(name: str, kind: str | None, error: Exception) -> BadImage:
         why = f"it begins like {kind}, but is damaged" if kind else f"it is not {READABLE}"
         return BadImage(name, why, AGAIN if kind else CONVERT)
     return BadImage(name, f"it is damaged: {printable(str(error)) or type(error).__name__}", AGAIN)
-
-
-def printable(name: str) -> str:
-    """Text with control characters and undecodable bytes written out: it may be hostile."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _open(file: BinaryIO, name: str, kind: str | None) -> PilImage:

@@ -32,10 +32,9 @@ from hyperrt.photos.formats import (
     damage_as_bad_image,
     is_photo,
     opened,
-    printable,
 )
 from hyperrt.photos.srgb import Picture, upright_srgb
-from hyperrt.text import advice
+from hyperrt.text import advice, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage

@@ -17,6 +17,7 @@ from hyperrt import engines
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.bundle.memory import tile_of
 from hyperrt.engines.backends import BACKENDS
+from hyperrt.engines.backends import names as backend_names
 from hyperrt.engines.base import Engine
 from hyperrt.engines.nvidia import tensorrt_build
 from hyperrt.engines.nvidia.tensorrt_build import CURRENT, Built, Recipe
@@ -28,7 +29,6 @@ from hyperrt.plans.messages import rebuild_command
 
 log = logging.getLogger("hyperrt")
 
-PLANNED = frozenset({"tensorrt", "tensorrt-rtx"})  # backends that run plans
 FIXED = ("denoiser", "vae_decoder")  # graphs whose plans have fixed sizes
 RANGES = {"photos": (1, 1, 16), "prompts": (1, 3, 48), "rows": (1, 3, 48), "subjects": (1, 1, 48)}
 Sizes = Mapping[str, int]
@@ -160,7 +160,7 @@ def compile_bundle(
     """Compile graphs of a bundle for some targets, one by one; each is yielded when it is in the cache.
 
     Args:
-        backend: one of `PLANNED`.
+        backend: one that `runs_plans`.
         targets: "sm89", ...; "current" is the GPU of this machine, and the only one that TensorRT knows.
         sizes: as `sizes_of`.
         names: of the graphs; none means all.
@@ -171,8 +171,8 @@ def compile_bundle(
         NumericError: a plan computes something else than its graph.
         engines.EngineError: a graph cannot be compiled for a target; what was done before stays.
     """
-    if backend not in PLANNED:
-        why = f"plans are compiled for {', '.join(sorted(PLANNED))}"
+    if backend not in (planned := backend_names("runs_plans")):
+        why = f"plans are compiled for {', '.join(planned)}"
         raise UsageError(f"the backend is {backend!r}", why)
     unknown = [name for name in names if name not in bundle.graphs]
     if unknown:

@@ -22,7 +22,8 @@ from hyperrt import engines, files, strict_json
 from hyperrt.bundle import memory
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.backends import BACKENDS
-from hyperrt.engines.base import Engine, EngineError
+from hyperrt.engines.base import Engine
+from hyperrt.engines.errors import EngineError
 from hyperrt.engines.tensors import Array
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError
 from hyperrt.plans import compare as parity

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 
+from hyperrt.engines.backends import BACKENDS
 from hyperrt.plans.record import PlanKey
 
-BACKENDS = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}  # name -> its vendor's spelling
 SHOWN = 12  # digits of an id in tables and messages
 USUAL = {"images": 1, "branches": 3}  # what `hyperrt compile` takes where it is told nothing
 
@@ -19,7 +19,8 @@ def compile_command(key: PlanKey, bundle: str = "") -> str:
     if not bundle:
         return f"compile its bundle with --backend {key.backend}"
     words = ["hyperrt", "compile", bundle, "--backend", key.backend]
-    if key.backend != "tensorrt":
+    backend = BACKENDS.get(key.backend)
+    if backend is None or backend.cross_compiles:
         words += ["--target", key.target.split()[0]]
     sizes = dict(key.sizes)
     for name, usual in USUAL.items():
@@ -42,7 +43,8 @@ def again(first: str, key: PlanKey, bundle: str = "") -> str:
 
 def maker(key: PlanKey) -> str:
     """Who built a plan: "TensorRT 10.16"."""
-    return f"{BACKENDS.get(key.backend, key.backend)} {key.version}"
+    title = BACKENDS[key.backend].title if key.backend in BACKENDS else key.backend
+    return f"{title} {key.version}"
 
 
 def builder(key: PlanKey) -> str:

@@ -50,7 +50,7 @@ class PlanKey:
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _hex64(graph=self.graph)
+        strict_json.check_sha256(graph=self.graph)
         _printable(self.backend, self.version, self.target, *dict(self.sizes), *self.flags)
         if list(self.sizes) != sorted(dict(self.sizes).items()):
             raise ValueError("sizes must be sorted, and no name twice")
@@ -80,7 +80,7 @@ class Record:
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ValueError(f"format is {str(self.format)[:20]}; this version reads {FORMAT}")
-        _hex64(sha256=self.sha256)
+        strict_json.check_sha256(sha256=self.sha256)
         _printable(self.bundle, self.graph_name, *self.weights)
         for name, value, most in (("bytes", self.bytes, MAX_PLAN), ("created", self.created, MAX_CREATED)):
             if not 0 <= value <= most:
@@ -179,12 +179,6 @@ def _unreadable(path: Path, error: OSError) -> Exception:
     if isinstance(error, FileNotFoundError) or error.errno in SCARCE:
         return error
     return IntegrityError(f"{path} cannot be read", error.strerror or str(error))
-
-
-def _hex64(**hashes: str) -> None:
-    for name, value in hashes.items():
-        if len(value) != 64 or set(value) - set("0123456789abcdef"):
-            raise ValueError(f"{name} is {value[:70]!r}; it must be 64 hex digits")
 
 
 def _printable(*texts: str) -> None:

@@ -1,4 +1,4 @@
-"""Sampling: seeded noise and the one denoising loop.
+"""Seeded noise, the pictures on their way to latents, and the denoising loop.
 
 Shapes: latents are [images, C, h, w] float32. Noise is drawn on the host, image by image, so that image k of
 a call depends on `seed + k` alone: not on the batch size, the backend or the device.
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
+from hyperrt.engines.dlpack import concatenate
 from hyperrt.errors import UsageError
 from hyperrt.sampling.solvers import SolverTable
 
@@ -28,9 +29,9 @@ class Step:
     On a device the arrays are still there, and perhaps not computed yet: `numpy.asarray` waits, and copies.
 
     Attributes:
-        index: the step that was just done, from 0.
-        total: how many steps there are.
-        timestep: what the model was told, in training steps.
+        index: the step that was done, from 0.
+        total: number of steps.
+        timestep: of the model, in training steps.
         latents: [images, C, h, w], input of the next step; those of the last step go to the decoder.
         denoised: [images, C, h, w], the clean latents as estimated at this step: what a preview shows.
     """
@@ -48,7 +49,7 @@ def initial_noise(seed: int, shape: Sequence[int], images: int) -> Latents:
     Raises:
         UsageError: the seed is not a whole number from 0 up.
     """
-    return _draw([Generator(Philox(_checked(seed) + k)) for k in range(images)], shape)
+    return _draw([Generator(Philox(_checked_seed(seed) + k)) for k in range(images)], shape)
 
 
 def noise_generators(seed: int, images: int) -> list[Generator]:
@@ -59,43 +60,92 @@ def noise_generators(seed: int, images: int) -> list[Generator]:
     Raises:
         UsageError: the seed is not a whole number from 0 up.
     """
-    return [Generator(Philox(_checked(seed) + k).jumped()) for k in range(images)]
+    return [Generator(Philox(_checked_seed(seed) + k).jumped()) for k in range(images)]
 
 
-def denoise(
-    step: Callable[[Feeds], Feeds], table: SolverTable, latents: Latents, noise_rng: Sequence[Generator]
-) -> Iterator[Step]:
-    """The denoising loop: yields after every step; to cancel, stop asking for the next.
+class Trajectory:
+    """Pictures on their way from noise to latents, stacked along the first axis; all are at the same step.
 
     Args:
-        step: runs the step graph. It gets `latents`, `previous`, `noise`, `timestep` [] and `coefficients`
-            [7] (all float32) and returns `next_latents` and `denoised`; what else the graph takes is bound.
         table: the solver.
         latents: [images, C, h, w] to start from: `initial_noise(...) * table.initial_scale`.
         noise_rng: `noise_generators(...)`, one per image; used where `table.stochastic`.
 
+    Attributes:
+        index: the step that comes next, from 0.
+
     Raises:
-        ValueError: a stochastic solver, and not one generator per image.
+        ValueError: the solver is stochastic, and there is not one generator per image.
     """
-    if table.stochastic and len(noise_rng) != len(latents):
-        raise ValueError(f"{len(noise_rng)} noise generators for {len(latents)} images: it must be one each")
-    latents = np.asarray(latents, dtype=np.float32)
-    denoised = noise = np.zeros_like(latents)
-    total = len(table.timesteps)
-    for index, (timestep, coefficients) in enumerate(zip(table.timesteps, table.coefficients, strict=True)):
-        if table.stochastic:
-            noise = _draw(noise_rng, latents.shape[1:])
-        outputs = step(
-            {
-                "latents": latents,
-                "previous": denoised,
-                "noise": noise,
-                "timestep": np.asarray(timestep),
-                "coefficients": coefficients,
-            }
-        )
-        latents, denoised = outputs["next_latents"], outputs["denoised"]
-        yield Step(index, total, float(timestep), latents, denoised)
+
+    def __init__(self, table: SolverTable, latents: Latents, noise_rng: Sequence[Generator] = ()) -> None:
+        if table.stochastic and len(noise_rng) != len(latents):
+            raise ValueError(
+                f"{len(noise_rng)} noise generators for {len(latents)} images: it must be one each"
+            )
+        self.table = table
+        self.index = 0
+        self._latents: Any = np.asarray(latents, dtype=np.float32)
+        self._noise_rng = list(noise_rng)
+        self._previous: Any = np.zeros_like(self._latents)  # the last `denoised`
+        self._noise = self._previous
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+        return int(self._latents.shape[0])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left, or no picture."""
+        return self.index == len(self.table.timesteps) or not len(self)
+
+    def feeds(self) -> Feeds:
+        """What the step graph takes for the next step; see `denoise`."""
+        if self.table.stochastic:
+            self._noise = _draw(self._noise_rng, self._latents.shape[1:])
+        return {
+            "latents": self._latents,
+            "previous": self._previous,
+            "noise": self._noise,
+            "timestep": np.asarray(self.table.timesteps[self.index]),
+            "coefficients": self.table.coefficients[self.index],
+        }
+
+    def advance(self, outputs: Feeds) -> Step:
+        """Take the outputs of the step graph; the next step starts from them."""
+        self._latents, self._previous = outputs["next_latents"], outputs["denoised"]
+        timestep = float(self.table.timesteps[self.index])
+        step = Step(self.index, len(self.table.timesteps), timestep, self._latents, self._previous)
+        self.index += 1
+        return step
+
+    def join(self, other: Trajectory) -> None:
+        """Append the pictures of another trajectory, which has the same table and is at the same step."""
+        self._latents = concatenate([self._latents, other._latents])
+        self._previous = concatenate([self._previous, other._previous])
+        self._noise = np.zeros(self._latents.shape, np.float32)
+        self._noise_rng += other._noise_rng
+
+    def drop(self, images: slice) -> None:
+        """Take these pictures out."""
+        kept = [slice(0, images.start), slice(images.stop, len(self))]
+        kept = [part for part in kept if part.start < part.stop] or [slice(0, 0)]
+        self._latents = concatenate([self._latents[part] for part in kept])
+        self._previous = concatenate([self._previous[part] for part in kept])
+        self._noise = np.zeros(self._latents.shape, np.float32)
+        del self._noise_rng[images]
+
+
+def denoise(step: Callable[[Feeds], Feeds], trajectory: Trajectory) -> Iterator[Step]:
+    """The denoising loop: yields after every step; to cancel, stop asking for the next.
+
+    Args:
+        step: runs the step graph. It gets `latents`, `previous`, `noise`, `timestep` [] and `coefficients`
+            [7] (all float32) and returns `next_latents` and `denoised`; the graph's other inputs are bound.
+        trajectory: the pictures. Between two steps pictures may join it and leave it.
+    """
+    while not trajectory.is_done:
+        yield trajectory.advance(step(trajectory.feeds()))
 
 
 def _draw(generators: Sequence[Generator], shape: Sequence[int]) -> Latents:
@@ -105,7 +155,7 @@ def _draw(generators: Sequence[Generator], shape: Sequence[int]) -> Latents:
     return noise
 
 
-def _checked(seed: int) -> int:
+def _checked_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise UsageError(
             f"seed is {seed!r}",

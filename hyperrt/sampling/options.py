@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hyperrt.arguments import Checked, shown
+from hyperrt.arguments import Checked, in_range, one_of
 from hyperrt.errors import UsageError
+from hyperrt.lora.metadata import MAX_IMAGE_SCALE
+from hyperrt.text import short_repr
 
-MAX_IMAGE_SCALE = 10
 MAX_GUIDANCE = 100
 MAX_STEPS = 1000  # the training schedule has no more
 MAX_IMAGES = 1000
@@ -26,11 +27,11 @@ SOLVER_NAMES = (
     "dpmpp_2m",
     "euler",
     "euler_ancestral",
-)  # those of hyperrt/sampling/solvers.py, which needs NumPy
+)  # the tables are in hyperrt/sampling/solvers.py, which needs NumPy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Checked):
+class SamplingOptions(Checked):
     """What `Runtime.steps` takes beside the prompt and the subject; None means the bundle's default.
 
     Raises:
@@ -62,7 +63,7 @@ class SamplingConfig(Checked):
             object.__setattr__(self, "seed", random_seed(self.n))
         if not 0 <= self.seed <= MAX_SEED - self.n:
             why = f"it must be from 0 to {MAX_SEED - self.n}, or {RANDOM} for a random one"
-            raise UsageError(f"seed is {shown(self.seed)}", why)
+            raise UsageError(f"seed is {short_repr(self.seed)}", why)
         in_range("strength", self.strength, -10, 10)
         if self.solver is not None:
             one_of("solver", self.solver, SOLVER_NAMES)
@@ -71,7 +72,7 @@ class SamplingConfig(Checked):
             raise UsageError(f"cfg is on, but kappa is {self.kappa:g}", why, "leave one of them out")
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
+    def of(cls, options: Mapping[str, Any]) -> SamplingOptions:
         """The config of these options.
 
         Raises:
@@ -90,7 +91,7 @@ def random_seed(pictures: int) -> int:
     return secrets.randbelow(RANDOM_SEEDS - pictures + 1)
 
 
-def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
+def check_needs_subject(has_subject: bool, options: SamplingOptions) -> None:
     """Refuse options that change nothing without a subject.
 
     Raises:
@@ -107,23 +108,3 @@ def check_needs_subject(has_subject: bool, options: SamplingConfig) -> None:
             why = f"{what}, and would change nothing"
             do = "leave it out, or name a subject"
             raise UsageError(f"{name} is {value:g}, but there is no subject", why, do)
-
-
-def in_range(name: str, value: float | None, low: float, high: float) -> None:
-    """Refuse a number beyond these; None is not looked at.
-
-    Raises:
-        UsageError: naming the value and the range.
-    """
-    if value is not None and not low <= value <= high:  # NaN is in no range
-        raise UsageError(f"{name} is {shown(value)}", f"it must be from {low} to {high}")
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among those allowed.
-
-    Raises:
-        UsageError: naming the value and those allowed.
-    """
-    if value not in allowed:
-        raise UsageError(f"{name} is {shown(value)}", f"it must be one of {', '.join(allowed)}")

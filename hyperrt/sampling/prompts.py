@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from hyperrt.errors import BadPrompt
 from hyperrt.lora.metadata import triggers_in
+from hyperrt.text import short_repr
 
 MAX_CHARACTERS = 10_000  # some 30 times what fits a text encoder
 
@@ -77,7 +78,7 @@ def split_prompt(
         raise BadPrompt("the prompt is empty", "a picture needs words", example)
     if has_subject and not mark.search(text):
         raise BadPrompt(
-            f"the prompt does not say where the subject is: {shortened(text)}",
+            f"the prompt does not say where the subject is: {short_repr(text)}",
             f"{placeholder} stands for the subject, and it is not in the prompt",
             example,
         )
@@ -130,7 +131,7 @@ def warnings_of_trigger(prompt: str, subject_prompt: str, trigger: str, placehol
     asked = re.sub(re.escape(placeholder), " ", prompt, flags=re.IGNORECASE).split()
     found = []
     if lost := _lacking(subject_prompt, asked):
-        found.append(f"the subject's trigger takes the place of {shortened(' '.join(lost))} in the prompt")
+        found.append(f"the subject's trigger takes the place of {short_repr(' '.join(lost))} in the prompt")
     if missing := _lacking(subject_prompt, triggers_in(trigger)):
         found.append(f"the subject's file asks for words that the prompt lacks: {', '.join(missing)}")
     return found
@@ -157,16 +158,11 @@ def check_text(text: str, name: str) -> str:
         if unicodedata.category(character) in ("Cc", "Cs"):
             raise BadPrompt(
                 f"the {name} has a character that is no text: U+{ord(character):04X} after "
-                f"{shortened(plain[: plain.index(character)])}",
+                f"{short_repr(plain[: plain.index(character)])}",
                 "control characters and halves of surrogate pairs mean nothing to a text encoder",
                 "remove it, and check that the text is UTF-8",
             )
     return plain
-
-
-def shortened(text: str, most: int = 60) -> str:
-    """The text in quotes, its end left out where it is long: for messages."""
-    return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _with_trigger(text: str, trigger: str, placeholder: str) -> str:

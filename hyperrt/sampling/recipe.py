@@ -32,7 +32,7 @@ from hyperrt import __version__, files, strict_json
 from hyperrt.arguments import checked
 from hyperrt.errors import BadImage, BadInput, NotFound, UsageError
 from hyperrt.sampling import infotext
-from hyperrt.sampling.options import SamplingConfig
+from hyperrt.sampling.options import SamplingOptions
 
 SCHEMA = 1
 JSON_CHUNK, TEXT_CHUNK, XMP_CHUNK = "hyperrt", "parameters", "XML:com.adobe.xmp"
@@ -152,7 +152,7 @@ def options_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if recipe.get("prompt") is None:
         raise UsageError("the recipe has no prompt", "nothing says what to draw", "give a prompt")
     left_out = {"n", "batch_size"} | (set() if had_subject(recipe) else {"kappa"})
-    names = {"prompt", *(field.name for field in fields(SamplingConfig))} - left_out
+    names = {"prompt", *(field.name for field in fields(SamplingOptions))} - left_out
     return {"cfg": False, **{name: recipe[name] for name in names if recipe.get(name) is not None}}
 
 

@@ -1,145 +1,145 @@
-"""A request with every default filled in: the branches with prompts and weights, the solver, the recipe.
+"""A request: one order for pictures, with everything filled in that it left open.
 
-Nothing here computes or opens anything: what is wrong with a request is found before a graph is loaded.
-Source: arXiv 2511.03156, HM-CFG (eq. 20); without a subject it is classifier-free guidance (kappa 0).
-On request it is classifier-free guidance of the personalised model.
+    prompts, subjects, SamplingOptions, bundle  =>  resolve()  =>  Request
+
+`resolve` depends on its arguments alone.  A request has one or more pairs of a prompt and a subject, which
+are drawn together, n pictures each.  HM-CFG draws a subject; without a subject it is classifier-free guidance
+(kappa 0).  The option `cfg` asks for classifier-free guidance of the personalised model.
+Source: arXiv 2511.03156, eq. 20.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hyperrt.arguments import taken
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
-from hyperrt.lora.layout import VECTORS, check_tokens
+from hyperrt.lora.layout import VECTORS
+from hyperrt.lora.reader import check_tokens
 from hyperrt.lora.subject import Subject, only_subject, packed
 from hyperrt.sampling import guidance, prompt_syntax, prompts, solvers
-from hyperrt.sampling.options import SamplingConfig, check_needs_subject
+from hyperrt.sampling.guidance import BranchName
+from hyperrt.sampling.options import SamplingOptions
+from hyperrt.sampling.settings import Settings, branches_of, settle, table_of
 
-log = logging.getLogger("hyperrt")
+
+class Row(NamedTuple):
+    """Conditioning of one row of the UNet batch; equal rows have the same K, V and LoRA.
+
+    Attributes:
+        text: the prompt.
+        subject: holds the LoRA and the image tokens of the row; None: the base model.
+        gate: strength of the LoRA on the row.
+        image_scale: scale of the image tokens on the row.
+        has_photo: False: the image tokens are those of zero pixels, as beside the empty prompt of CFG.
+    """
+
+    text: str
+    subject: Subject | None
+    gate: float
+    image_scale: float
+    has_photo: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A prompt and its subject.
+
+    Attributes:
+        subject: None draws with the base model alone.
+        texts: the prompt of every branch.
+        settings: the recipe, without the hash of the subject.
+    """
+
+    subject: Subject | None
+    texts: Mapping[BranchName, str]
+    settings: Mapping[str, Any]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What reproduces the pictures, as JSON values; copies a LoRA on a GPU to the host for its hash."""
+        return {**self.settings, **hash_of(self.subject)}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Job:
-    """What the loop needs to know; compared by identity.
-
-    A job draws one or more pairs of a prompt and a subject; branch b of pair p is row b * pairs + p.
+class Request:
+    """One order for pictures, resolved.
 
     Attributes:
+        pairs: a prompt with its subject each; all have the same options.
         branches: those whose weight is not zero; all pairs share them.
-        texts: [branches x pairs] the prompt of each row.
-        subjects: [pairs]; None draws with the base model alone.
-        strength: the LoRA's, on the subjects' rows.
-        image_scale: of the image tokens, on the subjects' rows.
         table: the solver.
-        seed: of the first picture of every pair.
+        seed: of the first picture of every pair; picture k has `seed + k`.
         n: pictures of each pair.
-        batch_size: pictures of each pair per engine call.
-        settings: [pairs] what reproduces the pictures, as JSON values, less the subjects' hashes.
+        batch_size: pictures of each pair in one engine call.
+        strength: of the LoRA, on the subjects' rows.
+        image_scale: of the image tokens, on the subjects' rows.
+        warnings: what the user should know, one sentence each.
     """
 
+    pairs: tuple[Pair, ...]
     branches: tuple[guidance.Branch, ...]
-    texts: tuple[str, ...]
-    subjects: tuple[Subject | None, ...]
-    strength: float
-    image_scale: float
     table: solvers.SolverTable
     seed: int
     n: int
     batch_size: int
-    settings: tuple[Mapping[str, Any], ...]
+    strength: float
+    image_scale: float
+    warnings: tuple[str, ...] = ()
 
     @property
-    def gate(self) -> NDArray[np.float32]:
-        """[branches x pairs] strength of the LoRA on each row."""
-        rows = product(self.branches, self.subjects)
-        gate = [self.strength * (branch.personalised and subject is not None) for branch, subject in rows]
-        return np.array(gate, np.float32)
+    def rows(self) -> tuple[Row, ...]:
+        """[branches x pairs] conditioning, branch-major; requests with equal rows share K, V and LoRA."""
+        return tuple(self._row(branch, pair) for branch in self.branches for pair in self.pairs)
 
     @property
-    def image_scales(self) -> NDArray[np.float32]:
-        """[branches x pairs] scale of the image tokens on each row."""
-        known = [subject is not None and subject.image_tokens is not None for subject in self.subjects]
-        rows = product(self.branches, known)
-        scales = [self.image_scale * (branch.personalised and there) for branch, there in rows]
-        return np.array(scales, np.float32)
-
-    @property
-    def weights(self) -> NDArray[np.float32]:
+    def weights(self) -> tuple[float, ...]:
         """[branches] weight of each branch in the guidance."""
-        return np.array([branch.weight for branch in self.branches], np.float32)
+        return tuple(branch.weight for branch in self.branches)
 
     @property
-    def recipes(self) -> tuple[dict[str, Any], ...]:
-        """[pairs] what reproduces the pictures, as JSON values; read when weights may come to the host."""
-        pairs = zip(self.settings, self.subjects, strict=True)
-        return tuple({**settings, **hash_of(subject)} for settings, subject in pairs)
+    def seeds(self) -> tuple[int, ...]:
+        """[n] the seed of each picture."""
+        return tuple(range(self.seed, self.seed + self.n))
 
     @property
-    def told(self) -> tuple[Any, ...]:
-        """What the rows are told; jobs in which it is equal share keys, values and LoRA."""
-        return self.texts, self.subjects, self.gate.tobytes(), self.image_scales.tobytes()
+    def recipes(self) -> list[dict[str, Any]]:
+        """[pairs] what reproduces the pictures, as JSON values."""
+        return [pair.recipe for pair in self.pairs]
 
-    def lora_rows(self, images: int) -> tuple[Subject | None, ...]:
-        """Whose LoRA each row holds, with `images` pictures of each pair; one entry if all hold the same."""
-        different = [*dict.fromkeys(subject for subject in self.subjects if subject is not None)]
-        if len(different) < 2:  # the base model's rows have a gate of 0, whatever they hold
-            return (different[0] if different else None,)
-        return tuple(subject for subject in self.subjects for _ in range(images)) * len(self.branches)
+    def parts(self) -> Iterator[Request]:
+        """Requests that draw the same pictures in order, each of one batch."""
+        for start in range(0, self.n, self.batch_size):
+            n = min(self.batch_size, self.n - start)
+            yield dataclasses.replace(self, seed=self.seed + start, n=n)
 
-
-def pairs_of(prompt: Any, subject: Any) -> tuple[list[str], list[Subject | None], bool]:
-    """The prompts [pairs] and subjects [pairs] of a call, and whether they came as sequences.
-
-    Raises:
-        UsageError: one of them is a sequence and the other is not, or a value has another type.
-    """
-    one_prompt, one_subject = _is_one(prompt), _is_one(subject)
-    if one_prompt and one_subject:
-        asked, subjects = [prompt], [subject]
-    elif one_prompt or one_subject:
-        raise UsageError(
-            "the prompt and the subject do not go together",
-            "one is a sequence and the other is not",
-            "pass one prompt and one subject or None, or a list of each, of one length",
-        )
-    else:
-        asked, subjects = list(prompt), list(subject)
-    if files := [one for one in subjects if isinstance(one, (str, os.PathLike))]:
-        why = "a subject is what personalize or load_subject returns, and this is the name of a file"
-        do = "read it with runtime.load_subject first"
-        raise UsageError(f"subject is {str(files[0])[:200]!r}", why, do)
-    texts = [taken("prompt", one, str) for one in asked]
-    return texts, [taken("subject", one, Subject | None) for one in subjects], not one_prompt
+    def _row(self, branch: guidance.Branch, pair: Pair) -> Row:
+        subject = pair.subject
+        adapted = branch.personalised and subject is not None
+        has_tokens = adapted and subject is not None and subject.image_tokens is not None
+        gate, image_scale = self.strength * adapted, self.image_scale * has_tokens
+        return Row(pair.texts[branch.name], subject, gate, image_scale, branch.name != "subject_uncond")
 
 
-def _is_one(value: Any) -> bool:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        return True
-    return getattr(value, "ndim", 1) == 0  # an array without axes
-
-
-def plan(
+def resolve(
     bundle: Bundle,
     backend: str,
     asked: Sequence[str],
     subjects: Sequence[Subject | None],
-    options: SamplingConfig,
-) -> Job:
-    """The job of one request; `Runtime.steps` describes the arguments.
+    options: SamplingOptions,
+) -> Request:
+    """Turn what was asked into a request; `Runtime.request` describes the arguments.
 
     Args:
+        backend: its name, for the recipe.
         asked: prompts, [pairs].
         subjects: [pairs].
 
@@ -160,42 +160,60 @@ def plan(
             _check_subject(subject, bundle)
     if bundle.adapt == "refit":
         only_subject(subjects)
-    known = [subject is not None for subject in subjects]
-    settings = settings_of(bundle, any(known), options)
-    branches = _branches(settings)
-    texts = [_texts(bundle, *pair, options) for pair in zip(asked, subjects, known, strict=True)]
-    _warn_of_syntax(bundle, asked, options)
-    return Job(
-        branches=branches,
-        texts=tuple(one[branch.name] for branch in branches for one in texts),
-        subjects=tuple(subjects),
-        strength=options.strength,
-        image_scale=settings.get("image_scale", 0.0),
-        table=_table(bundle, settings),
+    settings = settle(bundle, any(subject is not None for subject in subjects), options)
+    warnings: list[str] = []
+    pairs = []
+    for prompt, subject in zip(asked, subjects, strict=True):
+        texts, advice = _texts(bundle, prompt, subject, options)
+        warnings += advice
+        pairs.append(Pair(subject, texts, _recipe(bundle, backend, settings, prompt, subject, texts)))
+    all_texts = (*asked, options.negative_prompt, options.generic_prompt or "")
+    warnings += prompt_syntax.advice(all_texts, bundle.prompts.placeholder)
+    return Request(
+        pairs=tuple(pairs),
+        branches=branches_of(settings),
+        table=table_of(bundle, settings),
         seed=options.seed,
         n=options.n,
         batch_size=options.batch_size,
-        settings=tuple(
-            _recipe(bundle, backend, settings, *one) for one in zip(asked, subjects, texts, strict=True)
-        ),
+        strength=options.strength,
+        image_scale=settings.image_scale or 0.0,
+        warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
-def check(bundle: Bundle, prompt: str, has_subject: bool, options: SamplingConfig) -> None:
-    """Refuse what `plan` would, before there is a subject: photos take time.
+def is_single(value: Any) -> bool:
+    """Whether a prompt or a subject is one, not a sequence of them."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return True
+    return getattr(value, "ndim", 1) == 0  # an array without axes
+
+
+def as_pairs(prompt: Any, subject: Any) -> tuple[list[str], list[Subject | None]]:
+    """The prompts [pairs] and subjects [pairs] of a call that has one of each, or sequences.
 
     Raises:
-        UsageError, BadPrompt: as `plan`.
+        UsageError: one of them is a sequence and the other is not, or a value has another type.
     """
-    _table(bundle, settings_of(bundle, has_subject, options))
-    _texts(bundle, prompt, None, has_subject, options)
-    _warn_of_syntax(bundle, [prompt], options)
+    if is_single(prompt) != is_single(subject):
+        raise UsageError(
+            "the prompt and the subject do not go together",
+            "one is a sequence and the other is not",
+            "pass one prompt and one subject or None, or a list of each, of one length",
+        )
+    asked, subjects = ([prompt], [subject]) if is_single(prompt) else (list(prompt), list(subject))
+    if paths := [item for item in subjects if isinstance(item, (str, os.PathLike))]:
+        why = "a subject is what personalize or load_subject returns, and this is the name of a file"
+        do = "read it with runtime.load_subject first"
+        raise UsageError(f"subject is {str(paths[0])[:200]!r}", why, do)
+    texts = [taken("prompt", item, str) for item in asked]
+    return texts, [taken("subject", item, Subject | None) for item in subjects]
 
 
-def _warn_of_syntax(bundle: Bundle, asked: Sequence[str], options: SamplingConfig) -> None:
-    texts = (*asked, options.negative_prompt, options.generic_prompt or "")
-    for line in prompt_syntax.advice(texts, bundle.prompts.placeholder):
-        log.warning("%s", line)
+def blank_subject(bundle: Bundle) -> Subject:
+    """A subject with a LoRA of zeros, to resolve a request with before the photos are read."""
+    lora = {name: np.zeros(bundle.layout.size(name), np.float32) for name in VECTORS}
+    return Subject(lora, bundle.prompts.default_class, 1, {"base_model": bundle.hashes.base_model})
 
 
 def noun_in(prompt: str, bundle: Bundle) -> str | None:
@@ -209,75 +227,26 @@ def noun_in(prompt: str, bundle: Bundle) -> str | None:
     return None
 
 
-def settings_of(bundle: Bundle, has_subject: bool, options: SamplingConfig) -> dict[str, Any]:
-    """The numbers of the recipe, the bundle's defaults filled in; `cfg` is there only if it is on.
-
-    Raises:
-        UsageError: an option changes nothing.
-    """
-    defaults, image = bundle.defaults, bundle.image_prompt
-    check_needs_subject(has_subject, options)
-    scale, kappa = options.guidance_scale, options.kappa
-    settings: dict[str, Any] = {
-        "seed": options.seed,
-        "steps": options.steps or defaults.steps,
-        "solver": options.solver or defaults.solver,
-        "guidance_scale": defaults.guidance_scale if scale is None else scale,
-        "kappa": 0.0 if not has_subject else defaults.kappa if kappa is None else kappa,
-        "strength": options.strength,
-    }
-    if options.cfg:
-        usual = guidance.CFG_PULL * defaults.guidance_scale
-        settings |= {"cfg": True, "kappa": None, "guidance_scale": usual if scale is None else scale}
-    if image and has_subject:
-        settings["image_scale"] = image.scale if options.image_scale is None else options.image_scale
-    elif options.image_scale:
-        raise UsageError(
-            f"image scale is {options.image_scale:g}, but {bundle.name} has no image prompt",
-            "only bundles of the open category draw with image tokens",
-            "leave it out, or use another bundle",
-        )
-    return settings
-
-
-def _table(bundle: Bundle, settings: Mapping[str, Any]) -> solvers.SolverTable:
-    schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(bundle.betas))
-    kinds = (bundle.prediction_type, bundle.timestep_spacing)
-    return solvers.table(settings["solver"], schedule, settings["steps"], *kinds)
-
-
-def _branches(settings: Mapping[str, Any]) -> tuple[guidance.Branch, ...]:
-    scale = settings["guidance_scale"]
-    if settings.get("cfg"):
-        weighted = zip(guidance.CFG_BRANCHES, guidance.cfg_weights(scale), strict=True)
-    else:
-        weights = guidance.hm_cfg_weights(scale, settings["kappa"])
-        weighted = zip(guidance.BRANCHES, weights, strict=True)
-    return guidance.active(guidance.Branch(name, weight) for name, weight in weighted)
-
-
 def _recipe(
     bundle: Bundle,
     backend: str,
-    settings: Mapping[str, Any],
+    settings: Settings,
     prompt: str,
     subject: Subject | None,
-    texts: Mapping[str, str],
+    texts: Mapping[BranchName, str],
 ) -> dict[str, Any]:
     """What reproduces the pictures of one pair, as if it had been drawn alone."""
     if subject is None:
-        scale = settings["guidance_scale"]
-        settings = {
-            **{name: value for name, value in settings.items() if name not in ("image_scale", "cfg")},
-            "kappa": 0.0,
-            "guidance_scale": scale / guidance.CFG_PULL if settings.get("cfg") else scale,
-        }
+        scale = settings.guidance_scale / (guidance.CFG_PULL if settings.cfg else 1)
+        settings = dataclasses.replace(
+            settings, kappa=0.0, guidance_scale=scale, cfg=False, image_scale=None
+        )
     return {
         "prompt": prompt,
-        **settings,
+        **settings.for_recipe(),
         "generic_prompt": texts["generic"],
         "negative_prompt": texts["uncond"],
-        "branches": {branch.name: branch.weight for branch in _branches(settings)},
+        "branches": {branch.name: branch.weight for branch in branches_of(settings)},
         "bundle": bundle.name,
         "base_model": bundle.hashes.base_model,
         "backend": backend,
@@ -285,8 +254,8 @@ def _recipe(
     }
 
 
-def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[str, Any]:
-    """What a recipe says of the subject: no paths and no photos (see hyperrt/sampling/recipe.py)."""
+def _subject_recipe(subject: Subject | None, texts: Mapping[BranchName, str]) -> dict[str, Any]:
+    """The part of a recipe about the subject: no paths and no photos (see sampling/recipe.py)."""
     if subject is None:
         return {}
     return {
@@ -299,7 +268,7 @@ def _subject_recipe(subject: Subject | None, texts: Mapping[str, str]) -> dict[s
 
 
 def hash_of(subject: Subject | None) -> dict[str, str]:
-    """What tells a recipe's subject from others, as a part of the recipe; of a GPU's LoRA it makes a copy."""
+    """The sha256 of a subject's weights, as a part of a recipe; copies a LoRA on a GPU to the host."""
     if subject is None:
         return {}
     digest = hashlib.sha256(b"".join(subject.lora[name].tobytes() for name in VECTORS))
@@ -313,38 +282,39 @@ def _check_subject(subject: Subject, bundle: Bundle) -> None:
         packed(subject, name, bundle.layout.size(name), there=True)
     check_tokens("the subject", subject.image_tokens, bundle.token_shape)
     prompts.check_text(subject.metadata.get("trigger", ""), "subject's trigger")
-    found, wanted = subject.metadata.get("base_model"), bundle.hashes.base_model
-    if found not in (None, wanted):
-        why = f"its base model is {found[:12]!r}, the bundle's {wanted[:12]!r}"
-        raise LoraMismatch(
-            "the subject was made for another base model", why, "make it again with this bundle"
-        )
+    theirs, ours = subject.metadata.get("base_model"), bundle.hashes.base_model
+    if theirs not in (None, ours):
+        why = f"its base model is {theirs[:12]!r}, the bundle's {ours[:12]!r}"
+        do = "make it again with this bundle"
+        raise LoraMismatch("the subject was made for another base model", why, do)
 
 
 def _texts(
-    bundle: Bundle, prompt: str, subject: Subject | None, known: bool, options: SamplingConfig
-) -> dict[str, str]:
-    """The prompt of every branch, by the branch's name; `known`: there is a subject, or will be."""
-    rules, generic = bundle.prompts, options.generic_prompt
-    if not known and rules.placeholder.lower() in prompt.lower():
-        log.warning("the prompt has %s but there is no subject: the base model draws it", rules.placeholder)
+    bundle: Bundle, prompt: str, subject: Subject | None, options: SamplingOptions
+) -> tuple[dict[BranchName, str], list[str]]:
+    """The prompt of every branch, and warnings."""
+    rules, generic, warnings = bundle.prompts, options.generic_prompt, []
+    if subject is None and rules.placeholder.lower() in prompt.lower():
+        what = f"the prompt has {rules.placeholder} but there is no subject"
+        warnings = [f"{what}: the base model draws it"]
     noun = subject.class_noun if subject else rules.default_class
     trigger = subject.metadata.get("trigger", "") if subject else ""
     if subject and subject.is_foreign:
         split = prompts.split_for_trigger(prompt, trigger, noun, rules.token, rules.placeholder)
-        for text in prompts.warnings_of_trigger(prompt, split.subject, trigger, rules.placeholder):
-            log.warning("%s", text)
+        warnings += prompts.warnings_of_trigger(prompt, split.subject, trigger, rules.placeholder)
     else:
-        split = prompts.split_prompt(prompt, noun, trigger or rules.token, rules.placeholder, known)
+        token = trigger or rules.token
+        split = prompts.split_prompt(prompt, noun, token, rules.placeholder, subject is not None)
     of_base = split.generic if generic is None else _plain(generic, "generic prompt", rules.placeholder)
     empty = _plain(options.negative_prompt, "negative prompt", rules.placeholder) or split.empty
-    return {
+    texts: dict[BranchName, str] = {
         "uncond": empty,
         "subject_uncond": empty,
         # Among pairs that have one, a pair without a subject draws its prompt on both rows.
-        "subject": split.subject if known else of_base,
+        "subject": of_base if subject is None else split.subject,
         "generic": of_base,
     }
+    return texts, warnings
 
 
 def _plain(text: str, name: str, placeholder: str) -> str:

@@ -26,6 +26,7 @@ Shapes: T training steps (1000); tables are float32, the arithmetic that makes t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperrt.errors import UsageError
+from hyperrt.sampling.options import MAX_STEPS, SOLVER_NAMES
 
 Array64 = NDArray[np.float64]
 
-SOLVERS = frozenset({"ddim", "euler", "dpmpp_2m", "euler_ancestral"})
 PREDICTION_TYPES = frozenset({"epsilon", "v_prediction", "sample"})
 SPACINGS = frozenset({"leading", "trailing"})
 BETA_SCHEDULES = frozenset({"scaled_linear", "linear", "squaredcos_cap_v2"})
-MAX_STEPS = 1000
 LEAST_SIGNAL = 1e-30  # of alphas_cumprod: below, coefficients leave float32
 
 
@@ -136,7 +136,7 @@ def table(
     """The coefficients of a solver for a number of steps.
 
     Args:
-        solver: one of `SOLVERS`.
+        solver: one of `options.SOLVER_NAMES`.
         schedule: the model's training noise.
         steps: model evaluations, 1 to 1000 (and at most the schedule's length).
         prediction_type: what the model predicts, one of `PREDICTION_TYPES`: the noise, v = a noise - s x0
@@ -146,7 +146,7 @@ def table(
     Raises:
         UsageError: an unknown name, or steps out of range.
     """
-    _check_name("solver", solver, SOLVERS)
+    _check_name("solver", solver, SOLVER_NAMES)
     _check_name("timestep spacing", spacing, SPACINGS)
     _check_name("prediction type", prediction_type, PREDICTION_TYPES)
     alphas_cumprod = schedule.alphas_cumprod
@@ -192,7 +192,7 @@ def table(
     )
 
 
-def _check_name(kind: str, name: str, known: frozenset[str]) -> None:
+def _check_name(kind: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         known_names = ", ".join(sorted(known))
         raise UsageError(f"unknown {kind} {name!r}", f"known are {known_names}", "choose one of these")

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperrt.bundle.bundle import EXPORT_AGAIN
 from hyperrt.errors import BundleError
-
-REBUILD = "export the bundle again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the library raises bare Exception, for a missing file too
-            raise BundleError(f"cannot read the tokenizer {name}", str(error), REBUILD) from error
+            raise BundleError(f"cannot read the tokenizer {name}", str(error), EXPORT_AGAIN) from error
         # A file may ask for its own cutting and padding; both are done below, so that the cut is seen.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -64,7 +63,7 @@ class Tokenizer:
             raise BundleError(
                 f"the tokenizer {name} is not CLIP's",
                 f"empty text gives {len(ends)} tokens (a start and an end are two), and L is {max_tokens}",
-                REBUILD,
+                EXPORT_AGAIN,
             )
         self._start, self._end = ends
         self._pad = self._end if pad is None else pad

@@ -1,88 +1,66 @@
-"""A subject's LoRA into an open engine, in the way that the bundle's manifest names.
+"""Puts a subject's LoRA into an open engine, in the way that the bundle's manifest names.
 
-`inputs`: the factors of one graph are one packed float32 vector, an input [1, N] of that graph (or [rows, N],
-where rows have different subjects) that stays resident on the device until another subject comes.  The base
-model is the zero vector: with the row gate at 0 it adds exactly 0, so going back gives the base's own bits.
+`inputs`: the LoRA factors of a graph are one packed float32 vector, an input [1, N] (or [rows, N] if the rows
+have different subjects) that stays in the engine until another subject comes.  The base model is the zero
+vector; a row with a gate of 0 adds exactly 0, so its bits are those of the base model.
 
-`refit`: the factors are constants of the graph, each of its own name, which the backend replaces.  They hold
-for all rows, so one call knows one subject; the row gate says on which rows.
+`refit`: the factors are named constants of the graph, which the backend replaces.  They hold for all rows, so
+one call has one subject; the gate says on which rows.
 
-On a device either way reads the factors where the weight decoder wrote them (`LoraOnDevice`).
+On a device both ways read the factors where the weight decoder wrote them (`LoraOnDevice`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperrt.engines.base import Engine, EngineUnusable
 from hyperrt.engines.dlpack import concatenate
 from hyperrt.errors import BundleMismatch
-from hyperrt.lora.layout import LoraLayout
-from hyperrt.lora.subject import Subject, Vector, only_subject, packed
+from hyperrt.lora.layout import LoraLayout, Vector
+from hyperrt.lora.subject import Subject, only_subject, packed
+from hyperrt.session.resident import Resident
 
 TOKENS = 16  # of one row that are written at a time: SDXL's K and V of so many stay in a processor's cache
 
 
-class Adapter:
-    """The LoRA of one engine; remembers whose it holds, so that these are uploaded once.
+def put_lora(
+    resident: Resident, vector: str, layout: LoraLayout, mode: str, subjects: Sequence[Subject | None]
+) -> None:
+    """Put subjects into an open engine, unless it holds them (None: the base model); an error keeps the old.
 
     Args:
-        engine: an open `denoiser` or `context` graph.
-        name: the packed vector that it takes, "lora_q" or "lora_kv".
+        resident: an open `denoiser` or `context` graph.
+        vector: the packed vector that the graph takes, "lora_q" or "lora_kv".
         layout: of the bundle.
-        mode: how it takes it: "inputs" or "refit".
-
-    Attributes:
-        held: whose LoRA the engine holds, one for all rows or one for each; empty: not known.
+        mode: how the LoRA enters the graph: "inputs" or "refit".
+        subjects: one for all rows, or one for each row.
 
     Raises:
-        BundleMismatch: the mode is not one that this version knows.
+        BundleMismatch: this version does not know the mode.
+        UsageError: there are several subjects, and the engine takes one for all rows.
+        LoraMismatch: a subject has another number of weights than the bundle.
+        engines.EngineError: the backend failed; after `EngineUnusable` the engine runs no more before a
+            LoRA was put in.
     """
+    if mode not in ("inputs", "refit"):
+        why = "this version knows 'inputs' and 'refit'"
+        do = "export it again with one of them"
+        raise BundleMismatch(f"the bundle takes its LoRA by {mode!r}", why, do)
+    if mode == "refit":
+        subjects = [only_subject(subjects)]
 
-    def __init__(self, engine: Engine, name: str, layout: LoraLayout, mode: str) -> None:
-        if mode not in ("inputs", "refit"):
-            why = "this version knows 'inputs' and 'refit'"
-            do = "export it again with one of them"
-            raise BundleMismatch(f"the bundle takes its LoRA by {mode!r}", why, do)
-        self._engine = engine
-        self._name = name
-        self._layout = layout
-        self._mode = mode
-        self.held: tuple[Subject | None, ...] = ()
-
-    def put(self, *subjects: Subject | None) -> None:
-        """Make the engine compute a subject (None: the base model); on an error the old one stays.
-
-        Args:
-            subjects: one for all rows, or one for each row.
-
-        Raises:
-            UsageError: there are several, and the engine holds one for all rows.
-            LoraMismatch: a subject has another number of weights than the bundle.
-            engines.EngineError: the backend failed; after `EngineUnusable` the engine runs no more before a
-                `put` succeeds.
-        """
-        if self._mode == "refit":
-            subjects = (only_subject(subjects),)
-        if subjects == self.held:  # subjects compare by identity
-            return
-        size, there = self._layout.size(self._name), self._engine.on_device
-        vectors = [packed(subject, self._name, size, there) for subject in subjects]
-        if self._mode == "inputs":
-            self._engine.bind({self._name: concatenate([vector.reshape((1, size)) for vector in vectors])})
+    def load() -> None:
+        size, engine = layout.size(vector), resident.engine
+        vectors = [packed(subject, vector, size, engine.on_device) for subject in subjects]
+        if mode == "inputs":
+            engine.bind({vector: concatenate([packed_lora.reshape((1, size)) for packed_lora in vectors])})
         else:
-            self._refit(vectors[0])
-        self.held = subjects
+            engine.refit(layout.named({vector: vectors[0]}))  # type: ignore[type-var]
 
-    def _refit(self, vector: Any) -> None:
-        try:
-            self._engine.refit(self._layout.named({self._name: vector}))
-        except EngineUnusable:
-            self.held = ()
-            raise
+    resident.hold(vector, tuple(subjects), load)  # subjects compare by identity
 
 
 def write_context(

@@ -1,7 +1,7 @@
-"""The graphs of a bundle on a backend: each is opened when it is first needed, and closed when it is told.
+"""Opens a bundle's graphs on a backend when they are first needed, and keeps them open until `free`.
 
-A backend that compiles gets the sizes of a call with the graph, and another engine is made when they change:
-two rows are another program than three.  What it compiles is kept in this user's cache.
+A backend that compiles takes the sizes of a call when a graph is opened; if they change, the graph is opened
+again. Compiled graphs are kept in this user's cache.
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt import engines
-from hyperrt.bundle.bundle import Bundle
-from hyperrt.bundle.manifest import shown
+from hyperrt.arguments import in_range
+from hyperrt.bundle.bundle import EXPORT_AGAIN, Bundle
+from hyperrt.bundle.manifest import spec_text
+from hyperrt.engines.backends import BACKENDS, DEFAULT, names
 from hyperrt.engines.base import Engine
-from hyperrt.engines.tensors import listed
+from hyperrt.engines.errors import listed
 from hyperrt.errors import BundleMismatch, HyperRTError, UsageError
 from hyperrt.plans import build, private_folder
-from hyperrt.plans.build import PLANNED
 from hyperrt.plans.cache import Plan
-from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS, in_range
-from hyperrt.session.adapter import Adapter
+from hyperrt.sampling.options import MAX_DEVICE, MAX_THREADS
+from hyperrt.session.resident import Resident
 
-# Backends that are faster when they know the sizes.
-COMPILING = frozenset({"openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"})
-CACHING = frozenset({"openvino"})  # backends that take `cache`
-REFITTING = PLANNED | {"fake", "onnxruntime", "onnxruntime-cuda"}  # backends whose engines have `weights`
 OWN_OPTIONS = {"path", "backend", "threads", "sizes", "device", "plan", "weights"}  # that HyperRT sets
 
 Sizes = Mapping[str, int]
@@ -67,15 +64,14 @@ class Graphs:
         if own := self._options.keys() & OWN_OPTIONS:
             why = "HyperRT sets it itself; threads and device are arguments of Runtime.open"
             raise UsageError(f"{min(own)!r} is no backend option", why, "leave it out")
-        self._engines: dict[str, Engine] = {}
-        self._adapters: dict[str, Adapter] = {}
+        self._residents: dict[str, Resident] = {}
         self._compared: set[str] = set()  # plans, by their sha256
         self._closed = False
 
     @property
     def open_names(self) -> set[str]:
         """Names of the graphs that are open."""
-        return set(self._engines)
+        return set(self._residents)
 
     def open(self, name: str, sizes: Sizes | None = None) -> Engine:
         """A new engine of a graph, for the caller to close.
@@ -87,13 +83,13 @@ class Graphs:
             engines.EngineError: it cannot be opened.
         """
         plan: Plan | None = None
-        options: dict[str, Any] = {"cache": compile_cache()} if self.backend in CACHING else {}
-        if self.backend == "openvino" and name == "vae_decoder":
-            options["precision"] = "f32"  # it would choose bf16, whose rounding is bands in the picture
-        if self.backend in PLANNED:
+        backend = BACKENDS[self.backend]
+        options: dict[str, Any] = {"cache": compile_cache()} if backend.caches else {}
+        options |= backend.graph_options.get(name, {})
+        if backend.runs_plans:
             plan = build.find(self.bundle, name, self.backend, sizes or {}, device=self._device)
             options = {"plan": plan.path, "weights": self.bundle.graphs[name].weights}
-        fixed = sizes if self.backend in COMPILING else None
+        fixed = sizes if backend.fixed_sizes else None
         path = self.bundle.graph(name)
         try:
             engine = engines.open(
@@ -114,7 +110,11 @@ class Graphs:
         return engine
 
     def engine(self, name: str, sizes: Sizes | None = None) -> Engine:
-        """The engine of a graph, opened if it is not; another one than before where the sizes do not fit it.
+        """The open engine of a graph; see `resident`."""
+        return self.resident(name, sizes).engine
+
+    def resident(self, name: str, sizes: Sizes | None = None) -> Resident:
+        """The open engine of a graph and what it holds; opened if need be, anew if the sizes do not fit it.
 
         Raises:
             UsageError: after `close`.
@@ -124,29 +124,25 @@ class Graphs:
             raise UsageError(
                 "the runtime is closed", "close() was called on it", "open another: Runtime.open"
             )
-        if name in self._engines and not self._fits(name, sizes or {}):
+        if name in self._residents and not self._fits(name, sizes or {}):
             self.free(name)
-        if name not in self._engines:
-            self._engines[name] = self.open(name, sizes)
-        return self._engines[name]
+        if name not in self._residents:
+            self._residents[name] = Resident(self.open(name, sizes))
+        return self._residents[name]
 
-    def adapter(self, name: str, vector: str) -> Adapter:
-        """What puts a LoRA into the open graph, which takes the packed `vector` or the factors in it."""
-        if name not in self._adapters:
-            mode = self.bundle.graphs[name].adapt
-            self._adapters[name] = Adapter(self.engine(name), vector, self.bundle.layout, mode)
-        return self._adapters[name]
+    def find(self, name: str) -> Resident | None:
+        """The engine of a graph if it is open."""
+        return self._residents.get(name)
 
     def free(self, name: str) -> None:
         """Close a graph, if it is open."""
-        self._adapters.pop(name, None)
-        if name in self._engines:
-            self._engines.pop(name).close()
+        if name in self._residents:
+            self._residents.pop(name).engine.close()
 
     def close(self) -> None:
-        """Close all for good; again does nothing."""
+        """Close all for good; closing twice does nothing."""
         self._closed = True
-        for name in list(self._engines):
+        for name in list(self._residents):
             self.free(name)
 
     def _check_weights(self, name: str, engine: Engine) -> None:
@@ -157,13 +153,13 @@ class Graphs:
             if said.get(key) != found.get(key):
                 raise BundleMismatch(
                     f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
-                    f"it has {shown(found.get(key))}; the manifest says {shown(said.get(key))}",
-                    "export the bundle again",
+                    f"it has {spec_text(found.get(key))}; the manifest says {spec_text(said.get(key))}",
+                    EXPORT_AGAIN,
                 )
 
     def _fits(self, name: str, sizes: Sizes) -> bool:
         """Whether the sizes that the open engine was made for, if it was, are these."""
-        made_for = {spec.name: spec.shape for spec in self._engines[name].inputs}
+        made_for = {spec.name: spec.shape for spec in self._residents[name].engine.inputs}
         return all(
             not isinstance(fixed, int) or fixed == sizes.get(size, fixed)
             for spec in self.bundle.graphs[name].inputs
@@ -175,21 +171,21 @@ class Graphs:
 def _backend(bundle: Bundle, asked: str) -> str:
     """The backend that is to run the bundle: one that can refit, where its LoRA enters by that."""
     found = engines.resolve(asked)
-    if bundle.adapt != "refit" or found in REFITTING:
+    if bundle.adapt != "refit" or BACKENDS[found].refits:
         return found
     if asked == "auto":
-        return "onnxruntime"
+        return DEFAULT
     raise BundleMismatch(
         f"the backend {found!r} cannot take the LoRA of the bundle {bundle.name}",
-        f"its LoRA enters by refit, and {found} makes constants of it; {listed(REFITTING - {'fake'})} do not",
+        f"its LoRA enters by refit, and {found} makes constants of it; {listed(names('refits'))} do not",
         "export the bundle with --adapt inputs, or use another backend",
     )
 
 
 def _check_device(backend: str, device: int) -> None:
     """Refuse another device than 0 where there is one alone; whether there is such a GPU its backend says."""
-    if device and not engines.BACKENDS[backend].nvidia:
-        gpus = listed(name for name, one in engines.BACKENDS.items() if one.nvidia)
+    if device and not BACKENDS[backend].nvidia:
+        gpus = listed(names("nvidia"))
         why = f"the backend {backend!r} runs on the processor"
         raise UsageError(f"the device is {device}", why, f"leave it out, or use a backend of GPUs: {gpus}")
 

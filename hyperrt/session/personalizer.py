@@ -1,81 +1,95 @@
-"""Photos to the weights of a subject: image encoder, weight decoder, mean over the photos.
+"""Turns photos into the weights of a subject: image encoder, weight decoder, mean over the photos.
 
 pixels [photos, 3, S, S] -> features [photos, T, F] -> lora_q [photos, Nq], lora_kv [photos, Nkv] -> mean.
 In the open category also features -> image_tokens [photos, tokens, width] -> mean.
-The factors themselves are averaged (arXiv 2511.03156, several reference images), not the products A B, unless
-something else is asked for: hyperrt/lora/combine.py.
+By default the factors A and B are averaged (arXiv 2511.03156, several reference images), not the product A B;
+lora/combine.py has the other ways.
 
-On a device features stay there, and so does the LoRA of a single photo; the mean of several is the host's.
+On a device features stay there, and so does the LoRA of a single photo; the mean of several is on the host.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence, Set
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperrt import engines
+from hyperrt.bundle import memory
 from hyperrt.bundle.manifest import Manifest
 from hyperrt.engines.base import Engine
 from hyperrt.engines.dlpack import DeviceArray
-from hyperrt.errors import BadImage, BadInput, NumericError
 from hyperrt.lora import combine as combining
-from hyperrt.lora.layout import LoraLayout
-from hyperrt.lora.subject import LoraOnDevice, Vector
-from hyperrt.photos import load as photo_files
-from hyperrt.photos.formats import printable
+from hyperrt.lora.layout import LoraLayout, Vector
+from hyperrt.lora.subject import LoraOnDevice
+from hyperrt.session.finite import check_finite
+from hyperrt.session.graphs import Graphs
 
-log = logging.getLogger("hyperrt")
-
-MOST_SAID = 10  # photos that have a line each of what is wrong with them; a folder may hold thousands
-
-Photo = Any  # path, bytes, open binary file, [H, W, 3] uint8, or PIL image
-Photos = str | os.PathLike[str] | Iterable[Photo]
 Features = Vector | DeviceArray
 
 
-def read_photos(photos: Photos, strict: bool = False) -> list[NDArray[np.uint8]]:
-    """Every usable photo as [H, W, 3] uint8; one that is not is logged as a warning and left out.
+class Personalizer:
+    """Opens the graphs that make a subject, and runs them; not for two threads at once.
 
-    A photo that is nearly one colour is used, with a warning.
+    With enough memory the graphs stay open for the next subject, until something is drawn: to open them takes
+    twice as long as to run them (the small model).  With low memory, or beside open graphs that draw, each is
+    closed before the next is opened.  On a GPU they are always closed: a subject's LoRA stays in the memory
+    that the weight decoder wrote.
 
     Args:
-        photos: a folder, a photo (a file's name, its contents, an open binary file, an array [H, W, 3] of
-            uint8, a PIL image), an array [n, H, W, 3], or several of all these: a list, set or generator.
-        strict: raise on the first photo that cannot be used.
-
-    Raises:
-        BadInput: no photo is left, or one is bad and `strict` is on, or these are no photos.
-        NotFound: the folder or a file does not exist.
+        graphs: of an open bundle.
+        low_memory: close each graph as soon as it has run.
     """
-    usable: list[NDArray[np.uint8]] = []
-    names: list[str] = []
-    bad: list[BadImage] = []
-    for number, photo in enumerate(_each(photos), start=1):
-        if isinstance(photo, (str, os.PathLike)) and os.path.isdir(photo):
-            folder = photo_files.load_folder(Path(photo), strict=strict)
-            bad += [BadImage(name, reason) for name, reason in folder.rejected]
-            usable += folder.images
-            names += folder.names
-            continue
-        name = _name(photo, number)
+
+    def __init__(self, graphs: Graphs, low_memory: bool) -> None:
+        self._graphs = graphs
+        self._low_memory = low_memory
+        self._backend = engines.BACKENDS[graphs.backend]
+
+    def lora(self, pixels: NDArray[np.float32], combine: str) -> tuple[Mapping[str, Vector], Features | None]:
+        """Pixels [photos, 3, S, S] to what a `Subject` holds; None for tokens where the model has none.
+
+        Raises:
+            NumericError: the predicted weights hold NaN; of a photo on a GPU that is found when it is drawn.
+            ResourceError: there is not enough memory.
+        """
+        bundle, tokens = self._graphs.bundle, None
+        stay = self._room()
+        with self._opened("image_encoder", stay) as encoder:
+            features = encode_photos(pixels, encoder)
+        with self._opened("weight_decoder", stay) as decoder:
+            weights = lora_of(features, decoder, bundle.layout, combine)
+        if bundle.image_prompt:
+            with self._opened("image_prompt", stay) as resampler:
+                tokens = tokens_of(features, resampler)
+        return weights, tokens
+
+    def free(self) -> None:
+        """Close what waits for the next subject."""
+        for name in memory.PERSONALIZING:
+            self._graphs.free(name)
+
+    def _room(self) -> bool:
+        """Whether all of them may stay open; there is memory for one after the other at least."""
+        if self._backend.nvidia:
+            return False
+        if self._graphs.open_names & set(memory.PERSONALIZING):  # there was room when they were opened
+            return True
+        bundle, loads_fp32 = self._graphs.bundle, self._backend.loads_fp32
+        memory.check(memory.to_personalize(bundle, loads_fp32), "making a subject", "end other programs")
+        if self._low_memory or self._graphs.open_names & set(memory.DRAWING):
+            return False
+        return memory.fits(memory.to_personalize(bundle, loads_fp32, stay_open=True))
+
+    @contextmanager
+    def _opened(self, graph: str, stay: bool) -> Iterator[Engine]:
         try:
-            usable.append(photo_files.load_image(photo, name=name))
-            names.append(name)
-        except BadImage as error:
-            if strict:
-                raise
-            bad.append(error)
-    if not usable:
-        raise bad[0] if len(bad) == 1 else _none_left(bad)
-    blank = [name for name, image in zip(names, usable, strict=True) if photo_files.is_blank(image)]
-    _warn([f"left out {error.name}: {error.reason}" for error in bad], "left out %s more photos")
-    _warn([f"{name} shows no subject: it is nearly one colour" for name in blank], "and so do %s more photos")
-    return usable
+            yield self._graphs.engine(graph)
+        finally:
+            if not stay:
+                self._graphs.free(graph)
 
 
 def encode_photos(pixels: Vector, image_encoder: Engine) -> list[Features]:
@@ -102,7 +116,7 @@ def predict_lora(features: Sequence[Features], weight_decoder: Engine) -> Mappin
 def lora_of(
     features: Sequence[Features], weight_decoder: Engine, layout: LoraLayout, combine: str
 ) -> Mapping[str, Vector]:
-    """`predict_lora`, but of several photos what `combine` says, one of `combine.WAYS`.
+    """`predict_lora`, but of several photos what `combine` says, one of `names.COMBINED_TO_SAVE`.
 
     Args:
         layout: of the decoder's LoRA; that of the result is another for "concat".
@@ -150,7 +164,7 @@ def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, 
     Args:
         noun: what the subject is.
         photos: how many there were.
-        combine: what was made of several, one of `combine.WAYS`.
+        combine: what was made of several, one of `names.COMBINED_TO_SAVE`.
     """
     found = {
         "base_model": bundle.hashes.base_model,
@@ -164,55 +178,3 @@ def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, 
         "prediction_type": bundle.prediction_type,
     }
     return found | ({"image_scale": f"{bundle.image_prompt.scale:g}"} if bundle.image_prompt else {})
-
-
-def check_finite(tensors: Mapping[str, NDArray[Any] | DeviceArray], what: str) -> None:
-    """Refuse NaN and infinity; what is on a device is not looked at, as it would have to be waited for.
-
-    Raises:
-        NumericError: naming the tensor and how many of its numbers are not finite.
-    """
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DeviceArray):
-            continue
-        bad = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
-        if bad:
-            raise NumericError(
-                f"{what} is not a number everywhere",
-                f"{bad} of {tensor.size} values of {name} are NaN or infinite",
-                "try other settings; if it stays, check the bundle: hyperrt doctor",
-            )
-
-
-def _each(photos: Photos) -> Iterable[Photo]:
-    """The photos one by one, of whatever holds them."""
-    if isinstance(photos, np.ndarray):
-        return photos if photos.ndim == 4 else [photos]
-    single = isinstance(photos, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(photos, "read")
-    if single or not isinstance(photos, Iterable):
-        return [photos]
-    # The order of a set of names differs from run to run, and with it the last digits of a sum.
-    return sorted(photos, key=str) if isinstance(photos, Set) else photos
-
-
-def _name(photo: Photo, number: int) -> str:
-    """What a warning calls a photo: the file's name, else its place among the photos."""
-    name = photo if isinstance(photo, (str, os.PathLike)) else getattr(photo, "name", None)
-    return printable(os.fsdecode(name)) if isinstance(name, (str, os.PathLike)) else f"photo {number}"
-
-
-def _warn(messages: Sequence[str], more: str) -> None:
-    for message in messages[:MOST_SAID]:
-        log.warning("%s", message)
-    if len(messages) > MOST_SAID:
-        log.warning(more, f"{len(messages) - MOST_SAID:,}")
-
-
-def _none_left(bad: Sequence[BadImage]) -> BadInput:
-    if not bad:
-        do = "three to five photos are a good number"
-        return BadInput("no photos were given", "a subject needs at least one", do)
-    first = "; ".join(f"{error.name}: {error.reason}" for error in bad[:3])
-    return BadInput(
-        f"none of the {len(bad)} photos could be used", first, "convert them to PNG, JPEG or WebP"
-    )

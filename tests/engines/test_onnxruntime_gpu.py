@@ -162,7 +162,7 @@ def test_auto_is_the_gpu_where_its_package_can_use_one(
     package = ModuleSpec("onnxruntime", None, is_package=True)
     package.submodule_search_locations.append(str(tmp_path))
     monkeypatch.setattr(
-        "hyperrt.engines.base.find_spec", lambda name: package if name == "onnxruntime" else None
+        "hyperrt.engines.backends.find_spec", lambda name: package if name == "onnxruntime" else None
     )
     assert engines.resolve("auto") == "onnxruntime"  # without the provider's library
     (tmp_path / "capi").mkdir()

@@ -17,7 +17,7 @@ TINY_BASE = Path(__file__).resolve().parents[1] / "training" / "tiny_base.py"
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Folders of a base model and of a hypernetwork that fits it: `base`, `hypernet`."""
-    from hyperrt.training.model import base_model, lora_layers
+    from hyperrt.training.model import base_model, lora_layers, weight_hash
     from hyperrt.training.model.hypernet import decoder_of
     from hyperrt.training.run import checkpoint
     from hyperrt.training.run.config import TrainConfig
@@ -40,7 +40,7 @@ def trained(tmp_path_factory) -> SimpleNamespace:
         for vector in decoder.offsets.values():  # a fresh one predicts no change at all
             vector.add_(torch.randn_like(vector), alpha=0.05)
     (folder / "hypernet").mkdir()
-    checkpoint.save_hypernet(folder / "hypernet", decoder, config, 1, checkpoint.hash_of(parts.unet))
+    checkpoint.save_hypernet(folder / "hypernet", decoder, config, 1, weight_hash.hash_of(parts.unet))
     return SimpleNamespace(base=folder / "base", hypernet=folder / "hypernet")
 
 
@@ -73,9 +73,9 @@ def modules(source):
 @pytest.fixture(scope="session")
 def parts(source):
     """Its graphs by name."""
-    from hyperrt.export import graphs
+    from hyperrt.export import graph_specs
 
-    return {graph.name: graph for graph in graphs.build(source)}
+    return {graph.name: graph for graph in graph_specs.build(source)}
 
 
 @pytest.fixture(scope="session")

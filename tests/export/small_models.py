@@ -23,10 +23,11 @@ from hyperrt.export.families import _random
 from hyperrt.export.parts import random_part
 from hyperrt.export.source import Source
 from hyperrt.training.data import clip_tokenizer
-from hyperrt.training.model import image_prompt, lora_layers
+from hyperrt.training.model import image_prompt, lora_layers, weight_hash
+from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.hypernet import decoder_of
 from hyperrt.training.run import checkpoint
-from hyperrt.training.run.config import DecoderConfig, TrainConfig
+from hyperrt.training.run.config import TrainConfig
 
 SCHEDULER = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon",
@@ -134,6 +135,6 @@ def save_hypernet(folder: Path, base: Path, unet: nn.Module, prompt_hash: str = 
     )
     decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
     folder.mkdir()
-    known = checkpoint.hash_of(unet, half=True), prompt_hash
+    known = weight_hash.hash_of(unet, half=True), prompt_hash
     checkpoint.save_hypernet(folder, decoder, config, 1, *known)
     return folder

@@ -8,14 +8,13 @@ import torch
 from hyperrt.export import families
 from hyperrt.export.errors import ExportError
 from hyperrt.export.source import Inputs, betas, image_prompt_section
-from hyperrt.training.model import image_prompt
-from hyperrt.training.run import checkpoint
+from hyperrt.training.model import image_prompt, weight_hash
 from tests.export import small_models
 
 
 def hashes(seed):
     source = families.get("tiny").random(seed)
-    return [checkpoint.hash_of(part.read()) for part in source.parts.values()]
+    return [weight_hash.hash_of(part.read()) for part in source.parts.values()]
 
 
 def test_random_weights_depend_on_their_seed_alone():
@@ -74,7 +73,7 @@ def test_a_hypernetwork_that_saw_no_image_prompt_is_not_exported_with_one(open_c
 
 def test_the_image_prompt_of_a_bundle_is_the_one_of_training_wherever_it_lies(open_category, tmp_path):
     of, moved = open_category, tmp_path / "moved.safetensors"
-    prompt_hash = checkpoint.prompt_hash(image_prompt.load(of.prompt, of.unet))
+    prompt_hash = weight_hash.prompt_hash(image_prompt.load(of.prompt, of.unet))
     trained = {"image_prompt": "elsewhere.safetensors", "prompt_hash": prompt_hash}
     shutil.copy(of.prompt, moved)
     for folder in ("a", "b"):

@@ -57,7 +57,7 @@ def asked(client, files):
 def test_of_a_repository_exactly_what_is_read_is_downloaded(tmp_path, monkeypatch):
     files = READ + OTHERS
     client = remote(tmp_path, files, monkeypatch)
-    assert loading.find(ID, None, False) == loading.Found(tmp_path)
+    assert loading.find(ID, None, False) == loading.ModelFiles(tmp_path)
     assert asked(client, files) == sorted(READ)
     assert client.call_args.kwargs["revision"] == ID.partition("@")[2]
 
@@ -92,7 +92,7 @@ def test_a_vae_is_that_of_its_own_repository_or_of_a_model_s(place, tmp_path, mo
     files = ["LICENSE", *wanted, "sdxl.vae.safetensors", "unet/config.json", f"{place}pytorch_model.bin"]
     client = remote(tmp_path, files, monkeypatch)
     found = loading.find_vae(ID, tmp_path, False)
-    assert found == loading.Found(tmp_path / place)
+    assert found == loading.ModelFiles(tmp_path / place)
     assert asked(client, files) == sorted(["LICENSE", *wanted])
 
 
@@ -109,7 +109,7 @@ def test_pickles_alone_are_refused_before_anything_is_downloaded(name, tmp_path,
 def test_without_a_network_what_was_downloaded_before_is_taken(tmp_path, monkeypatch):
     client = remote(tmp_path, [], monkeypatch)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", mock.Mock(side_effect=RuntimeError("no network")))
-    assert loading.find(ID, None, False) == loading.find(ID, None, True) == loading.Found(tmp_path)
+    assert loading.find(ID, None, False) == loading.find(ID, None, True) == loading.ModelFiles(tmp_path)
     assert all(call.kwargs["local_files_only"] for call in client.call_args_list)
 
 

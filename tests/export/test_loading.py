@@ -11,11 +11,11 @@ from transformers import CLIPTokenizer
 
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
-from hyperrt.export import assemble, export_bundle, families, loading
+from hyperrt.export import assemble, export_bundle, families, graph_specs, loading
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import random_part
 from hyperrt.export.source import Inputs
-from hyperrt.training.run import checkpoint
+from hyperrt.training.model import weight_hash
 from tests.export import original_layout, small_models
 from tests.export.small_models import SDXL
 
@@ -169,7 +169,7 @@ def test_a_single_file_needs_a_configuration(saved, tmp_path):
         find(file, like=file)
     with pytest.raises(NotFound, match="no such file"):
         find(tmp_path / "other.safetensors")
-    assert find(file, like=saved) == loading.Found(saved, file)
+    assert find(file, like=saved) == loading.ModelFiles(saved, file)
 
 
 def test_a_configuration_of_something_that_has_its_own_is_refused(saved):
@@ -218,7 +218,7 @@ def test_a_vae_may_come_as_a_file(layout, saved, tmp_path):
     tensors = {key: tensor.contiguous() for key, tensor in ALONE[layout](vae).items()}
     save_file(tensors | {"loss.logvar": torch.zeros(1)}, file)
     parts = with_vae(saved, file)
-    assert parts["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+    assert parts["vae"].hash(half=True) == weight_hash.hash_of(vae, half=True)
     assert parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
 
 
@@ -226,7 +226,7 @@ def test_a_vae_may_come_as_a_file(layout, saved, tmp_path):
 def test_a_vae_may_come_as_a_folder_or_in_a_model_s(place, saved, tmp_path):
     vae = another_vae()
     vae.save_pretrained(tmp_path / place)
-    assert with_vae(saved, tmp_path)["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+    assert with_vae(saved, tmp_path)["vae"].hash(half=True) == weight_hash.hash_of(vae, half=True)
 
 
 def test_a_model_without_a_vae_takes_one(folder, saved, tmp_path):
@@ -248,7 +248,7 @@ def test_a_single_file_without_a_vae_takes_one(saved, tmp_path):
         loading.parts_of(saved, file=file)
     save_file(another_vae().state_dict(), vae)
     found = loading.parts_of(saved, file=file, vae=loading.find_vae(str(vae), saved, False))
-    assert found["vae"].hash(half=True) == checkpoint.hash_of(another_vae(), half=True)
+    assert found["vae"].hash(half=True) == weight_hash.hash_of(another_vae(), half=True)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_bundle_with_another_vae_is_of_the_same_base_model(saved, tmp_path):
         families.get("sdxl"), Inputs(saved, saved / "hypernet", vae=tmp_path / "vae")
     ) as source:
         assert source.parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
-        assert source.parts["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+        assert source.parts["vae"].hash(half=True) == weight_hash.hash_of(vae, half=True)
         assert source.license.startswith("theirs\n---- the VAE") and source.license.endswith("the VAE's")
 
 
@@ -329,8 +329,7 @@ def test_a_dry_run_tells_disk_and_memory(saved):
     family = families.get("sdxl")
     with families.opened(family, Inputs(saved, saved / "hypernet")) as source:
         needed = {
-            int8: assemble.needs(source, assemble.graphs.build(source), int8, "graphs")
-            for int8 in (False, True)
+            int8: assemble.needs(source, graph_specs.build(source), int8, "graphs") for int8 in (False, True)
         }
     assert needed[False].memory > assemble.LIBRARIES
     assert sum(needed[True].disk.values()) < sum(needed[False].disk.values())

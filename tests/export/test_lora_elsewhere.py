@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from hyperrt.errors import LoraError, LoraMismatch
 from hyperrt.export import architectures
 from hyperrt.lora import writer
-from hyperrt.lora.layout import load_subject, save_subject
 from hyperrt.lora.names import FORMATS
 from hyperrt.lora.reader import open_lora
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.training.data import clip_tokenizer
 from hyperrt.training.model import lora_layers
 from tests.export import small_models
 from tests.hyperrt import lora_files
+from tests.hyperrt.lora_files import save_subject
 
 peft = pytest.importorskip("peft")
 
@@ -42,9 +43,7 @@ CONFIGS = {"sd15": architectures.SD15_UNET, "sdxl": architectures.SDXL_UNET}
 
 def random_lora(layout, seed=0):
     rng = np.random.default_rng(seed)
-    return {
-        name: rng.normal(0, 0.3, layout.size(name)).astype(np.float32) for name in ("lora_q", "lora_kv")
-    }
+    return {name: rng.normal(0, 0.3, layout.size(name)).astype(np.float32) for name in ("lora_q", "lora_kv")}
 
 
 def small_unet(family):

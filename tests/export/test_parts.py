@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hyperrt.export.errors import ExportError
-from hyperrt.export.parts import Part, numbers_of, random_part
+from hyperrt.export.parts import ModelPart, numbers_of, random_part
 
 
 class Tied(nn.Module):
@@ -19,7 +19,7 @@ class Tied(nn.Module):
 
 
 def test_a_skeleton_has_shapes_and_no_data():
-    skeleton = Part.of("p", Tied()).skeleton
+    skeleton = ModelPart.of("p", Tied()).skeleton
     assert {name: tuple(t.shape) for name, t in skeleton.state_dict().items()} == {
         name: tuple(t.shape) for name, t in Tied().state_dict().items()
     }
@@ -35,7 +35,7 @@ def test_tied_weights_are_counted_once():
 def test_loaded_weights_are_fp16_and_the_module_is_left_alone():
     module = nn.Linear(16, 16)
     before = module.weight.clone()
-    loaded = Part.of("p", module).load()
+    loaded = ModelPart.of("p", module).load()
     assert torch.equal(loaded.weight, before.half())
     assert torch.equal(module.weight, before)
 
@@ -45,7 +45,7 @@ def test_a_weight_that_fp16_cannot_hold_is_refused_by_name(value):
     module = nn.Linear(4, 4)
     module.weight.data[0, 0] = value
     with pytest.raises(ExportError, match=r"weights of a layer: weight cannot be stored"):
-        Part.of("a layer", module).load()
+        ModelPart.of("a layer", module).load()
 
 
 def test_random_weights_depend_on_seed_and_names_alone():

@@ -12,8 +12,9 @@ from torch import nn
 
 from hyperrt.errors import LoraError
 from hyperrt.lora import peft_config
-from hyperrt.lora.layout import LoraLayout, Site, load_subject
+from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.lora.reader import open_lora
+from hyperrt.lora.subject_file import load_subject
 
 peft = pytest.importorskip("peft")
 

@@ -141,10 +141,10 @@ def test_on_tensorrt_subjects_come_and_go_by_refit(on_tensorrt, runtime, subject
 
 def test_on_tensorrt_a_refit_reads_what_the_weight_decoder_wrote(on_tensorrt, runtime, drawn_photos, gpu):
     cuda, _ = gpu
-    on_tensorrt.prepare(PROMPT, on_tensorrt.personalize(drawn_photos[:1]))
+    on_tensorrt.prepare(on_tensorrt.request(PROMPT, on_tensorrt.personalize(drawn_photos[:1])))
     cuda.copies.clear()  # from here on the prompt is known
     subject = on_tensorrt.personalize(drawn_photos[1:2])
-    on_tensorrt.prepare(PROMPT, subject)
+    on_tensorrt.prepare(on_tensorrt.request(PROMPT, subject))
     assert "down" not in {kind for kind, _ in cuda.copies}
     expected = draw(runtime, runtime.personalize(drawn_photos[1:2]))
     np.testing.assert_allclose(draw(on_tensorrt, subject), expected, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from hyperrt.errors import BadInput, IntegrityError
 from hyperrt.export import architectures, families, loading, single_file
 from hyperrt.export.errors import ExportError
 from hyperrt.export.source import Inputs
-from hyperrt.training.run import checkpoint
+from hyperrt.training.model import weight_hash
 from tests.export import original_layout, small_models
 from tests.export.command_line import three_lines
 
@@ -69,7 +69,7 @@ def cast(tensors, dtype):
 def test_every_network_is_that_of_the_folder(dtype, model, file):
     parts = parts_of(model, file, cast(model.tensors, dtype))
     for name, module in model.modules.items():
-        expected = checkpoint.hash_of(copy.deepcopy(module).to(dtype), half=True)
+        expected = weight_hash.hash_of(copy.deepcopy(module).to(dtype), half=True)
         assert parts[name].hash(half=True) == expected
         assert {tensor.dtype for tensor in parts[name].read().state_dict().values()} == {dtype}
     folders = loading.parts_of(model.folder)
@@ -97,14 +97,14 @@ def test_the_text_encoder_of_stable_diffusion_2_is_read(models, file):
     text = {f"cond_stage_model.model.{k}": t for k, t in original_layout.of_open_clip(encoder).items()}
     tensors = {k: t for k, t in model.tensors.items() if not k.startswith(original_layout.CLIP)}
     part = parts_of(model, file, tensors | text)["text_encoder"]
-    assert part.hash(half=True) == checkpoint.hash_of(encoder, half=True)
+    assert part.hash(half=True) == weight_hash.hash_of(encoder, half=True)
 
 
 def test_names_without_the_wrapper_of_the_text_model_are_known(models, file):
     model = models["sd15"]
     tensors = {key.replace(".text_model.", "."): tensor for key, tensor in model.tensors.items()}
     part = parts_of(model, file, tensors)["text_encoder"]
-    assert part.hash(half=True) == checkpoint.hash_of(model.modules["text_encoder"], half=True)
+    assert part.hash(half=True) == weight_hash.hash_of(model.modules["text_encoder"], half=True)
 
 
 def test_what_is_exported_has_the_rules_of_the_configuration_and_not_its_licence(model, file):

@@ -11,7 +11,7 @@ import torch
 from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.cli import main as command
-from hyperrt.export import assemble, expected, export_bundle, families, verify
+from hyperrt.export import assemble, expected, export_bundle, families, graph_specs, verify
 from hyperrt.export.errors import ParityError
 from hyperrt.export.source import Inputs
 from hyperrt.plans import build
@@ -66,10 +66,10 @@ def test_on_a_device_a_photo_becomes_a_subject_without_the_host(plain, drawn_pho
     for _ in build.compile_bundle(bundle, "tensorrt", ["current"], build.sizes_of(bundle, 1, 3)):
         pass
     with Runtime.open(plain, "tensorrt") as there, Runtime.open(plain, "onnxruntime") as here:
-        there.prepare(prompt, there.personalize(drawn_photos[:1]))
+        there.prepare(there.request(prompt, there.personalize(drawn_photos[:1])))
         cuda.copies.clear()  # from here on the prompt is known
         subject = there.personalize(drawn_photos[1:2])
-        there.prepare(prompt, subject)
+        there.prepare(there.request(prompt, subject))
         assert "down" not in {kind for kind, _ in cuda.copies}
         found = there.generate(prompt, subject, steps=2)
         expected = here.generate(prompt, here.personalize(drawn_photos[1:2]), steps=2)
@@ -167,7 +167,7 @@ def test_a_graph_that_computes_something_else_ends_the_export(family, tmp_path, 
 
 def test_another_size_of_picture_is_that_of_the_latents(family):
     with families.opened(families.get(family), Inputs(random_weights=0, size=48)) as source:
-        by_name = {graph.name: graph for graph in assemble.graphs.build(source)}
+        by_name = {graph.name: graph for graph in graph_specs.build(source)}
     assert by_name["denoiser"].inputs[0].shape == ("images", 4, 24, 24)
 
 

@@ -20,9 +20,8 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.base import Engine
 from hyperrt.export import assemble, export_bundle, families, onnx_graph, reference, verify
 from hyperrt.export.source import Inputs
-from hyperrt.lora.layout import save_subject
-from hyperrt.runtime import pictures_from_pixels
 from hyperrt.sampling import loop
+from hyperrt.session.decode import pictures_from_pixels
 from tests.export import small_models
 
 SEED = 3
@@ -121,7 +120,7 @@ def test_many_steps_are_those_of_diffusers(model, solver):
 def test_few_steps_without_the_empty_prompt_are_two_rows_and_those_of_diffusers(
     model, solver, steps, monkeypatch
 ):
-    model.runtime.prepare("a [V] toy", model.subject)  # other rows than those below
+    model.runtime.prepare(model.runtime.request("a [V] toy", model.subject))  # other rows than those below
     rows, bind = [], Engine.bind
 
     def watched(engine, tensors, copy=True):
@@ -167,7 +166,7 @@ def is_drawn_by(pipeline, model, tmp_path, format, scale, **options):
         for strength in (1, 0)
     )
     path = tmp_path / "toy.safetensors"
-    save_subject(path, model.subject.lora, model.source.layout, model.subject.metadata, format)
+    model.subject.save(path, format)
     pipeline.load_lora_weights(str(path), use_safetensors=True)
     noise = torch.from_numpy(loop.initial_noise(SEED, (4, 16, 16), 1))
     latents = pipeline(
@@ -188,7 +187,7 @@ def test_a_photo_prompts_as_diffusers_ip_adapter_does(model, pipeline, tmp_path)
     pipeline.load_ip_adapter(tensors, subfolder="", weight_name="", image_encoder_folder=None)
     pipeline.set_ip_adapter_scale(0.55)
     path = tmp_path / "toy.safetensors"
-    save_subject(path, subject.lora, model.source.layout, subject.metadata)
+    subject.save(path)
     pipeline.load_lora_weights(str(path), use_safetensors=True)
     noise = torch.from_numpy(loop.initial_noise(SEED, (4, 16, 16), 1))
     options = {"guidance_scale": 5.0, "num_inference_steps": 4, "latents": noise, "output_type": "latent"}

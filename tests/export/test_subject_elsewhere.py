@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 
 from hyperrt import Runtime
 from hyperrt.lora import combine
-from hyperrt.lora.layout import save_subject
 from hyperrt.sampling import loop
 from tests.export import merged
 
@@ -36,8 +36,8 @@ def made(exported, drawn_photos):
         return subject, runtime.generate(PROMPT, subject, **alone)
 
 
-def save(path, source, subject, format):
-    save_subject(path, subject.lora, source.layout, subject.metadata, format)
+def save(path, subject, format):
+    subject.save(path, format)
     return path
 
 
@@ -75,10 +75,10 @@ def test_diffusers_draws_the_picture_of_the_runtime_from_the_same_file(
     subject, ours = made
     of_the_base = draw(pipeline, source, "latent")
     if format == "peft":
-        folder = save(tmp_path / "robot", source, subject, format)
+        folder = save(tmp_path / "robot", subject, format)
         pipeline.unet = peft.PeftModel.from_pretrained(pipeline.unet, str(folder)).get_base_model()
     else:
-        pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", source, subject, format)))
+        pipeline.load_lora_weights(str(save(tmp_path / "robot.safetensors", subject, format)))
     latents = draw(pipeline, source, "latent")
     scale = np.abs(latents).max()
     assert np.abs(latents - of_the_base).max() / scale > 2e-3  # the subject does something
@@ -115,14 +115,14 @@ def test_a_unet_with_the_file_computes_with_the_factors(tmp_path, unet, source, 
     layout, subject = source.layout, made[0]
     expected = run(merged.personalised(unet, layout, subject.lora))
     theirs = copy.deepcopy(unet)
-    load(theirs, save(tmp_path / "robot.safetensors", source, subject, format), layout)
+    load(theirs, save(tmp_path / "robot.safetensors", subject, format), layout)
     assert np.abs(expected - run(unet)).max() > 1e-2
     np.testing.assert_allclose(run(theirs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_peft_loads_the_folder(tmp_path, unet, source, made):
     expected = run(merged.personalised(unet, source.layout, made[0].lora))
-    folder = save(tmp_path / "robot", source, made[0], "peft")
+    folder = save(tmp_path / "robot", made[0], "peft")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder))
     np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)
 
@@ -136,8 +136,9 @@ def test_photos_side_by_side_are_in_diffusers_the_mean_of_what_each_changes(tmp_
         weights = [one.get_submodule(site.path).weight.data for one in each]
         mean.get_submodule(site.path).weight.data = torch.stack(weights).mean(0)
     file = tmp_path / "robot.safetensors"
-    wide = combine.concat_layout(layout, len(photos))
-    save_subject(file, combine.concatenated(photos, layout), wide, subject.metadata)
+    wide = combine.combined_layout(layout, "concat", len(photos))
+    lora = combine.concatenated(photos, layout)
+    dataclasses.replace(subject, lora=lora, layout=wide).save(file)
     theirs = copy.deepcopy(unet)
     load_in_diffusers(theirs, file, wide)
     np.testing.assert_allclose(run(theirs), run(mean), rtol=1e-4, atol=1e-5)

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hyperrt.export import expected, graphs, onnx_graph, supported, verify
+from hyperrt.export import expected, graph_specs, onnx_graph, supported, verify
 from hyperrt.export.errors import ExportError
-from hyperrt.export.parts import Part, random_part
+from hyperrt.export.parts import ModelPart, random_part
 from hyperrt.training.data import clip_tokenizer
 from hyperrt.training.model import lora_layers
 from tests.export import small_models
@@ -106,7 +106,7 @@ def test_a_tiny_vae_that_enlarges_otherwise_is_refused(sources):
 
 def test_a_text_encoder_that_masks_its_padding_is_refused_where_diffusers_reads_that(sources):
     config = CLIPTextConfig(**small_models.TEXT, use_attention_mask=True)
-    part = Part.of("text_encoder", CLIPTextModel(config))
+    part = ModelPart.of("text_encoder", CLIPTextModel(config))
     for family in ("sd15", "sdxl"):
         source = dataclasses.replace(sources[family], parts={**sources[family].parts, "text_encoder": part})
         if family == "sdxl":
@@ -122,7 +122,7 @@ def test_a_text_encoder_that_masks_its_padding_is_refused_where_diffusers_reads_
 def error_of(name, source, folder):
     """A graph of the model, on ONNX Runtime."""
     supported.check(source)
-    graph = next(graph for graph in graphs.build(source) if graph.name == name)
+    graph = next(graph for graph in graph_specs.build(source) if graph.name == name)
     skeletons = {name: part.skeleton for name, part in source.parts.items()}
     modules = {name: source.parts[name].load() for name in graph.parts}
     onnx_graph.write(graph, skeletons, modules, folder)

@@ -10,7 +10,23 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from hyperrt.lora.layout import LoraLayout
+from hyperrt.lora.subject import Subject
+
 Tensors = Mapping[str, np.ndarray]
+
+
+def save_subject(
+    path: Path,
+    packed: Tensors,
+    layout: LoraLayout,
+    metadata: Mapping[str, str],
+    format: str = "diffusers",
+    force: bool = False,
+    image_tokens: np.ndarray | None = None,
+) -> None:
+    """A subject file of a packed LoRA."""
+    Subject(packed, "mug", 1, metadata, image_tokens, layout).save(path, format, force)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

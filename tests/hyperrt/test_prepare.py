@@ -38,9 +38,9 @@ def test_another_subject_runs_no_graph_but_the_denoiser(runtime, subject, other)
 
 
 def test_after_prepare_the_first_step_is_a_call_of_the_denoiser(runtime, subject):
-    runtime.prepare(PROMPT, subject, steps=2)
+    runtime.prepare(runtime.request(PROMPT, subject, steps=2))
     fake_bundle.calls.clear()
     uploads = len(runtime._graphs.engine("denoiser").uploads)
-    next(runtime.steps(PROMPT, subject, steps=2))
+    next(runtime.sample(runtime.request(PROMPT, subject, steps=2)))
     assert fake_bundle.calls == ["denoiser"]
     assert len(runtime._graphs.engine("denoiser").uploads) == uploads

@@ -12,7 +12,8 @@ from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
 from hyperrt.runtime import Runtime
 from hyperrt.sampling import guidance, loop, solvers
 from hyperrt.sampling.recipe import options_of
-from hyperrt.session.pictures import pictures_from_pixels
+from hyperrt.sampling.tokenizer import Tokenizer
+from hyperrt.session.decode import pictures_from_pixels
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"
@@ -57,7 +58,8 @@ def test_a_result_is_pictures_seeds_recipe_and_latents(runtime, subject):
 def test_the_final_latents_are_those_of_the_formula_computed_by_hand(runtime, subject):
     result = runtime.generate("a [V] robot on the beach", subject, kappa=0.4, guidance_scale=2.0, steps=3)
     graphs = fake_bundle.GRAPHS
-    tokenizer = runtime._conditioning._tokenizers["input_ids"]
+    rules = runtime.bundle.prompts
+    tokenizer = Tokenizer(runtime.bundle.tokenizer, rules.max_tokens, rules.pad)
     tokens = [tokenizer.encode(t).ids for t in ("", "a sks robot on the beach", "a robot on the beach")]
     hidden = graphs["text_encoder"]({"input_ids": np.stack(tokens)})["hidden_states"]
     lora_q, lora_kv = subject.lora["lora_q"][None], subject.lora["lora_kv"][None]
@@ -67,7 +69,8 @@ def test_the_final_latents_are_those_of_the_formula_computed_by_hand(runtime, su
     resident = {"context": context, "gate": gate, "lora_q": lora_q, "guidance": weights}
     table = solvers.table("ddim", solvers.NoiseSchedule.named("scaled_linear", 0.00085, 0.012), 3, "epsilon")
     noise = loop.initial_noise(0, (4, 4, 4), 1)
-    steps = list(loop.denoise(lambda feeds: graphs["denoiser"]({**feeds, **resident}), table, noise, []))
+    trajectory = loop.Trajectory(table, noise)
+    steps = list(loop.denoise(lambda feeds: graphs["denoiser"]({**feeds, **resident}), trajectory))
     np.testing.assert_array_equal(result.latents, steps[-1].latents)
 
 
@@ -163,13 +166,13 @@ def test_what_stays_the_same_over_the_loop_is_uploaded_once(runtime, subject):
 
 
 def test_steps_yields_every_step_and_returns_the_result(runtime, subject):
-    steps = runtime.steps(PROMPT, subject, n=2, steps=3)
+    steps = runtime.sample(runtime.request(PROMPT, subject, n=2, steps=3))
     seen = []
     while True:
         try:
             seen.append(next(steps))
         except StopIteration as end:
-            result = end.value
+            [result] = end.value
             break
     assert [(step.index, step.total) for step in seen] == [(k, 6) for k in range(6)]
     np.testing.assert_array_equal(seen[-1].latents[0], result.latents[1])
@@ -177,7 +180,7 @@ def test_steps_yields_every_step_and_returns_the_result(runtime, subject):
 
 def test_stopping_early_runs_no_further_step(runtime, subject):
     fake_bundle.calls.clear()
-    steps = runtime.steps(PROMPT, subject, steps=8)
+    steps = runtime.sample(runtime.request(PROMPT, subject, steps=8))
     next(steps)
     steps.close()
     assert fake_bundle.calls.count("denoiser") == 1
@@ -186,7 +189,8 @@ def test_stopping_early_runs_no_further_step(runtime, subject):
 
 def test_two_samplings_in_turns_do_not_mix_their_subjects(runtime, subject, other):
     expected = [runtime.generate(PROMPT, one).latents for one in (subject, other)]
-    pairs = zip(runtime.steps(PROMPT, subject), runtime.steps(PROMPT, other), strict=True)
+    samplings = [runtime.sample(runtime.request(PROMPT, one)) for one in (subject, other)]
+    pairs = zip(*samplings, strict=True)
     *_, (first, second) = pairs
     np.testing.assert_array_equal(first.latents, expected[0])
     np.testing.assert_array_equal(second.latents, expected[1])
@@ -230,17 +234,6 @@ def test_a_prompt_of_the_base_model_may_not_name_the_subject(runtime, subject, n
 def test_a_subject_without_its_placeholder_is_refused(runtime, subject):
     with pytest.raises(BadPrompt):
         runtime.generate("a robot on the beach", subject)
-
-
-def test_a_placeholder_without_a_subject_is_said(runtime, caplog):
-    result = runtime.generate(PROMPT)
-    assert "there is no subject" in caplog.text
-    np.testing.assert_array_equal(result.latents, runtime.generate("a robot on the beach").latents)
-
-
-def test_a_prompt_that_does_not_fit_is_said_with_what_is_dropped(runtime, caplog):
-    runtime.generate("a red robot on the beach in snow , blurry")
-    assert "prompt cut to 8 tokens; dropped: 'in snow , blurry'" in caplog.text
 
 
 def test_the_class_noun_of_a_subject_fills_a_prompt_without_a_noun(runtime, photos):
@@ -323,13 +316,13 @@ def test_after_a_failed_step_the_next_call_is_right(runtime, subject):
 def test_a_subject_of_another_base_model_is_refused_before_anything_runs(runtime, subject):
     stranger = dataclasses.replace(subject, metadata={**subject.metadata, "base_model": "d" * 64})
     with pytest.raises(LoraMismatch, match="another base model"):
-        runtime.steps(PROMPT, stranger)
+        runtime.request(PROMPT, stranger)
 
 
 def test_a_subject_of_another_size_is_refused_before_anything_runs(runtime, subject):
     small = dataclasses.replace(subject, lora={**subject.lora, "lora_kv": np.zeros(3, np.float32)})
     with pytest.raises(LoraMismatch, match="lora_kv holds 3 weights"):
-        runtime.steps(PROMPT, small)
+        runtime.request(PROMPT, small)
 
 
 @pytest.mark.parametrize(
@@ -347,20 +340,20 @@ def test_a_subject_of_another_size_is_refused_before_anything_runs(runtime, subj
 )
 def test_an_argument_out_of_range_is_refused_before_anything_runs(runtime, bad):
     with pytest.raises(UsageError):
-        runtime.steps("a robot", **bad)
-    assert not runtime._graphs.open_names
+        runtime.request("a robot", **bad)
+    assert not runtime.open_graphs
 
 
 def test_with_low_memory_a_graph_is_closed_before_the_next_is_opened(pretend):
     with Runtime.open(pretend, "fake", low_memory=True) as runtime, Runtime.open(pretend, "fake") as other:
         runtime.personalize([np.full((40, 40, 3), 200, np.uint8)])
-        assert not runtime._graphs.open_names
-        steps = runtime.steps("a robot", n=2)
+        assert not runtime.open_graphs
+        steps = runtime.sample(runtime.request("a robot", n=2))
         next(steps)
-        assert runtime._graphs.open_names == {"denoiser"}
+        assert runtime.open_graphs == {"denoiser"}
         steps.close()
         result = runtime.generate("a robot", n=2)
-        assert not runtime._graphs.open_names
+        assert not runtime.open_graphs
         np.testing.assert_array_equal(result.images, other.generate("a robot", n=2).images)
 
 
@@ -373,9 +366,7 @@ def test_a_closed_runtime_says_so(pretend):
 
 
 def test_a_subject_file_gives_the_same_picture_as_its_photos(runtime, subject, tmp_path):
-    from hyperrt.lora.layout import save_subject
-
-    save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
+    subject.save(tmp_path / "s.safetensors")
     loaded = runtime.load_subject(tmp_path / "s.safetensors")
     assert loaded.class_noun == "robot" and loaded.photos == 3
     np.testing.assert_array_equal(

@@ -16,7 +16,7 @@ from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.errors import Incompatible, NotFound, NumericError
-from hyperrt.lora.layout import VECTORS, save_subject
+from hyperrt.lora.layout import VECTORS
 from hyperrt.plans import build
 from tests.engines import fake_nvidia
 
@@ -84,11 +84,11 @@ def test_pictures_are_those_of_the_cpu(runtime, plain, drawn_photos, photos):
 
 def test_nothing_comes_to_the_host_between_a_photo_and_the_denoiser(runtime, nvidia, drawn_photos):
     cuda, _ = nvidia
-    runtime.prepare(SUBJECT_PROMPT, runtime.personalize(drawn_photos[:1], "mug"), **OPTIONS)
+    runtime.prepare(runtime.request(SUBJECT_PROMPT, runtime.personalize(drawn_photos[:1], "mug"), **OPTIONS))
     cuda.copies.clear()  # from here on the prompt is known
     subject = runtime.personalize(drawn_photos[1:2], "mug")
-    runtime.prepare(SUBJECT_PROMPT, subject, **OPTIONS)
-    next(runtime.steps(SUBJECT_PROMPT, subject, **OPTIONS))
+    runtime.prepare(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
+    next(runtime.sample(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS)))
     assert [size for kind, size in cuda.copies if kind == "down"] == []
     lora = {4 * runtime.bundle.layout.size(name) for name in VECTORS}
     assert not lora & {size for kind, size in cuda.copies if kind == "up"}
@@ -116,7 +116,7 @@ def test_a_subject_of_the_gpu_is_saved_and_drawn_elsewhere_after_its_runtime_was
     expected = runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS)
     runtime.close()
     path = tmp_path / "mug.safetensors"
-    save_subject(path, subject.lora, plain.bundle.layout, subject.metadata)
+    subject.save(path)
     for who in (subject, plain.load_subject(path)):
         assert same(plain.generate(SUBJECT_PROMPT, who, **OPTIONS), expected)
     with Runtime.open("tiny", "tensorrt") as other:
@@ -138,7 +138,7 @@ def test_a_weight_that_is_no_number_is_found_in_the_picture_or_when_it_is_saved(
     with pytest.raises(NumericError, match="the picture is not a number"):
         runtime.generate(SUBJECT_PROMPT, subject, **OPTIONS)
     with pytest.raises(NumericError, match="lora_q cannot be saved"):
-        save_subject(tmp_path / "s.safetensors", subject.lora, runtime.bundle.layout, subject.metadata)
+        subject.save(tmp_path / "s.safetensors")
     with pytest.raises(NumericError, match="the predicted LoRA"):
         runtime.personalize(drawn_photos[:2], "mug")  # whose mean is the host's
 
@@ -156,13 +156,14 @@ def test_subjects_come_and_go_without_a_trace(runtime, drawn_photos):
 def test_the_loop_stays_on_the_device(runtime, nvidia, drawn_photos):
     cuda, _ = nvidia
     subject = runtime.personalize(drawn_photos, "mug")
-    runtime.prepare(SUBJECT_PROMPT, subject, **OPTIONS)
+    runtime.prepare(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
     waits = cuda.waits
-    steps = [step for step in runtime.steps(SUBJECT_PROMPT, subject, **OPTIONS) if step.index < 3]
+    sampling = runtime.sample(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
+    steps = [step for step in sampling if step.index < 3]
     assert all(isinstance(step.latents, DeviceArray) for step in steps)
     looked_at = np.asarray(steps[0].denoised)  # a preview, long after
     assert np.isfinite(looked_at).all()
-    loop = runtime.steps(SUBJECT_PROMPT, subject, **OPTIONS)
+    loop = runtime.sample(runtime.request(SUBJECT_PROMPT, subject, **OPTIONS))
     waits = cuda.waits
     for _ in range(3):
         next(loop)

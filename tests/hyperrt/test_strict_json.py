@@ -49,7 +49,7 @@ def test_what_is_declared_is_read_and_written_back():
         ({"either": None}, "either is null; it must be a whole number or a text"),
         ({"named": []}, "named is \\[\\]; it must be an object"),
         ({"note": "\x1b[2J"}, "control characters"),
-        ({"\x1b": 1}, r"x1b' is unknown"),
+        ({"\x1b": 1}, r"x1b is unknown"),
     ],
 )
 def test_what_is_not_declared_is_refused_and_its_place_named(change, message):

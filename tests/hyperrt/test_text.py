@@ -1,14 +1,34 @@
-"""Commands in messages: a shell takes from them what was meant."""
+"""Text in messages is short and safe on a terminal, and a shell reads a command as it was meant."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hyperrt.text import advice
+from hyperrt.text import advice, printable, short_repr, shortened
 from tests.pasting import commands_in
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_terminal_gets_no_commands(lines):
+    text = printable("a\x1b[2Jb\nc\u202e\udc80é", lines=lines)
+    assert text == "a\\x1b[2Jb{}c\\u202e\\udc80é".format("\n" if lines else "\\n")
+
+
+def test_a_long_text_is_cut():
+    assert shortened("y" * 999) == "y" * 120 + "…"
+    assert shortened("a\x1b[2J" * 99, 5) == r"a\x1b[2J…"
+    assert shortened("y" * 120) == "y" * 120
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, 10**5000, "a\nb", "\x1b[31m", [[1] * 999] * 999, np.zeros(10**6)], ids=type
+)
+def test_the_repr_of_a_value_is_one_short_line(value):
+    assert len(short_repr(value)) < 200 and short_repr(value).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def drawn(number: int = 8, size: int = SIZE) -> Iterator[np.ndarray]:
     """Different pictures [size, size, 3]."""
     rng = np.random.default_rng(number)
     for index in range(number):
-        who = scenes.identity(scenes.NOUNS[index % len(scenes.NOUNS)], "test", index)
+        who = scenes.drawn_subject(scenes.NOUNS[index % len(scenes.NOUNS)], "test", index)
         yield scenes.scene(who, scenes.BACKGROUNDS[index % len(scenes.BACKGROUNDS)], rng, size=size)
 
 

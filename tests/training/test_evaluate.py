@@ -21,10 +21,12 @@ from PIL import Image
 from hyperrt.bundle.bundle import packaged
 from hyperrt.errors import BadInput, NotFound
 from hyperrt.photos import load
-from hyperrt.training import evaluate, pretrain
+from hyperrt.training import evaluate
 from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import drawn, identity_encoder, prompt_packs
-from hyperrt.training.evaluation.scorers import Clip, Dino
+from hyperrt.training.evaluation.results import SubjectResult
+from hyperrt.training.evaluation.scorers import ClipScorer, DinoScorer
+from hyperrt.training.run import contrastive
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -51,7 +53,7 @@ def subjects(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         for k in range(count):
             rng = np.random.default_rng(k)
-            photo = scenes.scene(scenes.identity(noun, "test", 5), scenes.BACKGROUNDS[k], rng, 96)
+            photo = scenes.scene(scenes.drawn_subject(noun, "test", 5), scenes.BACKGROUNDS[k], rng, 96)
             Image.fromarray(photo).save(folder / name / f"{k}.png")
     (folder / "can" / "3.png").write_bytes(b"broken")
     (folder / "thing").mkdir()
@@ -72,7 +74,7 @@ def report_of(out: Path) -> dict:
 @pytest.fixture(scope="module")
 def options(subjects, networks) -> list[object]:
     return [
-        "--protocol", "dreambench", "--subjects", subjects, "--steps", 1, "--cpu", "--guidance", 3.5,
+        "--protocol", "dreambench", "--subjects", subjects, "--steps", 1, "--cpu", "--guidance-scale", 3.5,
         "--clip", networks.clip, "--dino", networks.dino, "--threads", 1,
     ]  # fmt: skip
 
@@ -81,7 +83,7 @@ def options(subjects, networks) -> list[object]:
 def out(options, tmp_path_factory) -> Path:
     """A finished evaluation, two pictures of each prompt."""
     folder = tmp_path_factory.mktemp("out") / "here"
-    code, output = ended("tiny", *options, "--images-per-prompt", 2, "--output", folder)
+    code, output = ended("tiny", *options, "--pictures", 2, "--output", folder)
     assert code == 0, output
     assert output.splitlines()[-1] == str(folder / "report.json")
     return folder
@@ -89,7 +91,7 @@ def out(options, tmp_path_factory) -> Path:
 
 def test_the_figures_are_those_of_a_plain_loop_over_the_files(out, subjects, networks):
     report = report_of(out)
-    clip, dino = Clip(str(networks.clip), CPU), Dino(str(networks.dino), CPU)
+    clip, dino = ClipScorer(str(networks.clip), CPU), DinoScorer(str(networks.dino), CPU)
     of_subjects = {"clip_i": [], "clip_t": [], "dino": []}
     for name, noun in (("can", "can"), ("dog", "dog")):
         photos = load.load_folder(subjects / name).images
@@ -121,7 +123,7 @@ def test_the_report_says_what_was_done_and_what_was_not(out):
     assert [name.partition(":")[0] for name in settings["settings_known"]] == ["official", "fast"]
     assert not report["comparable"]
     assert any("2 subjects of the 30" in doubt for doubt in report["not_comparable_because"])
-    assert any("clip is no network of the size" in doubt for doubt in report["not_comparable_because"])
+    assert any("clip is not a network of the size" in doubt for doubt in report["not_comparable_because"])
     assert any("1 steps, not 30" in doubt for doubt in report["not_comparable_because"])
     assert len(report["missing_subjects"]) == 27
     assert [name for name, _ in report["left_out"]] == ["thing"]
@@ -142,13 +144,16 @@ def test_the_report_says_what_was_done_and_what_was_not(out):
 def test_of_a_protocol_without_a_folder_the_one_that_has_no_pictures_is_that_of_the_output(tmp_path):
     config = evaluate.EvaluateConfig(protocol="drawn", output=tmp_path / "out", bundle="tiny")
     with pytest.raises(BadInput, match=r"nothing in .*out can be scored"):
-        evaluate._refuse_nothing(config, [{"name": "robot", "reason": "flat", "pictures": []}])
+        evaluate._check_any_scored(config, [SubjectResult("robot", "robot", "drawn-v1", reason="flat")])
 
 
 def test_real_photos_are_the_calibration_beside_the_published_figures(out, subjects, networks):
     found = report_of(out)["calibration"]
     assert (found["dino"]["published"], found["clip_i"]["published"]) == (0.774, 0.885)
-    for key, scorer in (("dino", Dino(str(networks.dino), CPU)), ("clip_i", Clip(str(networks.clip), CPU))):
+    for key, scorer in (
+        ("dino", DinoScorer(str(networks.dino), CPU)),
+        ("clip_i", ClipScorer(str(networks.clip), CPU)),
+    ):
         features = scorer.features(load.load_folder(subjects / "can").images)
         pairs = [features[i] @ features[j] for i in range(3) for j in range(3) if i != j]
         assert found[key]["leave_self_out"] == pytest.approx(np.mean(pairs), abs=1e-6)  # dog has one photo
@@ -180,7 +185,7 @@ def evaluate_links(page: str) -> list[str]:
 
 
 def test_pictures_that_are_there_get_the_same_scores_and_nothing_is_drawn(out, options, tmp_path):
-    found = ["--pictures", out / "pictures", "--images-per-prompt", 2]
+    found = ["--score", out / "pictures", "--pictures", 2]
     code, output = ended(*options, *found, "--output", tmp_path / "again")
     assert code == 0, output
     report = report_of(tmp_path / "again")
@@ -193,9 +198,9 @@ def test_pictures_that_are_there_get_the_same_scores_and_nothing_is_drawn(out, o
 
 def test_a_second_run_asks_for_resume_and_then_draws_nothing(out, options):
     before = report_of(out)
-    code, output = ended("tiny", *options, "--images-per-prompt", 2, "--output", out)
+    code, output = ended("tiny", *options, "--pictures", 2, "--output", out)
     assert code == 2 and "--resume" in output
-    code, output = ended("tiny", *options, "--images-per-prompt", 2, "--output", out, "--resume")
+    code, output = ended("tiny", *options, "--pictures", 2, "--output", out, "--resume")
     assert code == 0, output
     after = report_of(out)
     assert after["figures"] == before["figures"]
@@ -211,7 +216,7 @@ def test_a_scorer_without_weights_is_absent_and_never_zero(options, tmp_path):
     assert code == 0, output
     report = report_of(tmp_path)
     assert set(report["absent"]) == {"clip", "dino", "face"}
-    assert "no weights were named" in report["absent"]["clip"]
+    assert "no weights were given" in report["absent"]["clip"]
     assert "hub" in report["absent"]["dino"]
     assert report["figures"] == {} and report["pictures"] == NUMBER
     assert any("hyperrt-faces-v1" in doubt for doubt in report["not_comparable_because"])
@@ -220,8 +225,8 @@ def test_a_scorer_without_weights_is_absent_and_never_zero(options, tmp_path):
 
 def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(identity_encoder, "SCHEDULE", dataclasses.replace(identity_encoder.SCHEDULE, steps=2))
-    monkeypatch.setattr(identity_encoder, "IDENTITIES", 24)
-    monkeypatch.setattr(pretrain, "VALIDATION", 8)
+    monkeypatch.setattr(identity_encoder, "SUBJECTS", 24)
+    monkeypatch.setattr(contrastive, "VALIDATION", 8)
     monkeypatch.setattr(drawn, "PHOTO_SIZE", 64)
     always = [
         "--protocol",
@@ -230,10 +235,10 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
         "--steps",
         1,
         "--cpu",
-        "--judges",
-        tmp_path / "judges",
+        "--encoders",
+        tmp_path / "encoders",
     ]
-    code, output = ended("tiny", *always, "--limit", 2, "--output", tmp_path / "out", "--batch", 12)
+    code, output = ended("tiny", *always, "--limit", 2, "--output", tmp_path / "out", "--batch-size", 12)
     assert code == 0, output
     report = report_of(tmp_path / "out")
     assert set(report["figures"]) == {"identity", "identity_similarity", "identity_hist", "background"}
@@ -252,10 +257,10 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
     [
         (["tiny", "--protocol", "imagenet"], 2, "no protocol 'imagenet'"),
         (["tiny", "--scorers", "clip,taste"], 2, "no scorer 'taste'"),
-        (["tiny", "--scorers", "identity"], 2, "drawn subjects alone"),
+        (["tiny", "--scorers", "identity"], 2, "drawn subjects only"),
         ([], 2, "no source of pictures"),
-        (["tiny", "--pictures", "."], 2, "a bundle and --pictures were given"),
-        (["tiny", "--fast", "--images-per-prompt", "2"], 2, "do not go together"),
+        (["tiny", "--score", "."], 2, "a bundle and --score were given"),
+        (["tiny", "--fast", "-n", "2"], 2, "do not go together"),
         (["tiny", "--kappa", "3"], 2, "kappa is 3"),
         (["tiny", "--kappa", "1", "--cfg"], 2, "cfg is on, but kappa is 1"),
         (["tiny", "--solver", "magic"], 2, "solver is 'magic'"),
@@ -265,7 +270,7 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
         (["tiny", "--only", "vase"], 3, "can be scored"),
         (["tiny", "--clip", "./nowhere"], 4, "there is no folder ./nowhere"),
         (["tiny", "--backend", "magic"], 4, "magic"),
-        (["--pictures", "nowhere"], 3, "can be scored"),
+        (["--score", "nowhere"], 3, "can be scored"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_three_lines(options, tmp_path, wrong, code, said, monkeypatch):
@@ -283,18 +288,20 @@ def test_a_folder_that_is_no_bundle_is_refused(options, subjects, tmp_path):
 def test_a_signal_leaves_the_pictures_for_the_next_run(options, tmp_path, monkeypatch):
     import signal
 
-    whole = evaluate.pictures._draw_together
+    whole = evaluate.drawing._draw_call
 
     def draw_and_signal(*arguments):
         whole(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate.pictures, "_draw_together", draw_and_signal)
-        code, _ = ended("tiny", *options, "--fast", "--batch", 1, "--output", tmp_path / "out")
+        patch.setattr(evaluate.drawing, "_draw_call", draw_and_signal)
+        code, _ = ended("tiny", *options, "--fast", "--batch-size", 1, "--output", tmp_path / "out")
     assert code == 128 + signal.SIGTERM
     assert [path.name for path in (tmp_path / "out" / "pictures").rglob("*.png")] == ["00-0.png"]
-    code, output = ended("tiny", *options, "--fast", "--batch", 1, "--output", tmp_path / "out", "--resume")
+    code, output = ended(
+        "tiny", *options, "--fast", "--batch-size", 1, "--output", tmp_path / "out", "--resume"
+    )
     assert code == 0, output
     can = report_of(tmp_path / "out")["subjects"][0]
     assert (can["kept"], can["drawn"]) == (1, NUMBER - 1)
@@ -303,7 +310,7 @@ def test_a_signal_leaves_the_pictures_for_the_next_run(options, tmp_path, monkey
 def test_a_subject_that_comes_from_two_processes_counts_once(out, options, tmp_path, monkeypatch):
     """Of fewer subjects than processes, accelerate gives the last one to all that would have none."""
     monkeypatch.setattr(evaluate, "gather_object", lambda rows: rows + rows)
-    found = ["--pictures", out / "pictures", "--images-per-prompt", 2, "--only", "can"]
+    found = ["--score", out / "pictures", "--pictures", 2, "--only", "can"]
     code, output = ended(*options, *found, "--output", tmp_path)
     assert code == 0, output
     report = report_of(tmp_path)
@@ -316,7 +323,7 @@ def test_each_process_of_a_machine_draws_on_its_own_gpu(subjects, tmp_path, monk
     def opened(bundle, backend, threads, device):
         raise NotFound(f"{backend} on the device {device}")
 
-    monkeypatch.setattr("hyperrt.engines.base._suits_cuda", lambda: False)
+    monkeypatch.setattr("hyperrt.engines.backends._suits_cuda", lambda: False)
     monkeypatch.setattr(evaluate.Runtime, "open", opened)
     monkeypatch.setattr(PartialState(cpu=True), "local_process_index", 3)
     asked = ["tiny", "--protocol", "dreambench", "--subjects", subjects, "--cpu", "--scorers", "face"]
@@ -338,8 +345,8 @@ def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "hyperrt.training.evaluate", *options, "--pictures", out / "pictures"]
-    command += ["--images-per-prompt", 2, "--output", tmp_path / "two"]
+    command = [sys.executable, "-m", "hyperrt.training.evaluate", *options, "--score", out / "pictures"]
+    command += ["--pictures", 2, "--output", tmp_path / "two"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     shared |= {"PYTHONPATH": ROOT, "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
     shared |= {"OMP_NUM_THREADS": 1}  # as in this process: sums in another order have other last bits

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from hyperrt.errors import BadInput, BadPrompt, Incompatible, UsageError
-from hyperrt.lora.layout import LoraLayout, Site, load_subject
+from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.lora.subject_file import load_subject
 from hyperrt.training import finetune as dreambooth
 from hyperrt.training.finetune import DreamBoothConfig, finetune
+from hyperrt.training.model import weight_hash
 from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack
-from hyperrt.training.run import checkpoint
 
 CONFIG = DreamBoothConfig(steps=6, batch=2, lr=0.02, warmup=0)
 
@@ -50,13 +51,13 @@ def test_a_stop_is_what_a_run_of_so_many_steps_gives(parts, photos, layout, foun
 
 
 def test_the_base_model_stays_as_it_was(parts, photos, layout):
-    before = checkpoint.hash_of(parts.unet)
+    before = weight_hash.hash_of(parts.unet)
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
     one = finetune(parts, photos, "robot", layout, dataclasses.replace(CONFIG, steps=1))[0]
     assert torch.equal(torch.rand(1), expected)  # and so does the global generator
-    assert checkpoint.hash_of(parts.unet) == before == one.subject.metadata["base_model"]
+    assert weight_hash.hash_of(parts.unet) == before == one.subject.metadata["base_model"]
     assert not any(parameter.requires_grad for parameter in parts.unet.parameters())
 
 
@@ -137,10 +138,10 @@ def test_bad_input_is_refused_before_any_step(parts, photos, layout, change, err
 def test_a_subject_of_a_large_base_model_fits_its_bundle(parts, photos, layout):
     """Whose bundle has the hash of half precision."""
     wide = copy.deepcopy(parts.unet)
-    wide.register_to_config(cross_attention_dim=checkpoint.WIDE_TEXT)
+    wide.register_to_config(cross_attention_dim=weight_hash.WIDE_TEXT)
     base = dataclasses.replace(parts, unet=wide)
     [one] = finetune(base, photos, "robot", layout, dataclasses.replace(CONFIG, steps=1))
-    assert one.subject.metadata["base_model"] == checkpoint.hash_of(wide, half=True)
+    assert one.subject.metadata["base_model"] == weight_hash.hash_of(wide, half=True)
 
 
 def test_an_sdxl_is_refused(sdxl, photos):
@@ -164,7 +165,7 @@ def test_the_command_writes_a_subject_file_that_the_layout_reads(world, parts, p
     command += ["--out", str(out), "--steps", "2", "--rank", "2"]
     result = CliRunner().invoke(dreambooth.main, command)
     assert result.exit_code == 0, result.output
-    subject = load_subject(out, layout, checkpoint.hash_of(parts.unet))
+    subject = load_subject(out, layout, weight_hash.hash_of(parts.unet))
     assert (subject.class_noun, subject.photos) == ("robot", 3)
     assert np.any(subject.lora["lora_kv"])
 

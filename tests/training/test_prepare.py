@@ -22,7 +22,8 @@ from hyperrt.errors import BadInput, Incompatible, NotFound, ResourceError, Usag
 from hyperrt.training import prepare, train
 from hyperrt.training.data import cache as data
 from hyperrt.training.data import features
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
+from hyperrt.training.model import encode
 from hyperrt.training.prepare import PrepareConfig
 from hyperrt.training.run.config import TrainConfig
 from tests.training import data_sets
@@ -49,7 +50,7 @@ def config(world, tmp_path):
     return config
 
 
-def texts(cache: SceneCache) -> set[tuple[str, str]]:
+def texts(cache: PictureCache) -> set[tuple[str, str]]:
     return {pair for views in cache.texts for pair in views}
 
 
@@ -84,7 +85,7 @@ def test_what_is_prepared_is_what_the_parts_of_the_base_make(config, parts):
         np.testing.assert_allclose(found[2, 1], mean[0].numpy(), **tolerance)
     np.testing.assert_allclose(features.image_features(parts, cache)[2, 1], seen[0].numpy(), **tolerance)
     table = features.caption_table(parts, cache, "sks")
-    expected = features.encode_text(parts, ["", "a sks cat", "a cat"])
+    expected = encode.encode_text(parts, ["", "a sks cat", "a cat"])
     rows = np.array([0, table.subject[2, 1], table.generic[2, 1]])
     torch.testing.assert_close(table.text(rows), expected, **tolerance)
 
@@ -143,7 +144,7 @@ def test_workers_make_the_cache_that_one_process_makes(config, tmp_path):
     two = prepare.prepare(config("webdataset", source, output=tmp_path / "two", workers=2))
     assert np.array_equal(one.images, two.images)
     assert one.texts == two.texts
-    assert one.recipe == two.recipe
+    assert one.metadata == two.metadata
 
 
 def test_a_folder_with_one_photo_is_enough(config, tmp_path):
@@ -170,7 +171,7 @@ def test_bad_photos_are_left_out_and_named_up_to_a_share(config, tmp_path, caplo
     again = config("celeba", source, output=tmp_path / "two")
     with pytest.raises(BadInput, match=r"2 of 20 photos(?s:.*)3\.png(?s:.*)--max-bad 0\.1"):
         prepare.prepare(again)
-    assert not (again.output / data.RECIPE).exists()
+    assert not (again.output / data.METADATA).exists()
     assert prepare.prepare(replace(again, max_bad=0.1)).shape == (18, 1)
 
 
@@ -213,15 +214,15 @@ def test_a_finished_cache_is_kept_and_another_make_up_asks_for_force(config, tmp
     before = {path.name: path.stat().st_mtime_ns for path in cache.path.iterdir()}
     prepare.prepare(first)
     after = {path.name: path.stat().st_mtime_ns for path in cache.path.iterdir()}
-    assert {name for name in before if before[name] != after[name]} <= {data.RECIPE}
+    assert {name for name in before if before[name] != after[name]} <= {data.METADATA}
     with pytest.raises(UsageError, match=r"would change(?s:.*)--force"):
         prepare.prepare(replace(first, token="xyz"))
     with pytest.raises(UsageError, match="limit would change"):
         prepare.prepare(replace(first, limit=2))
-    assert SceneCache.open(cache.path).recipe == cache.recipe
+    assert PictureCache.open(cache.path).metadata == cache.metadata
     other = prepare.prepare(replace(first, token="xyz", force=True))
-    assert other.recipe["text"] != cache.recipe["text"]
-    assert not (cache.path / cache.recipe["text"]).exists()
+    assert other.metadata["text"] != cache.metadata["text"]
+    assert not (cache.path / cache.metadata["text"]).exists()
     assert (cache.path / data.IMAGES).stat().st_mtime_ns == before[data.IMAGES]
     assert prepare.prepare(replace(first, limit=2, force=True)).shape == (2, 3)
 
@@ -249,9 +250,9 @@ def test_what_was_finished_before_an_interruption_is_kept(stage, config, monkeyp
         patch.setattr(features, stage, stop)
         with pytest.raises(SystemExit):
             prepare.prepare(wanted)
-    assert not (wanted.output / data.RECIPE).exists()
+    assert not (wanted.output / data.METADATA).exists()
     with pytest.raises(FileNotFoundError, match="not a finished"):
-        SceneCache.open(wanted.output)
+        PictureCache.open(wanted.output)
     monkeypatch.setattr(prepare.ingest, "write", stop)
     monkeypatch.setattr(features, "encode_latents", stop)
     assert prepare.prepare(wanted).shape == (4, 3)
@@ -270,8 +271,8 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(config):
         time.sleep(moments.uniform(0, 0.6))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        if (wanted.output / data.RECIPE).exists():
-            assert SceneCache.open(wanted.output).latents.shape == (4, 3, 8, 8, 8)
+        if (wanted.output / data.METADATA).exists():
+            assert PictureCache.open(wanted.output).latents.shape == (4, 3, 8, 8, 8)
     cache = prepare.prepare(wanted)
     assert cache.shape == (4, 3)
     assert not [path.name for path in cache.path.iterdir() if path.name.startswith(".hyperrt")]
@@ -293,7 +294,7 @@ def test_a_worker_that_dies_is_named():
 def test_latents_of_another_autoencoder_are_refused(config, settings, parts):
     cache = prepare.prepare(config("celeba"))
     features.check_latents(parts, cache)
-    other = SceneCache.read(cache.path, {**cache.recipe, "latents": "latents-0123456789ab.npy"})
+    other = PictureCache.read(cache.path, {**cache.metadata, "latents": "latents-0123456789ab.npy"})
     with pytest.raises(Incompatible, match="another VAE"):
         features.check_latents(parts, other)
 
@@ -325,7 +326,7 @@ def test_the_command_makes_a_cache_and_says_what_is_wrong(world, tmp_path):
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     result = CliRunner().invoke(prepare.main, [*arguments, "--size", "32", "--limit", "2"])
     assert result.exit_code == 0, result.output
-    assert SceneCache.open(tmp_path / "cache").images.shape == (2, 1, 32, 32, 3)
+    assert PictureCache.open(tmp_path / "cache").images.shape == (2, 1, 32, 32, 3)
     result = CliRunner().invoke(prepare.main, [*arguments, "--limit", "3"])
     assert result.exit_code == UsageError.code
     assert "add --force" in result.output

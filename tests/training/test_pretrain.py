@@ -15,8 +15,9 @@ from diffusers import UNet2DConditionModel
 from hyperrt.errors import UsageError
 from hyperrt.training import pretrain
 from hyperrt.training.data import cache as data
-from hyperrt.training.data.features import encode_text
 from hyperrt.training.model import base_model as bases
+from hyperrt.training.model.encode import encode_text
+from hyperrt.training.run import contrastive
 from hyperrt.training.run.loop import Schedule
 from hyperrt.training.run.sample import sample
 
@@ -43,7 +44,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("VAE", "IMAGE_ENCODER", "DECODER", "UNET"):
             patch.setattr(pretrain, name, SCHEDULE)
-        patch.setattr(pretrain, "VALIDATION", 8)
+        patch.setattr(contrastive, "VALIDATION", 8)
         patch.setattr(pretrain, "sample", lambda *args, **options: sample(*args, **{**options, "steps": 1}))
         patch.setattr(bases, "tiny_unet", small_unet)
         yield
@@ -99,7 +100,7 @@ def test_every_stage_logs_its_losses_and_what_it_measures(straight):
 
 
 def test_latents_are_scaled_to_a_unit_deviation(straight):
-    latents = data.SceneCache.open(straight / "cache").latents
+    latents = data.PictureCache.open(straight / "cache").latents
     assert latents.shape == (24, 2, bases.LATENT_CHANNELS, 8, 8)
     assert np.std(latents.astype(np.float32)) == pytest.approx(1, abs=0.01)
 
@@ -187,7 +188,7 @@ def test_other_settings_ask_for_force_before_they_replace_the_cache(tmp_path, mo
     assert CliRunner().invoke(pretrain.main, [*always, "256"]).exit_code == 0
     result = CliRunner().invoke(pretrain.main, [*always, "257"])
     assert result.exit_code == 2 and "--force" in result.output
-    assert len(data.SceneCache.open(tmp_path / "cache").nouns) == 256
+    assert len(data.PictureCache.open(tmp_path / "cache").nouns) == 256
     assert CliRunner().invoke(pretrain.main, [*always, "257", "--force"]).exit_code == 0
 
 

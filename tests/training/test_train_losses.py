@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from hyperrt.training.run.config import PRIORS, REGULARISED, TrainConfig
+from hyperrt.training.model.losses import PRIORS, REGULARISED
+from hyperrt.training.run.config import TrainConfig
 from hyperrt.training.train import Trainer
 
 

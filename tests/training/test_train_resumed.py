@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hyperrt.errors import Incompatible, IntegrityError, UsageError
 from hyperrt.training import train
+from hyperrt.training.model import weight_hash
 from hyperrt.training.run import checkpoint, config
 from hyperrt.training.run.config import TrainConfig
 
@@ -81,7 +82,7 @@ def test_other_pictures_are_refused(settings, finished, world, tmp_path):
 
 
 def test_another_base_model_is_refused(settings, finished, monkeypatch):
-    monkeypatch.setattr(train.checkpoint, "hash_of", lambda module, half=False: "0" * 64)
+    monkeypatch.setattr(weight_hash, "hash_of", lambda module, half=False: "0" * 64)
     with pytest.raises(Incompatible, match="of another base model"):
         resume(settings)
 

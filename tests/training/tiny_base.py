@@ -1,8 +1,8 @@
 """A base model of the right classes with random weights, and a small scene cache for it: seconds to make.
 
 make(folder)              a base model's folder, for hyperrt.training.model.base_model.load
-make_cache(folder, base)  drawn scenes with its latents, as hyperrt.training.data.cache.SceneCache.open reads
-it
+make_cache(folder, base)  drawn scenes with its latents, as hyperrt.training.data.cache.PictureCache.open
+reads it
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
-from hyperrt.training.data import cache, clip_tokenizer, features
+from hyperrt.training.data import cache, clip_tokenizer
 from hyperrt.training.model import base_model as bases
+from hyperrt.training.model import encode
 
 IMAGE_SIZE = 64
 LATENTS = (8, 8, 8)  # channels, height, width
@@ -46,7 +47,7 @@ def make(folder: Path, seed: int = 0) -> Path:
 def make_cache(folder: Path, base: Path, identities: int = 40, views: int = 3) -> Path:
     """Draws the scenes and encodes them, as hyperrt.training.pretrain does."""
     pictures = np.concatenate(cache.build(folder, identities, views, IMAGE_SIZE, workers=1).images)
-    latents = features.encode_latents(bases.load_encoders(base), pictures)
+    latents = encode.encode_latents(bases.load_encoders(base), pictures)
     np.save(folder / "latents.npy", latents.numpy().reshape(identities, views, *LATENTS).astype(np.float16))
     return folder
 

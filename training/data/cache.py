@@ -6,7 +6,7 @@ from a data set is one format:
 
     cache.json     how the cache was made; written last, so a cache without it is not finished
     images         (N, V, S, S, 3) uint8
-    nouns          (N,)   index into `SceneCache.names`
+    nouns          (N,)   index into `PictureCache.names`
     captions.json  of each identity and view, of the subject and generic; or, of drawn scenes:
     backgrounds    (N, V) index into scenes.BACKGROUNDS, which makes the captions
     descriptions.json  of drawn scenes: of each identity the noun with its colours and pattern
@@ -38,11 +38,18 @@ from hyperrt.errors import IntegrityError, ResourceError, UsageError
 from hyperrt.training.data import cutouts as cutouts_of
 from hyperrt.training.data import scenes
 from hyperrt.training.data.cutouts import Cutouts
-from hyperrt.training.data.subjects import PLACEHOLDER, Captions, Found, Options, Subject, View
+from hyperrt.training.data.subjects import (
+    PLACEHOLDER,
+    Captions,
+    Dataset,
+    DatasetOptions,
+    DatasetSubject,
+    View,
+)
 
 log = logging.getLogger("hyperrt.training")
 
-RECIPE, LATENTS, CAPTIONS = "cache.json", "latents.npy", "captions.json"
+METADATA, LATENTS, CAPTIONS = "cache.json", "latents.npy", "captions.json"
 IMAGES, NOUNS = "images.npy", "nouns.npy"
 BACKGROUNDS, DESCRIPTIONS = "backgrounds.npy", "descriptions.json"
 AHEAD = 4  # items that each worker is ahead of what is used
@@ -82,18 +89,18 @@ class Subjects:
         rng = np.random.default_rng([scenes.SPLIT_SEEDS[self.split], 100, index])
         return bool(rng.random() < self.share)
 
-    def _drawn(self, index: int) -> scenes.Identity:
-        return scenes.identity(scenes.NOUNS[index % len(scenes.NOUNS)], self.split, index)
+    def _drawn(self, index: int) -> scenes.DrawnSubject:
+        return scenes.drawn_subject(scenes.NOUNS[index % len(scenes.NOUNS)], self.split, index)
 
 
 @dataclass(frozen=True)
-class SceneCache:
+class PictureCache:
     """Views of subjects, and captions of them; see the module for shapes.
 
     Attributes:
         names: the nouns of the classes.
         texts: for each identity the captions of its different views, [V] for the token.
-        recipe: what cache.json says.
+        metadata: what cache.json says.
     """
 
     path: Path
@@ -101,10 +108,10 @@ class SceneCache:
     images: np.ndarray
     nouns: np.ndarray
     texts: Sequence[Sequence[Captions]]
-    recipe: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path | str) -> SceneCache:
+    def open(cls, path: Path | str) -> PictureCache:
         """Opens a finished cache.
 
         Raises:
@@ -112,16 +119,16 @@ class SceneCache:
             IntegrityError: its files do not fit together.
         """
         path = Path(path)
-        if not (path / RECIPE).is_file():
+        if not (path / METADATA).is_file():
             raise FileNotFoundError(
                 f"{path} is not a finished scene cache; hyperrt pretrain and hyperrt prepare make one"
             )
-        return cls.read(path, read_json(path / RECIPE))
+        return cls.read(path, read_json(path / METADATA))
 
     @classmethod
-    def read(cls, path: Path, recipe: Mapping[str, Any]) -> SceneCache:
+    def read(cls, path: Path, metadata: Mapping[str, Any]) -> PictureCache:
         """Opens what is there, finished or not; errors as `open`."""
-        names = tuple(recipe.get("names", scenes.NOUNS))
+        names = tuple(metadata.get("names", scenes.NOUNS))
         images = np.load(path / IMAGES, mmap_mode="r")
         nouns = np.load(path / NOUNS)
         if (path / CAPTIONS).is_file():
@@ -134,7 +141,11 @@ class SceneCache:
         if not len(images) == len(nouns) == len(texts) or not all(texts):
             why = f"there are {len(images)} identities, {len(nouns)} nouns and {len(texts)} captions"
             raise IntegrityError(f"the cache {path} is damaged", why, "remove it, and make it anew")
-        return cls(path, names, images, nouns, texts, recipe)
+        return cls(path, names, images, nouns, texts, metadata)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:  # for features.py, until it is split
+        return self.metadata
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,7 +161,7 @@ class SceneCache:
     @property
     def latents(self) -> np.ndarray:
         """Raises FileNotFoundError before they have been written."""
-        path = self.path / self.recipe.get("latents", LATENTS)
+        path = self.path / self.metadata.get("latents", LATENTS)
         if not path.is_file():
             raise FileNotFoundError(f"{self.path} has no latents yet; hyperrt pretrain writes them")
         return np.load(path, mmap_mode="r")
@@ -158,7 +169,7 @@ class SceneCache:
     @property
     def mirrored(self) -> np.ndarray | None:
         """The latents of the mirrored pictures, in caches that were prepared with --flip."""
-        name = self.recipe.get("mirrored")
+        name = self.metadata.get("mirrored")
         return None if name is None else np.load(self.path / name, mmap_mode="r")
 
     def captions(self, identities: np.ndarray, views: np.ndarray, token: str | None = None) -> list[str]:
@@ -173,6 +184,9 @@ class SceneCache:
         places, found = np.load(self.path / BACKGROUNDS), json.loads((self.path / DESCRIPTIONS).read_text())
         pairs = zip(identities, views, strict=True)
         return [scenes.caption(found[who], scenes.BACKGROUNDS[places[who, view]]) for who, view in pairs]
+
+
+PictureCache = PictureCache  # for features.py, until it is split
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,7 +212,7 @@ def build(
     cutouts: Cutouts | None = None,
     share: float = CUTOUT_SHARE,
     force: bool = False,
-) -> SceneCache:
+) -> PictureCache:
     """Draws `identities` subjects in `views` scenes each. A finished cache of the same make-up is kept.
 
     Args:
@@ -209,7 +223,7 @@ def build(
     Raises:
         UsageError: there is one, and `force` is off.
     """
-    recipe: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "identities": identities,
         "views": views,
         "size": size,
@@ -218,20 +232,20 @@ def build(
     }
     subjects = Subjects(split, cutouts, share)
     if cutouts is not None:
-        recipe.update(names=list(subjects.names), cutouts=cutouts.fingerprint, share=share)
-    finished = read_json(path / RECIPE)
-    if finished != recipe:
+        metadata.update(names=list(subjects.names), cutouts=cutouts.fingerprint, share=share)
+    finished = read_json(path / METADATA)
+    if finished != metadata:
         if finished and not force:
-            names = sorted(finished.keys() | recipe.keys())
-            differing = [name for name in names if finished.get(name) != recipe.get(name)]
+            names = sorted(finished.keys() | metadata.keys())
+            differing = [name for name in names if finished.get(name) != metadata.get(name)]
             why = f"it is a finished cache, of which {', '.join(differing)} would change"
             raise UsageError(f"{path} exists", why, "add --force, or choose another --cache")
         path.mkdir(parents=True, exist_ok=True)
-        for stale in (RECIPE, LATENTS):
+        for stale in (METADATA, LATENTS):
             (path / stale).unlink(missing_ok=True)
         _draw_all(path, identities, views, size, subjects, workers)
-        files.publish(path / RECIPE, lambda file: file.write(json.dumps(recipe).encode()))
-    return SceneCache.open(path)
+        files.publish(path / METADATA, lambda file: file.write(json.dumps(metadata).encode()))
+    return PictureCache.open(path)
 
 
 def _draw_all(path: Path, identities: int, views: int, size: int, subjects: Subjects, workers: int) -> None:
@@ -291,7 +305,7 @@ def _scenes_of(index: int, views: int, split: str) -> tuple[np.random.Generator,
     return rng, rng.permutation(len(scenes.BACKGROUNDS))[:views].astype(np.int16)
 
 
-def cutout_subjects(source: Path, options: Options) -> Found:
+def cutout_subjects(source: Path, options: DatasetOptions) -> Dataset:
     """Layout `cutouts`: cut-outs (data/cutouts.py) in drawn scenes; `limit` says how many identities.
 
     Raises:
@@ -301,16 +315,16 @@ def cutout_subjects(source: Path, options: Options) -> Found:
     subjects = Subjects(found.split, found, share=1.0)
     views = min(options.views or CUTOUT_VIEWS, len(scenes.BACKGROUNDS))
 
-    def one(index: int) -> Subject:
+    def one(index: int) -> DatasetSubject:
         noun, drawn = found.noun(index), partial(_pictures, index, views, options.size, subjects)
         places = [scenes.BACKGROUNDS[k] for k in _scenes_of(index, views, found.split)[1]]
         texts = [_captions_of_scene(noun, place) for place in places]
         name = f"identity {index}"
-        return Subject(
+        return DatasetSubject(
             noun, tuple(View(name, drawn, text, partial(_picture, k)) for k, text in enumerate(texts))
         )
 
-    return Found(map(one, range(options.limit or len(found.files))), views)
+    return Dataset(map(one, range(options.limit or len(found.files))), views)
 
 
 def _pictures(index: int, views: int, size: int, subjects: Subjects) -> np.ndarray:

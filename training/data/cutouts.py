@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from hyperrt.errors import BadImage, BadInput, NotFound
-from hyperrt.photos.load import printable
+from hyperrt.text import printable
 from hyperrt.training.data import scenes
 
 log = logging.getLogger("hyperrt.training")

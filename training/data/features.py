@@ -28,101 +28,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperrt import files
-from hyperrt.bundle.bundle import Preprocess
 from hyperrt.errors import Incompatible, NumericError, ResourceError
-from hyperrt.photos import load
-from hyperrt.training.data.cache import SceneCache
-from hyperrt.training.model.base_model import Encoders, tokens
-from hyperrt.training.run.checkpoint import hash_of
-from hyperrt.training.run.loop import warn
+from hyperrt.training.data.cache import PictureCache
+from hyperrt.training.messages import warn
+from hyperrt.training.model.base_model import Encoders
+from hyperrt.training.model.encode import encode_images, encode_latents, encode_prompts, preprocess_of
+from hyperrt.training.model.weight_hash import hash_of
 
 log = logging.getLogger("hyperrt.training")
 
-CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with projection or not
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALVES = (0.5, 0.5, 0.5)  # mean and deviation that take pixels to [-1, 1]
 HASH_DIGITS = 12
 PICTURES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
 PIXELS_AT_ONCE = 1 << 22  # that the VAE encodes at once: 16 pictures of 512 pixels
 LATENTS_COMPARED, MOST_LATENTS_ERROR = 4, 0.1  # pictures; of bf16 it is 0.01, of another VAE about 1
 STATISTICS_NUMBERS = 1 << 26  # 256 MB, and NumPy takes some copies
-
-
-def preprocess_of(config: Any) -> Preprocess:
-    """How pictures become the pixels of an image encoder, in training and in the runtime, which export tells.
-
-    config: the encoder's, of transformers.
-    """
-    clip = config.model_type == CLIP_VISION
-    mean, std = (CLIP_MEAN, CLIP_STD) if clip else (HALVES, HALVES)
-    return Preprocess(config.image_size, mean, std, "bicubic", "center")
-
-
-def encode_pixels(encoder: nn.Module, pixels: Tensor) -> Tensor:
-    """Pixels as the encoder takes them => the features that hypernetwork and image prompt read [n, T, F].
-
-    Of CLIP's vision model what goes into its last layer, as IP-Adapter does: the last layer is trained to
-    leave in the first token what a text can say, and forgets the rest. Of a ViT its output.
-    """
-    if encoder.config.model_type == CLIP_VISION:
-        return encoder(pixels, output_hidden_states=True).hidden_states[-2]
-    return encoder(pixels).last_hidden_state
-
-
-@torch.no_grad()
-def encode_images(base: Encoders, pictures: np.ndarray) -> Tensor:
-    """uint8 [n, H, W, 3] => features [n, T, F]."""
-    device = next(base.image_encoder.parameters()).device
-    pixels = load.preprocess(list(pictures), preprocess_of(base.image_encoder.config))
-    return encode_pixels(base.image_encoder, torch.from_numpy(pixels).to(device))
-
-
-def encode_latents(base: Encoders, pictures: np.ndarray, mirrored: bool = False) -> Tensor:
-    """uint8 [n, S, S, 3] => latents [n, C, h, w] as the UNet takes them: the mean of the VAE's, scaled."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return latents_of_pixels(base, pixels.flip(-1) if mirrored else pixels)
-
-
-@torch.no_grad()
-def latents_of_pixels(base: Encoders, pixels: Tensor) -> Tensor:
-    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of hyperrt.training.run.sample.decode."""
-    encoded = base.vae.encode(pixels.to(next(base.vae.parameters()).device))
-    mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    return base.latent_scale.for_unet(mean)
-
-
-def encode_ids(
-    encoder: nn.Module, encoder_2: nn.Module | None, ids: Tensor, ids_2: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Token ids [n, L] => hidden states [n, L, D] and, of an SDXL's two encoders, pooled text [n, P].
-
-    An SDXL's hidden states are those before the last block of each, without the last norm; pooled is the
-    second's.
-    """
-    if encoder_2 is None:
-        return encoder(ids).last_hidden_state, None
-    first = encoder(ids, output_hidden_states=True).hidden_states[-2]
-    second = encoder_2(ids_2, output_hidden_states=True)
-    return torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds
-
-
-@torch.no_grad()
-def encode_prompts(base: Encoders, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """Prompts, padded to the tokenizer's length => hidden states [n, L, D], and an SDXL's pooled [n, P]."""
-    device = next(base.text_encoder.parameters()).device
-    ids = tokens(base.tokenizer, prompts).to(device)
-    ids_2 = None if base.tokenizer_2 is None else tokens(base.tokenizer_2, prompts).to(device)
-    hidden, pooled = encode_ids(base.text_encoder, base.text_encoder_2, ids, ids_2)
-    if base.zero_empty:
-        said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
-        hidden = hidden * said[:, None, None]
-        pooled = None if pooled is None else pooled * said[:, None]
-    return hidden, pooled
-
-
-def encode_text(base: Encoders, prompts: Sequence[str]) -> Tensor:
-    """The hidden states of `encode_prompts`."""
-    return encode_prompts(base, prompts)[0]
 
 
 @dataclass(frozen=True)
@@ -157,7 +76,7 @@ def split_vectors(vectors: Tensor, pooled: int) -> tuple[Tensor, Tensor | None]:
     return (vectors[:, :-1], vectors[:, -1, :pooled]) if pooled else (vectors, None)
 
 
-def caption_table(base: Encoders, cache: SceneCache, token: str) -> CaptionTable:
+def caption_table(base: Encoders, cache: PictureCache, token: str) -> CaptionTable:
     """Encodes each different caption of the cache once."""
     who, views = (index.ravel() for index in np.indices(cache.shape))
     row_of = {"": 0}
@@ -178,20 +97,20 @@ def caption_table(base: Encoders, cache: SceneCache, token: str) -> CaptionTable
     )
 
 
-def image_features(base: Encoders, cache: SceneCache) -> np.ndarray:
+def image_features(base: Encoders, cache: PictureCache) -> np.ndarray:
     """Features of every picture of the cache, (N, V, T, F) float16, memory-mapped."""
     name = f"features-{fingerprint(base.image_encoder, cache, preprocess_of(base.image_encoder.config))}.npy"
     return _of_pictures(cache, name, lambda pictures: encode_images(base, pictures), PICTURES_AT_ONCE)
 
 
-def latents(base: Encoders, cache: SceneCache, mirrored: bool = False) -> np.memmap:
+def latents(base: Encoders, cache: PictureCache, mirrored: bool = False) -> np.memmap:
     """Latents of every picture, or of its mirror image, (N, V, C, h, w) float16, memory-mapped."""
     name = f"{'mirrored' if mirrored else 'latents'}-{_of_vae(base, cache)}.npy"
     batch = max(1, min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // cache.images.shape[2] ** 2))
     return _of_pictures(cache, name, lambda pictures: encode_latents(base, pictures, mirrored), batch)
 
 
-def check_latents(base: Encoders, cache: SceneCache) -> None:
+def check_latents(base: Encoders, cache: PictureCache) -> None:
     """That the latents of a cache are those of this VAE.
 
     Those of training/prepare.py are told by their name. Of others a few are made again and compared; if they
@@ -212,7 +131,7 @@ def check_latents(base: Encoders, cache: SceneCache) -> None:
         raise Incompatible(what, why, "prepare it again with hyperrt prepare --force")
 
 
-def _latents_error(base: Encoders, cache: SceneCache) -> float:
+def _latents_error(base: Encoders, cache: PictureCache) -> float:
     """|z - z'| / |z'| of the latents z that a cache holds and z' that the VAE makes, over a few pictures."""
     count = min(len(cache.latents), len(cache.images))  # that they are as many is said elsewhere
     who = np.linspace(0, count - 1, min(count, LATENTS_COMPARED)).astype(int)
@@ -223,7 +142,7 @@ def _latents_error(base: Encoders, cache: SceneCache) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def fingerprint(encoder: nn.Module, cache: SceneCache, *more: object) -> str:
+def fingerprint(encoder: nn.Module, cache: PictureCache, *more: object) -> str:
     """Hex digits that stand for the encoder's weights, in fp32 or fp16 but not bf16, and some pictures."""
     digest = hashlib.sha256(repr((hash_of(encoder, half=True), cache.images.shape, more)).encode())
     for picture in cache.images[:: max(1, len(cache.images) // 64), 0]:
@@ -231,7 +150,7 @@ def fingerprint(encoder: nn.Module, cache: SceneCache, *more: object) -> str:
     return digest.hexdigest()[:HASH_DIGITS]
 
 
-def _of_vae(base: Encoders, cache: SceneCache) -> str:
+def _of_vae(base: Encoders, cache: PictureCache) -> str:
     """`fingerprint` of the VAE, and of its statistics where it has them: other names stay as they were."""
     scale = base.latent_scale
     return fingerprint(base.vae, cache, *([scale] if scale.mean else []))
@@ -246,7 +165,7 @@ def feature_statistics(features: np.ndarray, sample: int = 512) -> tuple[Tensor,
     return torch.from_numpy(some.mean(0)), torch.from_numpy(some.std(0))
 
 
-def _of_pictures(cache: SceneCache, name: str, encode: Callable[[np.ndarray], Tensor], batch: int) -> Any:
+def _of_pictures(cache: PictureCache, name: str, encode: Callable[[np.ndarray], Tensor], batch: int) -> Any:
     """(N, V, ...) of what `encode` makes of each picture; a file of that name is not made again."""
     path = cache.path / name
     if not path.exists():
@@ -256,7 +175,7 @@ def _of_pictures(cache: SceneCache, name: str, encode: Callable[[np.ndarray], Te
 
 
 def _encoded_identities(
-    cache: SceneCache, encode: Callable[[np.ndarray], Tensor], batch: int
+    cache: PictureCache, encode: Callable[[np.ndarray], Tensor], batch: int
 ) -> Iterator[np.ndarray]:
     """[identities, V, ...] of some identities after the other, each different view encoded once."""
     identities, views = cache.shape

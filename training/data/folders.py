@@ -20,7 +20,16 @@ from pathlib import Path
 from hyperrt.errors import BadInput, BadPrompt, NotFound
 from hyperrt.photos import load
 from hyperrt.sampling import prompts
-from hyperrt.training.data.subjects import Captions, Found, LeftOut, Options, Subject, View, captions_of_noun
+from hyperrt.text import printable
+from hyperrt.training.data.subjects import (
+    Captions,
+    Dataset,
+    DatasetOptions,
+    DatasetSubject,
+    LeftOut,
+    View,
+    captions_of_noun,
+)
 
 MOST_VIEWS = 8  # of one subject, where the user says nothing else
 CLASS_FILE, METADATA, TABLE = "class.txt", "metadata.json", "prompts_and_classes.txt"
@@ -30,7 +39,7 @@ AFHQ = {"cat": "cat", "dog": "dog", "wild": "wild animal"}  # folder -> noun
 AFHQ_SPLITS = {"train": ("train",), "eval": ("test", "val")}  # "val" is that of AFHQ's first version
 
 
-def folders(source: Path, options: Options) -> Found:
+def folders(source: Path, options: DatasetOptions) -> Dataset:
     """One folder per subject.
 
     Raises:
@@ -42,32 +51,32 @@ def folders(source: Path, options: Options) -> Found:
         raise BadInput(f"{source} holds no photos", why, "name a folder that has one folder for each subject")
     table = _class_table(source)
     most = options.views or MOST_VIEWS
-    subjects: list[Subject | LeftOut] = []
+    subjects: list[DatasetSubject | LeftOut] = []
     for folder, photos in found.items():
         if not photos:
             subjects.append(LeftOut(folder.name, "it holds no photos"))
             continue
         noun = _noun(folder, table, options.noun)
         views = [_view(path, folder.name, captions_of_noun(noun)) for path in photos[:most]]
-        subjects.append(Subject(noun, tuple(views)))
-    return Found(iter(subjects), min(most, max(map(len, found.values()))))
+        subjects.append(DatasetSubject(noun, tuple(views)))
+    return Dataset(iter(subjects), min(most, max(map(len, found.values()))))
 
 
-def celeba(source: Path, options: Options) -> Found:
+def celeba(source: Path, options: DatasetOptions) -> Dataset:
     """CelebA-HQ: numbered photos of faces. Errors as `folders`."""
     photos = _photos(source)
     wanted = CELEBA[options.split]
-    subjects: list[Subject | LeftOut] = []
+    subjects: list[DatasetSubject | LeftOut] = []
     for path in photos:
         if number(path) is None:
             subjects.append(LeftOut(path.name, "its name is no number"))
         elif number(path) in wanted:
-            subjects.append(Subject("face", (_view(path, "", captions_of_noun("face")),)))
-    if not any(isinstance(subject, Subject) for subject in subjects):
+            subjects.append(DatasetSubject("face", (_view(path, "", captions_of_noun("face")),)))
+    if not any(isinstance(subject, DatasetSubject) for subject in subjects):
         why = f"of its {len(photos):,} photos none is numbered from {wanted.start:,} to {wanted.stop - 1:,}"
         what = f"{source} has no photos of the split {options.split!r}"
         raise BadInput(what, why, "check --source and --split")
-    return Found(iter(subjects), 1)
+    return Dataset(iter(subjects), 1)
 
 
 def number(path: Path) -> int | None:
@@ -75,7 +84,7 @@ def number(path: Path) -> int | None:
     return int(path.stem[:18]) if path.stem.isascii() and path.stem.isdigit() else None
 
 
-def afhq(source: Path, options: Options) -> Found:
+def afhq(source: Path, options: DatasetOptions) -> Dataset:
     """AFHQ-v2: animals in three classes, in an order in which these are mixed. Errors as `folders`."""
     names = AFHQ_SPLITS[options.split]
     folder = next((source / name for name in names if (source / name).is_dir()), None)
@@ -83,7 +92,7 @@ def afhq(source: Path, options: Options) -> Found:
         why = f"it has no folder {' or '.join(names)}"
         raise NotFound(f"{source} is not AFHQ", why, "name the folder that holds train and test")
     subjects = [
-        Subject(noun, (_view(path, kind, captions_of_noun(noun)),))
+        DatasetSubject(noun, (_view(path, kind, captions_of_noun(noun)),))
         for kind, noun in AFHQ.items()
         if (folder / kind).is_dir()
         for path in _photos(folder / kind)
@@ -92,7 +101,7 @@ def afhq(source: Path, options: Options) -> Found:
         why = f"wanted are photos in its folders {', '.join(AFHQ)}"
         raise BadInput(f"{folder} holds no photos", why, "check --source")
     subjects.sort(key=lambda subject: hashlib.sha256(os.fsencode(subject.views[0].name)).digest())
-    return Found(iter(subjects), 1)
+    return Dataset(iter(subjects), 1)
 
 
 def _view(path: Path, folder: str, captions: Captions) -> View:
@@ -117,7 +126,7 @@ def _photos(folder: Path) -> list[Path]:
 def _noun(folder: Path, table: dict[str, str], otherwise: str | None) -> str:
     """What a subject is, by the first that says it."""
     found = _text(folder / CLASS_FILE) or _from_json(folder / METADATA) or table.get(folder.name) or otherwise
-    name = load.printable(folder.name)
+    name = printable(folder.name)
     do = f"say it for all of them: --noun dog; or for this one: {CLASS_FILE} in its folder"
     if not found:
         raise BadInput(f"it is not known what the subject {name!r} is", "captions need a noun", do)

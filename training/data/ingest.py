@@ -1,8 +1,8 @@
 """The first stage of training/prepare.py: the photos of a data set => images, nouns and captions of a cache.
 
-    images.npy, nouns.npy   see training/data/cache.py
-    skipped.jsonl           {"name", "why"} of each photo that is left out for being bad
-    captions.json           written last: the captions, how many photos there were, what they were made from
+images.npy, nouns.npy   see training/data/cache.py
+skipped.jsonl           {"name", "why"} of each photo that is left out for being bad
+captions.json           written last: the captions, how many photos there were, what they were made from
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 
 from hyperrt import files
 from hyperrt.errors import BadInput, IntegrityError
-from hyperrt.photos import load
+from hyperrt.text import printable
 from hyperrt.training.data.cache import CAPTIONS, IMAGES, NOUNS, in_processes
-from hyperrt.training.data.subjects import Captions, Found, LeftOut, Pictures, Subject, read
+from hyperrt.training.data.subjects import Captions, Dataset, DatasetSubject, LeftOut, SubjectPictures, read
 
 log = logging.getLogger("hyperrt.training")
 
@@ -33,7 +33,7 @@ LOG_EVERY = 1000  # subjects
 
 
 def write(
-    folder: Path, found: Found, size: int, limit: int | None, workers: int, recipe: Mapping[str, Any]
+    folder: Path, found: Dataset, size: int, limit: int | None, workers: int, recipe: Mapping[str, Any]
 ) -> None:
     """Reads every subject that a layout found and writes the four files.
 
@@ -98,10 +98,10 @@ class Tally:
     photos: int = 0  # bad ones included
     filtered: int = 0
 
-    def passing(self, found: Iterator[Subject | LeftOut]) -> Iterator[Subject]:
+    def passing(self, found: Iterator[DatasetSubject | LeftOut]) -> Iterator[DatasetSubject]:
         """The subjects; what is left out is noted."""
         for item in found:
-            if isinstance(item, Subject):
+            if isinstance(item, DatasetSubject):
                 yield item
             elif item.bad:
                 self.left_out.append(item)
@@ -109,7 +109,7 @@ class Tally:
             else:
                 self.filtered += 1
 
-    def add(self, pictures: Pictures, views: int) -> np.ndarray:
+    def add(self, pictures: SubjectPictures, views: int) -> np.ndarray:
         """Notes a subject; returns its row (V, S, S, 3), or (0, S, S, 3) where all its photos are bad."""
         self.left_out += pictures.left_out
         self.photos += len(pictures.images) + len(pictures.left_out)
@@ -129,7 +129,7 @@ class Tally:
 
 
 def _write_images(
-    file: BinaryIO, found: Found, size: int, limit: int | None, workers: int, tally: Tally
+    file: BinaryIO, found: Dataset, size: int, limit: int | None, workers: int, tally: Tally
 ) -> None:
     """One identity behind the other; how many there are is known at the end."""
     shape = (found.views, size, size, 3)
@@ -162,5 +162,5 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def _with_names(text: str, left_out: list[LeftOut]) -> str:
-    named = "; ".join(f"{load.printable(item.name)} ({item.why})" for item in left_out[:SHOWN])
+    named = "; ".join(f"{printable(item.name)} ({item.why})" for item in left_out[:SHOWN])
     return f"{text}: {named}" if named else text

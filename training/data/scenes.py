@@ -1,7 +1,7 @@
 """The small world: a drawn subject composited into a named scene.
 
 A caption knows the coarse noun and the scene; what makes the subject itself, its palette,
-pattern and proportions, are free parameters of an `Identity`. So a base model cannot know a
+pattern and proportions, are free parameters of an `DrawnSubject`. So a base model cannot know a
 subject, and a hypernetwork has something to add. A description names colours and pattern:
 from it a base model learns to be told them by its text, which is where a LoRA tells it more.
 
@@ -35,7 +35,7 @@ WHITE, INK = (255, 255, 255), (35, 35, 45)
 
 
 @dataclass(frozen=True)
-class Identity:
+class DrawnSubject:
     """What makes one subject itself. A caption mentions none of it, a description some."""
 
     noun: str
@@ -46,10 +46,10 @@ class Identity:
     parts: tuple[float, ...]  # eight numbers in [0, 1]: proportions and counts
 
 
-def identity(noun: str, split: str, index: int) -> Identity:
+def drawn_subject(noun: str, split: str, index: int) -> DrawnSubject:
     """The subject `index` of a split; the same arguments give the same subject for ever."""
     rng = np.random.default_rng([SPLIT_SEEDS[split], NOUNS.index(noun), index])
-    return Identity(
+    return DrawnSubject(
         noun=noun,
         palette=_palette(rng),
         pattern=PATTERNS[rng.integers(len(PATTERNS))],
@@ -84,7 +84,7 @@ def colour_name(colour: Colour) -> str:
     return f"pale {name}" if saturation < 0.7 else name
 
 
-def describe(who: Identity) -> str:
+def describe(who: DrawnSubject) -> str:
     """`red fish with dark green dots and pink details`: what a caption can have in the place of the noun."""
     body, second, accent = map(colour_name, who.palette)
     what = "parts" if who.pattern == "plain" else who.pattern
@@ -94,7 +94,7 @@ def describe(who: Identity) -> str:
 class Painter:
     """Draws shapes in unit coordinates on a transparent canvas."""
 
-    def __init__(self, size: int, who: Identity) -> None:
+    def __init__(self, size: int, who: DrawnSubject) -> None:
         self.size = size
         self.who = who
         self.image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
@@ -139,7 +139,7 @@ class Painter:
             self.image.paste(self.who.palette[1], mask=ImageChops.multiply(mask, pattern))
 
 
-def _pattern(who: Identity, size: int) -> Image.Image:
+def _pattern(who: DrawnSubject, size: int) -> Image.Image:
     """Mask (size, size) in mode L: 255 where the second colour goes."""
     y, x = np.mgrid[0:size, 0:size] / size
     turn = math.radians(who.angle)
@@ -285,7 +285,7 @@ NOUNS = tuple(DRAWINGS)
 BACKGROUNDS = tuple(backgrounds.SCENES)
 
 
-def draw_subject(who: Identity, size: int) -> Image.Image:
+def draw_subject(who: DrawnSubject, size: int) -> Image.Image:
     """The subject alone: RGBA (size, size), transparent around it."""
     painter = Painter(size * OVERSAMPLE, who)
     DRAWINGS[who.noun](painter, who.parts)
@@ -304,7 +304,7 @@ def compose(subject: Image.Image, background: str, rng: np.random.Generator, siz
     return np.asarray(scene)
 
 
-def scene(who: Identity, background: str, rng: np.random.Generator, size: int = 64) -> np.ndarray:
+def scene(who: DrawnSubject, background: str, rng: np.random.Generator, size: int = 64) -> np.ndarray:
     """One photo of a drawn subject: (size, size, 3) uint8."""
     return compose(draw_subject(who, size), background, rng, size)
 

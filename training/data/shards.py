@@ -22,13 +22,14 @@ from pathlib import Path, PurePosixPath
 from hyperrt.errors import BadInput, BadPrompt, HyperRTError, IntegrityError, NotFound
 from hyperrt.photos import load
 from hyperrt.sampling import prompts
+from hyperrt.text import printable
 from hyperrt.training.data.folders import MOST_VIEWS
 from hyperrt.training.data.subjects import (
     Captions,
-    Found,
+    Dataset,
+    DatasetOptions,
+    DatasetSubject,
     LeftOut,
-    Options,
-    Subject,
     View,
     captions_of_noun,
     captions_of_text,
@@ -49,7 +50,7 @@ class Sample:
     problem: str = ""
 
 
-def webdataset(source: Path, options: Options) -> Found:
+def webdataset(source: Path, options: DatasetOptions) -> Dataset:
     """A folder of *.tar, or one of them.
 
     Raises:
@@ -59,14 +60,14 @@ def webdataset(source: Path, options: Options) -> Found:
     shards = shards_of(source)
     most = options.views or MOST_VIEWS
     subjects = (subject_of(sample, options.noun) for shard in shards for sample in samples(shard))
-    before: list[Subject | LeftOut] = []
+    before: list[DatasetSubject | LeftOut] = []
     views = 1
     for found in subjects:  # those that follow are like the first: fewer photos are repeated, more are left
         before.append(found)
-        if isinstance(found, Subject):
+        if isinstance(found, DatasetSubject):
             views = min(most, len(found.views))
             break
-    return Found(itertools.chain(before, subjects), views)
+    return Dataset(itertools.chain(before, subjects), views)
 
 
 def shards_of(source: Path) -> list[Path]:
@@ -108,7 +109,7 @@ def samples(shard: Path) -> Iterator[Sample]:
     except HyperRTError:
         raise
     except Exception as error:  # tarfile lets nearly anything escape on a damaged one
-        what = load.printable(str(error)) or type(error).__name__
+        what = printable(str(error)) or type(error).__name__
         raise IntegrityError(f"the shard {shard} is damaged", what, "download or copy it again") from error
     if sample is not None:
         yield sample
@@ -124,7 +125,7 @@ def _split(member: str) -> tuple[str, str]:
 def _refuse_pickle(shard: Path, member: str, suffix: str) -> None:
     kind = suffix.rpartition(".")[2]
     if kind in PICKLES:
-        why = f"{load.printable(member)} is one (.{kind}); pickles can run code, and none is ever loaded"
+        why = f"{printable(member)} is one (.{kind}); pickles can run code, and none is ever loaded"
         raise BadInput(f"the shard {shard} holds a pickle", why, "make the shards again, without such files")
 
 
@@ -147,7 +148,7 @@ def _add(sample: Sample, suffix: str, member: tarfile.TarInfo, archive: tarfile.
         sample.files[suffix] = b"" if content is None else content.read()
 
 
-def subject_of(sample: Sample, otherwise: str | None = None) -> Subject | LeftOut:
+def subject_of(sample: Sample, otherwise: str | None = None) -> DatasetSubject | LeftOut:
     """The subject of a sample; `otherwise`: the noun of one that does not say it."""
     if sample.problem:
         return LeftOut(sample.name, sample.problem)
@@ -164,7 +165,7 @@ def subject_of(sample: Sample, otherwise: str | None = None) -> Subject | LeftOu
         ]
     except (BadPrompt, ValueError) as error:
         return LeftOut(sample.name, error.what if isinstance(error, BadPrompt) else str(error))
-    return Subject(noun or "subject", tuple(views))
+    return DatasetSubject(noun or "subject", tuple(views))
 
 
 def json_of(sample: Sample) -> Mapping[str, object]:

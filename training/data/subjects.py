@@ -48,7 +48,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Subject:
+class DatasetSubject:
     """A person, animal or thing: the noun of its class, and its photos."""
 
     noun: str
@@ -65,7 +65,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Options:
+class DatasetOptions:
     """What a layout is told.
 
     Attributes:
@@ -84,15 +84,15 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Found:
+class Dataset:
     """What a layout finds: the subjects, as they come, and the most views that one of them has."""
 
-    subjects: Iterator[Subject | LeftOut]
+    subjects: Iterator[DatasetSubject | LeftOut]
     views: int
 
 
 @dataclass(frozen=True)
-class Pictures:
+class SubjectPictures:
     """A subject that was read: images [n, S, S, 3] uint8 with n captions; n may be 0."""
 
     noun: str
@@ -101,7 +101,7 @@ class Pictures:
     left_out: list[LeftOut]
 
 
-def read(subject: Subject, size: int) -> Pictures:
+def read(subject: DatasetSubject, size: int) -> SubjectPictures:
     """Every photo of a subject as a square picture of `size` pixels, the middle of what is longer than high.
 
     The same picture twice is used once: a target that is the photo teaches to copy.
@@ -124,7 +124,7 @@ def read(subject: Subject, size: int) -> Pictures:
         found.append(image)
         captions.append(view.captions)
     stacked = np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
-    return Pictures(subject.noun, stacked, captions, left_out)
+    return SubjectPictures(subject.noun, stacked, captions, left_out)
 
 
 def _load(content: Content) -> np.ndarray:

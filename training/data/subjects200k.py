@@ -19,11 +19,18 @@ from typing import Any
 import numpy as np
 
 from hyperrt.errors import BadImage, BadInput, BadPrompt, IntegrityError, NotFound, UsageError
-from hyperrt.photos import load
 from hyperrt.photos.formats import MIN_SIDE
 from hyperrt.photos.srgb import Picture
+from hyperrt.text import printable
 from hyperrt.training.data import shards
-from hyperrt.training.data.subjects import Found, LeftOut, Options, Subject, View, captions_of_text
+from hyperrt.training.data.subjects import (
+    Dataset,
+    DatasetOptions,
+    DatasetSubject,
+    LeftOut,
+    View,
+    captions_of_text,
+)
 
 PADDING = 8  # pixels
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
@@ -34,7 +41,7 @@ ROWS_AT_ONCE = 16  # each is about a megabyte
 Row = tuple[str, bytes, Mapping[str, Any]]  # name, picture, other columns
 
 
-def subjects200k(source: Path, options: Options) -> Found:
+def subjects200k(source: Path, options: DatasetOptions) -> Dataset:
     """Both views of every row that is good enough; the roles are swapped by the training's sampler.
 
     Raises:
@@ -51,10 +58,10 @@ def subjects200k(source: Path, options: Options) -> Found:
             why = "there is neither a *.parquet nor a *.tar in it"
             raise NotFound(f"{source} is not Subjects200K", why, "name the folder of its files")
         rows = (row for shard in shards.shards_of(source) for row in _tar_rows(shard))
-    return Found((row if isinstance(row, LeftOut) else subject_of(row) for row in rows), 2)
+    return Dataset((row if isinstance(row, LeftOut) else subject_of(row) for row in rows), 2)
 
 
-def subject_of(row: Row) -> Subject | LeftOut:
+def subject_of(row: Row) -> DatasetSubject | LeftOut:
     """The two views of a row."""
     name, picture, columns = row
     quality, about = columns.get("quality_assessment"), columns.get("description")
@@ -72,7 +79,7 @@ def subject_of(row: Row) -> Subject | LeftOut:
         except BadPrompt as error:
             return LeftOut(name, f"description_{number}: {error.what}")
         views.append(View(f"{name} ({side})", picture, captions, partial(half, number=number)))
-    return Subject(item.lower(), tuple(views))
+    return DatasetSubject(item.lower(), tuple(views))
 
 
 def half(picture: np.ndarray, number: int) -> Picture:
@@ -121,7 +128,7 @@ def _parquet_rows(path: Path) -> Iterator[Row | LeftOut]:
                     yield (name, picture, columns) if picture else LeftOut(name, "it has no image")
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise IntegrityError(f"{path} is damaged", load.printable(str(error)), again) from error
+        raise IntegrityError(f"{path} is damaged", printable(str(error)), again) from error
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
-"""The pictures of an evaluation on the disk: drawn by the runtime, or found there.
+"""Draws the pictures of an evaluation, or finds those that exist.
 
-    FOLDER/SUBJECT/NN-K.png     prompt number NN of the pack, from 00; picture number K of it, from 0
+    FOLDER/SUBJECT/NN-K.png     picture K, from 0, of prompt NN of the pack, from 00
 
-Each carries its recipe. A picture whose recipe is the one that would be drawn is kept, so a run that was
-killed goes on; all pictures of one call are kept or drawn together, so that going on changes no bit.
+Each picture carries its recipe. A picture is kept if its recipe is the one that would be drawn, so a killed
+run resumes. Pictures of one call are kept or drawn together, so resuming changes no bit.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hyperrt import Runtime
 from hyperrt.errors import BadImage, HyperRTError, NumericError
 from hyperrt.lora.subject import Subject
-from hyperrt.photos import load as images
+from hyperrt.photos import load
+from hyperrt.runtime import Runtime, finish
 from hyperrt.sampling import recipe
-from hyperrt.sampling.options import SamplingConfig
-from hyperrt.sampling.prompts import shortened
-from hyperrt.sampling.request import plan
+from hyperrt.sampling.options import SamplingOptions
+from hyperrt.text import printable, short_repr
 
 log = logging.getLogger("hyperrt.training")
 
@@ -31,41 +30,36 @@ NAME = re.compile(r"(\d{1,6})-(\d{1,6})\.(?:png|jpe?g|webp)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn; None is the bundle's default.
+class DrawSettings:
+    """How pictures are drawn; None stands for the bundle's default.
 
     Attributes:
+        pictures: of each subject and prompt; picture k has the seed `seed` + k for every prompt.
         cfg: plain CFG of the personalised model, instead of HM-CFG.
-        images: of each subject and prompt; picture k has the seed `seed` + k, whatever the prompt.
-        batch: pictures of one call.
+        batch_size: pictures per call of the runtime.
     """
 
-    images: int = 4
+    pictures: int = 4
     seed: int = 42
     steps: int | None = 30
     kappa: float | None = None
     cfg: bool = False
-    guidance: float | None = None
+    guidance_scale: float | None = None
     solver: str | None = None
-    batch: int = 4
+    batch_size: int = 4
 
     def options(self, pictures: range) -> dict[str, Any]:
-        """The options of `Runtime.generate` for some pictures of each prompt."""
+        """The options of `Runtime.generate` for these pictures of each prompt."""
         return {
-            "kappa": self.kappa, "cfg": self.cfg, "guidance_scale": self.guidance, "steps": self.steps,
+            "kappa": self.kappa, "cfg": self.cfg, "guidance_scale": self.guidance_scale, "steps": self.steps,
             "solver": self.solver, "seed": self.seed + pictures.start, "n": len(pictures),
-            "batch_size": min(len(pictures), self.batch),
+            "batch_size": min(len(pictures), self.batch_size),
         }  # fmt: skip
 
 
 @dataclass
-class Made:
-    """What became of a subject's pictures.
-
-    Attributes:
-        drawn, kept: how many.
-        failed: (file, reason).
-    """
+class DrawResult:
+    """Counts of a subject's pictures; `failed` holds (file, reason)."""
 
     drawn: int = 0
     kept: int = 0
@@ -73,130 +67,137 @@ class Made:
 
 
 def draw(
-    runtime: Runtime, subject: Subject, prompts: Sequence[str], folder: Path, drawing: Drawing, made: Made
+    runtime: Runtime,
+    subject: Subject,
+    prompts: Sequence[str],
+    folder: Path,
+    settings: DrawSettings,
+    result: DrawResult,
 ) -> Iterator[None]:
-    """Draw what is not there yet, count it in `made`, and yield after each call of the runtime.
+    """Draws the missing pictures, counts them in `result`, and yields after each call of the runtime.
 
-    A picture that comes out flat or not finite is left out, and said; one that was there is replaced.
+    A picture that comes out flat or not finite is logged and left out, and its old file is removed.
 
     Raises:
-        HyperRTError, engines.EngineError: as `Runtime.generate`, but for NumericError.
+        HyperRTError, engines.EngineError: as `Runtime.generate`, except NumericError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    together = max(1, drawing.batch // drawing.images)  # prompts of one call
-    for start in range(0, len(prompts), together):
-        numbers = range(start, min(start + together, len(prompts)))
-        call = Call({k: prompts[k] for k in numbers}, range(drawing.images))
-        _draw_together(runtime, subject, call, folder, drawing, made)
+    prompts_per_call = max(1, settings.batch_size // settings.pictures)
+    for start in range(0, len(prompts), prompts_per_call):
+        numbers = range(start, min(start + prompts_per_call, len(prompts)))
+        call = Call({number: prompts[number] for number in numbers}, range(settings.pictures))
+        _draw_call(runtime, subject, call, folder, settings, result)
         yield
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of the runtime draws: these prompts, by number, each with these pictures of it."""
+    """One call of the runtime: prompts by number, and the pictures of each."""
 
     prompts: Mapping[int, str]
     pictures: range
 
-    def alone(self) -> list[Call]:
-        """The same in several calls: each prompt alone, or else each picture; one picture: itself."""
+    def split(self) -> list[Call]:
+        """Smaller calls for the same pictures: one per prompt, or one per picture of a single prompt."""
         if len(self.prompts) > 1:
             return [Call({number: prompt}, self.pictures) for number, prompt in self.prompts.items()]
         return [Call(self.prompts, range(k, k + 1)) for k in self.pictures]
 
 
-def _draw_together(
-    runtime: Runtime, subject: Subject, call: Call, folder: Path, drawing: Drawing, made: Made
+def _draw_call(
+    runtime: Runtime, subject: Subject, call: Call, folder: Path, settings: DrawSettings, result: DrawResult
 ) -> None:
-    options = drawing.options(call.pictures)
+    options = settings.options(call.pictures)
     pairs = list(call.prompts.values()), [subject] * len(call.prompts)
-    wanted = plan(runtime.bundle, runtime.backend, *pairs, SamplingConfig(**options)).recipes
-    files = {
-        folder / f"{number:02}-{k}.png": {**one, "seed": drawing.seed + k}
-        for number, one in zip(call.prompts, wanted, strict=True)
+    request = runtime.resolve(*pairs, SamplingOptions(**options))
+    recipes = {
+        folder / f"{number:02}-{k}.png": {**of_prompt, "seed": settings.seed + k}
+        for number, of_prompt in zip(call.prompts, request.recipes, strict=True)
         for k in call.pictures
     }
-    if all(_is_of(path, one) for path, one in files.items()):
-        made.kept += len(files)
+    if all(_has_recipe(path, expected) for path, expected in recipes.items()):
+        result.kept += len(recipes)
         return
     try:
-        results = runtime.generate(*pairs, **options)
+        outputs = finish(runtime.sample(request))
     except NumericError as error:
-        if len(files) > 1:  # only one of them may be bad
-            for one in call.alone():
-                _draw_together(runtime, subject, one, folder, drawing, made)
+        if len(recipes) > 1:  # the others may be good
+            for smaller in call.split():
+                _draw_call(runtime, subject, smaller, folder, settings, result)
             return
-        (path,) = files
+        (path,) = recipes
         log.warning("%s/%s: %s", folder.name, path.name, error.what)
         path.unlink(missing_ok=True)
-        made.failed.append((path.name, error.what))
+        result.failed.append((path.name, error.what))
         return
-    pictures = [picture for result in results for picture in result.images]
-    for (path, one), picture in zip(files.items(), pictures, strict=True):
-        recipe.save_png(path, picture, one, force=True)
-    made.drawn += len(files)
+    pictures = [picture for output in outputs for picture in output.images]
+    for path, picture in zip(recipes, pictures, strict=True):
+        recipe.save_png(path, picture, recipes[path], force=True)
+    result.drawn += len(recipes)
 
 
-def _is_of(path: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a picture is there, whole, and of that recipe."""
+def _has_recipe(path: Path, expected: Mapping[str, Any]) -> bool:
+    """Whether the picture exists, can be decoded, and has this recipe."""
     try:
-        found = recipe.read(path)
-        images.load_image(path)  # the recipe stands before the pixels, which may be damaged
+        actual = recipe.read(path)
+        load.load_image(path)  # the recipe stands before the pixels, which may be damaged
     except HyperRTError:
         return False
-    plain = json.loads(json.dumps(wanted))
-    return plain == {key: found.get(key) for key in plain}
+    plain = json.loads(json.dumps(expected))
+    return plain == {key: actual.get(key) for key in plain}
 
 
 @dataclass(frozen=True)
-class Found:
+class PictureFile:
     """A picture of a subject on the disk."""
 
     file: Path
-    number: int  # of its prompt
-    image: int
-    seed: int | None  # as its recipe says
+    number: int  # of the prompt
+    image: int  # of this prompt
+    seed: int | None  # from its recipe
 
 
-def find(folder: Path, prompts: Sequence[str], most: int) -> tuple[list[Found], list[tuple[str, str]]]:
-    """The pictures of a subject that can be scored, in order; and (file, reason) of those that cannot.
+def find(
+    folder: Path, prompts: Sequence[str], pictures: int
+) -> tuple[list[PictureFile], list[tuple[str, str]]]:
+    """The usable pictures of a subject, in order, and (file, reason) of the others.
 
     Args:
-        prompts: those of its pack; a picture whose recipe has another prompt is left out.
-        most: pictures of each prompt; others are not looked at.
+        prompts: of the subject's pack; a picture whose recipe has another prompt is left out.
+        pictures: of each prompt; files with a higher number are ignored.
     """
-    found: list[Found] = []
+    usable: list[PictureFile] = []
     left_out: list[tuple[str, str]] = []
     for path in sorted(folder.iterdir() if folder.is_dir() else (), key=lambda path: path.name):
         match = NAME.fullmatch(path.name)
         if not match:
             continue
         number, image = int(match[1]), int(match[2])
-        if image >= most:
+        if image >= pictures:
             continue
         try:
-            said = _said(path, prompts, number)
+            parameters = _recipe_of(path, prompts, number)
         except BadImage as error:
-            left_out.append((images.printable(path.name), error.why))
+            left_out.append((printable(path.name), error.why))
             continue
-        found.append(Found(path, number, image, said.get("seed")))
-    return sorted(found, key=lambda one: (one.number, one.image)), left_out
+        usable.append(PictureFile(path, number, image, parameters.get("seed")))
+    return sorted(usable, key=lambda picture: (picture.number, picture.image)), left_out
 
 
-def _said(path: Path, prompts: Sequence[str], number: int) -> dict[str, Any]:
-    """A picture's recipe; empty where it has none.
+def _recipe_of(path: Path, prompts: Sequence[str], number: int) -> dict[str, Any]:
+    """The recipe of a picture; empty if it has none.
 
     Raises:
-        BadImage: it cannot be read, or is of another prompt.
+        BadImage: it cannot be read, or its recipe has another prompt.
     """
-    images.load_image(path)
+    load.load_image(path)
     if number >= len(prompts):
         raise BadImage(path.name, f"there are prompts 0 to {len(prompts) - 1}")
     try:
-        said = recipe.read(path)
+        parameters = recipe.read(path)
     except BadImage:
         return {}
-    if said.get("prompt") != prompts[number]:
-        other = shortened(str(said.get("prompt")))
-        raise BadImage(path.name, f"its recipe has the prompt {other}, not {prompts[number]!r}")
-    return said
+    if parameters.get("prompt") != prompts[number]:
+        actual = short_repr(str(parameters.get("prompt")))
+        raise BadImage(path.name, f"its recipe has the prompt {actual}, not {prompts[number]!r}")
+    return parameters

@@ -1,10 +1,10 @@
-"""What scores pictures of drawn subjects; none of it was trained with what is judged.
+"""Scores pictures of drawn subjects, with classifiers that share no training with the evaluated models.
 
-identity        how often the nearest of 20 unseen candidates is the right one, by the encoder of
-                training/evaluation/identity_encoder.py (chance: 0.05)
-identity_similarity   cosine with what the subject looks like on white, by the same encoder
-identity_hist   as `identity`, by the colours of what is not white; of pictures on white alone
-background      how often the scene is the prompt's, by the picture's border
+identity              how often the nearest of 20 unseen candidates is the right one, by the features of
+                      training/evaluation/identity_encoder.py (chance: 0.05)
+identity_similarity   cosine with the subject's views on white, by the same features
+identity_hist         as `identity`, by the colours that are not white; only for pictures on white
+background            how often the picture's border shows the scene of the prompt
 """
 
 from __future__ import annotations
@@ -14,94 +14,107 @@ from pathlib import Path
 from typing import Any
 
 from hyperrt.errors import UsageError
+from hyperrt.photos.srgb import Picture
 from hyperrt.training.data import scenes
-from hyperrt.training.evaluation import drawn, identity_encoder, judges, scores
+from hyperrt.training.evaluation import classifiers, drawn, identity_encoder, scores
 from hyperrt.training.evaluation.drawn import WHITE, Case, Lineup
-from hyperrt.training.evaluation.protocols import Entry
-from hyperrt.training.evaluation.scorers import Columns, Picture
+from hyperrt.training.evaluation.protocols import EvaluationSubject
+from hyperrt.training.evaluation.scorers import Columns
 from hyperrt.training.evaluation.scores import Score
 
-REAL_NUMBER = 500  # of the views of which the ceilings are; photos and what judges know have others
+REAL_NUMBER = 500  # first number of the views that give the ceilings; photos and references have others
 
 
-class Identity:
-    """Who is it, by the contrastive encoder."""
+class IdentityScorer:
+    """Identifies the subject by the contrastive encoder."""
 
     def __init__(self, folder: Path | None = None) -> None:
         encoder, self.about = identity_encoder.trained(folder)
         self.lineup = Lineup(encoder.features)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        subject: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
-        case = _case(entry)
-        own = self.lineup.references(case)[case.place]
+        case = _case(subject)
+        reference = self.lineup.references(case)[case.place]
         return {
             "identity": [float(self.lineup.is_right(case, picture)) for picture in pictures],
-            "identity_similarity": [float(own @ self.lineup.features(picture)) for picture in pictures],
+            "identity_similarity": [float(reference @ self.lineup.features(picture)) for picture in pictures],
         }
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
-        real = _real_views(_case(entry))
-        found = self.score(entry, photos, list(real.values()), [])
-        return scores.means([{key: column[k] for key, column in found.items()} for k in range(len(real))])
+    def real(self, subject: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
+        views = _real_views(_case(subject))
+        columns = self.score(subject, photos, list(views.values()), [])
+        return {key: scores.mean(column) for key, column in columns.items()}
 
 
-class Colours:
-    """Who is it, by colours."""
+class ColourScorer:
+    """Identifies the subject by its colours."""
 
     def __init__(self) -> None:
         self.about: dict[str, Any] = {"model": "histogram of the colours that are not white, square roots"}
-        self.lineup = Lineup(judges.histogram)
+        self.lineup = Lineup(classifiers.histogram)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        subject: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
-        case = _case(entry)
-        found = [
+        case = _case(subject)
+        right = [
             float(self.lineup.is_right(case, picture)) if _scene(number) == WHITE else None
             for picture, number in zip(pictures, numbers, strict=True)
         ]
-        return {"identity_hist": found}
+        return {"identity_hist": right}
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
-        case = _case(entry)
+    def real(self, subject: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
+        case = _case(subject)
         return {"identity_hist": float(self.lineup.is_right(case, _real_views(case)[WHITE]))}
 
 
-class Background:
-    """Which scene is it."""
+class BackgroundScorer:
+    """Checks that the picture shows the scene of its prompt."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, subjects: Sequence[EvaluationSubject]) -> None:
         self.about: dict[str, Any] = {"model": "mean colours of the border, vote of five real pictures"}
-        self.judge = drawn.judge_of_scenes([_case(entry) for entry in entries])
+        self.classify = drawn.scene_classifier([_case(subject) for subject in subjects])
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        subject: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
-        found = [
-            float(self.judge(picture) == _scene(number))
+        right = [
+            float(self.classify(picture) == _scene(number))
             for picture, number in zip(pictures, numbers, strict=True)
         ]
-        return {"background": found}
+        return {"background": right}
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
-        real = _real_views(_case(entry))
-        return {"background": scores.mean(float(self.judge(view) == name) for name, view in real.items())}
+    def real(self, subject: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
+        views = _real_views(_case(subject))
+        return {"background": scores.mean(float(self.classify(view) == name) for name, view in views.items())}
 
 
-def _case(entry: Entry) -> Case:
-    if entry.case is None:
-        why = f"{entry.name} comes from photos, and has no candidates"
-        raise UsageError("these scorers are of the protocol drawn", why, "choose others with --scorers")
-    return entry.case
+def _case(subject: EvaluationSubject) -> Case:
+    if subject.case is None:
+        why = f"{subject.name} comes from photos, and has no candidates"
+        raise UsageError("these scorers need the protocol drawn", why, "choose others with --scorers")
+    return subject.case
 
 
 def _scene(number: int) -> str:
-    """What prompt `number` of the pack drawn-v1 asks for."""
+    """The scene of prompt `number` of the pack drawn-v1."""
     return scenes.BACKGROUNDS[number]
 
 
 def _real_views(case: Case) -> dict[str, Picture]:
-    """One picture of the subject in each scene, which no judge knows."""
+    """A real picture of the subject in each scene; the classifiers have not seen them."""
     return {name: case.view(name, REAL_NUMBER + k) for k, name in enumerate(scenes.BACKGROUNDS)}

@@ -1,11 +1,11 @@
-"""The encoder that judges identities of drawn subjects: contrastive, and a stranger to every hypernetwork.
+"""The encoder that identifies drawn subjects in an evaluation.
 
-    python -m training.identity_encoder [--out DIR]
+    python -m training.evaluation.identity_encoder [-o DIR]
 
-It has another architecture than the bundle's image encoder, and is trained on other subjects (split "judge"
-of training/data/scenes.py), by InfoNCE on two views of each. That takes about two minutes on one core; the
-weights are kept under a key of everything that they come from, the drawings included, so a change of any of
-it trains anew.
+It is independent of every hypernetwork: its architecture differs from the bundle's image encoder, and it is
+trained on other subjects (split "judge" of training/data/scenes.py), by InfoNCE on two views of each. That
+takes about two minutes on one core. The folder of the weights is named by a hash of the settings and of some
+drawings, so a change of either trains a new encoder.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from hyperrt import files
+from hyperrt.cli.options import RenamedOption
 from hyperrt.errors import IntegrityError
 from hyperrt.plans import private_folder
-from hyperrt.training import pretrain
 from hyperrt.training.data import cache as data
-from hyperrt.training.run import device
-from hyperrt.training.run.loop import Schedule, first_line, reported
+from hyperrt.training.messages import first_line, reported
+from hyperrt.training.run import contrastive, device
+from hyperrt.training.run.loop import Schedule
 
 log = logging.getLogger("hyperrt.training")
 
 SIZE = 64  # pixels of a picture's side
-SPLIT, IDENTITIES, VIEWS = "judge", 3000, 4
+SPLIT, SUBJECTS, VIEWS = "judge", 3000, 4
 BATCH, SEED = 64, 0
 WIDTHS = (32, 64, 128, 192)
 SCHEDULE = Schedule(steps=500, lr=2e-3, warmup=50, ema=0.99, report_every=250)
 WEIGHTS, ABOUT = "identity_encoder.safetensors", "identity_encoder.json"
-SAMPLED = 8  # drawn subjects whose pixels are part of the key
+SAMPLED = 8  # drawn subjects in the key
 
 
 class IdentityEncoder(nn.Module):
-    """Pictures in [-1, 1], [n, 3, S, S], to one feature of each; an output as transformers' encoders have."""
+    """Encodes pictures [n, 3, S, S] in [-1, 1] to one feature each; the output is that of transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class IdentityEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, picture: np.ndarray) -> np.ndarray:
-        """A picture [H, W, 3] uint8 to a vector of unit length, as training/evaluation/judges.py wants it."""
+        """The feature of a picture [H, W, 3] uint8, a vector of unit length: `classifiers.Features`."""
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
         if pixels.shape[-2:] != (SIZE, SIZE):
             pixels = nn.functional.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
@@ -73,71 +74,78 @@ class IdentityEncoder(nn.Module):
 
 
 def key() -> str:
-    """Sixteen hex digits of all that the weights come from."""
-    recipe = {
-        "size": SIZE, "split": SPLIT, "identities": IDENTITIES, "views": VIEWS, "batch": BATCH, "seed": SEED,
-        "widths": WIDTHS, "schedule": asdict(SCHEDULE), "validation": pretrain.VALIDATION,
+    """Sixteen hex digits that identify the settings and drawings that the weights depend on."""
+    settings = {
+        "size": SIZE, "split": SPLIT, "identities": SUBJECTS, "views": VIEWS, "batch": BATCH, "seed": SEED,
+        "widths": WIDTHS, "schedule": asdict(SCHEDULE), "validation": contrastive.VALIDATION,
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for index in range(SAMPLED):
         digest.update(data.draw_views(index, VIEWS, SIZE, data.Subjects(SPLIT))[1].tobytes())
     return digest.hexdigest()[:16]
 
 
 def default_folder() -> Path:
-    """Where encoders are kept: judges/ in HyperRT's own folder."""
+    """The folder of trained encoders: judges/ in HyperRT's own folder."""
     return private_folder.base_folder() / "judges"
 
 
 def trained(folder: Path | None = None) -> tuple[IdentityEncoder, dict[str, object]]:
-    """The encoder, trained if it is not in `folder` yet, frozen; and what its file of facts says.
+    """The frozen encoder and the contents of its JSON file; trains it if `folder` does not hold it yet.
 
     Raises:
         IntegrityError: the weights are damaged.
     """
-    place = (folder or default_folder()) / key()
-    if not (place / ABOUT).is_file():
-        place.mkdir(parents=True, exist_ok=True)
-        log.info("training the encoder that judges identities, once: about two minutes on one core")
-        _train(place)
+    path = (folder or default_folder()) / key()
+    if not (path / ABOUT).is_file():
+        path.mkdir(parents=True, exist_ok=True)
+        log.info("training the identity encoder, once: about two minutes on one core")
+        _train(path)
     model = IdentityEncoder()
     try:
-        about = json.loads((place / ABOUT).read_text())
-        model.load_state_dict(load_file(place / WEIGHTS))
+        about = json.loads((path / ABOUT).read_text())
+        model.load_state_dict(load_file(path / WEIGHTS))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        what = f"the encoder in {place} is damaged"
-        raise IntegrityError(what, first_line(error), f"remove {place}") from error
+        what = f"the encoder in {path} is damaged"
+        raise IntegrityError(what, first_line(error), f"remove {path} to train it again") from error
     return model.eval().requires_grad_(False), about
 
 
-def _train(place: Path) -> None:
-    """Draws the subjects, trains, and publishes the weights and, last, what is said of them."""
-    with tempfile.TemporaryDirectory(dir=place, prefix=".training-") as scratch:
-        cache = data.build(Path(scratch) / "cache", IDENTITIES, VIEWS, SIZE, SPLIT, workers=1)
+def _train(path: Path) -> None:
+    """Draws the subjects, trains, and publishes the weights and, last, the JSON file."""
+    with tempfile.TemporaryDirectory(dir=path, prefix=".training-") as scratch:
+        cache = data.build(Path(scratch) / "cache", SUBJECTS, VIEWS, SIZE, SPLIT, workers=1)
         torch.manual_seed(SEED)
         run = Path(scratch) / "run"
-        model = pretrain.train_image_encoder(run, cache, SCHEDULE, BATCH, SEED, IdentityEncoder())
+        model = contrastive.train_image_encoder(run, cache, SCHEDULE, BATCH, SEED, IdentityEncoder())
         entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     content = save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()})
     top1 = next(entry["held_out_top1"] for entry in reversed(entries) if "held_out_top1" in entry)
     about = {
         "model": "convolutions, InfoNCE on drawn subjects of another split",
-        "key": place.name,
+        "key": path.name,
         "sha256": hashlib.sha256(content).hexdigest()[:16],
-        "held_out_top1": top1,  # of so many subjects:
-        "held_out_subjects": pretrain.VALIDATION,
+        "held_out_top1": top1,  # among `held_out_subjects`
+        "held_out_subjects": contrastive.VALIDATION,
     }
-    files.publish(place / WEIGHTS, lambda file: file.write(content), force=True)
-    files.publish(place / ABOUT, lambda file: file.write(json.dumps(about).encode()), force=True)
+    files.publish(path / WEIGHTS, lambda file: file.write(content), force=True)
+    files.publish(path / ABOUT, lambda file: file.write(json.dumps(about).encode()), force=True)
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of encoders [default: HyperRT's own].")
-def main(out: Path | None) -> None:
-    """Train the encoder that judges identities, if it is not there yet, and say how good it is."""
+@click.option(
+    "--output",
+    "-o",
+    cls=RenamedOption,
+    former=["--out"],
+    type=click.Path(path_type=Path),
+    help="Folder of encoders.  [default: in HyperRT's own folder]",
+)
+def main(output: Path | None) -> None:
+    """Train the identity encoder, unless it exists, and print its accuracy."""
     with reported():
         device.prepare()
-        _, about = trained(out)
+        _, about = trained(output)
         click.echo(json.dumps(about))
 
 

@@ -1,4 +1,4 @@
-"""How sure is a mean? Bootstrap intervals, over subjects."""
+"""Bootstrap intervals of means over subjects."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its interval."""
+    """A mean and the ends of its interval."""
 
     mean: float
     low: float
     high: float
 
     def apart_from(self, other: Interval) -> bool:
-        """The two do not touch."""
+        """Whether the two intervals do not overlap."""
         return self.low > other.high or self.high < other.low
 
     def __str__(self) -> str:
@@ -29,13 +29,13 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean of one value per subject and its 95 % percentile interval (Efron 1979).
+    """The mean of one value per subject and its 95 % percentile interval (Efron 1979).
 
-    The subjects are resampled, so average what one subject has of pictures before. Values that are all equal,
-    or a single one, have an interval of no width.
+    Subjects are resampled, so average the pictures of each subject first. Equal values, or a single one,
+    give an interval of zero width.
 
     Raises:
-        ValueError: no values, or one that is not a finite number.
+        ValueError: there are no values, or one is not finite.
     """
     sample = np.asarray(values, np.float64)
     if not sample.size or not np.isfinite(sample).all():
@@ -43,7 +43,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     mean = float(sample.mean())
     if np.ptp(sample) == 0:
         return Interval(mean, mean, mean)
-    found = bootstrap(
+    interval = bootstrap(
         (sample,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
+    return Interval(mean, float(interval.low), float(interval.high))

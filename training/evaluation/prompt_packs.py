@@ -1,4 +1,4 @@
-"""Prompt packs: what an evaluation asks for, by name; and the subjects of DreamBench.
+"""Prompt packs of evaluations, by name, and the subjects of DreamBench.
 
 A template has the placeholder [V] and the subject's noun: "a [V] {noun} in the jungle".
 """
@@ -12,7 +12,7 @@ from hyperrt.training.data import scenes
 
 DREAMBENCH_SOURCE = "google/dreambooth on GitHub, dataset/prompts_and_classes.txt, 4f887af (CC BY 4.0)"
 
-# Both kinds of subject have the first ten and the last five.
+# Used for objects and for live subjects: places first, properties last.
 _PLACES = (
     "a [V] {noun} in the jungle",
     "a [V] {noun} in the snow",
@@ -32,7 +32,7 @@ _PROPERTIES = (
     "a wet [V] {noun}",
     "a cube shaped [V] {noun}",
 )
-_OF_OBJECTS = (
+_OBJECT_PROMPTS = (
     "a [V] {noun} with a wheat field in the background",
     "a [V] {noun} with a tree and autumn leaves in the background",
     "a [V] {noun} with the Eiffel Tower in the background",
@@ -44,7 +44,7 @@ _OF_OBJECTS = (
     "a [V] {noun} on top of a dirt road",
     "a [V] {noun} on top of a white rug",
 )
-_OF_LIVE = (
+_LIVE_PROMPTS = (
     "a [V] {noun} wearing a red hat",
     "a [V] {noun} wearing a santa hat",
     "a [V] {noun} wearing a rainbow scarf",
@@ -56,7 +56,7 @@ _OF_LIVE = (
     "a [V] {noun} wearing a yellow shirt",
     "a [V] {noun} in a purple wizard outfit",
 )
-# Those that HyperDreamBooth and HyperNet Fields name; the whole list was published by neither.
+# Named by HyperDreamBooth and HyperNet Fields, which did not publish the whole list.
 _NAMED_FOR_FACES = (
     "a [V] {noun} as a Minecraft character",
     "a [V] {noun} wearing a santa hat",
@@ -80,12 +80,12 @@ _NO_PLACES_FOR_FACES = (4, 5, 9)  # of _PLACES: fabric, floor, rug
 
 @dataclass(frozen=True)
 class Pack:
-    """Prompts under a name.
+    """Named prompts.
 
     Attributes:
-        source: where they are from.
-        templates: in the order that the pictures' file names count in.
-        note: why figures of these prompts are no measure beside published ones; empty: they are.
+        source: where they were published.
+        templates: numbered by their order, as in the pictures' file names.
+        note: why scores of these prompts cannot be compared with published ones; empty if they can.
     """
 
     name: str
@@ -94,26 +94,26 @@ class Pack:
     note: str = ""
 
     def prompts(self, noun: str) -> list[str]:
-        """The prompts about a noun, with the placeholder."""
+        """The prompts for a noun, with the placeholder."""
         return [template.format(noun=noun) for template in self.templates]
 
     def plain(self, noun: str) -> list[str]:
-        """The same without the placeholder, as CLIP-T reads them: "a dog in the jungle"."""
+        """The prompts without the placeholder, as CLIP-T reads them: "a dog in the jungle"."""
         return [split_prompt(prompt, noun).generic for prompt in self.prompts(noun)]
 
 
 PACKS = {
     pack.name: pack
     for pack in (
-        Pack("dreambench-objects", DREAMBENCH_SOURCE, _PLACES + _OF_OBJECTS + _PROPERTIES),
-        Pack("dreambench-live", DREAMBENCH_SOURCE, _PLACES + _OF_LIVE + _PROPERTIES),
+        Pack("dreambench-objects", DREAMBENCH_SOURCE, _PLACES + _OBJECT_PROMPTS + _PROPERTIES),
+        Pack("dreambench-live", DREAMBENCH_SOURCE, _PLACES + _LIVE_PROMPTS + _PROPERTIES),
         Pack(
             "hyperrt-faces-v1",
             "nine prompts that HyperDreamBooth and HyperNet Fields name, 16 of DreamBench, five of ours",
             _NAMED_FOR_FACES
             + tuple(
                 template
-                for k, template in enumerate(_PLACES + _OF_LIVE)
+                for k, template in enumerate(_PLACES + _LIVE_PROMPTS)
                 if k not in _NO_PLACES_FOR_FACES and template not in _NAMED_FOR_FACES
             )
             + _OWN_FOR_FACES,

@@ -1,7 +1,7 @@
-"""An evaluation as one HTML page: figures beside the paper's, pictures beside real photos.
+"""Shows an evaluation as one HTML page: scores beside the paper's, pictures beside real photos.
 
-Only the standard library; all text is escaped, all links are relative, nothing runs. The page and the
-folders beside it can be moved together.
+All text is escaped, all links are relative, and the page holds no script. It can be moved together with the
+folders beside it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NAMES = {
 
 
 def page(report: Mapping[str, Any], pictures: str, photos: str, plot: str | None = None) -> str:
-    """The page of a report (training/evaluation/report.py).
+    """The HTML of a report (training/evaluation/report.py).
 
     Args:
-        pictures, photos: their folders, relative to the page.
-        plot: file of the plot, likewise; None: there is none.
+        pictures, photos: folders, relative to the page.
+        plot: file of the plot, relative to the page; None: without a plot.
     """
     title = f"Evaluation: {report['protocol']}"
     parts = [
@@ -43,10 +43,10 @@ def page(report: Mapping[str, Any], pictures: str, photos: str, plot: str | None
         _about(report),
         *(_paper_table(table, report["figures"]) for table in report["paper"]["tables"]),
         _figures_table(report),
-        _absent(report),
+        _missing(report),
         f'<p><img src="{_link(plot)}" alt="plot"></p>' if plot else "",
         _prompt_table(report),
-        *(_subject(row, pictures, photos) for row in report["subjects"]),
+        *(_subject(subject, pictures, photos) for subject in report["subjects"]),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
@@ -60,32 +60,31 @@ def _about(report: Mapping[str, Any]) -> str:
     facts = {
         "Bundle": drawn_by,
         **{name.capitalize().replace("_", " "): value for name, value in settings.items()},
-        "Commit": report["commit"],
+        **({"Commit": report["commit"]} if "commit" in report else {}),
         "Pictures": f"{report['pictures']:,}, {report['missing_pictures']:,} missing",
     }
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(_plain(value))}</td></tr>" for name, value in facts.items()
     )
     verdict = "<p>Comparable with the paper's figures, as far as the settings go.</p>"
-    if doubts := report["not_comparable_because"]:
-        items = "".join(f"<li>{escape(doubt)}</li>" for doubt in doubts)
+    if reasons := report["not_comparable_because"]:
+        items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
         verdict = f"<p>Not comparable with published figures:</p><ul>{items}</ul>"
     return f"{verdict}<table>{rows}</table>"
 
 
 def _paper_table(table: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """A table of the paper, with our row where it has the same columns and we drew in the same way."""
+    """A table of the paper, with a row for this run if it has the columns and was drawn in the same way."""
     columns = table["columns"]
     ours = {key: figure["mean"] for key, figure in figures.items()} | {columns[0]: "This run"}
     rows = [*map(_cells, table["rows"])]
-    said = [table["note"]] if "note" in table else []
+    notes = [table["note"]] if "note" in table else []
     if any(name in figures for name in columns):
         if table["doubt"]:
-            said.append(f"This run has no row here: {table['doubt']}.")
+            notes.append(f"This run has no row here: {table['doubt']}.")
         else:
             rows.append(_cells([ours.get(name) for name in columns], "ours"))
-    notes = "".join(f"<p>{escape(one)}</p>" for one in said)
-    return f"<h2>{escape(table['title'])}</h2>{_table(columns, rows)}{notes}"
+    return f"<h2>{escape(table['title'])}</h2>{_table(columns, rows)}{_paragraphs(notes)}"
 
 
 def _figures_table(report: Mapping[str, Any]) -> str:
@@ -96,48 +95,50 @@ def _figures_table(report: Mapping[str, Any]) -> str:
         rows.append(_cells([NAMES.get(key, key), figure["mean"], interval, figure["subjects"], real]))
     head = ["Score", "Mean over subjects", "95 % interval", "Subjects", "Real photos"]
     text = _table(head, rows) if rows else "<p>Nothing was scored.</p>"
-    for key, found in report["calibration"].items():
-        verdict = {True: "it agrees", False: "it does not agree", None: found["note"]}[found["agrees"]]
+    for key, score in report["calibration"].items():
+        verdict = {True: "it agrees", False: "it does not agree", None: score["note"]}[score["agrees"]]
         text += (
-            f"<p>{NAMES[key]} of real photos: {found['leave_self_out']:.3f} without the photo itself, "
-            f"{found['with_self']:.3f} with it; published: {found['published']:.3f}; {escape(verdict)}.</p>"
+            f"<p>{NAMES[key]} of real photos: {score['leave_self_out']:.3f} without the photo itself, "
+            f"{score['with_self']:.3f} with it; published: {score['published']:.3f}; {escape(verdict)}.</p>"
         )
     return f"<h2>Figures</h2>{text}"
 
 
-def _absent(report: Mapping[str, Any]) -> str:
-    said = [f"{name}: {why}" for name, why in report["absent"].items()]
-    said += [f"{name} is left out: {why}" for name, why in report["left_out"]]
+def _missing(report: Mapping[str, Any]) -> str:
+    lines = [f"{name}: {why}" for name, why in report["absent"].items()]
+    lines += [f"{name} is left out: {why}" for name, why in report["left_out"]]
     if report["missing_subjects"]:
-        said.append(f"subjects that are not there: {', '.join(report['missing_subjects'])}")
-    items = "".join(f"<li>{escape(one)}</li>" for one in said)
-    return f"<h2>Absent</h2><ul>{items}</ul>" if said else ""
+        lines.append(f"missing subjects: {', '.join(report['missing_subjects'])}")
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<h2>Missing</h2><ul>{items}</ul>" if lines else ""
 
 
 def _prompt_table(report: Mapping[str, Any]) -> str:
-    keys = list(dict.fromkeys(key for one in report["prompts"] for key in one["scores"]))
+    prompts = report["prompts"]
+    keys = list(dict.fromkeys(key for prompt in prompts for key in prompt["scores"]))
     rows = [
-        _cells([one["template"], one["pictures"], *(one["scores"].get(key) for key in keys)])
-        for one in report["prompts"]
+        _cells([prompt["template"], prompt["pictures"], *(prompt["scores"].get(key) for key in keys)])
+        for prompt in prompts
     ]
     return f"<h2>By prompt</h2>{_table(['Prompt', 'Pictures', *keys], rows)}"
 
 
-def _subject(row: Mapping[str, Any], pictures: str, photos: str) -> str:
-    name = row["name"]
-    shown = [_figure(f"{photos}/{name}/{file}", "photo") for file in row["photos"]]
-    pack = PACKS[row["pack"]]
-    plain = pack.plain(row["noun"])
-    made = [
-        _figure(f"{pictures}/{name}/{one['file']}", f"{plain[one['number']]}; {_scores(one['scores'])}")
-        for one in row["pictures"]
-    ]
-    said = [row["reason"]] if row["reason"] else []
-    said += [f"left out: {file}: {why}" for file, why in row["left_out"]]
-    notes = "".join(f"<p>{escape(one)}</p>" for one in said)
-    head = f"{name} ({row['noun']})"
-    summary = f"<p>{escape(_scores(row['scores']))}</p>" if row["scores"] else ""
-    return f"<h2>{escape(head)}</h2>{summary}{notes}<div>{''.join(shown)}</div><div>{''.join(made)}</div>"
+def _subject(subject: Mapping[str, Any], pictures: str, photos: str) -> str:
+    name = subject["name"]
+    prompts = PACKS[subject["pack"]].plain(subject["noun"])
+    photo_figures = "".join(_figure(f"{photos}/{name}/{file}", "photo") for file in subject["photos"])
+    picture_figures = "".join(
+        _figure(
+            f"{pictures}/{name}/{picture['file']}",
+            f"{prompts[picture['number']]}; {_scores(picture['scores'])}",
+        )
+        for picture in subject["pictures"]
+    )
+    notes = [_scores(subject["scores"])] if subject["scores"] else []
+    notes += [subject["reason"]] if subject["reason"] else []
+    notes += [f"left out: {file}: {why}" for file, why in subject["left_out"]]
+    head = f"<h2>{escape(name)} ({escape(subject['noun'])})</h2>"
+    return f"{head}{_paragraphs(notes)}<div>{photo_figures}</div><div>{picture_figures}</div>"
 
 
 def _figure(path: str, caption: str) -> str:
@@ -146,9 +147,14 @@ def _figure(path: str, caption: str) -> str:
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _scores(found: Mapping[str, float | None]) -> str:
-    known = {key: value for key, value in found.items() if value is not None}
-    return ", ".join(f"{NAMES.get(key, key)} {value:.3f}" for key, value in known.items())
+def _scores(scores: Mapping[str, float | None]) -> str:
+    return ", ".join(
+        f"{NAMES.get(key, key)} {value:.3f}" for key, value in scores.items() if value is not None
+    )
+
+
+def _paragraphs(lines: Iterable[str]) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def _table(head: Iterable[str], rows: Sequence[str]) -> str:
@@ -175,5 +181,5 @@ def _plain(value: Any) -> str:
 
 
 def _link(path: str) -> str:
-    """A relative path as a link: never one to a scheme or another host."""
+    """A relative path as a link; a colon is escaped, so it never names a scheme or a host."""
     return quote(Path(path).as_posix(), safe="/")

@@ -1,6 +1,6 @@
-"""The plot of an evaluation: each score over subjects with its interval, and the paper's methods.
+"""Plots an evaluation: each score over the subjects with its interval, and the paper's methods.
 
-Drawn where matplotlib is installed, which only the extra `train` brings.
+Needs matplotlib, which the extra `train` installs.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 from hyperrt import files
 from hyperrt.plans import private_folder
 
-ACROSS, UP = "clip_t", "dino"  # what the prompt asks for, and who it is
+ACROSS, UP = "clip_t", "dino"  # scores on the axes: fidelity to the prompt, to the subject
 
 
 def write(path: Path, report: Mapping[str, Any]) -> bool:
-    """Writes the plot as PNG; False where there is no matplotlib, or no figure to draw."""
+    """Writes the plot as PNG; returns False without matplotlib or without scores."""
     if not report["figures"]:
         return False
     try:
-        with _own_folder():
+        with _matplotlib_in_cache():
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
     except ImportError:
@@ -40,10 +40,11 @@ def write(path: Path, report: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _own_folder() -> Iterator[None]:
-    """While matplotlib is imported: its list of fonts goes to HyperRT's cache, not to two folders at home.
+def _matplotlib_in_cache() -> Iterator[None]:
+    """Keeps an import of matplotlib from writing outside HyperRT's own folder.
 
-    Without a PATH it does not find fc-list either, which would write to the system's font cache.
+    Its list of fonts goes there. Without a PATH it does not find fc-list, which would write to the system's
+    font cache.
     """
     before = {name: os.environ.get(name) for name in ("MPLCONFIGDIR", "PATH")}
     folder = before["MPLCONFIGDIR"] or str(private_folder.base_folder() / "matplotlib")
@@ -56,18 +57,20 @@ def _own_folder() -> Iterator[None]:
 
 
 def _scores(axes: Any, report: Mapping[str, Any]) -> None:
-    """A dot for each subject, the mean over them, and its interval."""
-    for k, (key, found) in enumerate(report["figures"].items()):
-        values = [row["scores"][key] for row in report["subjects"] if row["scores"].get(key) is not None]
+    """Draws a dot for each subject, their mean and its interval."""
+    for k, (key, figure) in enumerate(report["figures"].items()):
+        values = [
+            subject["scores"][key] for subject in report["subjects"] if subject["scores"].get(key) is not None
+        ]
         axes.plot([k] * len(values), values, ".", color="0.7")
-        reach = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-        axes.errorbar([k], [found["mean"]], yerr=reach, fmt="o", color="C2", capsize=5)
+        reach = [[figure["mean"] - figure["low"]], [figure["high"] - figure["mean"]]]
+        axes.errorbar([k], [figure["mean"]], yerr=reach, fmt="o", color="C2", capsize=5)
     axes.set_xticks(range(len(report["figures"])), list(report["figures"]), rotation=20)
     axes.set_title("subjects, their mean, its 95 % interval", fontsize=10)
 
 
 def _methods(axes: Any, report: Mapping[str, Any]) -> None:
-    """The paper's rows and this run, where both scores are known."""
+    """Draws the paper's rows and this run, if both scores are known."""
     for table in report["paper"]["tables"]:
         columns = table["columns"]
         if ACROSS not in columns or UP not in columns:
@@ -79,8 +82,8 @@ def _methods(axes: Any, report: Mapping[str, Any]) -> None:
                 axes.annotate(f"κ {label}" if columns[0] == "kappa" else str(label), (x, y), fontsize=6)
     if ACROSS in report["figures"] and UP in report["figures"]:
         ours = report["figures"]
-        alike = not all(table["doubt"] for table in report["paper"]["tables"])
-        label = "this run" if alike else "this run, with other guidance"
+        comparable = not all(table["doubt"] for table in report["paper"]["tables"])
+        label = "this run" if comparable else "this run, with other guidance"
         axes.plot([ours[ACROSS]["mean"]], [ours[UP]["mean"]], "o", color="C2", label=label)
         axes.legend(fontsize=8)
     axes.set_xlabel(ACROSS)

@@ -1,14 +1,15 @@
-"""Networks that score pictures beside real photos: CLIP, DINO, face recognition.
+"""Scores pictures beside real photos with networks: CLIP, DINO, face recognition.
 
     clip_i     mean cosine of a picture with all real photos of its subject, CLIP image features (ViT-B/32)
     clip_t     cosine of a picture with its prompt without [V], CLIP
     dino       as clip_i, with the CLS output of DINO ViT-S/16
-    face_rec   as clip_i, with InceptionResnetV1 (VGGFace2) on the face that MTCNN finds; without a face: none
-    face_rec_zero, face_detected   the same with 0 where no face is found; the share where one is
+    face_rec   as clip_i, with InceptionResnetV1 (VGGFace2) on the face that MTCNN finds; None without a face
+    face_rec_zero   as face_rec, but 0 without a face
+    face_detected   1 if a face is found, otherwise 0
 
-As PatchDPO's evaluator has them, which the paper's rows are likely of: pictures are resized (bicubic),
+The scores follow PatchDPO's evaluator, which probably made the paper's rows: pictures are resized (bicubic),
 cropped to the middle and normalised as each network was trained. Weights come from a folder or the hub, as
-safetensors; what cannot be had is `Absent`, never a score of zero.
+safetensors. A scorer without weights raises `ScorerUnavailable`; it never gives a score of zero.
 """
 
 from __future__ import annotations
@@ -26,45 +27,49 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from hyperrt.errors import IntegrityError, NotFound
-from hyperrt.training.data.features import CLIP_MEAN, CLIP_STD
+from hyperrt.photos.srgb import Picture
 from hyperrt.training.evaluation import scores
-from hyperrt.training.evaluation.protocols import Entry
+from hyperrt.training.evaluation.protocols import EvaluationSubject
 from hyperrt.training.evaluation.scores import Score
-from hyperrt.training.run.checkpoint import hash_of
+from hyperrt.training.model.encode import CLIP_MEAN, CLIP_STD
+from hyperrt.training.model.weight_hash import hash_of
 
-Picture = np.ndarray  # [H, W, 3] uint8
-Columns = Mapping[str, Sequence[Score]]  # score -> one value of each picture
+Columns = Mapping[str, Sequence[Score]]  # name of a score -> its value for each picture
 
 BATCH = 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINO_RESIZE = 256 / 224  # of the crop
+DINO_RESIZE = 256 / 224  # shorter side before the crop, over the crop
 PUBLISHED = {"CLIP": (768, 32, 224), "DINO": (384, 16, 224)}  # ViT-B/32, ViT-S/16: width, patch, pixels
 FACE_SIZE, FACE_WEIGHTS = 160, "20180402-114759-vggface2.pt"
 
 
-class Absent(Exception):
-    """A scorer cannot be had here; the text says why."""
+class ScorerUnavailable(Exception):
+    """A scorer cannot run here; the text says why."""
 
 
 class Scorer(Protocol):
-    """What an evaluation asks of a scorer.
+    """Scores pictures of a subject.
 
     Attributes:
-        about: what it is, for the report, as JSON values.
+        about: its model and weights, for the report, as JSON values.
     """
 
     about: dict[str, Any]
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        subject: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
-        """Scores of pictures of a subject, beside its real photos; `numbers`: of their prompts."""
+        """Scores pictures beside the subject's photos; `numbers` are those of the prompts."""
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
-        """What the scorer says of the subject's real photos, which is what pictures could reach."""
+    def real(self, subject: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
+        """Scores the subject's photos: the ceiling for pictures."""
 
 
-class Clip:
+class ClipScorer:
     """CLIP-I and CLIP-T."""
 
     def __init__(self, source: str, device: torch.device, offline: bool = False) -> None:
@@ -77,23 +82,29 @@ class Clip:
         self.about = _about("CLIP", source, self.model, vision, self.size)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        subject: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
-        made = self.features(pictures)
-        plain = entry.pack.plain(entry.noun)
-        different = sorted(set(numbers))
-        text = dict(zip(different, self.text_features([plain[k] for k in different]), strict=True))
+        features = self.features(pictures)
+        prompts = subject.pack.plain(subject.noun)
+        unique = sorted(set(numbers))
+        text = dict(zip(unique, self.text_features([prompts[k] for k in unique]), strict=True))
         return {
-            "clip_i": scores.mean_cosines(made, self.features(photos)),
-            "clip_t": [float(one @ text[number]) for one, number in zip(made, numbers, strict=True)],
+            "clip_i": scores.mean_cosines(features, self.features(photos)),
+            "clip_t": [
+                float(feature @ text[number]) for feature, number in zip(features, numbers, strict=True)
+            ],
         }
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
-        return _both_ways("clip_i", self.features(photos))
+    def real(self, subject: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
+        return _with_and_without_self("clip_i", self.features(photos))
 
     @torch.no_grad()
     def features(self, pictures: Sequence[Picture]) -> np.ndarray:
-        """[n, F] of unit length."""
+        """Image features [n, F] of unit length."""
 
         def run(pixels: Tensor) -> Tensor:
             return self.model.get_image_features(pixel_values=pixels).pooler_output
@@ -102,16 +113,16 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, F] of unit length."""
-        most = self.model.config.text_config.max_position_embeddings
+        """Text features [n, F] of unit length."""
+        length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=most, return_tensors="pt"
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.model.device)
         return scores.unit(self.model.get_text_features(**tokens).pooler_output.float().cpu().numpy())
 
 
-class Dino:
-    """DINO: the CLS output behind the last norm."""
+class DinoScorer:
+    """DINO: the CLS token after the last norm."""
 
     def __init__(self, source: str, device: torch.device, offline: bool = False) -> None:
         from transformers import ViTModel
@@ -122,16 +133,20 @@ class Dino:
         self.about = _about("DINO", source, self.model, self.model.config, self.resize)
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        subject: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
         return {"dino": scores.mean_cosines(self.features(pictures), self.features(photos))}
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
-        return _both_ways("dino", self.features(photos))
+    def real(self, subject: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
+        return _with_and_without_self("dino", self.features(photos))
 
     @torch.no_grad()
     def features(self, pictures: Sequence[Picture]) -> np.ndarray:
-        """[n, F] of unit length."""
+        """Image features [n, F] of unit length."""
 
         def run(pixels: Tensor) -> Tensor:
             return self.model(pixel_values=pixels).last_hidden_state[:, 0]
@@ -141,53 +156,68 @@ class Dino:
         )
 
 
-class Face:
-    """Face recognition by facenet-pytorch, which the project does not depend on."""
+class FaceScorer:
+    """Face recognition by facenet-pytorch, which is not a dependency of the project."""
 
     def __init__(self, device: torch.device, offline: bool = False) -> None:
         try:
             facenet = importlib.import_module("facenet_pytorch")
         except ImportError as error:
-            # Its metadata asks for an old PyTorch, with which nothing here would work.
-            raise Absent(f"{error}; to install it: pip install --no-deps facenet-pytorch") from error
+            # Its metadata requires a PyTorch that is too old for this project.
+            raise ScorerUnavailable(
+                f"{error}; to install it: pip install --no-deps facenet-pytorch"
+            ) from error
         weights = _torch_home() / "checkpoints" / FACE_WEIGHTS
         if offline and not weights.is_file():
-            raise Absent(f"{FACE_WEIGHTS} is not in {weights.parent}, and nothing is fetched offline")
+            raise ScorerUnavailable(
+                f"{FACE_WEIGHTS} is not in {weights.parent}, and --offline forbids a download"
+            )
         try:
             self.detector = facenet.MTCNN(image_size=FACE_SIZE, device=device)
             self.model = facenet.InceptionResnetV1(pretrained="vggface2").eval().to(device)
-        except Exception as error:  # a failed download is nearly any error
-            raise Absent(f"facenet-pytorch has no weights: {_first_line(error)}") from error
+        except Exception as error:  # a failed download may raise anything
+            raise ScorerUnavailable(f"facenet-pytorch has no weights: {_first_line(error)}") from error
         self.device = device
         self.about = {"model": "InceptionResnetV1, VGGFace2; MTCNN", "sha256": hash_of(self.model)[:16]}
 
     def score(
-        self, entry: Entry, photos: Sequence[Picture], pictures: Sequence[Picture], numbers: Sequence[int]
+        self,
+        subject: EvaluationSubject,
+        photos: Sequence[Picture],
+        pictures: Sequence[Picture],
+        numbers: Sequence[int],
     ) -> Columns:
-        known = [found for photo in photos if (found := self.feature(photo)) is not None]
-        made = [self.feature(picture) for picture in pictures]
-        detected = [float(feature is not None) for feature in made]
-        if not known:  # nobody to compare with
-            nothing = [None] * len(made)
-            return {"face_rec": nothing, "face_rec_zero": nothing, "face_detected": detected}
-        references = np.stack(known)
-        found = [None if one is None else scores.mean_cosines(one[None], references)[0] for one in made]
+        references = self._features(photos)
+        features = [self.feature(picture) for picture in pictures]
+        detected = [float(feature is not None) for feature in features]
+        if not references:
+            missing = [None] * len(features)
+            return {"face_rec": missing, "face_rec_zero": missing, "face_detected": detected}
+        stacked = np.stack(references)
+        cosines = [
+            None if feature is None else scores.mean_cosines(feature[None], stacked)[0]
+            for feature in features
+        ]
         return {
-            "face_rec": found,
-            "face_rec_zero": [0.0 if value is None else value for value in found],
+            "face_rec": cosines,
+            "face_rec_zero": [0.0 if value is None else value for value in cosines],
             "face_detected": detected,
         }
 
-    def real(self, entry: Entry, photos: Sequence[Picture]) -> dict[str, Score]:
-        known = [found for photo in photos if (found := self.feature(photo)) is not None]
+    def real(self, subject: EvaluationSubject, photos: Sequence[Picture]) -> dict[str, Score]:
+        features = self._features(photos)
         return {
-            "face_detected": len(known) / len(photos),
-            **(_both_ways("face_rec", np.stack(known)) if known else {}),
+            "face_detected": len(features) / len(photos),
+            **(_with_and_without_self("face_rec", np.stack(features)) if features else {}),
         }
+
+    def _features(self, photos: Sequence[Picture]) -> list[np.ndarray]:
+        """The features of the photos that show a face."""
+        return [feature for photo in photos if (feature := self.feature(photo)) is not None]
 
     @torch.no_grad()
     def feature(self, picture: Picture) -> np.ndarray | None:
-        """[512] of unit length; None where no face is found."""
+        """The feature [512] of the face, of unit length; None without a face."""
         face = self.detector(Image.fromarray(picture))
         if face is None:
             return None
@@ -197,11 +227,13 @@ class Face:
 def prepare(
     pictures: Sequence[Picture], resize: int, crop: int, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Pictures to pixels [n, 3, crop, crop]: shorter side to `resize` (bicubic), middle cut out, normalised.
+    """Resizes the shorter side to `resize` (bicubic), crops the middle and normalises: [n, 3, crop, crop].
 
-    As torchvision's Resize, CenterCrop, ToTensor and Normalize do it on PIL images.
+    The same as torchvision's Resize, CenterCrop, ToTensor and Normalize on PIL images.
     """
-    pixels = torch.empty((len(pictures), 3, crop, crop))  # aligned, so that last bits are always the same
+    pixels = torch.empty(
+        (len(pictures), 3, crop, crop)
+    )  # aligned memory, so that the last bits are always the same
     average, spread = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     for row, picture in zip(pixels.numpy(), pictures, strict=True):
         height, width = picture.shape[:2]
@@ -230,7 +262,7 @@ def _in_batches(
     return scores.unit(np.concatenate(parts))
 
 
-def _both_ways(key: str, features: np.ndarray) -> dict[str, Score]:
+def _with_and_without_self(key: str, features: np.ndarray) -> dict[str, Score]:
     return {
         key: scores.among_themselves(features, with_self=False),
         f"{key}_with_self": scores.among_themselves(features, with_self=True),
@@ -238,42 +270,44 @@ def _both_ways(key: str, features: np.ndarray) -> dict[str, Score]:
 
 
 def _pretrained(kind: Any, source: str, offline: bool, **options: Any) -> Any:
-    """A network with all of its weights, frozen, fp32.
+    """Loads a network with all its weights, frozen, fp32.
 
     Raises:
-        Absent: the hub has it not, or not as safetensors, or cannot be reached.
-        NotFound, IntegrityError: a folder that was named is not there, or lacks weights.
+        ScorerUnavailable: the hub cannot be reached, or has no safetensors of it.
+        NotFound, IntegrityError: a folder does not exist, or lacks weights.
     """
     disable_progress_bar()
     model, loading = _from(
         kind, source, offline, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
     )
     if lacking := sorted(loading["missing_keys"]):
-        # transformers would go on with random numbers in their place.
+        # transformers would fill them with random numbers.
         why = f"{len(lacking)} of its weights are missing, the first is {lacking[0]}"
-        raise IntegrityError(f"{source} is no {kind.__name__}", why, "name a folder of the right model")
+        raise IntegrityError(f"{source} is not a {kind.__name__}", why, "name a folder of the right model")
     for tensor in (*model.parameters(), *model.buffers()):
-        # What a file is mapped to is aligned otherwise, which alters last bits.
+        # A mapped file is aligned differently, which changes the last bits.
         tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False)
 
 
 def _from(kind: Any, source: str, offline: bool, **options: Any) -> Any:
-    """`from_pretrained` of a folder, or of NAME or NAME@REVISION on the hub; errors as `_pretrained`."""
+    """Calls `from_pretrained` with a folder, or OWNER/NAME[@REVISION] on the hub; errors as `_pretrained`."""
     folder = Path(source)
     if folder.is_dir():
         try:
             return kind.from_pretrained(folder, local_files_only=True, **options)
-        except Exception as error:  # a damaged file makes it raise nearly anything
+        except Exception as error:  # a damaged file may raise anything
             what = f"{source} cannot be read as a {kind.__name__}"
-            raise IntegrityError(what, _first_line(error), "get it again") from error
+            raise IntegrityError(what, _first_line(error), "copy it again") from error
     name, _, revision = source.partition("@")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise NotFound(f"there is no folder {source}", "nor is it OWNER/NAME on the hub", "check the name")
+        raise NotFound(
+            f"there is no folder {source}", "it is not OWNER/NAME on the hub either", "check the name"
+        )
     try:
         return kind.from_pretrained(name, revision=revision or "main", local_files_only=offline, **options)
     except Exception as error:
-        raise Absent(f"{source} could not be had from the hub: {_first_line(error)}") from error
+        raise ScorerUnavailable(f"{source} could not be loaded from the hub: {_first_line(error)}") from error
 
 
 def _about(model: str, source: str, network: torch.nn.Module, vision: Any, resize: int) -> dict[str, Any]:
@@ -289,7 +323,7 @@ def _about(model: str, source: str, network: torch.nn.Module, vision: Any, resiz
 
 
 def _torch_home() -> Path:
-    """Where facenet-pytorch keeps its weights."""
+    """The folder of facenet-pytorch's weights."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("TORCH_HOME", Path(cache) / "torch")).expanduser()
 

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from hyperrt.lora.layout import VECTORS, LoraLayout, Site
 from hyperrt.training.model.attention import attention
+from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.resampler import Resampler
-from hyperrt.training.run.config import DecoderConfig
 
 Packed = dict[str, Tensor]  # "lora_q" [B, Nq], "lora_kv" [B, Nkv]
 

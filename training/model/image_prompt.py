@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hyperrt.errors import BadInput, Incompatible, IntegrityError, NotFound
-from hyperrt.training.data import features as image_features
+from hyperrt.training.model.encode import encode_pixels
 from hyperrt.training.model.lora_layers import KeyValues, attentions
 from hyperrt.training.model.resampler import Resampler
 
@@ -84,7 +84,7 @@ class ImagePrompt(nn.Module):
         size = image_encoder.config.image_size
         like = next(image_encoder.parameters())
         pixels = torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device)
-        found = image_features.encode_pixels(image_encoder, pixels)
+        found = encode_pixels(image_encoder, pixels)
         return self.tokens(found.to(self.image_proj.latents.dtype))
 
     def key_values(self, tokens: Tensor, scale: Tensor) -> KeyValues:

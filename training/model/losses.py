@@ -22,7 +22,10 @@ from hyperrt.lora.layout import VECTORS, LoraLayout
 from hyperrt.sampling.solvers import PREDICTION_TYPES
 from hyperrt.training.model.hypernet import Packed
 from hyperrt.training.model.lora_layers import unpack
-from hyperrt.training.run.config import REDUCTIONS, REGULARISED
+
+REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # see `Regulariser`
+REGULARISED = ("factors", "product")
+PRIORS = ("preservation", "matching")
 
 
 class Noising:

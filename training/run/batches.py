@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from hyperrt.errors import UsageError
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.data.features import CaptionTable
+from hyperrt.training.messages import warn
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.run.loop import warn
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Batches:
 
     def __init__(
         self,
-        cache: SceneCache,
+        cache: PictureCache,
         features: np.ndarray,
         captions: CaptionTable,
         config: TrainConfig,

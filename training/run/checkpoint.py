@@ -9,7 +9,6 @@ A run's folder:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,20 +18,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperrt import files
 from hyperrt.errors import Incompatible, IntegrityError, UsageError
 from hyperrt.lora.layout import LoraLayout
+from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.hypernet import Decoder, decoder_of
-from hyperrt.training.run.config import FIXED, DecoderConfig, TrainConfig, differences, to_json
+from hyperrt.training.run.config import FIXED, TrainConfig, differences, to_json
 from hyperrt.training.run.loop import Descent
 
 FORMAT = 1
 HYPERNET, STATE = "hypernet", "state.safetensors"
 Moments = Mapping[str, Mapping[str, Tensor]]  # name of a parameter -> AdamW's state of it
 Changes = dict[str, tuple[Any, Any]]  # what differs -> (then, now)
-WIDE_TEXT = 768  # of Stable Diffusion 1.5; the tiny family's text is narrower
 RENAMED = {"base": "model", "cache": "data", "out": "output"}  # settings that once had other names
 
 
@@ -47,32 +46,6 @@ class Origin:
     base_model: str
     data: str
     image_prompt: str = ""
-
-
-def hash_of(module: nn.Module, half: bool = False) -> str:
-    """sha256 (hex) of a module's weights, names and values; tells one base model from another.
-
-    half: of the values rounded to fp16, which a model has whether it was loaded as fp32 or as fp16; for the
-        large families. Without it, of fp32 values, as in the checkpoints and bundles of the tiny family.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        values = tensor.detach().cpu().to(torch.float16 if half else torch.float32)
-        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def base_hash(unet: nn.Module) -> str:
-    """`hash_of` a base model as the bundles of its family hold it: of half precision for the large ones."""
-    config = unet.config
-    of_sdxl = config.addition_embed_type is not None
-    return hash_of(unet, half=of_sdxl or config.cross_attention_dim >= WIDE_TEXT)
-
-
-def prompt_hash(image_prompt: nn.Module) -> str:
-    """`hash_of` an image prompt: the published files are of half precision."""
-    return hash_of(image_prompt, half=True)
 
 
 def save_hypernet(

@@ -8,62 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperrt.bundle.manifest import MAX_IMAGE_SCALE
+from hyperrt.lora.metadata import MAX_IMAGE_SCALE
+from hyperrt.training.model.decoder_config import DecoderConfig
+from hyperrt.training.model.losses import PRIORS, REDUCTIONS, REGULARISED
 from hyperrt.training.run.presets import PRESETS
 
-REDUCTIONS = ("mean", "sum", "matrix_fro_mean", "matrix_mean_sum")  # training/model/losses.py
-REGULARISED = ("factors", "product")
-PRIORS = ("preservation", "matching")
-KINDS = ("hyperdreambooth", "resampler")
-QUERIES = ("factor", "site")
 PRECISIONS = (None, "fp32", "bf16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Shape of the weight decoder; `hyperrt.training.model.hypernet.decoder_of` makes it.
-
-    Raises:
-        ValueError: a number is out of range, a word is unknown, or an option is of the other kind.
-    """
-
-    kind: str = "hyperdreambooth"  # or "resampler": the open category's
-    dim: int = 128  # width of a token
-    layers: int = 2  # different blocks
-    iterations: int = 4  # times that the blocks are gone through; a resampler goes through them once
-    head_dim: int = 32  # bottleneck that all heads share; 0: each head is Linear(dim, numel), as in the paper
-    output_dim: int = 0  # resampler: width of its output, which the heads read; 0: dim
-    queries: str = "factor"  # resampler: one query for each A and each B, or one for each "site"
-    shared_heads: bool = False  # one head per projection, width and A or B; layers differ by an embedding
-
-    def __post_init__(self) -> None:
-        if min(self.dim, self.layers, self.iterations) < 1 or min(self.head_dim, self.output_dim) < 0:
-            raise ValueError(f"a weight decoder cannot have the shape {self}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim is {self.dim}; it must be below 128 or a multiple of {self.heads}")
-        if self.kind not in KINDS or self.queries not in QUERIES:
-            known = f"kind is one of {', '.join(KINDS)}, queries one of {', '.join(QUERIES)}"
-            raise ValueError(f"kind is {self.kind!r}, queries {self.queries!r}; {known}")
-        if self.kind != "resampler" and (self.output_dim or self.queries != "factor"):
-            raise ValueError("output_dim and queries are of the kind 'resampler'")
-
-    @property
-    def heads(self) -> int:
-        """Attention heads, of 64 channels or a little more."""
-        return max(1, self.dim // 64)
-
-
-# The two of the paper: SD1.5 of rank 3 reads ViT-B/16 (223,488 numbers), SDXL of rank 2 reads ViT-H/14
-# (1,239,040 numbers, 634 M weights in the heads).
-FULL_CLOSED = DecoderConfig(dim=512, layers=4, iterations=4, head_dim=0)
-FULL_OPEN = DecoderConfig(kind="resampler", dim=512, layers=4, head_dim=0)
-OPEN_VARIANTS = {  # smaller heads, and other readings of the paper's section B.2; SDXL rank 2, heads alone:
-    "width_128": dataclasses.replace(FULL_OPEN, output_dim=128),  # 159 M
-    "bottleneck_64": dataclasses.replace(FULL_OPEN, head_dim=64),  # 79 M
-    "shared_heads": dataclasses.replace(FULL_OPEN, shared_heads=True),  # 16 M
-    "wide": dataclasses.replace(FULL_OPEN, dim=1280, output_dim=512),  # 634 M, behind 81.5 M and not 13.7 M
-    "query_per_site": dataclasses.replace(FULL_OPEN, queries="site"),  # 634 M
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
@@ -26,8 +25,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from hyperrt import files
-from hyperrt.engines.errors import EngineError
-from hyperrt.errors import HyperRTError, IntegrityError, NumericError, explained
+from hyperrt.errors import IntegrityError, NumericError, explained
+from hyperrt.training.messages import first_line
 from hyperrt.training.run import device, distributed
 
 log = logging.getLogger("hyperrt.training")
@@ -214,31 +213,6 @@ def stopping(launched: bool = False) -> Iterator[list[int]]:
     if stopped:
         log.warning("stopped by signal %d; the state is saved", stopped[0])
         raise SystemExit(128 + stopped[0])
-
-
-def warn(what: str, why: str, do: str) -> None:
-    """Logs a warning in the three lines of an error."""
-    log.warning("%s\n  why: %s\n  do:  %s", what, why, do)
-
-
-def first_line(error: Exception) -> str:
-    """What another library's error says, short enough for the line that says why."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-@contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """For a command: progress on stderr; an error raised on purpose is its message and its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    except (HyperRTError, EngineError, FileNotFoundError) as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = getattr(error, "code", 4)  # 4: not found
-        raise failure from error
 
 
 def fit(

@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.data.features import CaptionTable
+from hyperrt.training.messages import warn
 from hyperrt.training.model.hypernet import Decoder, Packed
 from hyperrt.training.model.lora_layers import unpack
 from hyperrt.training.model.losses import Noising, product_squares, row_loss
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.run.loop import warn
 
 Predict = Callable[
     [Tensor, Tensor, Tensor, Packed | None], Tensor
@@ -80,7 +80,7 @@ class Probe:
 
 
 def probe(
-    cache: SceneCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int
+    cache: PictureCache, features: np.ndarray, captions: CaptionTable, config: TrainConfig, train_steps: int
 ) -> Probe:
     """The probe of a run; a function of the cache and the seed."""
     rng = np.random.default_rng([config.seed, 4])

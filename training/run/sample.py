@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hyperrt import files
 from hyperrt.sampling import guidance, loop, solvers
-from hyperrt.session.pictures import pictures_from_pixels
-from hyperrt.training.data.features import encode_text
+from hyperrt.session.decode import pictures_from_pixels
 from hyperrt.training.model.base_model import Base
+from hyperrt.training.model.encode import encode_text
 from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack
 
 GAP, ZOOM = 2, 2  # of a sheet: pixels between its pictures, and how much larger it is made
@@ -72,7 +72,8 @@ def sample(
     images = len(hidden["generic"])
     shape = (unet.in_channels, unet.sample_size, unet.sample_size)
     latents = loop.initial_noise(seed, shape, images) * np.float32(table.initial_scale)
-    for done in loop.denoise(step, table, latents, loop.noise_generators(seed, images)):
+    trajectory = loop.Trajectory(table, latents, loop.noise_generators(seed, images))
+    for done in loop.denoise(step, trajectory):
         latents = done.latents
     return decode(base, torch.from_numpy(latents))
 

@@ -15,7 +15,7 @@ from hyperrt.bundle import bundle as bundles
 from hyperrt.bundle.bundle import FORMAT, GRAPHS, MANIFEST, TOKENIZER, Bundle, LoraSection, sha256_of
 from hyperrt.errors import BundleError, BundleMismatch, HyperRTError, NotFound, UsageError
 from hyperrt.lora.layout import LoraLayout, Site
-from tests.hyperrt.onnx_bytes import external_graph
+from tests.engines.onnx_bytes import external_graph
 
 ATTN = "mid.attn2"
 LAYOUT = LoraLayout((Site(f"{ATTN}.to_q", 4, 4), Site(f"{ATTN}.to_k", 6, 4), Site(f"{ATTN}.to_v", 6, 4)), 2)
@@ -159,8 +159,8 @@ def test_the_layout_in_the_manifest_is_complete(folder, name):
         ("prompts.nouns.0", 1, r"prompts\.nouns\[0\] is 1"),
         ("prompts.token", "", "must not be empty"),
         ("name", "a\x1b[2Jb", "control characters"),
-        ("hashes.base_model", "b" * 63, "64 hexadecimal"),
-        ("graphs.context.sha256", "B" * 64, "64 hexadecimal"),
+        ("hashes.base_model", "b" * 63, "64 hex"),
+        ("graphs.context.sha256", "B" * 64, "64 hex"),
         ("graphs.context.data_file", "x.data", "together"),
         ("graphs.context.inputs.0.shape.0", 1.5, r"shape\[0\] is 1.5; it must be a whole number or a text"),
         ("graphs.denoiser.inputs.1.shape.1", 7, r"graphs\.denoiser must take lora_q"),

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_before_a_graph_is_opened(folder, monkeypat
         assert "--low-memory" in caught.value.do and "7.0 GB" in caught.value.do
         with pytest.raises(ResourceError, match=r"making a subject needs about 3\.2 GB"):
             runtime.personalize(photos)
-        assert not runtime._graphs.open_names and fake_bundle.calls == []
+        assert not runtime.open_graphs and fake_bundle.calls == []
 
 
 def test_with_low_memory_the_advice_is_a_smaller_batch(folder, monkeypatch):

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hyperrt.cli import configs
 from hyperrt.cli.configs import ConvertConfig, ExportConfig, GenerateConfig, PersonalizeConfig
 from hyperrt.errors import UsageError
-from hyperrt.lora import combine
-from hyperrt.sampling.options import SamplingConfig
-
-
-def test_the_ways_to_combine_of_the_command_line_are_those_of_the_runtime():
-    assert combine.WAYS == configs.COMBINED_TO_SAVE
+from hyperrt.sampling.options import SamplingOptions
 
 
 @pytest.mark.parametrize(
@@ -44,7 +38,7 @@ def test_options_that_exclude_each_other_or_name_nothing_are_refused(options):
 
 def test_the_sampling_options_are_taken_over_and_changed():
     asked = GenerateConfig(prompt="a [V] robot", subject="s", kappa=0.5, n=8, seed=3)
-    assert asked.sampling(n=2) == SamplingConfig(kappa=0.5, n=2, seed=3)
+    assert asked.sampling(n=2) == SamplingOptions(kappa=0.5, n=2, seed=3)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import importlib.util
 import pytest
 
 from hyperrt.cli import doctor
+from hyperrt.engines.backends import BACKENDS
 from tests.hyperrt import fake_bundle
 from tests.hyperrt.command_line import events, is_three_lines
 
@@ -67,9 +68,9 @@ def test_a_backend_that_is_not_installed_fails_only_when_it_is_wanted(pretend, m
 
 
 def test_two_onnx_runtimes_in_one_environment_are_a_failure(pretend, monkeypatch):
-    version = importlib.metadata.version
+    version, packages = importlib.metadata.version, BACKENDS["onnxruntime"].packages
     monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: "1.0" if name in doctor.ONNX_RUNTIMES else version(name)
+        importlib.metadata, "version", lambda name: "1.0" if name in packages else version(name)
     )
     check = checks(pretend)["one ONNX Runtime"]
     assert (check.status, check.code) == ("fail", 5) and "pip uninstall" in check.do

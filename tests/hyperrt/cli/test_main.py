@@ -14,6 +14,7 @@ import safetensors.numpy
 from hyperrt.cli import configs, main
 from hyperrt.cli.commands import hyperrt as group
 from hyperrt.cli.training import COMMANDS
+from hyperrt.lora import names
 from hyperrt.sampling import options, recipe
 from tests.hyperrt import fake_bundle
 from tests.hyperrt.command_line import PROMPT, ROOT, events, is_three_lines
@@ -342,7 +343,7 @@ def test_json_tells_steps_pictures_and_warnings(run):
 # personalize, export
 
 
-@pytest.mark.parametrize("format", configs.SUBJECT_FORMATS)
+@pytest.mark.parametrize("format", names.FORMATS)
 def test_a_subject_file_of_every_format_is_read_back(run, photos, format):
     code, out, err = run("personalize", "-i", photos, "-o", "s.safetensors", "--format", format)
     assert (code, out) == (0, "s.safetensors\n"), err
@@ -356,7 +357,7 @@ def test_personalize_takes_files_one_by_one(run, photos):
     assert (events(out)[-1]["photos"], events(out)[-1]["class_noun"]) == (3, "mug")
 
 
-@pytest.mark.parametrize("combine", configs.COMBINED)
+@pytest.mark.parametrize("combine", names.COMBINED)
 def test_photos_combined_as_asked_draw_what_their_subject_file_draws(run, photos, combine):
     run("generate", "-i", photos, "--combine", combine, "-p", PROMPT, "-o", "a.png")
     run("personalize", "-i", photos, "--combine", combine, "-o", "s.safetensors")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from hyperrt.cli.output import Output, escaped
+from hyperrt.cli.output import Output
 from hyperrt.errors import UsageError
 from tests.hyperrt.command_line import events
 
@@ -91,7 +91,3 @@ def test_other_libraries_do_not_write_on_stderr(capsys):
     output()
     logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded")
     assert capsys.readouterr().err == ""
-
-
-def test_no_text_of_a_file_reaches_the_terminal_as_a_command():
-    assert escaped("a\x1b[2Jb\nc\u202e\udc80é") == "a\\x1b[2Jb\nc\\u202e\\udc80é"

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from hyperrt.errors import LoraMismatch, UsageError
 from hyperrt.lora import combine
-from hyperrt.lora.layout import LoraLayout, Site, load_subject, save_subject
+from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.lora.subject_file import load_subject
+from tests.hyperrt.lora_files import save_subject
 
 METADATA = {
     "base_model": "b" * 64,
@@ -58,7 +60,7 @@ def layout() -> LoraLayout:
 def test_side_by_side_the_product_is_the_mean_of_products(layout, count, seed):
     photos = several(layout, count, seed)
     found = combine.concatenated(photos, layout)
-    wide = combine.concat_layout(layout, count)
+    wide = combine.combined_layout(layout, "concat", count)
     assert (wide.rank, wide.sites) == (count * layout.rank, layout.sites)
     for path, expected in mean_products(layout, photos).items():
         error = np.linalg.norm(products(wide, found)[path] - expected)
@@ -96,7 +98,7 @@ def test_photos_that_disagree_keep_in_the_product_what_the_mean_of_factors_loses
 
 
 def test_side_by_side_they_can_be_saved_and_read_under_their_own_layout(layout, tmp_path):
-    wide = combine.concat_layout(layout, 3)
+    wide = combine.combined_layout(layout, "concat", 3)
     packed = combine.concatenated(several(layout, 3, 0), layout)
     save_subject(tmp_path / "mug.safetensors", packed, wide, METADATA)
     again = load_subject(tmp_path / "mug.safetensors", wide, "b" * 64)

@@ -14,9 +14,10 @@ from safetensors.numpy import load
 
 from hyperrt.errors import LoraError, LoraMismatch, NotFound, NumericError, UsageError
 from hyperrt.lora import names
-from hyperrt.lora.layout import LoraLayout, Site, load_subject, save_subject
+from hyperrt.lora.layout import LoraLayout, Site, difference
 from hyperrt.lora.reader import MAX_WEIGHT
-from tests.hyperrt.lora_files import change, read
+from hyperrt.lora.subject_file import load_subject
+from tests.hyperrt.lora_files import change, read, save_subject
 
 FORMATS = ("diffusers", "peft", "kohya")
 BASE = "b" * 64
@@ -348,3 +349,9 @@ def test_subjects_are_told_apart_by_identity(layout):
 
     one = Subject(random_lora(layout), "mug", 1, METADATA)
     assert one == one and one != dataclasses.replace(one)
+
+
+def test_a_difference_is_counted_and_shortened():
+    assert difference({"a"}, {"a"}) == ""
+    words = difference({"x\x1b"}, {"a", "b", "c", "d"})
+    assert words == "4 missing (4 expected): a, b, c, ...; 1 unknown (4 expected): x\\x1b"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hyperrt import Runtime
 from hyperrt.cli import main
 from hyperrt.errors import BadPrompt, LoraError, LoraMismatch
-from hyperrt.lora.layout import LoraLayout, Site, load_subject
+from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.lora.subject_file import load_subject
 from tests.hyperrt import fake_bundle
 from tests.hyperrt.lora_files import change, random_pairs, read, sites, write, write_kohya
 

@@ -8,9 +8,10 @@ from safetensors.numpy import load
 
 from hyperrt.errors import LoraError, LoraMismatch
 from hyperrt.lora import reader
-from hyperrt.lora.layout import LoraLayout, Site, load_subject, save_subject
+from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.lora.safetensors_file import read_header
-from tests.hyperrt.lora_files import change
+from hyperrt.lora.subject_file import load_subject
+from tests.hyperrt.lora_files import change, save_subject
 
 ATTN = "mid_block.attentions.0.transformer_blocks.0.attn2"
 LAYOUT = LoraLayout(tuple(Site(f"{ATTN}.{name}", 5, 4) for name in ("to_q", "to_k", "to_v")), 2)

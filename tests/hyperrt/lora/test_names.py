@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperrt.lora import names
-from hyperrt.lora.names import FORMATS, Part, keys, kind_of, part_of
+from hyperrt.lora.names import FORMATS, Part, SiteNames, keys, kind_of
 
+PUBLISHED = SiteNames()
 layers = st.integers(1, 4)
 TWO = st.just(2)
 
@@ -28,10 +29,11 @@ def paths(draw, layers=TWO):
 @given(paths(layers), st.sampled_from(sorted(FORMATS)), st.booleans())
 def test_a_name_means_the_site_that_it_was_made_from(drawn, format, first):
     path, count = drawn
+    site_names = SiteNames(layers=count)
     for name, role in zip(keys(format, path, count if first else None), "AB", strict=True):
-        assert part_of(name, {}, count) == Part(format, path, role)
+        assert site_names.part_of(name) == Part(format, path, role)
     if format == "kohya":
-        assert part_of(names.alpha_key(path, count if first else None), {}, count).role == "alpha"
+        assert site_names.part_of(names.alpha_key(path, count if first else None)).role == "alpha"
 
 
 @given(st.lists(paths(), min_size=1, unique=True))
@@ -57,7 +59,7 @@ FIRST_PUBLICATION = {
 def test_the_blocks_of_the_first_publication_are_diffusers_blocks(name, start):
     path = f"{start}.attn2.to_k"
     assert names.stem(path, 2) == f"lora_unet_{name}"
-    assert part_of(f"lora_unet_{name}.lora_up.weight", {}).path == path
+    assert PUBLISHED.part_of(f"lora_unet_{name}.lora_up.weight").site == path
 
 
 SITE = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
@@ -78,7 +80,7 @@ SITE = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
     ],
 )
 def test_older_names_and_other_tensors_of_a_site_are_known(name, format, role):
-    assert part_of(name, {}) == Part(format, SITE, role)
+    assert PUBLISHED.part_of(name) == Part(format, SITE, role)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +103,14 @@ def test_older_names_and_other_tensors_of_a_site_are_known(name, format, role):
     ],
 )
 def test_what_is_no_site_is_told_apart_for_people(name, kind):
-    path = part_of(name, {}).path
-    assert not names.SITE.fullmatch(path)
+    assert PUBLISHED.part_of(name).site == ""
     assert kind_of(name) == kind
 
 
 @given(st.text(max_size=80))
 def test_any_name_is_taken_apart_without_an_error(name):
-    assert isinstance(part_of(f"lora_unet_{name}", {}), Part)
-    assert isinstance(part_of(name, {}), Part)
+    assert isinstance(PUBLISHED.part_of(f"lora_unet_{name}"), Part)
+    assert isinstance(PUBLISHED.part_of(name), Part)
 
 
 @given(layers)

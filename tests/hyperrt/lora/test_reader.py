@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import LoraError, LoraMismatch, NotFound
-from hyperrt.lora import reader, safetensors_file
+from hyperrt.lora import safetensors_file
 from hyperrt.lora.reader import check_used, open_lora
 from tests.hyperrt.lora_files import STYLES, change, random_pairs, sites, write, write_kohya
 
@@ -202,12 +202,6 @@ def test_a_lora_of_another_kind_of_model_is_refused_with_its_first_name(path, na
 def test_a_file_without_tensors_is_refused(path):
     with pytest.raises(LoraError, match="adapts nothing"):
         check_used(open_lora(write(path, {})))
-
-
-def test_a_difference_is_counted_and_shortened():
-    assert reader.difference({"a"}, {"a"}) == ""
-    words = reader.difference({"x\x1b"}, {"a", "b", "c", "d"})
-    assert words == "4 missing (4 expected): a, b, c, ...; 1 unknown (4 expected): 'x\\x1b'"
 
 
 def test_only_the_tensors_that_are_used_are_read(path, monkeypatch):

@@ -111,8 +111,3 @@ def test_numbers_of_another_type_are_refused_by_name(path):
     _, entries = read_header(path)
     with pytest.raises(LoraError, match="a is I64"):
         read_tensor(path, "a", entries["a"])
-
-
-def test_what_is_shown_is_short_and_no_command_to_a_terminal():
-    assert safetensors_file.shown("y" * 999) == "y" * 120
-    assert safetensors_file.shown("a\x1b[2J") == r"'a\x1b[2J'"

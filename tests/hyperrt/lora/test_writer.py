@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperrt.lora import writer
-from hyperrt.lora.layout import LoraLayout, Site, load_subject, save_subject
+from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.lora.names import FORMATS
 from hyperrt.lora.reader import Factors, open_lora
 from hyperrt.lora.safetensors_file import Stored
-from tests.hyperrt.lora_files import change, random_pairs, read, sites, write, write_kohya
+from hyperrt.lora.subject_file import load_subject
+from tests.hyperrt.lora_files import change, random_pairs, read, save_subject, sites, write, write_kohya
 
 BASE = "b" * 64
 METADATA = {"base_model": BASE, "hypernet": "a" * 64, "class_noun": "mug", "photos": "3", "trigger": "sks"}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hyperrt.errors import BadImage, BadInput, LinkedPhotos, NotFound
 from hyperrt.photos import load
-from hyperrt.session import personalizer
+from hyperrt.photos.read import read_photos
 from tests.hyperrt.pictures import half_and_half
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,7 +98,7 @@ def test_a_folder_of_links_says_so_and_names_the_files_which_are_followed(subjec
     with pytest.raises(LinkedPhotos, match=r"symbolic link.*\n.*name the files: '") as caught:
         load.load_folder(folder, strict=strict)
     assert caught.value.files == tuple(f"{folder}/{number}.png" for number in (1, 2, 3, 4))
-    assert len(personalizer.read_photos(caught.value.files)) == 4
+    assert len(read_photos(caught.value.files)) == 4
 
 
 def test_a_bad_photo_beside_links_is_refused_for_its_own_reason(subject_folder, tmp_path):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import UsageError
-from hyperrt.sampling import loop as sampling
 from hyperrt.sampling import solvers
+from hyperrt.sampling.loop import Trajectory, denoise, initial_noise, noise_generators
+from hyperrt.sampling.options import SOLVER_NAMES
 
 SCHEDULE = solvers.NoiseSchedule.named("scaled_linear", 0.00085, 0.012)
 SHAPE = (4, 8, 8)
@@ -32,13 +33,13 @@ def graph(feeds):
 
 
 def sample(seed, images, solver="ddim"):
-    noise = sampling.initial_noise(seed, SHAPE, images)
-    loop = sampling.denoise(graph, table(solver), noise, sampling.noise_generators(seed, images))
+    noise = initial_noise(seed, SHAPE, images)
+    loop = denoise(graph, Trajectory(table(solver), noise, noise_generators(seed, images)))
     return list(loop)[-1].latents
 
 
 def test_noise_is_unit_gaussian_and_float32():
-    noise = sampling.initial_noise(0, (4, 64, 64), 8)
+    noise = initial_noise(0, (4, 64, 64), 8)
     assert noise.dtype == np.float32
     assert noise.shape == (8, 4, 64, 64)
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
@@ -46,18 +47,18 @@ def test_noise_is_unit_gaussian_and_float32():
 
 def test_the_noise_of_a_seed_never_changes():
     """Old recipes hold as long as these numbers do."""
-    drawn = sampling.initial_noise(42, (3,), 2)
+    drawn = initial_noise(42, (3,), 2)
     pinned = [[-1.4838411, -0.3366286, 0.2008333], [-1.6838605, 0.4220045, -1.3301657]]
     np.testing.assert_allclose(drawn, pinned, rtol=1e-6)
 
 
 def test_image_k_uses_seed_plus_k():
-    several = sampling.initial_noise(7, SHAPE, 4)
-    alone = np.concatenate([sampling.initial_noise(7 + k, SHAPE, 1) for k in range(4)])
+    several = initial_noise(7, SHAPE, 4)
+    alone = np.concatenate([initial_noise(7 + k, SHAPE, 1) for k in range(4)])
     np.testing.assert_array_equal(several, alone)
 
 
-@pytest.mark.parametrize("solver", sorted(solvers.SOLVERS))
+@pytest.mark.parametrize("solver", sorted(SOLVER_NAMES))
 def test_a_picture_has_the_same_bits_alone_and_in_a_batch(solver):
     batch = sample(3, 4, solver)
     for k in range(4):
@@ -65,9 +66,9 @@ def test_a_picture_has_the_same_bits_alone_and_in_a_batch(solver):
 
 
 def test_noise_of_the_steps_repeats_neither_the_initial_noise_nor_itself():
-    (generator,) = sampling.noise_generators(0, 1)
+    (generator,) = noise_generators(0, 1)
     draws = [
-        sampling.initial_noise(0, SHAPE, 1)[0],
+        initial_noise(0, SHAPE, 1)[0],
         *(generator.standard_normal(SHAPE, np.float32) for _ in range(3)),
     ]
     for k, one in enumerate(draws):
@@ -78,18 +79,18 @@ def test_noise_of_the_steps_repeats_neither_the_initial_noise_nor_itself():
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "3", None])
 def test_a_seed_that_is_no_whole_number_is_refused(seed):
     with pytest.raises(UsageError, match="seed is"):
-        sampling.initial_noise(seed, SHAPE, 1)
+        initial_noise(seed, SHAPE, 1)
     with pytest.raises(UsageError, match="seed is"):
-        sampling.noise_generators(seed, 1)
+        noise_generators(seed, 1)
 
 
 @pytest.mark.parametrize("seed", [0, np.int64(5), 2**63 - 1, 2**64])
 def test_zero_and_large_seeds_are_seeds(seed):
-    assert np.isfinite(sampling.initial_noise(seed, SHAPE, 1)).all()
+    assert np.isfinite(initial_noise(seed, SHAPE, 1)).all()
 
 
 def test_every_step_is_yielded_with_its_number():
-    steps = list(sampling.denoise(graph, table(steps=5), sampling.initial_noise(0, SHAPE, 1), []))
+    steps = list(denoise(graph, Trajectory(table(steps=5), initial_noise(0, SHAPE, 1), [])))
     assert [(step.index, step.total) for step in steps] == [(k, 5) for k in range(5)]
     assert [step.timestep for step in steps] == table(steps=5).timesteps.tolist()
 
@@ -102,7 +103,7 @@ def test_the_graph_gets_the_last_denoised_as_previous_and_zeros_first():
         seen.append((feeds["previous"], outputs["denoised"]))
         return outputs
 
-    list(sampling.denoise(watched, table("dpmpp_2m"), sampling.initial_noise(0, SHAPE, 1), []))
+    list(denoise(watched, Trajectory(table("dpmpp_2m"), initial_noise(0, SHAPE, 1), [])))
     assert not seen[0][0].any()
     for (_, denoised), (previous, _) in pairwise(seen):
         np.testing.assert_array_equal(previous, denoised)
@@ -121,8 +122,8 @@ def test_feeds_are_what_the_denoiser_graph_takes():
         assert {array.dtype for array in feeds.values()} == {np.dtype(np.float32)}
         return graph(feeds)
 
-    noise = sampling.initial_noise(0, SHAPE, 2).astype(np.float64)  # whatever comes in
-    assert len(list(sampling.denoise(checked, table(steps=2), noise, []))) == 2
+    noise = initial_noise(0, SHAPE, 2).astype(np.float64)  # whatever comes in
+    assert len(list(denoise(checked, Trajectory(table(steps=2), noise, [])))) == 2
 
 
 def test_stopping_asks_for_no_further_step():
@@ -132,7 +133,7 @@ def test_stopping_asks_for_no_further_step():
         calls.append(1)
         return graph(feeds)
 
-    loop = sampling.denoise(counted, table(steps=5), sampling.initial_noise(0, SHAPE, 1), [])
+    loop = denoise(counted, Trajectory(table(steps=5), initial_noise(0, SHAPE, 1), []))
     next(loop)
     next(loop)
     loop.close()
@@ -147,13 +148,37 @@ def test_noise_is_fed_only_to_a_stochastic_solver():
             fed.setdefault(solver, feeds["noise"])
             return graph(feeds)
 
-        noise = sampling.initial_noise(0, SHAPE, 1)
-        list(sampling.denoise(watched, table(solver), noise, sampling.noise_generators(0, 1)))
+        noise = initial_noise(0, SHAPE, 1)
+        list(denoise(watched, Trajectory(table(solver), noise, noise_generators(0, 1))))
     assert not fed["euler"].any()
     assert fed["euler_ancestral"].any()
 
 
 def test_a_stochastic_solver_wants_one_generator_per_image():
-    noise = sampling.initial_noise(0, SHAPE, 2)
+    noise = initial_noise(0, SHAPE, 2)
     with pytest.raises(ValueError, match="generator"):
-        next(sampling.denoise(graph, table("euler_ancestral"), noise, sampling.noise_generators(0, 1)))
+        next(denoise(graph, Trajectory(table("euler_ancestral"), noise, noise_generators(0, 1))))
+
+
+def started(seed, images, solver="ddim"):
+    noise = initial_noise(seed, SHAPE, images)
+    return Trajectory(table(solver), noise, noise_generators(seed, images))
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler_ancestral"])
+def test_pictures_that_join_and_leave_have_the_latents_of_their_own_loop(solver):
+    together = started(1, 2, solver)
+    together.join(started(7, 3, solver))
+    for step in denoise(graph, together):
+        if step.index == 2:
+            together.drop(slice(1, 3))
+    *_, first = denoise(graph, started(1, 2, solver))
+    *_, second = denoise(graph, started(7, 3, solver))
+    expected = np.concatenate([first.latents[:1], second.latents[1:]])
+    np.testing.assert_allclose(step.latents, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_trajectory_without_pictures_is_done():
+    trajectory = started(0, 2)
+    trajectory.drop(slice(0, 2))
+    assert not len(trajectory) and trajectory.is_done and list(denoise(graph, trajectory)) == []

@@ -13,7 +13,6 @@ from hyperrt.sampling.prompts import (
     Prompts,
     check_text,
     noun_of_trigger,
-    shortened,
     split_for_trigger,
     split_prompt,
     warnings_of_trigger,
@@ -213,8 +212,3 @@ def test_a_character_that_is_no_text_is_refused_and_not_printed(character):
 
 def test_an_empty_negative_prompt_is_text():
     assert check_text("", "negative prompt") == ""
-
-
-def test_what_is_quoted_in_a_message_is_short_and_printable():
-    assert len(shortened("x" * 1000)) == 62
-    assert shortened("a\x1b[31m") == r"'a\x1b[31m'"

@@ -12,9 +12,9 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadPrompt, LoraMismatch, UsageError
 from hyperrt.runtime import Runtime
 from hyperrt.sampling.guidance import Branch
-from hyperrt.sampling.options import SamplingConfig
+from hyperrt.sampling.options import SamplingOptions
 from hyperrt.sampling.recipe import options_of
-from hyperrt.sampling.request import noun_in, plan
+from hyperrt.sampling.request import blank_subject, noun_in, resolve
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"
@@ -100,7 +100,7 @@ def test_a_list_of_one_gives_a_list_of_one_with_the_same_bits(runtime, subjects)
 
 
 def test_steps_shows_the_latents_of_all_pairs(runtime, subjects):
-    steps = runtime.steps(PROMPTS, subjects, n=2, batch_size=2)
+    steps = runtime.sample(runtime.request(PROMPTS, subjects, n=2, batch_size=2))
     assert next(steps).latents.shape == (6, 4, 4, 4)
 
 
@@ -121,52 +121,50 @@ def test_after_pairs_a_single_subject_gives_its_own_bits_again(runtime, subjects
 )
 def test_pairs_that_do_not_match_are_refused(runtime, subjects, prompts, count, words):
     with pytest.raises(UsageError, match=words):
-        runtime.steps(prompts, subjects[:count])
+        runtime.request(prompts, subjects[:count])
 
 
 def test_a_list_of_prompts_needs_a_list_of_subjects(runtime, subjects):
     for one in (None, subjects[0]):
         with pytest.raises(UsageError, match="do not go together"):
-            runtime.steps([PROMPT], one)
+            runtime.request([PROMPT], one)
 
 
 def test_one_bad_pair_refuses_all(runtime, subjects):
     with pytest.raises(BadPrompt):
-        runtime.steps(["a robot", PROMPT], subjects[:2])
+        runtime.request(["a robot", PROMPT], subjects[:2])
 
 
 # plain CFG
 
 
 def test_plain_guidance_is_of_the_personalised_model_on_both_rows(runtime, subjects):
-    """The same bits as a job of eq. 20 at kappa 2 and half the scale, whose empty prompt is the subject's."""
+    """The same bits as eq. 20 at kappa 2 and half the scale, with the LoRA on the row of the empty prompt."""
     more = {"image_scale": 0.0} if runtime.bundle.image_prompt else {}
     found = runtime.generate(PROMPT, subjects[0], cfg=True, guidance_scale=5.0, **more)
     hybrid = {"kappa": 2.0, "guidance_scale": 2.5, **more}
-    asked = SamplingConfig(**hybrid)
-    job = plan(runtime.bundle, runtime.backend, [PROMPT], [subjects[0]], asked)
-    branches = tuple(Branch("subject", branch.weight) for branch in job.branches)
-    *_, last = runtime._run(dataclasses.replace(job, branches=branches), several=False)
+    request = runtime.request(PROMPT, subjects[0], **hybrid)
+    names = ("subject_uncond", "subject")
+    branches = tuple(map(Branch, names, request.weights))
+    *_, last = runtime.sample(dataclasses.replace(request, branches=branches))
     np.testing.assert_array_equal(found.latents, last.latents)
     assert (found.latents != runtime.generate(PROMPT, subjects[0], **hybrid).latents).any()
-    np.testing.assert_array_equal(plan_of_cfg(runtime, subjects).gate, [1, 1])
-
-
-def plan_of_cfg(runtime, subjects, **options):
-    asked = SamplingConfig(cfg=True, **options)
-    return plan(runtime.bundle, runtime.backend, [PROMPT], subjects[:1], asked)
+    assert [row.gate for row in runtime.request(PROMPT, subjects[0], cfg=True).rows] == [1, 1]
 
 
 def test_plain_guidance_has_by_default_the_scale_that_pulls_as_the_bundle_s(runtime, subjects):
     usual = runtime.bundle.defaults.guidance_scale
-    np.testing.assert_allclose(plan_of_cfg(runtime, subjects).weights, [1 - 2 * usual, 2 * usual])
-    np.testing.assert_allclose(plan_of_cfg(runtime, subjects, guidance_scale=7.5).weights, [-6.5, 7.5])
-    assert plan_of_cfg(runtime, subjects, guidance_scale=1).texts == ("a sks robot on the beach",)
+    default, strong, alone = (
+        runtime.request(PROMPT, subjects[0], cfg=True, guidance_scale=scale) for scale in (None, 7.5, 1)
+    )
+    np.testing.assert_allclose(default.weights, [1 - 2 * usual, 2 * usual])
+    np.testing.assert_allclose(strong.weights, [-6.5, 7.5])
+    assert [row.text for row in alone.rows] == ["a sks robot on the beach"]
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(runtime, subjects):
-    job = plan_of_cfg(runtime, subjects, negative_prompt="blurry")
-    assert job.texts == ("blurry", "a sks robot on the beach")
+    request = runtime.request(PROMPT, subjects[0], cfg=True, negative_prompt="blurry")
+    assert [row.text for row in request.rows] == ["blurry", "a sks robot on the beach"]
 
 
 def test_the_recipe_of_plain_guidance_reproduces_the_picture(runtime, subjects):
@@ -182,7 +180,7 @@ def test_plain_guidance_without_a_subject_or_with_kappa_is_refused(runtime, subj
         (subjects[0], {"kappa": 1.0}, "cfg is on, but kappa is 1"),
     ):
         with pytest.raises(UsageError, match=words) as caught:
-            runtime.steps(PROMPT, subject, cfg=True, **options)
+            runtime.request(PROMPT, subject, cfg=True, **options)
         assert len(str(caught.value).splitlines()) == 3
 
 
@@ -200,13 +198,17 @@ def test_a_recipe_draws_each_pair_again(runtime, subjects):
 
 def test_kappa_without_a_subject_is_refused_and_with_one_pair_that_has_one_is_not(runtime, subjects):
     with pytest.raises(UsageError, match=r"kappa is 0\.4, but there is no subject"):
-        runtime.steps("a robot", kappa=0.4)
-    runtime.steps("a robot", kappa=0)
-    runtime.steps(["a robot", PROMPT], [None, subjects[0]], kappa=0.4)
+        runtime.request("a robot", kappa=0.4)
+    runtime.request("a robot", kappa=0)
+    runtime.request(["a robot", PROMPT], [None, subjects[0]], kappa=0.4)
 
 
-def test_a_check_refuses_what_drawing_would(runtime):
-    runtime.check(PROMPT, True)
+def test_with_a_blank_subject_a_request_is_refused_before_photos_are_read(runtime):
+    def resolved(prompt, has_subject, **options):
+        subject = blank_subject(runtime.bundle) if has_subject else None
+        return resolve(runtime.bundle, "fake", [prompt], [subject], SamplingOptions(**options))
+
+    assert not resolved(PROMPT, True).warnings
     for prompt, has_subject, options, kind in (
         ("a robot", True, {}, BadPrompt),
         ("", False, {}, BadPrompt),
@@ -215,13 +217,13 @@ def test_a_check_refuses_what_drawing_would(runtime):
         (PROMPT, True, {"steps": 2000}, UsageError),
     ):
         with pytest.raises(kind):
-            runtime.check(prompt, has_subject, **options)
+            resolved(prompt, has_subject, **options)
 
 
 def test_image_tokens_that_do_not_fit_are_refused(runtime, subjects):
     odd = dataclasses.replace(subjects[0], image_tokens=np.zeros((1, 3, 3), np.float32))
     with pytest.raises(LoraMismatch, match="image tokens"):
-        runtime.steps(PROMPT, odd)
+        runtime.request(PROMPT, odd)
 
 
 @pytest.mark.parametrize(

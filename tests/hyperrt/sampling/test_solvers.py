@@ -8,12 +8,13 @@ import pytest
 from hyperrt.errors import UsageError
 from hyperrt.sampling import solvers
 from hyperrt.sampling.loop import initial_noise
+from hyperrt.sampling.options import SOLVER_NAMES
 from hyperrt.sampling.solvers import NoiseSchedule
 
 SHAPE = (4, 8, 8)
 BETAS = {"schedule": "scaled_linear", "start": 0.00085, "end": 0.012, "steps": 1000}
 SCHEDULE = NoiseSchedule.named(**BETAS)
-SOLVERS = sorted(solvers.SOLVERS)
+SOLVERS = sorted(SOLVER_NAMES)
 PREDICTION_TYPES = sorted(solvers.PREDICTION_TYPES)
 CLASSES = {
     "ddim": "DDIMScheduler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -16,7 +17,8 @@ from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.lora.subject import Subject
 from hyperrt.runtime import Runtime
 from hyperrt.session import graphs
-from hyperrt.session.adapter import Adapter
+from hyperrt.session.adapter import put_lora
+from hyperrt.session.resident import Resident
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"
@@ -35,6 +37,20 @@ SUBJECTS = [subject(seed) for seed in range(8)]
 BASE = np.zeros(SIZE, np.float32)
 
 
+@dataclasses.dataclass
+class Adapter:
+    """An open engine that takes its LoRA by refit."""
+
+    resident: Resident
+
+    def put(self, *subjects):
+        put_lora(self.resident, "lora_q", LAYOUT, "refit", subjects)
+
+    @property
+    def held(self):
+        return self.resident.value("lora_q") or ()
+
+
 def opened():
     """An engine that returns the packed LoRA that its constants make, and an adapter of it."""
     engine = FakeEngine(
@@ -43,7 +59,7 @@ def opened():
         outputs=[TensorSpec("lora", (SIZE,), "float32")],
         weights={spec.name: np.zeros(spec.shape, np.float32) for spec in CONSTANTS},
     )
-    return engine, Adapter(engine, "lora_q", LAYOUT, "refit")
+    return engine, Adapter(Resident(engine))
 
 
 def weights_of(subject):

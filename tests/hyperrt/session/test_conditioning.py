@@ -152,7 +152,7 @@ def test_beside_the_empty_prompt_of_plain_guidance_are_the_tokens_of_no_photo(op
     np.testing.assert_allclose(seen["image_scale"], [0.55, 0.55])
     of_nothing = fake_bundle.GRAPHS["image_prompt"]({"features": np.ones((1, 2, 3))})["zero_tokens"]
     np.testing.assert_array_equal(seen["image_tokens"], np.concatenate([of_nothing, subject.image_tokens]))
-    assert "image_prompt" not in open_category._graphs.open_names
+    assert "image_prompt" not in open_category.open_graphs
 
 
 def test_the_image_scale_changes_the_picture_and_zero_leaves_the_lora_alone(open_category, photos):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 
 import pytest
 
 from hyperrt import engines
+from hyperrt.engines.backends import BACKENDS
 from hyperrt.errors import UsageError
 from hyperrt.runtime import Runtime
 from hyperrt.session import graphs
@@ -36,7 +38,8 @@ def denoisers(opened):
 
 @pytest.fixture
 def compiling(monkeypatch, pretend):
-    monkeypatch.setattr(graphs, "COMPILING", {"fake"})
+    fake = dataclasses.replace(BACKENDS["fake"], fixed_sizes=True)
+    monkeypatch.setitem(BACKENDS, "fake", fake)
     with Runtime.open(pretend, "fake") as runtime:
         yield runtime
 

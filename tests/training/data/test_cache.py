@@ -24,9 +24,7 @@ def folder(tmp_path, cutout_folder):
 
 
 def contents(cache):
-    return SimpleNamespace(
-        **{name: np.array(getattr(cache, name)) for name in ("images", "nouns", "texts")}
-    )
+    return SimpleNamespace(**{name: np.array(getattr(cache, name)) for name in ("images", "nouns", "texts")})
 
 
 def same(one, other):
@@ -55,7 +53,7 @@ def test_a_finished_cache_of_another_make_up_is_replaced_only_when_asked(small):
     before = contents(small)
     with pytest.raises(UsageError, match="of which identities, views would change"):
         data.build(small.path, 25, VIEWS - 1, SIZE, workers=1)
-    assert same(contents(data.SceneCache.open(small.path)), before)
+    assert same(contents(data.PictureCache.open(small.path)), before)
 
 
 def test_another_make_up_or_an_unfinished_cache_is_drawn_again(small):
@@ -64,7 +62,7 @@ def test_another_make_up_or_an_unfinished_cache_is_drawn_again(small):
     other = data.build(small.path, 24, VIEWS, SIZE, split="test", workers=1, force=True)
     assert not same(contents(other), expected)
     assert not (small.path / data.LATENTS).exists()
-    (small.path / data.RECIPE).write_text('{"identities": 2')
+    (small.path / data.METADATA).write_text('{"identities": 2')
     assert same(contents(data.build(small.path, 24, VIEWS, SIZE, workers=1)), expected)
 
 
@@ -88,20 +86,20 @@ def test_described_captions_have_the_description_in_the_place_of_the_noun(folder
         assert noun in told
         assert len(told) > len(plain)
     drawn = next(k for k in range(24) if "details" in mixed.described(np.array([k]), np.array([0]))[0])
-    who = scenes.identity(scenes.NOUNS[drawn % len(scenes.NOUNS)], "train", drawn)
+    who = scenes.drawn_subject(scenes.NOUNS[drawn % len(scenes.NOUNS)], "train", drawn)
     assert scenes.describe(who) in mixed.described(np.array([drawn]), np.array([0]))[0]
 
 
 def test_what_is_not_there_is_named(small):
     with pytest.raises(FileNotFoundError, match="has no latents yet"):
         _ = small.latents
-    (small.path / data.RECIPE).unlink()
+    (small.path / data.METADATA).unlink()
     with pytest.raises(FileNotFoundError, match="not a finished scene cache"):
-        data.SceneCache.open(small.path)
+        data.PictureCache.open(small.path)
 
 
 def test_a_cache_from_before_there_were_cutouts_is_read(small):
-    assert set(json.loads((small.path / data.RECIPE).read_text())) == {
+    assert set(json.loads((small.path / data.METADATA).read_text())) == {
         "identities",
         "views",
         "size",
@@ -121,7 +119,7 @@ def test_cutouts_take_their_share_and_leave_the_drawn_subjects_as_they_were(smal
     assert {mixed.names[k] for k in mixed.nouns[changed]} == {"fish", "thing", "toy animal"}
     assert (mixed.nouns[~changed] == small.nouns[~changed]).all()
     assert (
-        data.SceneCache.open(mixed.path)
+        data.PictureCache.open(mixed.path)
         .captions(np.array([int(np.argmax(mixed.nouns == 9))]), np.array([0]))[0]
         .startswith("a toy animal ")
     )

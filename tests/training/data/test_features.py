@@ -13,7 +13,7 @@ from PIL import Image
 from hyperrt.errors import Incompatible, NumericError
 from hyperrt.training import prepare, train
 from hyperrt.training.data import features
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model import model_config
 from hyperrt.training.run.config import TrainConfig
@@ -26,7 +26,7 @@ PADDED = 77
 @pytest.fixture
 def faces(world):
     """The encoders of the tiny base, and its drawn cache."""
-    return bases.load_encoders(world.base), SceneCache.open(world.cache)
+    return bases.load_encoders(world.base), PictureCache.open(world.cache)
 
 
 def test_a_training_step_of_a_small_sd15_can_be_made(tmp_path, settings):
@@ -107,7 +107,9 @@ def test_another_encoder_and_other_pictures_make_other_files(faces):
     base, cache = faces
     name = features.fingerprint(base.image_encoder, cache)
     assert features.fingerprint(base.vae, cache) != name
-    other = SceneCache(cache.path, cache.names, cache.images[::-1], cache.nouns, cache.texts, cache.recipe)
+    other = PictureCache(
+        cache.path, cache.names, cache.images[::-1], cache.nouns, cache.texts, cache.metadata
+    )
     assert features.fingerprint(base.image_encoder, other) != name
     half = bases.load_encoders(cache.path.parent / "base").image_encoder.half()
     assert features.fingerprint(half, cache) == features.fingerprint(half.float(), cache)
@@ -133,7 +135,7 @@ def test_latents_that_the_vae_does_not_make_are_warned_about(faces, tmp_path, ch
     assert not caplog.messages
     other = shutil.copytree(cache.path, tmp_path / "other")
     np.save(other / "latents.npy", change(np.load(other / "latents.npy")).astype(np.float16))
-    features.check_latents(base, SceneCache.open(other))
+    features.check_latents(base, PictureCache.open(other))
     [said] = caplog.messages
     assert "off what the VAE makes" in said and len(said.splitlines()) == 3
 

@@ -4,16 +4,18 @@ import pytest
 
 from hyperrt.errors import BadInput, NotFound
 from hyperrt.training.data import folders
-from hyperrt.training.data.subjects import LeftOut, Options, Subject
+from hyperrt.training.data.subjects import DatasetOptions, DatasetSubject, LeftOut
 from tests.training import data_sets
 
 
 def found(layout, source, **options):
-    return list(layout(source, Options(**options)).subjects)
+    return list(layout(source, DatasetOptions(**options)).subjects)
 
 
 def names(subjects):
-    return [view.name for subject in subjects if isinstance(subject, Subject) for view in subject.views]
+    return [
+        view.name for subject in subjects if isinstance(subject, DatasetSubject) for view in subject.views
+    ]
 
 
 def test_each_folder_is_a_subject_and_says_what_it_is(tmp_path):
@@ -56,8 +58,8 @@ def test_an_empty_folder_among_others_is_left_out(tmp_path):
 
 def test_views_are_at_most_as_many_as_wanted(tmp_path):
     source = data_sets.folders(tmp_path / "set")
-    assert folders.folders(source, Options(views=2)).views == 2
-    assert folders.folders(source, Options()).views == 3
+    assert folders.folders(source, DatasetOptions(views=2)).views == 2
+    assert folders.folders(source, DatasetOptions()).views == 3
     assert names(found(folders.folders, source, views=1)) == ["a/1.png", "b/1.png", "c/1.png", "d/1.png"]
 
 

@@ -17,14 +17,16 @@ IDENTITIES = range(40)
 PRINT_HASH = """
 import hashlib, numpy
 from hyperrt.training.data import scenes
-who = scenes.identity("fish", "test", 3)
+who = scenes.drawn_subject("fish", "test", 3)
 picture = scenes.scene(who, "in a city", numpy.random.default_rng(5), 32)
 print(hashlib.sha256(picture.tobytes()).hexdigest())
 """
 
 
 def picture(noun="fish", split="test", index=3, background="in a city", seed=5):
-    return scenes.scene(scenes.identity(noun, split, index), background, np.random.default_rng(seed), SIZE)
+    return scenes.scene(
+        scenes.drawn_subject(noun, split, index), background, np.random.default_rng(seed), SIZE
+    )
 
 
 def test_there_are_the_nouns_and_scenes_that_were_asked_for():
@@ -35,7 +37,7 @@ def test_there_are_the_nouns_and_scenes_that_were_asked_for():
 
 def test_no_identity_of_a_split_is_in_another():
     found = {
-        split: {scenes.identity(noun, split, index) for noun in scenes.NOUNS for index in IDENTITIES}
+        split: {scenes.drawn_subject(noun, split, index) for noun in scenes.NOUNS for index in IDENTITIES}
         for split in scenes.SPLIT_SEEDS
     }
     assert {len(identities) for identities in found.values()} == {len(scenes.NOUNS) * len(IDENTITIES)}
@@ -90,7 +92,7 @@ def test_a_colour_has_a_name(colour, name):
 
 def test_a_description_names_colours_and_pattern():
     palette = ((255, 0, 0), (0, 120, 0), (0, 0, 240))
-    who = scenes.Identity("fish", palette, "dots", repeats=4, angle=0, parts=(0.5,) * 8)
+    who = scenes.DrawnSubject("fish", palette, "dots", repeats=4, angle=0, parts=(0.5,) * 8)
     assert scenes.describe(who) == "red fish with dark green dots and blue details"
     plain = dataclasses.replace(who, pattern="plain", palette=(*palette[:2], palette[0]))
     assert scenes.describe(plain) == "red fish with dark green parts and red details"
@@ -104,7 +106,7 @@ def test_a_caption_begins_with_the_article_of_its_first_word():
 @pytest.mark.parametrize("noun", scenes.NOUNS)
 def test_a_subject_fills_its_picture_with_clean_edges(noun):
     for index in range(5):
-        who = scenes.identity(noun, "test", index)
+        who = scenes.drawn_subject(noun, "test", index)
         alpha = np.asarray(scenes.draw_subject(who, 64))[..., 3]
         rows, columns = (np.flatnonzero(alpha.max(axis)) for axis in (1, 0))
         assert 0.2 < (alpha > 0).mean() < 0.9
@@ -113,14 +115,14 @@ def test_a_subject_fills_its_picture_with_clean_edges(noun):
 
 
 def test_a_subject_shows_its_palette():
-    who = scenes.identity("monster", "test", 1)
+    who = scenes.drawn_subject("monster", "test", 1)
     drawn = np.asarray(scenes.draw_subject(who, 64))
     for colour in who.palette[:1]:
         assert (drawn[..., :3] == colour).all(-1).sum() > 50
 
 
 def test_views_of_a_subject_differ_in_place_and_size_only_a_little():
-    who = scenes.identity("mug", "test", 0)
+    who = scenes.drawn_subject("mug", "test", 0)
     views = [scenes.scene(who, WHITE, np.random.default_rng(seed), 64) for seed in range(4)]
     centres = [np.argwhere((view != 255).any(-1)).mean(0) for view in views]
     assert (views[0] != views[1]).any()

@@ -11,7 +11,7 @@ import pytest
 
 from hyperrt.errors import BadInput, IntegrityError, NotFound
 from hyperrt.training.data import shards
-from hyperrt.training.data.subjects import LeftOut, Options, Subject
+from hyperrt.training.data.subjects import DatasetOptions, DatasetSubject, LeftOut
 from tests.training import data_sets
 
 PNG = data_sets.encoded(next(data_sets.drawn(1)))
@@ -24,7 +24,7 @@ def shard(tmp_path):
 
 
 def subjects(shard, noun=None, **options):
-    return list(shards.webdataset(shard, Options(noun=noun, **options)).subjects)
+    return list(shards.webdataset(shard, DatasetOptions(noun=noun, **options)).subjects)
 
 
 def only(shard, noun=None):
@@ -38,7 +38,7 @@ class Gadget:
 
 
 def test_files_of_one_name_are_one_sample_and_its_images_are_views(tmp_path):
-    found = shards.webdataset(data_sets.webdataset(tmp_path / "set"), Options())
+    found = shards.webdataset(data_sets.webdataset(tmp_path / "set"), DatasetOptions())
     subjects = list(found.subjects)
     assert found.views == 2
     assert [subject.noun for subject in subjects] == ["cat", "dog", "robot", "fish"]
@@ -94,7 +94,7 @@ def test_a_sample_that_cannot_be_used_is_left_out_with_its_reason(members, why, 
     assert isinstance(left, LeftOut)
     assert left.bad
     assert why in left.why
-    assert isinstance(kept, Subject)
+    assert isinstance(kept, DatasetSubject)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
@@ -122,7 +122,7 @@ def test_a_damaged_shard_is_named_and_every_cut_is_seen_or_harmless(shard):
     for cut in range(0, len(whole), 171):
         path.write_bytes(whole[:cut])
         try:
-            found = [s.views[0].content for s in subjects(path, "cat") if isinstance(s, Subject)]
+            found = [s.views[0].content for s in subjects(path, "cat") if isinstance(s, DatasetSubject)]
         except IntegrityError as error:
             assert len(str(error).splitlines()) == 3
         else:  # cut between two files: what is there is right
@@ -148,13 +148,13 @@ def test_changed_bytes_are_read_or_refused_but_nothing_else_escapes(tmp_path):
             outcomes |= {type(found) for found in subjects(path, "cat")}
         except (IntegrityError, BadInput) as error:
             outcomes.add(type(error))
-    assert {Subject, IntegrityError} <= outcomes
+    assert {DatasetSubject, IntegrityError} <= outcomes
 
 
 def test_the_photos_decide_how_many_views_there_are(shard):
     three = [(f"{n}.{v}.png", PNG) for n in range(2) for v in range(3)]
-    assert shards.webdataset(shard(*three), Options(noun="cat")).views == 3
-    assert shards.webdataset(shard(*three), Options(noun="cat", views=2)).views == 2
+    assert shards.webdataset(shard(*three), DatasetOptions(noun="cat")).views == 3
+    assert shards.webdataset(shard(*three), DatasetOptions(noun="cat", views=2)).views == 2
 
 
 def test_nothing_is_written_beside_a_shard(shard, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import BadImage, BadPrompt
-from hyperrt.training.data.subjects import Subject, View, captions_of_text, read
+from hyperrt.training.data.subjects import DatasetSubject, View, captions_of_text, read
 from tests.training.data_sets import drawn, encoded
 
 CAPTIONS = ("a [V] toy", "a toy")
@@ -36,7 +36,7 @@ def test_a_photo_becomes_the_square_in_its_middle(tmp_path):
     wide = np.zeros((100, 300, 3), np.uint8)
     wide[:, 100:200] = 200
     (tmp_path / "wide.png").write_bytes(encoded(wide))
-    found = read(Subject("toy", (View("wide", tmp_path / "wide.png", CAPTIONS),)), 40)
+    found = read(DatasetSubject("toy", (View("wide", tmp_path / "wide.png", CAPTIONS),)), 40)
     assert found.images.shape == (1, 40, 40, 3)
     assert (found.images[0, :, 2:-2] == 200).all()
 
@@ -54,7 +54,7 @@ def test_photos_that_cannot_be_used_are_left_out_and_the_others_kept(tmp_path):
         View("cut", other, ("a", "b"), refuse),
         View("absent", tmp_path / "absent.png", ("a", "b")),
     )
-    found = read(Subject("toy", views), 64)
+    found = read(DatasetSubject("toy", views), 64)
     assert found.captions == [CAPTIONS]
     assert len(found.images) == 1
     assert {item.name: item.bad for item in found.left_out} == dict.fromkeys(
@@ -71,5 +71,5 @@ def test_a_picture_that_views_share_is_made_once():
         return np.stack(list(drawn(2, 16)))
 
     views = tuple(View(str(k), draw, CAPTIONS, lambda pictures, k=k: pictures[k]) for k in (0, 1))
-    assert len(read(Subject("toy", views), 16).images) == 2
+    assert len(read(DatasetSubject("toy", views), 16).images) == 2
     assert len(made) == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import BadImage, BadInput, IntegrityError, NotFound, UsageError
-from hyperrt.training.data.subjects import LeftOut, Options, Subject, read
+from hyperrt.training.data.subjects import DatasetOptions, DatasetSubject, LeftOut, read
 from hyperrt.training.data.subjects200k import half, subject_of, subjects200k
 from tests.training import data_sets
 
@@ -16,7 +16,7 @@ PNG = data_sets.encoded(data_sets.composite(*PICTURES))
 
 
 def found(source):
-    return list(subjects200k(source, Options()).subjects)
+    return list(subjects200k(source, DatasetOptions()).subjects)
 
 
 def test_the_two_views_are_cut_out_with_their_own_captions():
@@ -63,7 +63,7 @@ def test_rows_in_tar_shards_are_read(tmp_path):
     good = json.dumps(data_sets.row("lamp")).encode()
     data_sets.tar(tmp_path / "0.tar", [("a.png", PNG), ("a.json", good), ("b.json", good), ("c.png", PNG)])
     kept, no_image, no_words = found(tmp_path)
-    assert isinstance(kept, Subject)
+    assert isinstance(kept, DatasetSubject)
     assert no_image.why == "it has no image"
     assert not no_words.bad  # nor has it scores
 

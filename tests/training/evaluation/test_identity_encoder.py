@@ -6,10 +6,10 @@ import torch
 from click.testing import CliRunner
 
 from hyperrt.errors import IntegrityError, UsageError
-from hyperrt.training import pretrain
 from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import drawn, drawn_scorers, identity_encoder, prompt_packs
-from hyperrt.training.evaluation.protocols import Entry
+from hyperrt.training.evaluation.protocols import EvaluationSubject
+from hyperrt.training.run import contrastive
 from hyperrt.training.run.loop import Schedule
 
 SCHEDULE = Schedule(steps=12, lr=3e-3, warmup=2, ema=0.8, report_every=6)
@@ -20,10 +20,10 @@ def small():
     """A training of seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity_encoder, "SCHEDULE", SCHEDULE)
-        patch.setattr(identity_encoder, "IDENTITIES", 40)
+        patch.setattr(identity_encoder, "SUBJECTS", 40)
         patch.setattr(identity_encoder, "WIDTHS", (8, 16, 16))
         patch.setattr(identity_encoder, "BATCH", 16)
-        patch.setattr(pretrain, "VALIDATION", 8)
+        patch.setattr(contrastive, "VALIDATION", 8)
         patch.setattr(drawn, "PHOTO_SIZE", 64)  # drawn sixteen times as fast
         yield
 
@@ -31,7 +31,7 @@ def small():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a trained encoder."""
-    made = tmp_path_factory.mktemp("judges")
+    made = tmp_path_factory.mktemp("encoders")
     identity_encoder.trained(made)
     return made
 
@@ -39,7 +39,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def entries():
     cases = drawn.cases_of(0, per_noun=1)
-    return [Entry(case.noun, case.noun, prompt_packs.PACKS["drawn-v1"], case=case) for case in cases]
+    return [
+        EvaluationSubject(case.noun, case.noun, prompt_packs.PACKS["drawn-v1"], case=case) for case in cases
+    ]
 
 
 def test_it_is_trained_once_and_then_read(folder, monkeypatch):
@@ -80,8 +82,9 @@ def test_damaged_weights_are_named(folder, tmp_path):
         identity_encoder.trained(tmp_path)
 
 
-def test_the_command_says_how_good_it_is(folder):
-    result = CliRunner().invoke(identity_encoder.main, ["--out", str(folder)])
+@pytest.mark.parametrize("option", ["--output", "-o", "--out"])
+def test_the_command_prints_the_accuracy(folder, option):
+    result = CliRunner().invoke(identity_encoder.main, [option, str(folder)])
     assert result.exit_code == 0 and "held_out_top1" in result.stdout
 
 
@@ -94,7 +97,7 @@ def test_a_picture_of_any_size_becomes_a_unit_vector(folder, entries):
 
 
 def test_identity_is_the_nearest_of_the_candidates_in_a_plain_loop(folder, entries):
-    scorer = drawn_scorers.Identity(folder)
+    scorer = drawn_scorers.IdentityScorer(folder)
     encoder, _ = identity_encoder.trained(folder)
     case = entries[0].case
     own = []
@@ -115,7 +118,7 @@ def test_identity_is_the_nearest_of_the_candidates_in_a_plain_loop(folder, entri
 def test_colours_are_judged_on_white_alone_and_scenes_everywhere(entries):
     white = scenes.BACKGROUNDS.index(drawn.WHITE)
     beach = 0
-    colours, background = drawn_scorers.Colours(), drawn_scorers.Background(entries)
+    colours, background = drawn_scorers.ColourScorer(), drawn_scorers.BackgroundScorer(entries)
     pictures = [entries[0].case.view(scenes.BACKGROUNDS[number], 9) for number in (white, beach, beach)]
     assert colours.score(entries[0], [], pictures, [white, beach, white])["identity_hist"][:2] == [1.0, None]
     assert background.score(entries[0], [], pictures, [white, beach, white])["background"] == [1.0, 1.0, 0.0]
@@ -124,6 +127,6 @@ def test_colours_are_judged_on_white_alone_and_scenes_everywhere(entries):
 
 
 def test_a_subject_of_photos_has_no_candidates():
-    entry = Entry("can", "can", prompt_packs.PACKS["dreambench-objects"])
+    entry = EvaluationSubject("can", "can", prompt_packs.PACKS["dreambench-objects"])
     with pytest.raises(UsageError, match="no candidates"):
-        drawn_scorers.Colours().score(entry, [], [], [])
+        drawn_scorers.ColourScorer().score(entry, [], [], [])

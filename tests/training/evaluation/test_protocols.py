@@ -9,7 +9,7 @@ from PIL import Image
 
 from hyperrt.errors import BadInput, NotFound
 from hyperrt.training.data import folders, scenes
-from hyperrt.training.data.subjects import Options
+from hyperrt.training.data.subjects import DatasetOptions
 from hyperrt.training.evaluation import drawn, protocols
 from hyperrt.training.evaluation.protocols import PROTOCOLS, subjects
 
@@ -20,8 +20,8 @@ def photo(path: Path, colour: int = 90) -> Path:
     return path
 
 
-def names(listing: protocols.Listing) -> list[str]:
-    return [entry.name for entry in listing.entries]
+def names(listing: protocols.SubjectList) -> list[str]:
+    return [entry.name for entry in listing.subjects]
 
 
 def test_dreambench_knows_its_subjects_by_their_folders(tmp_path):
@@ -30,9 +30,9 @@ def test_dreambench_knows_its_subjects_by_their_folders(tmp_path):
     photo(tmp_path / "loose.png")
     found = subjects(PROTOCOLS["dreambench"], tmp_path)
     assert names(found) == ["can", "dog", "dog2"]
-    assert [entry.noun for entry in found.entries] == ["can", "dog", "dog"]
-    assert [entry.pack.name for entry in found.entries] == ["dreambench-objects"] + ["dreambench-live"] * 2
-    missing = protocols.missing(PROTOCOLS["dreambench"], found.entries)
+    assert [entry.noun for entry in found.subjects] == ["can", "dog", "dog"]
+    assert [entry.pack.name for entry in found.subjects] == ["dreambench-objects"] + ["dreambench-live"] * 2
+    missing = protocols.missing(PROTOCOLS["dreambench"], found.subjects)
     assert len(missing) == 27 and "backpack" in missing
 
 
@@ -43,7 +43,7 @@ def test_another_subject_needs_a_noun_and_is_left_out_without(tmp_path):
         "file,subject,class_noun,live\nrex/1.png,rex,dragon,1\ncan/1.png,can,jar,0\n"
     )
     found = subjects(PROTOCOLS["dreambench"], tmp_path)
-    assert [(e.name, e.noun, e.pack.name) for e in found.entries] == [
+    assert [(e.name, e.noun, e.pack.name) for e in found.subjects] == [
         ("can", "can", "dreambench-objects"),  # DreamBench's own noun stands
         ("rex", "dragon", "dreambench-live"),
     ]
@@ -54,7 +54,7 @@ def test_another_subject_needs_a_noun_and_is_left_out_without(tmp_path):
 def test_a_table_of_nouns_may_begin_with_a_byte_order_mark(tmp_path):
     photo(tmp_path / "rex" / "1.png")
     (tmp_path / "metadata.csv").write_text("subject,class_noun\nrex,dragon\n", encoding="utf-8-sig")
-    assert [entry.noun for entry in subjects(PROTOCOLS["dreambench"], tmp_path).entries] == ["dragon"]
+    assert [entry.noun for entry in subjects(PROTOCOLS["dreambench"], tmp_path).subjects] == ["dragon"]
 
 
 def test_every_file_and_folder_is_a_face(tmp_path):
@@ -65,8 +65,8 @@ def test_every_file_and_folder_is_a_face(tmp_path):
     (tmp_path / "list.txt").write_text("no photo")
     found = subjects(PROTOCOLS["faces"], tmp_path)
     assert names(found) == ["2.jpg", "10.jpg", "anna"]
-    assert [len(entry.photos().images) for entry in found.entries] == [1, 1, 2]
-    assert {entry.pack.name for entry in found.entries} == {"hyperrt-faces-v1"}
+    assert [len(entry.photos().images) for entry in found.subjects] == [1, 1, 2]
+    assert {entry.pack.name for entry in found.subjects} == {"hyperrt-faces-v1"}
 
 
 def test_of_celeba_hq_the_faces_are_those_that_no_training_sees(tmp_path):
@@ -75,7 +75,7 @@ def test_of_celeba_hq_the_faces_are_those_that_no_training_sees(tmp_path):
     (tmp_path / "29901").mkdir()
     found = subjects(PROTOCOLS["faces"], tmp_path)
     assert names(found) == ["29900.jpg", "029950.jpg", "29999.jpg"]
-    trained = [subject.views[0].name for subject in folders.celeba(tmp_path, Options()).subjects]
+    trained = [subject.views[0].name for subject in folders.celeba(tmp_path, DatasetOptions()).subjects]
     assert trained == ["0.jpg", "99.jpg", "29799.jpg"]
 
 
@@ -107,27 +107,27 @@ def test_afhq_is_read_as_it_lies_on_the_disk_and_cut_evenly(tmp_path):
         for k in range(3):
             photo(tmp_path / kind / f"{k}.png")
     found = subjects(PROTOCOLS["afhq"], tmp_path)
-    assert len(found.entries) == 9
-    assert names(found.chosen(limit=5)) == ["cat-0.png", "cat-1.png", "dog-0.png", "dog-1.png", "wild-0.png"]
-    assert {entry.noun for entry in found.entries} == {"cat", "dog", "wild animal"}
+    assert len(found.subjects) == 9
+    assert names(found.select(limit=5)) == ["cat-0.png", "cat-1.png", "dog-0.png", "dog-1.png", "wild-0.png"]
+    assert {entry.noun for entry in found.subjects} == {"cat", "dog", "wild animal"}
 
 
 def test_drawn_subjects_need_no_folder_and_are_five_of_each_noun(monkeypatch):
     monkeypatch.setattr(drawn, "PHOTO_SIZE", 64)  # drawn sixteen times as fast
     found = subjects(PROTOCOLS["drawn"], None)
     assert len(set(names(found))) == 40
-    some = found.chosen(limit=8)
-    assert [entry.noun for entry in some.entries] == list(scenes.NOUNS)
-    assert all(len(entry.photos().images) == 4 for entry in some.entries[:2])
+    some = found.select(limit=8)
+    assert [entry.noun for entry in some.subjects] == list(scenes.NOUNS)
+    assert all(len(entry.photos().images) == 4 for entry in some.subjects[:2])
 
 
 def test_subjects_are_chosen_by_name_and_a_name_that_is_none_is_refused(tmp_path):
     for name in ("dog", "can", "vase"):
         photo(tmp_path / name / "1.png")
     found = subjects(PROTOCOLS["dreambench"], tmp_path)
-    assert names(found.chosen(only=("vase", "can"))) == ["can", "vase"]
+    assert names(found.select(only=("vase", "can"))) == ["can", "vase"]
     with pytest.raises(NotFound, match="no subject 'cat'"):
-        found.chosen(only=("cat",))
+        found.select(only=("cat",))
 
 
 def test_a_folder_that_is_missing_or_empty_is_an_error(tmp_path):
@@ -146,7 +146,7 @@ def test_photos_that_cannot_be_read_are_named_and_the_others_used(tmp_path):
     photo(tmp_path / "dog" / "1.png")
     (tmp_path / "dog" / "2.png").write_bytes(b"broken")
     (tmp_path / "can").mkdir()
-    dog, can = subjects(PROTOCOLS["dreambench"], tmp_path).chosen(only=("dog", "can")).entries[::-1]
+    dog, can = subjects(PROTOCOLS["dreambench"], tmp_path).select(only=("dog", "can")).subjects[::-1]
     found = dog.photos()
     assert len(found.images) == 1 and np.array_equal(found.images[0][0, 0], [90, 10, 10])
     assert [name for name, _ in found.rejected] == ["2.png"]

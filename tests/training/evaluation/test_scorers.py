@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from hyperrt.errors import IntegrityError, NotFound
 from hyperrt.training.evaluation import scorers
 from hyperrt.training.evaluation.prompt_packs import PACKS
-from hyperrt.training.evaluation.protocols import Entry
-from hyperrt.training.evaluation.scorers import Absent, Clip, Dino, Face
+from hyperrt.training.evaluation.protocols import EvaluationSubject
+from hyperrt.training.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, ScorerUnavailable
 
 CPU = torch.device("cpu")
-ENTRY = Entry("can", "can", PACKS["dreambench-objects"])
+ENTRY = EvaluationSubject("can", "can", PACKS["dreambench-objects"])
 
 
 def pictures(count: int, seed: int, size: tuple[int, int] = (48, 40)) -> list[np.ndarray]:
@@ -31,12 +31,12 @@ def pictures(count: int, seed: int, size: tuple[int, int] = (48, 40)) -> list[np
 
 @pytest.fixture(scope="module")
 def clip(networks):
-    return Clip(str(networks.clip), CPU)
+    return ClipScorer(str(networks.clip), CPU)
 
 
 @pytest.fixture(scope="module")
 def dino(networks):
-    return Dino(str(networks.dino), CPU)
+    return DinoScorer(str(networks.dino), CPU)
 
 
 def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -125,12 +125,12 @@ def test_weights_that_are_missing_are_not_made_up(networks, tmp_path):
     name = next(name for name in tensors if "dense.weight" in name or "mlp" in name)
     save_file({k: v for k, v in tensors.items() if k != name}, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(IntegrityError, match="weights are missing"):
-        Dino(str(copy), CPU)
+        DinoScorer(str(copy), CPU)
     with pytest.raises(IntegrityError):
-        Dino(str(networks.clip), CPU)
+        DinoScorer(str(networks.clip), CPU)
     (copy / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(IntegrityError, match="cannot be read"):
-        Dino(str(copy), CPU)
+        DinoScorer(str(copy), CPU)
 
 
 def test_a_pickle_is_no_weights(networks, tmp_path):
@@ -138,16 +138,16 @@ def test_a_pickle_is_no_weights(networks, tmp_path):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     with pytest.raises(IntegrityError, match="safetensors"):
-        Dino(str(copy), CPU)
+        DinoScorer(str(copy), CPU)
 
 
 def test_a_folder_that_is_not_there_is_an_error_and_a_hub_out_of_reach_is_absence(tmp_path):
     with pytest.raises(NotFound, match="there is no folder"):
-        Clip(str(tmp_path / "clip"), CPU)
+        ClipScorer(str(tmp_path / "clip"), CPU)
     with pytest.raises(NotFound, match="there is no folder"):
-        Clip("clip", CPU)
-    with pytest.raises(Absent, match="could not be had from the hub"):
-        Clip("nobody/nothing@refs/pr/1", CPU, offline=True)
+        ClipScorer("clip", CPU)
+    with pytest.raises(ScorerUnavailable, match="could not be loaded from the hub"):
+        ClipScorer("nobody/nothing@refs/pr/1", CPU, offline=True)
 
 
 class Detector:
@@ -175,7 +175,7 @@ class Recogniser(torch.nn.Module):
 def face(monkeypatch):
     module = SimpleNamespace(MTCNN=Detector, InceptionResnetV1=Recogniser)
     monkeypatch.setitem(sys.modules, "facenet_pytorch", module)
-    return Face(CPU)
+    return FaceScorer(CPU)
 
 
 def plain_picture(*colour: int) -> np.ndarray:
@@ -205,17 +205,17 @@ def test_without_a_face_in_the_photos_nothing_is_scored(face):
 
 def test_face_recognition_is_absent_without_its_package_or_offline_without_its_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
-    with pytest.raises(Absent, match="pip install"):
-        Face(CPU)
+    with pytest.raises(ScorerUnavailable, match="pip install"):
+        FaceScorer(CPU)
     module = SimpleNamespace(MTCNN=Detector, InceptionResnetV1=Recogniser)
     monkeypatch.setitem(sys.modules, "facenet_pytorch", module)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(Absent, match="nothing is fetched offline"):
-        Face(CPU, offline=True)
+    with pytest.raises(ScorerUnavailable, match="--offline forbids"):
+        FaceScorer(CPU, offline=True)
 
     def unreachable(**_):
         raise OSError("no route to host")
 
     module.InceptionResnetV1 = unreachable
-    with pytest.raises(Absent, match="no route to host"):
-        Face(CPU)
+    with pytest.raises(ScorerUnavailable, match="no route to host"):
+        FaceScorer(CPU)

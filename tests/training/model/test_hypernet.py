@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.training.model.decoder_config import FULL_CLOSED, FULL_OPEN, OPEN_VARIANTS, DecoderConfig
 from hyperrt.training.model.hypernet import ResamplerDecoder, WeightDecoder, decoder_of
 from hyperrt.training.model.lora_layers import layout_of, unpack
-from hyperrt.training.run.config import FULL_CLOSED, FULL_OPEN, OPEN_VARIANTS, DecoderConfig
 from tests.training import full_size
 
 PATH = "blocks.{}.attn2.to_{}"

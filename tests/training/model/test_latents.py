@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 
 from hyperrt.training.data import features
+from hyperrt.training.model import encode
 from hyperrt.training.model.base_model import Encoders
 from hyperrt.training.model.latents import LatentScale
 from hyperrt.training.run import sample
@@ -38,7 +39,7 @@ def test_pictures_become_the_latents_that_diffusers_starts_from(sdxl):
     expected = pipe.prepare_latents(
         pixels, None, 1, 1, torch.float32, torch.device("cpu"), generator, add_noise=False
     )
-    torch.testing.assert_close(features.encode_latents(sdxl, pictures), expected)
+    torch.testing.assert_close(encode.encode_latents(sdxl, pictures), expected)
 
 
 def test_decoding_is_the_inverse_of_encoding(sdxl):

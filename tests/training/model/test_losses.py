@@ -6,8 +6,7 @@ from diffusers import DDIMScheduler
 
 from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.training.model.lora_layers import layout_of, unpack
-from hyperrt.training.model.losses import Noising, Regulariser, row_loss
-from hyperrt.training.run.config import REDUCTIONS, REGULARISED
+from hyperrt.training.model.losses import REDUCTIONS, REGULARISED, Noising, Regulariser, row_loss
 from tests.training import full_size
 
 TIMESTEPS = torch.tensor([0, 300, 999])

@@ -9,7 +9,7 @@ import torch
 
 from hyperrt.errors import UsageError
 from hyperrt.training.data import features
-from hyperrt.training.data.cache import SceneCache
+from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.run import batches, monitors
 from hyperrt.training.run.config import TrainConfig
 
@@ -17,7 +17,7 @@ from hyperrt.training.run.config import TrainConfig
 @pytest.fixture(scope="module")
 def read(world, parts):
     """The cache, and what the frozen encoders see of it."""
-    cache = SceneCache.open(world.cache)
+    cache = PictureCache.open(world.cache)
     return cache, features.image_features(parts, cache), features.caption_table(parts, cache, "sks")
 
 
@@ -165,9 +165,9 @@ def test_another_subject_has_the_same_noun_where_there_is_one():
 
 
 def test_the_relative_change_is_that_of_the_products(parts):
+    from hyperrt.training.model.decoder_config import DecoderConfig
     from hyperrt.training.model.hypernet import WeightDecoder
     from hyperrt.training.model.lora_layers import layout_of, unpack
-    from hyperrt.training.run.config import DecoderConfig
 
     decoder = WeightDecoder(layout_of(parts.unet, 2), 4, DecoderConfig(dim=16, layers=1))
     lora = {name: torch.randn(3, decoder.layout.size(name)) for name in ("lora_q", "lora_kv")}

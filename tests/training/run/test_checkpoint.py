@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from hyperrt.training.model import weight_hash
+from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.hypernet import ResamplerDecoder, WeightDecoder
 from hyperrt.training.model.lora_layers import layout_of
 from hyperrt.training.run import checkpoint
-from hyperrt.training.run.config import DecoderConfig, TrainConfig
+from hyperrt.training.run.config import TrainConfig
 
 FEATURES = 32
 
@@ -23,7 +25,7 @@ def saved(parts, settings, tmp_path):
     config = TrainConfig(**settings)
     torch.manual_seed(0)
     decoder = WeightDecoder(layout_of(parts.unet, config.rank), FEATURES, config.decoder)
-    checkpoint.save_hypernet(tmp_path, decoder, config, 7, checkpoint.hash_of(parts.unet))
+    checkpoint.save_hypernet(tmp_path, decoder, config, 7, weight_hash.hash_of(parts.unet))
     return decoder, tmp_path
 
 
@@ -70,16 +72,16 @@ def test_weights_of_another_shape_are_refused(saved):
 
 
 def test_the_hash_tells_models_apart_and_not_copies(parts):
-    first = checkpoint.hash_of(parts.text_encoder)
-    assert first == checkpoint.hash_of(parts.text_encoder)
-    assert first != checkpoint.hash_of(parts.image_encoder)
+    first = weight_hash.hash_of(parts.text_encoder)
+    assert first == weight_hash.hash_of(parts.text_encoder)
+    assert first != weight_hash.hash_of(parts.image_encoder)
 
 
 def test_the_half_hash_does_not_depend_on_the_precision_that_a_model_was_loaded_in(parts):
     encoder = parts.text_encoder
-    found = checkpoint.hash_of(encoder, half=True)
-    assert found == checkpoint.hash_of(copy.deepcopy(encoder).half(), half=True)
-    assert found != checkpoint.hash_of(encoder)
+    found = weight_hash.hash_of(encoder, half=True)
+    assert found == weight_hash.hash_of(copy.deepcopy(encoder).half(), half=True)
+    assert found != weight_hash.hash_of(encoder)
 
 
 def test_the_hash_is_that_of_names_and_float_values():
@@ -87,7 +89,7 @@ def test_the_hash_is_that_of_names_and_float_values():
     layer = torch.nn.Linear(2, 1)
     layer.load_state_dict({"weight": torch.tensor([[1.0, -2.5]]), "bias": torch.tensor([0.125])})
     content = b"bias" + np.float32(0.125).tobytes() + b"weight" + np.float32([1.0, -2.5]).tobytes()
-    assert checkpoint.hash_of(layer) == hashlib.sha256(content).hexdigest()
+    assert weight_hash.hash_of(layer) == hashlib.sha256(content).hexdigest()
 
 
 def test_a_decoder_of_the_open_category_comes_back_with_what_training_needs(parts, settings, tmp_path):
@@ -95,7 +97,7 @@ def test_a_decoder_of_the_open_category_comes_back_with_what_training_needs(part
     shape = DecoderConfig(kind="resampler", dim=16, layers=1, head_dim=0, shared_heads=True, queries="site")
     torch.manual_seed(0)
     decoder = ResamplerDecoder(layout_of(parts.unet, config.rank), FEATURES, shape)
-    checkpoint.save_hypernet(tmp_path, decoder, config, 7, checkpoint.hash_of(parts.unet))
+    checkpoint.save_hypernet(tmp_path, decoder, config, 7, weight_hash.hash_of(parts.unet))
     found, _ = checkpoint.load_hypernet(tmp_path)
     features = torch.randn(2, 5, FEATURES, generator=torch.Generator().manual_seed(0))
     assert found.config == shape
@@ -133,7 +135,7 @@ def test_settings_that_had_other_names_have_their_present_ones(saved):
 
 def test_large_base_models_are_told_apart_at_half_precision(parts):
     unet = parts.unet
-    assert checkpoint.base_hash(unet) == checkpoint.hash_of(unet)
+    assert weight_hash.base_hash(unet) == weight_hash.hash_of(unet)
     wide = copy.deepcopy(unet)
     wide.register_to_config(cross_attention_dim=768)
-    assert checkpoint.base_hash(wide) == checkpoint.hash_of(unet, half=True)
+    assert weight_hash.base_hash(wide) == weight_hash.hash_of(unet, half=True)

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+pytest.importorskip("torch")
+
+from hyperrt.training.model.decoder_config import FULL_CLOSED, FULL_OPEN, DecoderConfig
 from hyperrt.training.run.config import (
-    FULL_CLOSED,
-    FULL_OPEN,
-    DecoderConfig,
     TrainConfig,
     differences,
     resolve,

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hyperrt.errors import IntegrityError, NumericError
-from hyperrt.training.run.loop import Descent, Schedule, first_line, fit
+from hyperrt.training.messages import first_line
+from hyperrt.training.run.loop import Descent, Schedule, fit
 
 SCHEDULE = Schedule(steps=12, lr=0.1, warmup=2, log_every=1, report_every=4)
 

@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.hypernet import WeightDecoder
 from hyperrt.training.model.lora_layers import unpack
 from hyperrt.training.model.losses import Noising, Regulariser, row_loss
 from hyperrt.training.run import monitors
-from hyperrt.training.run.config import DecoderConfig
 from hyperrt.training.run.loop import Descent, Schedule
 
 LAYOUT = LoraLayout((Site("attn.to_q", 8, 8), Site("attn.to_k", 4, 8)), rank=2)

@@ -10,8 +10,8 @@ from onnx import numpy_helper
 
 from hyperrt import engines
 from hyperrt.bundle.bundle import GRAPHS
-from hyperrt.export import graphs, onnx_graph
-from hyperrt.export.parts import Part
+from hyperrt.export import graph_specs, onnx_graph
+from hyperrt.export.parts import ModelPart
 from hyperrt.training.model import lora_layers
 
 
@@ -64,7 +64,7 @@ def test_the_estimate_of_a_graphs_size_is_close(parts, source, exported):
     skeletons = {name: part.skeleton for name, part in source.parts.items()}
     for graph in parts.values():
         size = (exported / f"{graph.name}.onnx").stat().st_size
-        numbers = graphs.numbers_of(graph, skeletons)
+        numbers = graph_specs.numbers_of(graph, skeletons)
         assert 2 * numbers <= size <= 2 * numbers + 400_000
 
 
@@ -75,8 +75,8 @@ def test_the_decoder_of_an_autoencoder_tiny_is_exported_too(source, tmp_path):
         encoder_block_out_channels=(8,) * 4, num_encoder_blocks=(0, 1, 1, 1),
         decoder_block_out_channels=(8,) * 4, num_decoder_blocks=(1, 1, 1, 0),
     ).eval().requires_grad_(False)  # fmt: skip
-    part = Part.of("vae", vae)
-    *_, graph = graphs.build(dataclasses.replace(source, parts={**source.parts, "vae": part}))
+    part = ModelPart.of("vae", vae)
+    *_, graph = graph_specs.build(dataclasses.replace(source, parts={**source.parts, "vae": part}))
     onnx_graph.write(graph, {"vae": part.skeleton}, {"vae": part.load()}, tmp_path)
     with engines.open(tmp_path / "vae_decoder.onnx") as engine:
         assert engine.outputs == graph.outputs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hyperrt.bundle.onnx_file import external_files
-from tests.hyperrt.onnx_bytes import external_graph, external_tensor, field
+from hyperrt.engines.onnx_file import external_files
+from tests.engines.onnx_bytes import external_graph, external_tensor, field
 
 TENSOR = external_tensor(b"w.data")
 CONSTANT = field(1, field(5, field(5, TENSOR)))  # of a graph: a node with an attribute that is a tensor

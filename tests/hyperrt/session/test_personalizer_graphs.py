@@ -12,11 +12,11 @@ DRAWING = {"text_encoder", "context", "denoiser", "vae_decoder"}
 def test_the_engines_of_a_subject_wait_for_the_next_until_something_is_drawn(pretend, photos):
     with Runtime.open(pretend, "fake") as runtime:
         subject = runtime.personalize(photos)
-        assert runtime._graphs.open_names == {"image_encoder", "weight_decoder"}
+        assert runtime.open_graphs == {"image_encoder", "weight_decoder"}
         runtime.generate(PROMPT, subject)
-        assert runtime._graphs.open_names == DRAWING
+        assert runtime.open_graphs == DRAWING
         again = runtime.personalize(photos)
-        assert runtime._graphs.open_names == DRAWING
+        assert runtime.open_graphs == DRAWING
     for name in ("lora_q", "lora_kv"):
         np.testing.assert_array_equal(again.lora[name], subject.lora[name])
 
@@ -37,4 +37,4 @@ def test_without_room_for_all_each_is_closed_before_the_next_is_opened(pretend, 
     monkeypatch.setattr(memory, "check", lambda *given: None)
     with Runtime.open(pretend, "fake") as runtime:
         runtime.personalize(photos)
-        assert not runtime._graphs.open_names
+        assert not runtime.open_graphs

@@ -8,7 +8,7 @@ import pytest
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.bundle.memory import tile_of
 from hyperrt.runtime import Runtime
-from hyperrt.session import tiling
+from hyperrt.session.decode import decode_tiles
 from tests.hyperrt import fake_bundle
 
 
@@ -32,25 +32,25 @@ def latents(high, wide):
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (17, 23), (40, 9), (5, 30)])
 def test_a_decoder_that_works_place_by_place_gives_what_it_gives_untiled(size):
     whole = latents(*size)
-    np.testing.assert_allclose(tiling.decode(enlarged, whole, 8), enlarged(whole), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(decode_tiles(enlarged, whole, 8), enlarged(whole), rtol=1e-5, atol=1e-6)
 
 
 def test_a_decoder_that_looks_around_differs_a_little_and_only_near_the_seams():
     whole = latents(32, 32)
-    difference = np.abs(tiling.decode(blurred, whole, 16) - blurred(whole))
+    difference = np.abs(decode_tiles(blurred, whole, 16) - blurred(whole))
     assert 0 < difference.max() < 0.2 and difference.mean() < 0.01
     assert difference[..., :20, :20].max() < 1e-6  # the first tile, up to where the second begins
 
 
 def test_every_tile_is_of_one_size_so_that_one_compiled_graph_does():
     seen = []
-    tiling.decode(lambda tile: seen.append(tile.shape) or enlarged(tile), latents(20, 33), 16)
+    decode_tiles(lambda tile: seen.append(tile.shape) or enlarged(tile), latents(20, 33), 16)
     assert set(seen) == {(1, 4, 16, 16)} and len(seen) == 6
 
 
 def test_blending_falls_linearly_to_the_edge():
     mark = iter([0.0, 1.0])
-    result = tiling.decode(lambda tile: np.full_like(tile[:, :3], next(mark)), latents(8, 14), 8)
+    result = decode_tiles(lambda tile: np.full_like(tile[:, :3], next(mark)), latents(8, 14), 8)
     row = result[0, 0, 0]
     assert (np.diff(row) >= 0).all() and row[0] == 0 and row[-1] == 1
     np.testing.assert_allclose(row[6:8], [0.25, 0.75])

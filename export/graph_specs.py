@@ -29,7 +29,7 @@ Modules = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
+class GraphSpec:
     """One graph: a module whose `forward` takes `inputs` by name and returns `outputs` in order.
 
     parts: names of those it is made from.
@@ -71,7 +71,7 @@ class ImagePromptShape:
     width: int = 0
 
 
-def build(source: Source, adapt: str = "inputs") -> tuple[Graph, ...]:
+def build(source: Source, adapt: str = "inputs") -> tuple[GraphSpec, ...]:
     """The graphs in the order in which a picture needs them.
 
     adapt: how the LoRA enters the denoiser, "inputs" or "refit".
@@ -103,7 +103,7 @@ HELD = {
 }
 
 
-def numbers_of(graph: Graph, skeletons: Modules) -> int:
+def numbers_of(graph: GraphSpec, skeletons: Modules) -> int:
     """About how many weights the graph holds: K and V projections are in `context` and not in `denoiser`."""
     with FAKE:
         names = graph.make(skeletons).named_parameters()
@@ -111,7 +111,7 @@ def numbers_of(graph: Graph, skeletons: Modules) -> int:
     return sum(parameter.numel() for name, parameter in names if held.search(name))
 
 
-def _photo_graphs(source: Source, image: ImagePromptShape) -> tuple[Graph, ...]:
+def _photo_graphs(source: Source, image: ImagePromptShape) -> tuple[GraphSpec, ...]:
     vision = source.config("image_encoder")
     patches = (vision.image_size // vision.patch_size) ** 2
     features = _f32("features", "photos", patches + 1, vision.hidden_size)
@@ -129,12 +129,12 @@ def _photo_graphs(source: Source, image: ImagePromptShape) -> tuple[Graph, ...]:
     return (*graphs, _graph("image_prompt", modules.ImageTokens, parts, (features,), tokens))
 
 
-def _text_graph(source: Source) -> Graph:
+def _text_graph(source: Source) -> GraphSpec:
     ids = ("prompts", source.max_tokens)
     names = [name for name in ("text_encoder", "text_encoder_2") if name in source.parts]
     inputs = tuple(TensorSpec(f"input_ids{name[12:]}", ids, "int64") for name in names)
     outputs = [_f32("hidden_states", *ids, source.text_width)]
-    module: type[modules.GraphModule] = modules.TextEncoder
+    module: type[modules.GraphModule] = modules.OneTextEncoder
     if source.is_sdxl:
         module = modules.TwoTextEncoders
         outputs.append(_f32("pooled", "prompts", source.config("text_encoder_2").projection_dim))
@@ -142,7 +142,7 @@ def _text_graph(source: Source) -> Graph:
     return _graph("text_encoder", module, tuple(names), inputs, tuple(outputs), integers=vocabulary)
 
 
-def _context_graph(source: Source, image: ImagePromptShape) -> Graph:
+def _context_graph(source: Source, image: ImagePromptShape) -> GraphSpec:
     inputs = [_f32("hidden_states", "rows", source.max_tokens, source.text_width)]
     outputs = [_context_spec(source, image)]
     if source.is_sdxl:
@@ -158,7 +158,7 @@ def _context_graph(source: Source, image: ImagePromptShape) -> Graph:
     return _graph("context", cls, tuple(parts), tuple(inputs), tuple(outputs), layout=source.layout)
 
 
-def _denoiser_graph(source: Source, image: ImagePromptShape) -> Graph:
+def _denoiser_graph(source: Source, image: ImagePromptShape) -> GraphSpec:
     latent = ("images", source.config("unet").in_channels, source.latent_size, source.latent_size)
     inputs = [
         *(_f32(name, *latent) for name in ("latents", "previous", "noise")),
@@ -170,12 +170,12 @@ def _denoiser_graph(source: Source, image: ImagePromptShape) -> Graph:
         inputs.append(_added_spec(source))
     outputs = (_f32("next_latents", *latent), _f32("denoised", *latent))
     return _graph(
-        "denoiser", modules.Denoiser, ("unet",), tuple(inputs), outputs,
+        "denoiser", modules.DenoisingStep, ("unet",), tuple(inputs), outputs,
         layout=source.layout, image_tokens=image.tokens,
     )  # fmt: skip
 
 
-def _vae_graph(source: Source) -> Graph:
+def _vae_graph(source: Source) -> GraphSpec:
     channels = source.config("unet").in_channels
     if isinstance(source.parts["vae"].skeleton, AutoencoderTiny):  # small: never decoded in tiles
         latent, pixels = (source.latent_size,) * 2, (source.image_size,) * 2
@@ -203,7 +203,7 @@ def _graph(
     outputs: tuple[TensorSpec, ...],
     integers: int = 0,
     **options: object,
-) -> Graph:
+) -> GraphSpec:
     """A graph whose module is `cls` of the modules of `parts`, in their order."""
 
     def hold(loaded: Modules) -> modules.GraphModule:
@@ -214,7 +214,7 @@ def _graph(
             _use_operators(part, loaded[part])
         return hold(loaded)
 
-    return Graph(name, parts, make, hold, inputs, outputs, integers)
+    return GraphSpec(name, parts, make, hold, inputs, outputs, integers)
 
 
 def _use_operators(part: str, module: nn.Module) -> None:

@@ -1,0 +1,26 @@
+"""Small bundles of each family for bench/same_latents.py, from the models of the tests; needs PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from hyperrt.export import assemble, export_bundle, families
+from hyperrt.export.source import Inputs
+from tests.export import small_models
+
+FORMS = {"sd15": ("inputs", "refit"), "sdxl": ("inputs", "refit")}
+
+
+def main() -> None:
+    """Export each family in each form to FOLDER/FAMILY-FORM; the folder is the only argument."""
+    folder = Path(sys.argv[1])
+    for family, forms in FORMS.items():
+        source = small_models.source(family, folder / f"{family}-tokenizer")
+        random = dataclasses.replace(families.get(family), random=lambda seed, source=source: source)
+        families.FAMILIES[family] = random
+        for adapt in forms:
+            print("exporting", family, adapt, file=sys.stderr, flush=True)
+            options = assemble.Options(verify="none", adapt=adapt)
+            export_bundle(family, Inputs(random_weights=0), folder / f"{family}-{adapt}", options)
