@@ -10,13 +10,14 @@ The names below are imported on first use, so that `hyperrt --help` need not wai
 
 from __future__ import annotations
 
-import importlib
 import os.path
-from typing import TYPE_CHECKING, Any
 
 from hyperrt.version import VERSION
 
+TYPE_CHECKING = False  # not from `typing`: until the command handles Ctrl-C, every import counts
 if TYPE_CHECKING:
+    from typing import Any
+
     from hyperrt.bundle.bundle import Bundle
     from hyperrt.errors import HyperRTError
     from hyperrt.lora.subject import Subject
@@ -56,6 +57,8 @@ _DEFINED_IN = {
 def __getattr__(name: str) -> Any:
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'hyperrt' has no attribute {name!r}")
+    import importlib
+
     module = importlib.import_module(f"hyperrt.{_DEFINED_IN[name]}")
     value = getattr(module, name, module)  # `recipe` is a module itself
     globals()[name] = value

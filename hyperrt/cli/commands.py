@@ -265,16 +265,10 @@ def doctor(output: Output, bundle: str, backend: str) -> None:
       hyperrt doctor
       hyperrt doctor --bundle my-bundle --json
     """
-    from hyperrt.cli import doctor as checks
+    from hyperrt.cli.checks import report
+    from hyperrt.cli.doctor import run
 
-    found = []
-    for check in checks.run(bundle, backend):
-        found.append(check)
-        output.event("check", **check.to_json())
-        if not output.json:
-            output.result(check.text())
-    checks.raise_first(found)
-    output.event("result", ok=True, warnings=sum(check.status == "warn" for check in found))
+    report(run(bundle, backend), output)
 
 
 hyperrt.add_command(export)

@@ -12,47 +12,17 @@ import importlib.util
 import platform
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hyperrt import engines
+from hyperrt.cli.checks import Check, guarded
 from hyperrt.engines import telemetry
 from hyperrt.engines.backends import DEFAULT
 from hyperrt.engines.nvidia import driver as nvidia
-from hyperrt.errors import HyperRTError, Incompatible, IntegrityError
+from hyperrt.errors import Incompatible, IntegrityError
 from hyperrt.version import VERSION
-
-MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one check found.
-
-    Attributes:
-        name: what was checked.
-        status: "ok", "warn" (works, but look at it) or "fail".
-        detail: what was found, one line.
-        do: the next step, where there is one.
-        code: the exit code that a failure stands for.
-    """
-
-    name: str
-    status: str
-    detail: str
-    do: str = ""
-    code: int = 0
-
-    def text(self) -> str:
-        """One line, and a second one with what to do."""
-        line = f"{MARKS[self.status]}  {self.name}: {self.detail}"
-        return f"{line}\n      do: {self.do}" if self.do and self.status != "ok" else line
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
 
 
 def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
@@ -69,44 +39,17 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
     yield Check(
         "hyperrt", "ok", f"{VERSION}, Python {platform.python_version()}, {platform.platform(terse=True)}"
     )
-    yield _guarded("dependencies", _dependencies)
-    yield _guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))
+    yield guarded("dependencies", _dependencies)
+    yield guarded("NVIDIA GPU", functools.partial(_gpu, wanted=engines.BACKENDS[backend].nvidia))
     for name, about in engines.BACKENDS.items():
         if not about.for_tests:
-            yield _guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
-    yield _guarded("one ONNX Runtime", _one_onnxruntime)
-    yield _guarded("telemetry", _telemetry)
-    hashes = _guarded(f"bundle {bundle}", functools.partial(_bundle, bundle))
+            yield guarded(f"backend {name}", functools.partial(_backend, name, wanted=name == backend))
+    yield guarded("one ONNX Runtime", _one_onnxruntime)
+    yield guarded("telemetry", _telemetry)
+    hashes = guarded(f"bundle {bundle}", functools.partial(_bundle, bundle))
     yield hashes
     if hashes.status != "fail":
-        yield _guarded("test run", functools.partial(_test_run, bundle, asked))
-
-
-def raise_first(checks: Iterable[Check]) -> None:
-    """Raise if a check failed.
-
-    Raises:
-        HyperRTError: with the exit code of the first failure.
-    """
-    failed = [check for check in checks if check.status == "fail"]
-    if failed:
-        raise _Failed(failed)
-
-
-class _Failed(HyperRTError):
-    def __init__(self, failed: list[Check]) -> None:
-        first = failed[0]
-        count = "a check" if len(failed) == 1 else f"{len(failed)} checks"
-        super().__init__(f"{count} failed", f"{first.name}: {first.detail}", first.do)
-        self.code = first.code  # type: ignore[misc]
-
-
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    """The check's result; what it raises is a failure."""
-    try:
-        return check()
-    except HyperRTError as error:
-        return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
+        yield guarded("test run", functools.partial(_test_run, bundle, asked))
 
 
 def _dependencies() -> Check:

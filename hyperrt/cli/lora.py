@@ -149,14 +149,7 @@ def verify(output: Output, file: str, bundle: str | None, partial: bool) -> None
       hyperrt lora verify mug.safetensors --bundle tiny
       hyperrt lora verify other.safetensors --json
     """
-    from hyperrt.cli.doctor import raise_first
+    from hyperrt.cli.checks import report
     from hyperrt.cli.lora_report import checks
 
-    found = []
-    for check in checks(file, bundle, partial):
-        found.append(check)
-        output.event("check", **check.to_json())
-        if not output.json:
-            output.result(check.text())
-    raise_first(found)
-    output.event("result", ok=True, warnings=sum(check.status == "warn" for check in found))
+    report(checks(file, bundle, partial), output)

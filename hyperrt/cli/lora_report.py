@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hyperrt.bundle.bundle import Bundle
-from hyperrt.cli.doctor import Check
-from hyperrt.errors import HyperRTError, LoraError
+from hyperrt.cli.checks import Check, guarded
+from hyperrt.errors import LoraError
 from hyperrt.lora import metadata, reader, writer
 from hyperrt.lora.reader import IMAGE_TOKENS, Factors, LoraFile, counted
 from hyperrt.lora.safetensors_file import REMAKE
@@ -72,21 +72,14 @@ def checks(path: str | os.PathLike[str], bundle: str | None, partial: bool = Fal
     file = reader.open_lora(path, [site.path for site in layout.sites] if layout else ())
     yield Check("file", "ok", f"{file.name}: {file.format}, {len(file.entries)} tensors")
     alone = [
-        _guarded("tensors", lambda: _tensors(file, partial)),
-        _guarded("numbers", lambda: _numbers(file)),
-        _guarded("origin", lambda: _origin(file)),
+        guarded("tensors", lambda: _tensors(file, partial)),
+        guarded("numbers", lambda: _numbers(file)),
+        guarded("origin", lambda: _origin(file)),
         *(Check("configuration", "warn", note) for note in file.notes),
     ]
     yield from alone
     if opened and not any(check.status == "fail" for check in alone):  # it would fail for the same reason
-        yield _guarded(f"bundle {bundle}", lambda: _fits(file, opened, partial))
-
-
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    try:
-        return check()
-    except HyperRTError as error:
-        return Check(name, "fail", f"{error.what}; {error.why}".rstrip("; "), error.do, error.code)
+        yield guarded(f"bundle {bundle}", lambda: _fits(file, opened, partial))
 
 
 def _tensors(file: LoraFile, partial: bool) -> Check:

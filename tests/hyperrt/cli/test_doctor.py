@@ -9,7 +9,6 @@ import pytest
 
 from hyperrt.cli import doctor
 from hyperrt.engines.backends import BACKENDS
-from hyperrt.errors import HyperRTError
 from tests.hyperrt import fake_bundle
 from tests.hyperrt.command_line import events, is_three_lines
 
@@ -103,14 +102,6 @@ def test_a_base_model_that_does_not_come_back_is_found(pretend):
     fake_bundle.register(denoiser=drifting)
     check = checks(pretend)["test run"]
     assert (check.status, check.code) == ("fail", 8) and "does not come back" in check.detail
-
-
-def test_several_failures_are_counted_and_the_first_gives_the_code():
-    failed = [doctor.Check(name, "fail", "oh", "do it", code) for name, code in (("a", 4), ("b", 8))]
-    with pytest.raises(HyperRTError, match="2 checks failed") as caught:
-        doctor.raise_first([doctor.Check("c", "warn", "hm"), *failed])
-    assert (caught.value.code, caught.value.why) == (4, "a: oh")
-    doctor.raise_first([doctor.Check("c", "warn", "hm")])
 
 
 def test_nothing_of_the_environment_is_shown(run, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from hyperrt import engines
 from hyperrt.cli import doctor
+from hyperrt.cli.checks import raise_first
 from hyperrt.engines.nvidia import driver as nvidia
 from tests.engines import fake_cuda
 from tests.engines.fake_cuda import H100, OLD, SLICE
@@ -120,7 +121,7 @@ def test_a_gpu_that_is_missing_fails_with_7_only_where_it_is_wanted(
     wanted = checks("tensorrt-rtx")
     failed(wanted["NVIDIA GPU"], 7, *parts)
     with pytest.raises(Exception, match="NVIDIA GPU: ") as caught:
-        doctor.raise_first(wanted.values())
+        raise_first(wanted.values())
     assert caught.value.code == 7
 
 

@@ -156,6 +156,23 @@ def test_a_home_that_is_not_there_is_not_needed(pretend, monkeypatch, home):
     assert (process.returncode, out) == (0, "a-robot-0.png\n"), err
 
 
+def test_almost_nothing_is_imported_before_the_signal_handlers_are_installed():
+    """Ctrl-C prints a traceback during Python's own start and during these imports."""
+    code = "import os, signal, sys; before = set(sys.modules); import hyperrt.cli.main; "
+    code += "print(*sorted(set(sys.modules) - before))"
+    command = [sys.executable, "-S", "-c", code]  # without `site`, which may load anything
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["__future__", "hyperrt", "hyperrt.cli", "hyperrt.cli.main"]
+
+
+def test_an_interrupt_inside_exec_leaves_the_exit_code_alone():
+    """CPython kills itself with SIGINT after a plain KeyboardInterrupt has left an `exec`, caught or not."""
+    code = "import os, signal, sys; from hyperrt.cli import main as cli\n"
+    code += "def run(arguments): exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
+    code += "cli.run = run; sys.exit(cli.main())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 130
+
+
 def test_help_loads_neither_numpy_nor_anything_slow():
     slow = {"numpy", "PIL", "rich", "tokenizers", "safetensors", "onnxruntime", "asyncio", "hyperrt.runtime"}
     code = "import sys; from hyperrt.cli import main as cli; cli.run(['--help']); "
@@ -184,4 +201,4 @@ def test_a_current_folder_that_was_removed_is_said(tmp_path):
     result = subprocess.run(
         command, cwd=tmp_path / "gone", env=env, capture_output=True, text=True, check=False
     )
-    assert result.returncode == 2 and "the current folder is not there any more" in result.stderr
+    assert result.returncode == 2 and "the current folder does not exist any more" in result.stderr
