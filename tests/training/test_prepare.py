@@ -322,9 +322,10 @@ def test_options_that_make_no_sense_are_refused(layout, settings, said, config):
         prepare.prepare(config(layout, **settings))
 
 
-def test_the_command_makes_a_cache_and_says_what_is_wrong(world, tmp_path):
+@pytest.mark.parametrize("base", ["base", "model"])  # its name, and the former one
+def test_the_command_makes_a_cache_and_prints_what_is_wrong(base, world, tmp_path):
     source = data_sets.celeba(tmp_path / "faces")
-    options = {"layout": "celeba", "source": source, "base": world.base, "output": tmp_path / "cache"}
+    options = {"layout": "celeba", "source": source, base: world.base, "output": tmp_path / "cache"}
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     result = CliRunner().invoke(prepare.main, [*arguments, "--size", "32", "--limit", "2"])
     assert result.exit_code == 0, result.output
@@ -332,3 +333,4 @@ def test_the_command_makes_a_cache_and_says_what_is_wrong(world, tmp_path):
     result = CliRunner().invoke(prepare.main, [*arguments, "--limit", "3"])
     assert result.exit_code == UsageError.code
     assert "add --force" in result.output
+    assert "--model" not in CliRunner().invoke(prepare.main, ["--help"]).output
