@@ -82,7 +82,7 @@ def sdxl(tmp_path_factory) -> SimpleNamespace:
     small_models.save(model, small_models.SDXL)
     source = data_sets.webdataset(folder / "set")
     config = prepare.PrepareConfig(
-        layout="webdataset", source=source, model=model, output=folder / "cache", device="cpu"
+        layout="webdataset", source=source, base=model, output=folder / "cache", device="cpu"
     )
     cache, parts = prepare.prepare(config), base.load(model)
     table = features.caption_table(parts, cache, "sks")

@@ -1,4 +1,4 @@
-"""Whole evaluations with the default bundle at one step, three prompts, and small scorers."""
+"""Whole evaluations with the default bundle, one step, three prompts and small scorers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def few_prompts():
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory) -> Path:
-    """`can` (a drawn mug, three photos and a broken one), `dog` (a drawn bird, one photo), `vase` (none)."""
+    """`can` (a drawn mug, three photos and a broken one), `dog` (a drawn bird, one photo), `vase` (empty)."""
     folder = tmp_path_factory.mktemp("subjects")
     for name, noun, count in (("can", "mug", 3), ("dog", "bird", 1), ("vase", "fish", 0)):
         (folder / name).mkdir()
@@ -81,7 +82,7 @@ def options(subjects, networks) -> list[object]:
 
 @pytest.fixture(scope="module")
 def out(options, tmp_path_factory) -> Path:
-    """A finished evaluation, two pictures of each prompt."""
+    """The output of a finished evaluation with two pictures of each prompt."""
     folder = tmp_path_factory.mktemp("out") / "here"
     code, output = ended("tiny", *options, "--pictures", 2, "--output", folder)
     assert code == 0, output
@@ -89,32 +90,32 @@ def out(options, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_figures_are_those_of_a_plain_loop_over_the_files(out, subjects, networks):
+def test_the_scores_equal_those_of_a_plain_loop_over_the_files(out, subjects, networks):
     report = report_of(out)
     clip, dino = ClipScorer(str(networks.clip), CPU), DinoScorer(str(networks.dino), CPU)
-    of_subjects = {"clip_i": [], "clip_t": [], "dino": []}
+    means = {"clip_i": [], "clip_t": [], "dino": []}
     for name, noun in (("can", "can"), ("dog", "dog")):
         photos = load.load_folder(subjects / name).images
-        made = {path: load.load_image(path) for path in sorted((out / "pictures" / name).iterdir())}
-        assert len(made) == 2 * NUMBER
-        scores = {key: [] for key in of_subjects}
-        for path, picture in made.items():
+        pictures = {path: load.load_image(path) for path in sorted((out / "pictures" / name).iterdir())}
+        assert len(pictures) == 2 * NUMBER
+        scores = {key: [] for key in means}
+        for path, picture in pictures.items():
             for key, scorer in (("clip_i", clip), ("dino", dino)):
-                mine = scorer.features([picture])[0]
-                scores[key].append(np.mean([mine @ scorer.features([photo])[0] for photo in photos]))
+                feature = scorer.features([picture])[0]
+                scores[key].append(np.mean([feature @ scorer.features([photo])[0] for photo in photos]))
             place = ("in the jungle", "in the snow", "on the beach")[int(path.name[:2])]
             text = clip.text_features([f"a {noun} {place}"])[0]
             scores["clip_t"].append(clip.features([picture])[0] @ text)
         for key, values in scores.items():
-            of_subjects[key].append(np.mean(values))
-    for key, values in of_subjects.items():
+            means[key].append(np.mean(values))
+    for key, values in means.items():
         assert report["figures"][key]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
         assert report["figures"][key]["subjects"] == 2
-    average = np.mean([report["figures"][key]["mean"] for key in of_subjects])
+    average = np.mean([report["figures"][key]["mean"] for key in means])
     assert report["figures"]["avg"]["mean"] == pytest.approx(average)
 
 
-def test_the_report_says_what_was_done_and_what_was_not(out):
+def test_the_report_lists_settings_and_what_is_missing(out):
     report = report_of(out)
     assert report["absent"] == {} and set(report["scorers"]) == {"clip", "dino"}
     settings = report["settings"]
@@ -122,45 +123,49 @@ def test_the_report_says_what_was_done_and_what_was_not(out):
     assert settings["setting"].startswith("custom")
     assert [name.partition(":")[0] for name in settings["settings_known"]] == ["official", "fast"]
     assert not report["comparable"]
-    assert any("2 subjects of the 30" in doubt for doubt in report["not_comparable_because"])
-    assert any("clip is not a network of the size" in doubt for doubt in report["not_comparable_because"])
-    assert any("1 steps, not 30" in doubt for doubt in report["not_comparable_because"])
+    assert any("2 subjects of the 30" in reason for reason in report["not_comparable_because"])
+    assert any("clip is not a network of the size" in reason for reason in report["not_comparable_because"])
+    assert any("1 steps, not 30" in reason for reason in report["not_comparable_because"])
     assert len(report["missing_subjects"]) == 27
     assert [name for name, _ in report["left_out"]] == ["thing"]
-    rows = {row["name"]: row for row in report["subjects"]}
-    assert [name for name, _ in rows["can"]["left_out"]] == ["3.png"]
-    assert "holds no photos" in rows["vase"]["reason"] and not rows["vase"]["scores"]
-    assert [(one["number"], one["image"], one["seed"]) for one in rows["dog"]["pictures"]] == [
+    results = {result["name"]: result for result in report["subjects"]}
+    assert [name for name, _ in results["can"]["left_out"]] == ["3.png"]
+    assert "holds no photos" in results["vase"]["reason"] and not results["vase"]["scores"]
+    assert [(item["number"], item["image"], item["seed"]) for item in results["dog"]["pictures"]] == [
         (number, k, 42 + k) for number in range(NUMBER) for k in range(2)
     ]
     assert report["bundle"]["family"] == "tiny" and report["commit"]
-    assert [one["pictures"] for one in report["prompts"]] == [4] * NUMBER
+    assert [prompt["pictures"] for prompt in report["prompts"]] == [4] * NUMBER
     cfg, hm_cfg = report["paper"]["tables"]
     assert cfg["rows"][-1][2:] == [0.739, 0.846, 0.293, 0.626]
     assert cfg["doubt"].endswith("HM-CFG at w + 1 = 3.5, κ = 1, and the table with CFG at w + 1 = 5")
     assert hm_cfg["doubt"] == ""
 
 
-def test_of_a_protocol_without_a_folder_the_one_that_has_no_pictures_is_that_of_the_output(tmp_path):
+def test_the_error_names_the_output_if_the_protocol_has_no_folder(tmp_path):
     config = evaluate.EvaluateConfig(protocol="drawn", output=tmp_path / "out", bundle="tiny")
     with pytest.raises(BadInput, match=r"nothing in .*out can be scored"):
         evaluate._check_any_scored(config, [SubjectResult("robot", "robot", "drawn-v1", reason="flat")])
 
 
-def test_real_photos_are_the_calibration_beside_the_published_figures(out, subjects, networks):
-    found = report_of(out)["calibration"]
-    assert (found["dino"]["published"], found["clip_i"]["published"]) == (0.774, 0.885)
+def test_real_photos_are_compared_with_the_published_scores(out, subjects, networks):
+    calibration = report_of(out)["calibration"]
+    assert (calibration["dino"]["published"], calibration["clip_i"]["published"]) == (0.774, 0.885)
     for key, scorer in (
         ("dino", DinoScorer(str(networks.dino), CPU)),
         ("clip_i", ClipScorer(str(networks.clip), CPU)),
     ):
         features = scorer.features(load.load_folder(subjects / "can").images)
         pairs = [features[i] @ features[j] for i in range(3) for j in range(3) if i != j]
-        assert found[key]["leave_self_out"] == pytest.approx(np.mean(pairs), abs=1e-6)  # dog has one photo
+        assert calibration[key]["leave_self_out"] == pytest.approx(
+            np.mean(pairs), abs=1e-6
+        )  # dog has one photo
         everything = (np.mean(features @ features.T) + 1) / 2
-        assert found[key]["with_self"] == pytest.approx(everything, abs=1e-6)
-        assert found[key]["difference"] == pytest.approx(np.mean(pairs) - found[key]["published"], abs=1e-6)
-        assert found[key]["agrees"] is None and "not all 30" in found[key]["note"]
+        assert calibration[key]["with_self"] == pytest.approx(everything, abs=1e-6)
+        assert calibration[key]["difference"] == pytest.approx(
+            np.mean(pairs) - calibration[key]["published"], abs=1e-6
+        )
+        assert calibration[key]["agrees"] is None and "not all 30" in calibration[key]["note"]
 
 
 def test_real_photos_can_be_scored_without_pictures(out, options, tmp_path):
@@ -171,32 +176,32 @@ def test_real_photos_can_be_scored_without_pictures(out, options, tmp_path):
     assert (report["figures"], report["pictures"], report["missing_pictures"]) == ({}, 0, 0)
 
 
-def test_the_page_shows_every_picture_and_photo_by_a_link_that_leads_to_it(out):
+def test_every_link_of_the_page_leads_to_a_file(out):
     page = (out / "index.html").read_text()
-    links = set(evaluate_links(page))
+    links = set(links_of(page))
     assert len(links) == 2 * 2 * NUMBER + 4 + 1  # pictures, photos, the plot
     assert all((out / link).is_file() for link in links)
     assert "PatchDPO" in page and page.count("<td>This run</td>") == 1
     assert "This run has no row here: it was drawn with HM-CFG at w + 1 = 3.5" in page
 
 
-def evaluate_links(page: str) -> list[str]:
+def links_of(page: str) -> list[str]:
     return [part.partition('"')[0] for part in page.split('src="')[1:]]
 
 
-def test_pictures_that_are_there_get_the_same_scores_and_nothing_is_drawn(out, options, tmp_path):
-    found = ["--score", out / "pictures", "--pictures", 2]
-    code, output = ended(*options, *found, "--output", tmp_path / "again")
+def test_existing_pictures_get_the_same_scores_and_nothing_is_drawn(out, options, tmp_path):
+    pictures = ["--score", out / "pictures", "--pictures", 2]
+    code, output = ended(*options, *pictures, "--output", tmp_path / "again")
     assert code == 0, output
     report = report_of(tmp_path / "again")
     assert report["figures"] == report_of(out)["figures"]
     assert report["bundle"] is None
     assert not (tmp_path / "again" / "pictures").exists()
-    links = evaluate_links((tmp_path / "again" / "index.html").read_text())
+    links = links_of((tmp_path / "again" / "index.html").read_text())
     assert all((tmp_path / "again" / link).is_file() for link in links)
 
 
-def test_a_second_run_asks_for_resume_and_then_draws_nothing(out, options):
+def test_a_second_run_needs_resume_and_then_draws_nothing(out, options):
     before = report_of(out)
     code, output = ended("tiny", *options, "--pictures", 2, "--output", out)
     assert code == 2 and "--resume" in output
@@ -204,10 +209,10 @@ def test_a_second_run_asks_for_resume_and_then_draws_nothing(out, options):
     assert code == 0, output
     after = report_of(out)
     assert after["figures"] == before["figures"]
-    assert [row["kept"] for row in after["subjects"]] == [2 * NUMBER, 2 * NUMBER, 0]
+    assert [result["kept"] for result in after["subjects"]] == [2 * NUMBER, 2 * NUMBER, 0]
 
 
-def test_a_scorer_without_weights_is_absent_and_never_zero(options, tmp_path):
+def test_a_scorer_without_weights_is_unavailable_and_never_zero(options, tmp_path):
     without = [option for option in options if "dino" not in str(option) and "clip" not in str(option)]
     face = ["--protocol", "faces", "--scorers", "clip,dino,face", "--face", "--limit", 1, "--fast"]
     code, output = ended(
@@ -219,16 +224,16 @@ def test_a_scorer_without_weights_is_absent_and_never_zero(options, tmp_path):
     assert "no weights were given" in report["absent"]["clip"]
     assert "hub" in report["absent"]["dino"]
     assert report["figures"] == {} and report["pictures"] == NUMBER
-    assert any("hyperrt-faces-v1" in doubt for doubt in report["not_comparable_because"])
+    assert any("hyperrt-faces-v1" in reason for reason in report["not_comparable_because"])
     assert "Nothing was scored" in (tmp_path / "index.html").read_text()
 
 
-def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch):
+def test_drawn_subjects_have_their_own_scorers(tmp_path, monkeypatch):
     monkeypatch.setattr(identity_encoder, "SCHEDULE", dataclasses.replace(identity_encoder.SCHEDULE, steps=2))
     monkeypatch.setattr(identity_encoder, "SUBJECTS", 24)
     monkeypatch.setattr(contrastive, "VALIDATION", 8)
     monkeypatch.setattr(drawn, "PHOTO_SIZE", 64)
-    always = [
+    common = [
         "--protocol",
         "drawn",
         "--fast",
@@ -238,7 +243,7 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
         "--encoders",
         tmp_path / "encoders",
     ]
-    code, output = ended("tiny", *always, "--limit", 2, "--output", tmp_path / "out", "--batch-size", 12)
+    code, output = ended("tiny", *common, "--limit", 2, "--output", tmp_path / "out", "--batch-size", 12)
     assert code == 0, output
     report = report_of(tmp_path / "out")
     assert set(report["figures"]) == {"identity", "identity_similarity", "identity_hist", "background"}
@@ -247,13 +252,13 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
     )
     assert report["real"]["identity_hist"]["mean"] == 1
     assert report["pictures"] == 2 * len(scenes.BACKGROUNDS)
-    row = report["subjects"][0]
-    white = [one for one in row["pictures"] if one["scores"]["identity_hist"] is not None]
+    pictures = report["subjects"][0]["pictures"]
+    white = [picture for picture in pictures if picture["scores"]["identity_hist"] is not None]
     assert len(white) == 1
 
 
 @pytest.mark.parametrize(
-    ("wrong", "code", "said"),
+    ("wrong", "code", "message"),
     [
         (["tiny", "--protocol", "imagenet"], 2, "no protocol 'imagenet'"),
         (["tiny", "--scorers", "clip,taste"], 2, "no scorer 'taste'"),
@@ -273,14 +278,47 @@ def test_drawn_subjects_are_judged_by_judges_of_their_own(tmp_path, monkeypatch)
         (["--score", "nowhere"], 3, "can be scored"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_three_lines(options, tmp_path, wrong, code, said, monkeypatch):
+def test_an_impossible_evaluation_ends_with_a_message_and_a_code(
+    options, tmp_path, wrong, code, message, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    found, output = ended(*options, *wrong, "--output", tmp_path / "out")
-    assert (found, said in output) == (code, True), output
+    actual, output = ended(*options, *wrong, "--output", tmp_path / "out")
+    assert (actual, message in output) == (code, True), output
     assert "Traceback" not in output
 
 
-def test_a_folder_that_is_no_bundle_is_refused(options, subjects, tmp_path):
+class Started(Exception):
+    """Carries the settings of an evaluation that was about to start."""
+
+
+@pytest.mark.parametrize(
+    ("former", "current"),
+    [
+        (["tiny", "--images-per-prompt", 3], ["tiny", "-n", 3]),
+        (["tiny", "--guidance", 2.5], ["tiny", "--guidance-scale", 2.5]),
+        (["tiny", "--batch", 7], ["tiny", "--batch-size", 7]),
+        (["tiny", "--judges", "folder"], ["tiny", "--encoders", "folder"]),
+        (["--pictures", "."], ["--score", "."]),
+    ],
+)
+def test_former_options_mean_the_same_and_are_not_in_the_help(monkeypatch, former, current):
+    def start(config):
+        raise Started(config)
+
+    monkeypatch.setattr(evaluate, "run", start)
+    configs = []
+    for options in (former, current):
+        with pytest.raises(Started) as started:
+            ended("--protocol", "drawn", "--output", "out", *options)
+        configs.append(started.value.args[0])
+    assert configs[0] == configs[1]
+    assert configs[0] != evaluate.EvaluateConfig(protocol="drawn", output=Path("out"), bundle="tiny")
+    code, text = ended("--help")
+    assert code == 0
+    assert not re.search(r"--(images-per-prompt|guidance|batch|judges)\s", text)
+
+
+def test_a_folder_that_is_not_a_bundle_is_refused(options, subjects, tmp_path):
     code, output = ended(subjects, *options, "--output", tmp_path / "out")
     assert code in (4, 8) and "Traceback" not in output
 
@@ -308,13 +346,13 @@ def test_a_signal_leaves_the_pictures_for_the_next_run(options, tmp_path, monkey
 
 
 def test_a_subject_that_comes_from_two_processes_counts_once(out, options, tmp_path, monkeypatch):
-    """Of fewer subjects than processes, accelerate gives the last one to all that would have none."""
+    """With fewer subjects than processes, accelerate gives the last one to every idle process."""
     monkeypatch.setattr(evaluate, "gather_object", lambda rows: rows + rows)
-    found = ["--score", out / "pictures", "--pictures", 2, "--only", "can"]
-    code, output = ended(*options, *found, "--output", tmp_path)
+    pictures = ["--score", out / "pictures", "--pictures", 2, "--only", "can"]
+    code, output = ended(*options, *pictures, "--output", tmp_path)
     assert code == 0, output
     report = report_of(tmp_path)
-    assert [row["name"] for row in report["subjects"]] == ["can"]
+    assert [result["name"] for result in report["subjects"]] == ["can"]
     assert report["figures"]["dino"]["subjects"] == 1
 
 
@@ -326,13 +364,13 @@ def test_each_process_of_a_machine_draws_on_its_own_gpu(subjects, tmp_path, monk
     monkeypatch.setattr("hyperrt.engines.backends._suits_cuda", lambda: False)
     monkeypatch.setattr(evaluate.Runtime, "open", opened)
     monkeypatch.setattr(PartialState(cpu=True), "local_process_index", 3)
-    asked = ["tiny", "--protocol", "dreambench", "--subjects", subjects, "--cpu", "--scorers", "face"]
-    code, output = ended(*asked, "--backend", backend, "--output", tmp_path)
+    options = ["tiny", "--protocol", "dreambench", "--subjects", subjects, "--cpu", "--scorers", "face"]
+    code, output = ended(*options, "--backend", backend, "--output", tmp_path)
     assert code == 4 and f"{backend} on the device {device}" in output
 
 
 def are_close(one, other):
-    """Equal, but for the last bits of numbers, which depend on where a tensor lies in memory."""
+    """Whether values are equal up to the last bits, which depend on the alignment of tensors in memory."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(are_close(value, other[key]) for key, value in one.items())
     if isinstance(one, list):
@@ -341,7 +379,7 @@ def are_close(one, other):
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_as_one(out, options, tmp_path):
+def test_two_processes_give_the_same_scores_as_one(out, options, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -349,7 +387,7 @@ def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     command += ["--pictures", 2, "--output", tmp_path / "two"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     shared |= {"PYTHONPATH": ROOT, "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
-    shared |= {"OMP_NUM_THREADS": 1}  # as in this process: sums in another order have other last bits
+    shared |= {"OMP_NUM_THREADS": 1}  # as in this process: the order of sums changes the last bits
     processes = [
         subprocess.Popen(
             list(map(str, command)),
@@ -364,15 +402,15 @@ def test_two_processes_find_the_same_as_one(out, options, tmp_path):
     logs = [process.communicate(timeout=900)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], logs
     evaluated = [{name for name in ("can", "dog", "vase") if f"{name}: " in log} for log in logs]
-    assert evaluated == [{"can", "dog"}, {"vase"}]  # each its part
+    assert evaluated == [{"can", "dog"}, {"vase"}]  # each its share
     one, two = report_of(out), report_of(tmp_path / "two")
     for key in ("figures", "real", "calibration", "prompts"):
         assert are_close(two[key], one[key]), key
-    assert are_close(*([row["pictures"] for row in report["subjects"]] for report in (one, two)))
+    assert are_close(*([result["pictures"] for result in report["subjects"]] for report in (one, two)))
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"]])
-def test_a_folder_of_other_things_is_left_as_it_is(options, tmp_path, more):
+def test_a_folder_with_other_files_is_left_alone(options, tmp_path, more):
     (tmp_path / "index.html").write_text("mine")
     code, output = ended("tiny", *options, "--output", tmp_path, *more)
     assert code == 2 and "holds no evaluation" in output

@@ -44,7 +44,7 @@ def config(world, tmp_path):
 
     def config(layout: str, source: Path | None = None, **settings) -> PrepareConfig:
         source = source or getattr(data_sets, layout)(tmp_path / layout)
-        found = {"model": world.base, "output": tmp_path / "cache", "device": "cpu", **settings}
+        found = {"base": world.base, "output": tmp_path / "cache", "device": "cpu", **settings}
         return PrepareConfig(layout=layout, source=source, **found)
 
     return config
@@ -179,7 +179,10 @@ def test_nothing_that_can_be_used_is_an_error_of_three_lines(config, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "1.png").write_bytes(b"no picture")
-    for source, said in (("empty", "holds no photos"), ("broken", "nothing that can be used(?s:.*)1.png")):
+    for source, said in (
+        ("empty", "holds no photos"),
+        ("broken", "no photo of the data set can be used(?s:.*)1.png"),
+    ):
         with pytest.raises(BadInput, match=said) as raised:
             prepare.prepare(config("folders", tmp_path / source, noun="cat"))
         assert len(str(raised.value).splitlines()) == 3
@@ -215,9 +218,9 @@ def test_a_finished_cache_is_kept_and_another_make_up_asks_for_force(config, tmp
     prepare.prepare(first)
     after = {path.name: path.stat().st_mtime_ns for path in cache.path.iterdir()}
     assert {name for name in before if before[name] != after[name]} <= {data.METADATA}
-    with pytest.raises(UsageError, match=r"would change(?s:.*)--force"):
+    with pytest.raises(UsageError, match=r"other settings: token(?s:.*)--force"):
         prepare.prepare(replace(first, token="xyz"))
-    with pytest.raises(UsageError, match="limit would change"):
+    with pytest.raises(UsageError, match="other settings: limit"):
         prepare.prepare(replace(first, limit=2))
     assert PictureCache.open(cache.path).metadata == cache.metadata
     other = prepare.prepare(replace(first, token="xyz", force=True))
@@ -309,7 +312,7 @@ def test_a_full_disk_is_said_before_the_work(config, monkeypatch):
     ("layout", "settings", "said"),
     [
         ("folders", {"split": "eval"}, "has no split 'eval'"),
-        ("celeba", {"noun": "cat"}, "--noun is of no use"),
+        ("celeba", {"noun": "cat"}, "--noun cannot be set"),
         ("celeba", {"max_bad": 2.0}, "a share, from 0 to 1"),
         ("celeba", {"size": 60}, "multiples of 16"),
         ("parquet", {"source": Path()}, "there is no layout"),
@@ -320,9 +323,10 @@ def test_options_that_make_no_sense_are_refused(layout, settings, said, config):
         prepare.prepare(config(layout, **settings))
 
 
-def test_the_command_makes_a_cache_and_says_what_is_wrong(world, tmp_path):
+@pytest.mark.parametrize("base", ["base", "model"])  # its name, and the former one
+def test_the_command_makes_a_cache_and_prints_what_is_wrong(base, world, tmp_path):
     source = data_sets.celeba(tmp_path / "faces")
-    options = {"layout": "celeba", "source": source, "model": world.base, "output": tmp_path / "cache"}
+    options = {"layout": "celeba", "source": source, base: world.base, "output": tmp_path / "cache"}
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     result = CliRunner().invoke(prepare.main, [*arguments, "--size", "32", "--limit", "2"])
     assert result.exit_code == 0, result.output
@@ -330,3 +334,4 @@ def test_the_command_makes_a_cache_and_says_what_is_wrong(world, tmp_path):
     result = CliRunner().invoke(prepare.main, [*arguments, "--limit", "3"])
     assert result.exit_code == UsageError.code
     assert "add --force" in result.output
+    assert "--model" not in CliRunner().invoke(prepare.main, ["--help"]).output

@@ -1,6 +1,6 @@
-"""The scenes that a prompt can name, each a small drawing with free details.
+"""Draws the scenes that a prompt can name, with random details.
 
-Keys of `SCENES` are the words of the prompt, preposition included: "a robot" + "on a beach".
+The keys of `SCENES` are the words of the prompt, preposition included: "a robot" + "on a beach".
 Pictures are RGB, drawn at twice the size and reduced.
 """
 
@@ -16,7 +16,7 @@ Rng = np.random.Generator
 
 
 def draw(name: str, size: int, rng: Rng) -> Image.Image:
-    """The scene `name` (a key of SCENES) as RGB (size, size)."""
+    """Draws the scene `name`, a key of SCENES: RGB (size, size)."""
     return SCENES[name](2 * size, rng).resize((size, size), Image.Resampling.BOX)
 
 

@@ -1,19 +1,18 @@
-"""The cache that both trainings read: pictures of thousands of identities, a few views of each.
+"""The cache that both trainings read: pictures of thousands of subjects, a few views of each.
 
-Kept as memory-mapped arrays, so that the training loop spends its time in the network. Identities vary along
-the first axis, views along the second. What training/pretrain.py draws and what training/prepare.py reads
-from a data set is one format:
+The arrays are memory-mapped. Subjects vary along the first axis, views along the second.
+training/pretrain.py draws a cache and training/prepare.py makes one from a data set, in this format:
 
-    cache.json     how the cache was made; written last, so a cache without it is not finished
+    cache.json     settings, counts and names of files; written last, so without it a cache is unfinished
     images         (N, V, S, S, 3) uint8
     nouns          (N,)   index into `PictureCache.names`
-    captions.json  of each identity and view, of the subject and generic; or, of drawn scenes:
-    backgrounds    (N, V) index into scenes.BACKGROUNDS, which makes the captions
-    descriptions.json  of drawn scenes: of each identity the noun with its colours and pattern
+    captions.json  captions of each subject and view, with [V] and generic; or, for drawn scenes:
+    backgrounds    (N, V) index into scenes.BACKGROUNDS, from which the captions follow
+    descriptions.json  for drawn scenes: each subject's noun with its colours and pattern
     latents*       (N, V, C, h, w) float16, scaled as the UNet takes them
-    features-*, text-*, pooled-*   what the frozen encoders make of pictures and captions: features.py
+    features-*, text-*, pooled-*   outputs of the frozen encoders for pictures and captions: features.py
 
-An identity with fewer than V different views has them again: view v of n is view v mod n in every array.
+A subject with n < V different views repeats them: view v is view v mod n in every array.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from PIL import Image
 
 from hyperrt import files
 from hyperrt.errors import IntegrityError, ResourceError, UsageError
-from hyperrt.training.data import cutouts as cutouts_of
 from hyperrt.training.data import scenes
 from hyperrt.training.data.cutouts import Cutouts
+from hyperrt.training.data.cutouts import load as load_cutouts
 from hyperrt.training.data.subjects import (
     PLACEHOLDER,
     Captions,
@@ -52,15 +51,15 @@ log = logging.getLogger("hyperrt.training")
 METADATA, LATENTS, CAPTIONS = "cache.json", "latents.npy", "captions.json"
 IMAGES, NOUNS = "images.npy", "nouns.npy"
 BACKGROUNDS, DESCRIPTIONS = "backgrounds.npy", "descriptions.json"
-AHEAD = 4  # items that each worker is ahead of what is used
+AHEAD = 4  # items that each worker may compute in advance
 CUTOUT_SHARE = 0.25
 CUTOUT_VIEWS = 4
 CUTOUT_SPLITS = {"train": "train", "eval": "test"}
 
 
 @dataclass(frozen=True)
-class Subjects:
-    """Who is at which index: a drawn subject or, for a share of the indices, a cut-out."""
+class MixedSubjects:
+    """Numbered subjects: drawn ones and, for a share of the indices, cut-outs."""
 
     split: str
     cutouts: Cutouts | None = None
@@ -68,19 +67,19 @@ class Subjects:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The coarse nouns of all of them; the drawn ones come first."""
+        """The coarse nouns; those of drawn subjects come first."""
         others = set() if self.cutouts is None else set(self.cutouts.nouns)
         return (*scenes.NOUNS, *sorted(others - set(scenes.NOUNS)))
 
     def at(self, index: int, size: int) -> tuple[str, Image.Image]:
-        """The noun, and the subject as RGBA (size, size)."""
+        """The noun and the drawing of a subject, RGBA (size, size)."""
         if self.cutouts is not None and self._is_cutout(index):
             return self.cutouts.noun(index), self.cutouts.subject(index, size)
-        who = self._drawn(index)
-        return who.noun, scenes.draw_subject(who, size)
+        subject = self._drawn(index)
+        return subject.noun, scenes.draw_subject(subject, size)
 
     def describe(self, index: int) -> str:
-        """The noun with colours and pattern, as captions can have it."""
+        """The noun with colours and pattern, for a caption."""
         if self.cutouts is not None and self._is_cutout(index):
             return self.cutouts.describe(index)
         return scenes.describe(self._drawn(index))
@@ -95,12 +94,12 @@ class Subjects:
 
 @dataclass(frozen=True)
 class PictureCache:
-    """Views of subjects, and captions of them; see the module for shapes.
+    """Views of subjects and their captions; the module gives the shapes.
 
     Attributes:
         names: the nouns of the classes.
-        texts: for each identity the captions of its different views, [V] for the token.
-        metadata: what cache.json says.
+        texts: the captions of each subject's different views, with [V] in place of the token.
+        metadata: the contents of cache.json.
     """
 
     path: Path
@@ -115,19 +114,19 @@ class PictureCache:
         """Opens a finished cache.
 
         Raises:
-            FileNotFoundError: there is none.
-            IntegrityError: its files do not fit together.
+            FileNotFoundError: the folder holds no finished cache.
+            IntegrityError: its files do not match.
         """
         path = Path(path)
         if not (path / METADATA).is_file():
             raise FileNotFoundError(
-                f"{path} is not a finished scene cache; hyperrt pretrain and hyperrt prepare make one"
+                f"{path} is not a finished picture cache; hyperrt pretrain and hyperrt prepare make one"
             )
         return cls.read(path, read_json(path / METADATA))
 
     @classmethod
     def read(cls, path: Path, metadata: Mapping[str, Any]) -> PictureCache:
-        """Opens what is there, finished or not; errors as `open`."""
+        """Opens a cache that may be unfinished, with this metadata; errors as `open`."""
         names = tuple(metadata.get("names", scenes.NOUNS))
         images = np.load(path / IMAGES, mmap_mode="r")
         nouns = np.load(path / NOUNS)
@@ -139,8 +138,10 @@ class PictureCache:
                 for noun, places in zip(nouns, np.load(path / BACKGROUNDS), strict=True)
             ]
         if not len(images) == len(nouns) == len(texts) or not all(texts):
-            why = f"there are {len(images)} identities, {len(nouns)} nouns and {len(texts)} captions"
-            raise IntegrityError(f"the cache {path} is damaged", why, "remove it, and make it anew")
+            why = (
+                f"there are pictures of {len(images)} subjects, {len(nouns)} nouns, captions of {len(texts)}"
+            )
+            raise IntegrityError(f"the cache {path} is damaged", why, "remove it, and make it again")
         return cls(path, names, images, nouns, texts, metadata)
 
     @property
@@ -150,17 +151,21 @@ class PictureCache:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, V)."""
-        identities, views = self.images.shape[:2]
-        return identities, views
+        subjects, views = self.images.shape[:2]
+        return subjects, views
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """(N,) how many different views an identity has, 1 to V."""
+        """(N,) the number of different views of each subject, 1 to V."""
         return np.array([len(views) for views in self.texts])
 
     @property
     def latents(self) -> np.ndarray:
-        """Raises FileNotFoundError before they have been written."""
+        """(N, V, C, h, w) float16.
+
+        Raises:
+            FileNotFoundError: they are not written yet.
+        """
         path = self.path / self.metadata.get("latents", LATENTS)
         if not path.is_file():
             raise FileNotFoundError(f"{self.path} has no latents yet; hyperrt pretrain writes them")
@@ -168,34 +173,38 @@ class PictureCache:
 
     @property
     def mirrored(self) -> np.ndarray | None:
-        """The latents of the mirrored pictures, in caches that were prepared with --flip."""
+        """The latents of the mirrored pictures; None without --flip in `hyperrt prepare`."""
         name = self.metadata.get("mirrored")
         return None if name is None else np.load(self.path / name, mmap_mode="r")
 
-    def captions(self, identities: np.ndarray, views: np.ndarray, token: str | None = None) -> list[str]:
-        """The captions of some (identity, view) pairs, with the subject's token or without."""
+    def captions(self, subjects: np.ndarray, views: np.ndarray, token: str | None = None) -> list[str]:
+        """The captions of (subject, view) pairs: with the token, or generic if it is None."""
         pairs = [
-            self.texts[who][view % len(self.texts[who])] for who, view in zip(identities, views, strict=True)
+            self.texts[subject][view % len(self.texts[subject])]
+            for subject, view in zip(subjects, views, strict=True)
         ]
         return [generic if token is None else text.replace(PLACEHOLDER, token) for text, generic in pairs]
 
-    def described(self, identities: np.ndarray, views: np.ndarray) -> list[str]:
-        """The captions of some (identity, view) pairs of drawn scenes, with descriptions for the nouns."""
-        places, found = np.load(self.path / BACKGROUNDS), json.loads((self.path / DESCRIPTIONS).read_text())
-        pairs = zip(identities, views, strict=True)
-        return [scenes.caption(found[who], scenes.BACKGROUNDS[places[who, view]]) for who, view in pairs]
+    def described(self, subjects: np.ndarray, views: np.ndarray) -> list[str]:
+        """The captions of (subject, view) pairs of drawn scenes, with descriptions instead of nouns."""
+        places = np.load(self.path / BACKGROUNDS)
+        descriptions = json.loads((self.path / DESCRIPTIONS).read_text())
+        return [
+            scenes.caption(descriptions[subject], scenes.BACKGROUNDS[places[subject, view]])
+            for subject, view in zip(subjects, views, strict=True)
+        ]
 
 
 PictureCache = PictureCache  # for features.py, until it is split
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a cache; empty where there is no such file, or another one."""
+    """Reads a JSON object of a cache; empty if the file is missing or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _captions_of_scene(noun: str, place: str) -> Captions:
@@ -204,7 +213,7 @@ def _captions_of_scene(noun: str, place: str) -> Captions:
 
 def build(
     path: Path,
-    identities: int,
+    count: int,
     views: int,
     size: int,
     split: str = "train",
@@ -213,24 +222,24 @@ def build(
     share: float = CUTOUT_SHARE,
     force: bool = False,
 ) -> PictureCache:
-    """Draws `identities` subjects in `views` scenes each. A finished cache of the same make-up is kept.
+    """Draws `count` subjects in `views` scenes each. A finished cache with the same settings is kept.
 
     Args:
-        cutouts: subjects that are mixed with the drawn ones.
-        share: of the identities, those that are cut-outs.
-        force: replace a finished cache of another make-up.
+        cutouts: subjects to mix with the drawn ones.
+        share: of cut-outs among the subjects.
+        force: replace a finished cache with other settings.
 
     Raises:
-        UsageError: there is one, and `force` is off.
+        UsageError: the folder holds a finished cache with other settings, and `force` is off.
     """
     metadata: dict[str, Any] = {
-        "identities": identities,
+        "identities": count,
         "views": views,
         "size": size,
         "split": split,
         "version": 3,
     }
-    subjects = Subjects(split, cutouts, share)
+    subjects = MixedSubjects(split, cutouts, share)
     if cutouts is not None:
         metadata.update(names=list(subjects.names), cutouts=cutouts.fingerprint, share=share)
     finished = read_json(path / METADATA)
@@ -238,35 +247,35 @@ def build(
         if finished and not force:
             names = sorted(finished.keys() | metadata.keys())
             differing = [name for name in names if finished.get(name) != metadata.get(name)]
-            why = f"it is a finished cache, of which {', '.join(differing)} would change"
+            why = f"it is a finished cache with other settings: {', '.join(differing)}"
             raise UsageError(f"{path} exists", why, "add --force, or choose another --cache")
         path.mkdir(parents=True, exist_ok=True)
         for stale in (METADATA, LATENTS):
             (path / stale).unlink(missing_ok=True)
-        _draw_all(path, identities, views, size, subjects, workers)
+        _draw_all(path, count, views, size, subjects, workers)
         files.publish(path / METADATA, lambda file: file.write(json.dumps(metadata).encode()))
     return PictureCache.open(path)
 
 
-def _draw_all(path: Path, identities: int, views: int, size: int, subjects: Subjects, workers: int) -> None:
-    shape = (identities, views, size, size, 3)
+def _draw_all(path: Path, count: int, views: int, size: int, subjects: MixedSubjects, workers: int) -> None:
+    shape = (count, views, size, size, 3)
     images = np.lib.format.open_memmap(path / IMAGES, "w+", np.uint8, shape)
-    nouns = np.empty(identities, np.int16)
-    backgrounds = np.empty((identities, views), np.int16)
+    nouns = np.empty(count, np.int16)
+    backgrounds = np.empty((count, views), np.int16)
     draw = partial(draw_views, views=views, size=size, subjects=subjects)
-    for index, (noun, pictures, places) in enumerate(in_processes(draw, range(identities), workers)):
+    for index, (noun, pictures, places) in enumerate(in_processes(draw, range(count), workers)):
         images[index], nouns[index], backgrounds[index] = pictures, noun, places
-        if (index + 1) * 10 // identities > index * 10 // identities:
-            log.info("cache: drew %d of %d subjects", index + 1, identities)
+        if (index + 1) * 10 // count > index * 10 // count:
+            log.info("cache: drew %d of %d subjects", index + 1, count)
     images.flush()
     np.save(path / NOUNS, nouns)
     np.save(path / BACKGROUNDS, backgrounds)
-    found = json.dumps([subjects.describe(index) for index in range(identities)])
-    files.publish(path / DESCRIPTIONS, lambda file: file.write(found.encode()), force=True)
+    descriptions = json.dumps([subjects.describe(index) for index in range(count)])
+    files.publish(path / DESCRIPTIONS, lambda file: file.write(descriptions.encode()), force=True)
 
 
 def in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """`map` in worker processes, reading `items` only a little ahead; one worker is this process.
+    """Maps in worker processes, reading `items` only a little ahead; with one worker in this process.
 
     Raises:
         ResourceError: a worker died.
@@ -282,52 +291,55 @@ def in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: 
                 yield waiting.popleft().result()
                 waiting.extend(pool.submit(function, item) for item in islice(items, 1))
         except BrokenProcessPool as error:
-            why = "the system may have killed it for want of memory"
-            raise ResourceError("a worker process died", why, "take fewer: --workers") from error
+            why = "the system may have killed it because memory ran out"
+            raise ResourceError("a worker process died", why, "reduce --workers") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def draw_views(index: int, views: int, size: int, subjects: Subjects) -> tuple[int, np.ndarray, np.ndarray]:
-    """One identity in different scenes.
+def draw_views(
+    index: int, views: int, size: int, subjects: MixedSubjects
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Draws one subject in different scenes.
 
-    Returns its noun's number, the pictures (V, S, S, 3) uint8, the scenes' numbers (V,).
+    Returns:
+        The number of its noun, the pictures (V, S, S, 3) uint8, and the numbers of the scenes (V,).
     """
     rng, places = _scenes_of(index, views, subjects.split)
-    noun, subject = subjects.at(index, size)
-    pictures = [scenes.compose(subject, scenes.BACKGROUNDS[k], rng, size) for k in places]
+    noun, drawing = subjects.at(index, size)
+    pictures = [scenes.compose(drawing, scenes.BACKGROUNDS[k], rng, size) for k in places]
     return subjects.names.index(noun), np.stack(pictures), places
 
 
 def _scenes_of(index: int, views: int, split: str) -> tuple[np.random.Generator, np.ndarray]:
-    """The generator that composes an identity, and the numbers of its scenes (V,)."""
+    """The random generator of a subject's scenes, and their numbers (V,)."""
     rng = np.random.default_rng([scenes.SPLIT_SEEDS[split], 1, index])
     return rng, rng.permutation(len(scenes.BACKGROUNDS))[:views].astype(np.int16)
 
 
 def cutout_subjects(source: Path, options: DatasetOptions) -> Dataset:
-    """Layout `cutouts`: cut-outs (data/cutouts.py) in drawn scenes; `limit` says how many identities.
+    """Layout `cutouts`: cut-outs (training/data/cutouts.py) in drawn scenes; `limit` is their number.
 
     Raises:
         NotFound, BadInput: as `cutouts.load`.
     """
-    found = cutouts_of.load(source, CUTOUT_SPLITS[options.split])
-    subjects = Subjects(found.split, found, share=1.0)
+    cutouts = load_cutouts(source, CUTOUT_SPLITS[options.split])
+    subjects = MixedSubjects(cutouts.split, cutouts, share=1.0)
     views = min(options.views or CUTOUT_VIEWS, len(scenes.BACKGROUNDS))
 
-    def one(index: int) -> DatasetSubject:
-        noun, drawn = found.noun(index), partial(_pictures, index, views, options.size, subjects)
-        places = [scenes.BACKGROUNDS[k] for k in _scenes_of(index, views, found.split)[1]]
+    def subject(index: int) -> DatasetSubject:
+        noun, draw = cutouts.noun(index), partial(_pictures, index, views, options.size, subjects)
+        places = [scenes.BACKGROUNDS[k] for k in _scenes_of(index, views, cutouts.split)[1]]
         texts = [_captions_of_scene(noun, place) for place in places]
-        name = f"identity {index}"
+        name = f"subject {index}"
         return DatasetSubject(
-            noun, tuple(View(name, drawn, text, partial(_picture, k)) for k, text in enumerate(texts))
+            noun, tuple(View(name, draw, text, partial(_picture, k)) for k, text in enumerate(texts))
         )
 
-    return Dataset(map(one, range(options.limit or len(found.files))), views)
+    return Dataset(map(subject, range(options.limit or len(cutouts.files))), views)
 
 
-def _pictures(index: int, views: int, size: int, subjects: Subjects) -> np.ndarray:
+def _pictures(index: int, views: int, size: int, subjects: MixedSubjects) -> np.ndarray:
     return draw_views(index, views, size, subjects)[1]
 
 

@@ -1,7 +1,6 @@
-"""A CLIP tokenizer for the small world: CLIP's rules, with a vocabulary of its captions' words.
+"""A CLIP tokenizer for the small world: CLIP's rules, with the words of the captions as its vocabulary.
 
-Every byte is in the vocabulary, so any prompt can be written; a word that no caption has
-simply takes more tokens.
+Every byte is in the vocabulary, so any prompt can be encoded; other words take several tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build(folder: Path, max_tokens: int, nouns: Sequence[str] = scenes.NOUNS) -> CLIPTokenizer:
-    """Writes `folder`/tokenizer.json and the config that transformers reads beside it.
+    """Writes tokenizer.json and the config of transformers into a folder.
 
-    nouns: those of the captions; each of their words becomes one token.
+    Args:
+        nouns: of the captions; each of their words becomes one token.
     """
     vocabulary, merges = _learn(_corpus(nouns))
     tokenizer = CLIPTokenizer(
@@ -34,7 +34,7 @@ def build(folder: Path, max_tokens: int, nouns: Sequence[str] = scenes.NOUNS) ->
 
 
 def padded(tokenizer: CLIPTokenizer, pad: str) -> CLIPTokenizer:
-    """A copy with another pad, as SDXL's second text encoder has "!": its word is then a token of its own."""
+    """A copy with another padding token, such as "!" for SDXL's second text encoder."""
     copied = copy.deepcopy(tokenizer)
     copied.pad_token = pad
     copied.add_tokens(pad, special_tokens=True)
@@ -48,7 +48,7 @@ def _corpus(nouns: Sequence[str]) -> list[str]:
 
 
 def _learn(corpus: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-level BPE with CLIP's end-of-word mark: the merges that make each caption's word one token."""
+    """Learns byte-level BPE with CLIP's end-of-word mark, so that each word of a caption is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,11 +1,11 @@
-"""Subjects from a folder of cut-outs: pictures with a transparent background, nearly any drawing or photo.
+"""Subjects from a folder of cut-outs: pictures with a transparent background.
 
-    DIR/metadata.csv    a table of them with the columns file and class_noun and, where it has such columns,
-                        family (others than `core` are left out) and split (train or test)
-    DIR/**/*.png, webp  without a table, each of them is a "thing"
+    DIR/metadata.csv    table with the columns file and class_noun and optionally family (only rows of the
+                        family `core` are used) and split (train or test)
+    DIR/**/*.png, webp  without a table, each file is a "thing"
 
-There are few files and a training wants thousands of identities, so every further round through the files
-turns the hues, by an angle that is the identity's own. Train and test are never of the same file.
+A training needs more subjects than there are files, so every further round through the files turns the hues
+by an angle that depends on the subject. Train and test never share a file.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ TABLE, FAMILY, THING = "metadata.csv", "core", "thing"
 SUFFIXES = (".png", ".webp")
 MAX_PIXELS = 4_000_000
 SEEDS = {"train": 0, "test": 1}
-OPAQUE = 8  # alpha from which a pixel counts as part of the subject
-DESCRIBED_SIZE = 16  # pixels that are enough to name the colours
-SHOWN = 5  # bad files that a warning names
+OPAQUE = 8  # lowest alpha of a pixel of the subject
+DESCRIBED_SIZE = 16  # pixels, enough to name the colours
+SHOWN = 5  # bad files in a warning
 
 
 @dataclass(frozen=True)
 class Cutouts:
-    """The usable files of one split, and why others were left out (by name)."""
+    """The usable files of one split, and the reasons why others are skipped, by name.
+
+    Subjects are numbered without end: subject k comes from file k mod n.
+    """
 
     split: str
     files: tuple[Path, ...]
@@ -47,11 +50,11 @@ class Cutouts:
     skipped: dict[str, str]
 
     def noun(self, index: int) -> str:
-        """The coarse noun of an identity; identities are numbered without end."""
+        """The coarse noun of a subject."""
         return self.nouns[index % len(self.files)]
 
     def subject(self, index: int, size: int) -> Image.Image:
-        """An identity as RGBA (size, size), transparent around it. The first round keeps the file's hues."""
+        """A subject as RGBA (size, size) on transparent ground; the first round keeps the file's hues."""
         picture = read(self.files[index % len(self.files)])
         if index >= len(self.files):
             turn = np.random.default_rng([SEEDS[self.split], index]).uniform(0.1, 0.9)
@@ -59,29 +62,29 @@ class Cutouts:
         return _squared(picture).resize((size, size), Image.Resampling.LANCZOS)
 
     def describe(self, index: int) -> str:
-        """`red and dark green frog`: the noun of an identity with the commonest colours of its pixels."""
+        """The noun of a subject with its two commonest colours: `red and dark green frog`."""
         pixels = np.asarray(self.subject(index, DESCRIBED_SIZE)).reshape(-1, 4)
         names = Counter(scenes.colour_name(tuple(pixel)) for pixel in pixels[pixels[:, 3] > 127, :3].tolist())
         colours = " and ".join(name for name, _ in names.most_common(2))
-        return f"{colours} {self.noun(index)}".lstrip()  # what is nearly transparent shows no colours
+        return f"{colours} {self.noun(index)}".lstrip()  # a nearly transparent subject has no colours
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the files and their nouns, in a cache's recipe."""
+        """A hash of the files' names and nouns, for cache.json."""
         listed = "\n".join(f"{file.name} {noun}" for file, noun in zip(self.files, self.nouns, strict=True))
         return hashlib.sha256(listed.encode()).hexdigest()[:12]
 
 
 def load(folder: Path | str, split: str = "train") -> Cutouts:
-    """Reads every file of a split once; what cannot be used is left out, and named in a warning.
+    """Reads every file of a split once; unusable files are skipped with a warning.
 
     Raises:
-        NotFound: there is no such folder.
+        NotFound: the folder does not exist.
         BadInput: no cut-out of the split can be used, or the table has no column `file`.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotFound(f"there is no folder {folder}", "cut-outs were to be read from it", "check --cutouts")
+        raise NotFound(f"there is no folder {folder}", "cut-outs are read from it", "check --cutouts")
     files, nouns, skipped = [], [], {}
     for name, noun in _listed(folder, split):
         try:
@@ -93,7 +96,7 @@ def load(folder: Path | str, split: str = "train") -> Cutouts:
         files.append(folder / name)
         nouns.append(noun)
     if not files:
-        why = f"of the files in split {split!r}, {len(skipped)} are bad" + (
+        why = f"{len(skipped)} files of the split {split!r} are bad" + (
             f": {_named(skipped)}" if skipped else ""
         )
         raise BadInput(
@@ -107,20 +110,20 @@ def load(folder: Path | str, split: str = "train") -> Cutouts:
 
 
 def read(path: Path) -> Image.Image:
-    """One file as RGBA.
+    """Reads a file as RGBA.
 
     Raises:
-        BadImage: it cannot be read, or nothing in it is transparent, or everything.
+        BadImage: it cannot be read, or no pixel is transparent, or all are.
     """
     name = printable(path.name)
     try:
-        if not path.is_file():  # opening a pipe would wait for its writer
-            raise ValueError("there is no such file")
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise ValueError("it is not a file")
         with Image.open(path, formats=("PNG", "WEBP")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             picture = image.convert("RGBA")
-    except Exception as error:  # decoders raise nearly anything
+    except Exception as error:  # decoders may raise anything
         raise BadImage(name, printable(str(error)) or type(error).__name__) from error
     least, most = picture.getchannel("A").getextrema()
     if most < OPAQUE or least > 255 - OPAQUE:
@@ -129,7 +132,7 @@ def read(path: Path) -> Image.Image:
 
 
 def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """RGBA with all hues moved by a part of the circle; alpha, saturation and brightness stay."""
+    """Turns all hues by a fraction of the circle; keeps alpha, saturation and brightness."""
     hue, saturation, value = picture.convert("RGB").convert("HSV").split()
     hue = hue.point([(level + round(256 * turn)) % 256 for level in range(256)])
     turned = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
@@ -138,7 +141,7 @@ def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
 
 
 def _listed(folder: Path, split: str) -> Iterator[tuple[str, str]]:
-    """(file, noun) of a split, as the table says or, without one, as the folder lies there."""
+    """(file, noun) of each row of the table in a split; without a table, of each file."""
     if not (folder / TABLE).is_file():
         names = (
             path.relative_to(folder).as_posix()
@@ -159,12 +162,12 @@ def _listed(folder: Path, split: str) -> Iterator[tuple[str, str]]:
 
 
 def _split_of(name: str) -> str:
-    """A fifth of the files, by their names, are for tests."""
+    """The split of a file, by a hash of its name: a fifth is `test`."""
     return "test" if hashlib.sha256(name.encode()).digest()[0] % 5 == 0 else "train"
 
 
 def _noun(text: str) -> str:
-    """A table's noun if it is plain words, as captions have them."""
+    """The noun of a table if it is one to three plain words, otherwise "thing"."""
     noun = text.strip().lower()
     return noun if re.fullmatch(r"[a-z]{1,20}( [a-z]{1,20}){0,2}", noun) else THING
 
@@ -175,7 +178,7 @@ def _check_inside(folder: Path, name: str) -> None:
 
 
 def _squared(picture: Image.Image) -> Image.Image:
-    """The part that is not transparent, in the middle of a transparent square."""
+    """Crops to the opaque part and centres it in a transparent square."""
     box = picture.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox()
     cut = picture.crop(box)
     side = max(cut.size)

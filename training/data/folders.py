@@ -1,12 +1,12 @@
 """Layouts of photos in folders: one folder per subject, CelebA-HQ, AFHQ-v2.
 
-    folders  DIR/SUBJECT/*.jpg, as DreamBench lies; or DIR/*.jpg, one subject. The noun of its class is
-             that of SUBJECT/class.txt, or "class_noun" of SUBJECT/metadata.json, or that of
-             DIR/prompts_and_classes.txt (the file of google/dreambooth), or of the option --noun
+    folders  DIR/SUBJECT/*.jpg, as in DreamBench; or DIR/*.jpg, one subject. The class noun is read from
+             SUBJECT/class.txt, or "class_noun" in SUBJECT/metadata.json, or DIR/prompts_and_classes.txt (the
+             file of google/dreambooth), or the option --noun
     celeba   DIR/0.jpg ... 29999.jpg; each photo is a subject; 29,800 train, the last 100 are for evaluation
     afhq     DIR/{train,test}/{cat,dog,wild}/*.png; each photo is a subject
 
-Links are not followed, pipes and devices not opened, hidden files not seen.
+Links are not followed, pipes and devices not opened, hidden files ignored.
 """
 
 from __future__ import annotations
@@ -31,61 +31,61 @@ from hyperrt.training.data.subjects import (
     captions_of_noun,
 )
 
-MOST_VIEWS = 8  # of one subject, where the user says nothing else
+MAX_VIEWS = 8  # default maximum of a subject
 CLASS_FILE, METADATA, TABLE = "class.txt", "metadata.json", "prompts_and_classes.txt"
-MAX_TEXT = 65_536  # bytes of such a file
-CELEBA = {"train": range(29_800), "eval": range(29_900, 30_000)}  # the paper does not use the 100 between
+MAX_TEXT = 65_536  # bytes of one of these files
+CELEBA = {"train": range(29_800), "eval": range(29_900, 30_000)}  # the paper leaves out the 100 between
 AFHQ = {"cat": "cat", "dog": "dog", "wild": "wild animal"}  # folder -> noun
-AFHQ_SPLITS = {"train": ("train",), "eval": ("test", "val")}  # "val" is that of AFHQ's first version
+AFHQ_SPLITS = {"train": ("train",), "eval": ("test", "val")}  # "val" in AFHQ's first version
 
 
 def folders(source: Path, options: DatasetOptions) -> Dataset:
     """One folder per subject.
 
     Raises:
-        NotFound, BadInput: there is no such folder; no photo is in it; a subject does not say what it is.
+        NotFound, BadInput: the folder does not exist or holds no photos, or a subject has no class noun.
     """
-    found = {folder: _photos(folder) for folder in _folders(source)} or {source: _photos(source)}
-    if not any(found.values()):
-        why = f"neither it nor one of its {len(found):,} folders has a file named like a photo"
+    photos = {folder: _photos(folder) for folder in _folders(source)} or {source: _photos(source)}
+    if not any(photos.values()):
+        why = f"neither it nor one of its {len(photos):,} folders has a file named like a photo"
         raise BadInput(f"{source} holds no photos", why, "name a folder that has one folder for each subject")
     table = _class_table(source)
-    most = options.views or MOST_VIEWS
+    max_views = options.views or MAX_VIEWS
     subjects: list[DatasetSubject | LeftOut] = []
-    for folder, photos in found.items():
-        if not photos:
+    for folder, paths in photos.items():
+        if not paths:
             subjects.append(LeftOut(folder.name, "it holds no photos"))
             continue
         noun = _noun(folder, table, options.noun)
-        views = [_view(path, folder.name, captions_of_noun(noun)) for path in photos[:most]]
+        views = [_view(path, folder.name, captions_of_noun(noun)) for path in paths[:max_views]]
         subjects.append(DatasetSubject(noun, tuple(views)))
-    return Dataset(iter(subjects), min(most, max(map(len, found.values()))))
+    return Dataset(iter(subjects), min(max_views, max(map(len, photos.values()))))
 
 
 def celeba(source: Path, options: DatasetOptions) -> Dataset:
-    """CelebA-HQ: numbered photos of faces. Errors as `folders`."""
+    """CelebA-HQ: numbered photos of faces; errors as `folders`."""
     photos = _photos(source)
-    wanted = CELEBA[options.split]
+    numbers = CELEBA[options.split]
     subjects: list[DatasetSubject | LeftOut] = []
     for path in photos:
         if number(path) is None:
-            subjects.append(LeftOut(path.name, "its name is no number"))
-        elif number(path) in wanted:
+            subjects.append(LeftOut(path.name, "its name is not a number"))
+        elif number(path) in numbers:
             subjects.append(DatasetSubject("face", (_view(path, "", captions_of_noun("face")),)))
     if not any(isinstance(subject, DatasetSubject) for subject in subjects):
-        why = f"of its {len(photos):,} photos none is numbered from {wanted.start:,} to {wanted.stop - 1:,}"
+        why = f"none of its {len(photos):,} photos is numbered from {numbers.start:,} to {numbers.stop - 1:,}"
         what = f"{source} has no photos of the split {options.split!r}"
         raise BadInput(what, why, "check --source and --split")
     return Dataset(iter(subjects), 1)
 
 
 def number(path: Path) -> int | None:
-    """That of CelebA-HQ's photo, "00012.jpg"; None where the name is no number."""
+    """The number in a name of CelebA-HQ, "00012.jpg"; None if the name is not a number."""
     return int(path.stem[:18]) if path.stem.isascii() and path.stem.isdigit() else None
 
 
 def afhq(source: Path, options: DatasetOptions) -> Dataset:
-    """AFHQ-v2: animals in three classes, in an order in which these are mixed. Errors as `folders`."""
+    """AFHQ-v2: animals of three classes, in a fixed order that mixes them; errors as `folders`."""
     names = AFHQ_SPLITS[options.split]
     folder = next((source / name for name in names if (source / name).is_dir()), None)
     if folder is None:
@@ -98,7 +98,7 @@ def afhq(source: Path, options: DatasetOptions) -> Dataset:
         for path in _photos(folder / kind)
     ]
     if not subjects:
-        why = f"wanted are photos in its folders {', '.join(AFHQ)}"
+        why = f"its folders {', '.join(AFHQ)} hold none"
         raise BadInput(f"{folder} holds no photos", why, "check --source")
     subjects.sort(key=lambda subject: hashlib.sha256(os.fsencode(subject.views[0].name)).digest())
     return Dataset(iter(subjects), 1)
@@ -115,7 +115,7 @@ def _folders(source: Path) -> Iterator[Path]:
 
 
 def _photos(folder: Path) -> list[Path]:
-    """What is named like a photo, in natural order; whether it is one is seen when it is read."""
+    """The files named like photos, in natural order; their contents are checked when they are read."""
     return [
         Path(entry.path)
         for entry in load.entries(folder)
@@ -123,17 +123,17 @@ def _photos(folder: Path) -> list[Path]:
     ]
 
 
-def _noun(folder: Path, table: dict[str, str], otherwise: str | None) -> str:
-    """What a subject is, by the first that says it."""
-    found = _text(folder / CLASS_FILE) or _from_json(folder / METADATA) or table.get(folder.name) or otherwise
+def _noun(folder: Path, table: dict[str, str], default: str | None) -> str:
+    """The class noun of a subject, from the first source that gives one."""
+    noun = _text(folder / CLASS_FILE) or _from_json(folder / METADATA) or table.get(folder.name) or default
     name = printable(folder.name)
-    do = f"say it for all of them: --noun dog; or for this one: {CLASS_FILE} in its folder"
-    if not found:
-        raise BadInput(f"it is not known what the subject {name!r} is", "captions need a noun", do)
+    do = f"write it into {CLASS_FILE} in its folder, or give one noun for all subjects: --noun dog"
+    if not noun:
+        raise BadInput(f"the class noun of the subject {name!r} is unknown", "captions need a noun", do)
     try:
-        return prompts.check_text(found, "class noun")
+        return prompts.check_text(noun, "class noun")
     except BadPrompt as error:
-        raise BadInput(f"the class of the subject {name!r} is no noun", error.what, do) from error
+        raise BadInput(f"the class noun of the subject {name!r} cannot be used", error.what, do) from error
 
 
 def _from_json(path: Path) -> str | None:
@@ -149,14 +149,14 @@ def _from_json(path: Path) -> str | None:
 
 
 def _class_table(source: Path) -> dict[str, str]:
-    """{subject: class} of the first part of google/dreambooth's file; empty where there is none."""
+    """{subject: class} from the first part of google/dreambooth's file; empty without this file."""
     classes, _, _ = (_text(source / TABLE) or "").partition("Prompts")
     rows = [line.split(",") for line in classes.splitlines()]
     return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
 
 
 def _text(path: Path) -> str | None:
-    """A small text file; None where there is none."""
+    """The contents of a small text file; None if it does not exist."""
     if path.is_symlink() or not path.is_file():
         return None
     with path.open("rb") as file:

@@ -1,12 +1,12 @@
-"""The small world: a drawn subject composited into a named scene.
+"""The small world: a drawn subject in a named scene.
 
-A caption knows the coarse noun and the scene; what makes the subject itself, its palette,
-pattern and proportions, are free parameters of an `DrawnSubject`. So a base model cannot know a
-subject, and a hypernetwork has something to add. A description names colours and pattern:
-from it a base model learns to be told them by its text, which is where a LoRA tells it more.
+A caption names the coarse noun and the scene. The subject's palette, pattern and proportions are free
+parameters (`DrawnSubject`), which the base model cannot know and the hypernetwork has to add. A description
+also names colours and pattern; from descriptions the base model learns to draw them from its text, which is
+where a LoRA can add more.
 
-Units: drawings are made on a unit square (x to the right, y down), at `OVERSAMPLE` times
-the wanted size, and reduced once, so every edge is anti-aliased. Pictures are (size, size, 3) uint8.
+Units: drawings use a unit square (x to the right, y down), are drawn at `OVERSAMPLE` times the size and
+reduced once, so every edge is anti-aliased. Pictures are (size, size, 3) uint8.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hyperrt.training.data import backgrounds
 OVERSAMPLE = 4
 TOKEN = "sks"  # stands for [V] in training captions
 PATTERNS = ("plain", "stripes", "dots", "checks")
-SPLIT_SEEDS = {"train": 0, "test": 1, "example": 2, "judge": 3}  # part of an identity's seed, so disjoint
+SPLIT_SEEDS = {"train": 0, "test": 1, "example": 2, "judge": 3}  # part of a subject's seed: no split overlaps
 
 Colour = tuple[int, int, int]
 HUES = (
@@ -36,7 +36,7 @@ WHITE, INK = (255, 255, 255), (35, 35, 45)
 
 @dataclass(frozen=True)
 class DrawnSubject:
-    """What makes one subject itself. A caption mentions none of it, a description some."""
+    """The parameters of a subject; a caption names only the noun, a description also colours and pattern."""
 
     noun: str
     palette: tuple[Colour, Colour, Colour]  # body, pattern and parts, accent
@@ -47,7 +47,7 @@ class DrawnSubject:
 
 
 def drawn_subject(noun: str, split: str, index: int) -> DrawnSubject:
-    """The subject `index` of a split; the same arguments give the same subject for ever."""
+    """Subject number `index` of a split; the same arguments always give the same subject."""
     rng = np.random.default_rng([SPLIT_SEEDS[split], NOUNS.index(noun), index])
     return DrawnSubject(
         noun=noun,
@@ -60,7 +60,7 @@ def drawn_subject(noun: str, split: str, index: int) -> DrawnSubject:
 
 
 def _palette(rng: np.random.Generator) -> tuple[Colour, Colour, Colour]:
-    """Three colours of clearly different hue, none so pale that it is lost on white."""
+    """Three colours of clearly different hues that are visible on white."""
     hue = rng.random()
     hues = (hue, hue + rng.uniform(0.2, 0.8), hue + rng.uniform(0.2, 0.8))
     return tuple(_colour(h, rng.uniform(0.55, 0.95), rng.uniform(0.5, 0.95)) for h in hues)  # type: ignore[return-value]
@@ -72,7 +72,7 @@ def _colour(hue: float, saturation: float, value: float) -> Colour:
 
 
 def colour_name(colour: Colour) -> str:
-    """`red`, `dark teal`, `pale pink`; or a grey."""
+    """The name of a colour: `red`, `dark teal`, `pale pink`, or a grey."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in colour))
     if value < 0.25:
         return "black"
@@ -84,19 +84,19 @@ def colour_name(colour: Colour) -> str:
     return f"pale {name}" if saturation < 0.7 else name
 
 
-def describe(who: DrawnSubject) -> str:
-    """`red fish with dark green dots and pink details`: what a caption can have in the place of the noun."""
-    body, second, accent = map(colour_name, who.palette)
-    what = "parts" if who.pattern == "plain" else who.pattern
-    return f"{body} {who.noun} with {second} {what} and {accent} details"
+def describe(subject: DrawnSubject) -> str:
+    """Words for a caption in place of the noun: `red fish with dark green dots and pink details`."""
+    body, second, accent = map(colour_name, subject.palette)
+    pattern = "parts" if subject.pattern == "plain" else subject.pattern
+    return f"{body} {subject.noun} with {second} {pattern} and {accent} details"
 
 
 class Painter:
     """Draws shapes in unit coordinates on a transparent canvas."""
 
-    def __init__(self, size: int, who: DrawnSubject) -> None:
+    def __init__(self, size: int, subject: DrawnSubject) -> None:
         self.size = size
-        self.who = who
+        self.subject = subject
         self.image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
         self.draw = ImageDraw.Draw(self.image)
 
@@ -129,25 +129,25 @@ class Painter:
         self.ellipse(x, y, radius * 0.5, radius * 0.5, INK)
 
     def body(self, shape: Callable[[Painter], None]) -> None:
-        """Paints what `shape` draws, in the body colour with the identity's pattern inside."""
-        stencil = Painter(self.size, self.who)
+        """Fills the outline that `shape` draws with the body colour and the subject's pattern."""
+        stencil = Painter(self.size, self.subject)
         shape(stencil)
         mask = stencil.image.getchannel("A")
-        self.image.paste(self.who.palette[0], mask=mask)
-        if self.who.pattern != "plain":
-            pattern = _pattern(self.who, self.size)
-            self.image.paste(self.who.palette[1], mask=ImageChops.multiply(mask, pattern))
+        self.image.paste(self.subject.palette[0], mask=mask)
+        if self.subject.pattern != "plain":
+            pattern = _pattern(self.subject, self.size)
+            self.image.paste(self.subject.palette[1], mask=ImageChops.multiply(mask, pattern))
 
 
-def _pattern(who: DrawnSubject, size: int) -> Image.Image:
-    """Mask (size, size) in mode L: 255 where the second colour goes."""
+def _pattern(subject: DrawnSubject, size: int) -> Image.Image:
+    """Mask (size, size) in mode L: 255 for the second colour."""
     y, x = np.mgrid[0:size, 0:size] / size
-    turn = math.radians(who.angle)
-    u = (x * math.cos(turn) + y * math.sin(turn)) * who.repeats
-    v = (y * math.cos(turn) - x * math.sin(turn)) * who.repeats
-    if who.pattern == "stripes":
+    turn = math.radians(subject.angle)
+    u = (x * math.cos(turn) + y * math.sin(turn)) * subject.repeats
+    v = (y * math.cos(turn) - x * math.sin(turn)) * subject.repeats
+    if subject.pattern == "stripes":
         inside = (u % 1.0) < 0.42
-    elif who.pattern == "dots":
+    elif subject.pattern == "dots":
         inside = ((u % 1.0) - 0.5) ** 2 + ((v % 1.0) - 0.5) ** 2 < 0.09
     else:
         inside = ((u % 1.0) < 0.5) == ((v % 1.0) < 0.5)
@@ -155,7 +155,7 @@ def _pattern(who: DrawnSubject, size: int) -> Image.Image:
 
 
 def _robot(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     head, wide = 0.13 + 0.06 * q[0], 0.2 + 0.08 * q[1]
     p.line([(0.5, 0.2), (0.5, 0.06)], second, 0.035)
     p.ellipse(0.5, 0.07, 0.05, 0.05, accent)
@@ -170,7 +170,7 @@ def _robot(p: Painter, q: tuple[float, ...]) -> None:
 
 
 def _fish(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     rx, ry = 0.3 + 0.06 * q[0], 0.17 + 0.11 * q[1]
     tail = 0.14 + 0.1 * q[2]
     p.polygon([(0.62, 0.5), (0.95, 0.5 - tail), (0.87, 0.5), (0.95, 0.5 + tail)], second)
@@ -181,7 +181,7 @@ def _fish(p: Painter, q: tuple[float, ...]) -> None:
 
 
 def _bird(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     rx, ry = 0.22 + 0.06 * q[0], 0.24 + 0.06 * q[1]
     for side in (-1, 1):
         p.line([(0.5 + side * 0.08, 0.75), (0.5 + side * 0.08, 0.95)], accent, 0.035)
@@ -195,7 +195,7 @@ def _bird(p: Painter, q: tuple[float, ...]) -> None:
 
 
 def _house(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     wide, eaves = 0.25 + 0.1 * q[0], 0.4 + 0.06 * q[1]
     chimney = 0.5 + wide * (0.35 if q[2] < 0.5 else -0.65)
     p.box(chimney, 0.1, chimney + 0.1, eaves, accent)
@@ -208,7 +208,7 @@ def _house(p: Painter, q: tuple[float, ...]) -> None:
 
 
 def _car(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     roof, front = 0.26 + 0.1 * q[0], 0.3 - 0.1 * q[1]
     cabin = [(front, 0.52), (front + 0.1, roof), (0.7, roof), (0.8 + 0.08 * q[2], 0.52)]
     p.polygon(cabin, second)
@@ -223,7 +223,7 @@ def _car(p: Painter, q: tuple[float, ...]) -> None:
 
 
 def _flower(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     petals, long = 5 + int(4 * q[0]), 0.15 + 0.05 * q[1]
     p.line([(0.5, 0.4), (0.5 + 0.05 * (q[2] - 0.5), 0.97)], accent, 0.05)
     for side in (-1, 1):
@@ -239,7 +239,7 @@ def _flower(p: Painter, q: tuple[float, ...]) -> None:
 
 
 def _monster(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     wide, top = 0.26 + 0.08 * q[0], 0.2 + 0.06 * q[1]
     for side in (-1, 1):
         p.polygon(
@@ -262,7 +262,7 @@ def _monster(p: Painter, q: tuple[float, ...]) -> None:
 
 
 def _mug(p: Painter, q: tuple[float, ...]) -> None:
-    _, second, accent = p.who.palette
+    _, second, accent = p.subject.palette
     wide, top = 0.22 + 0.08 * q[0], 0.2 + 0.12 * q[1]
     p.ring(0.42 + wide, 0.55, 0.14 + 0.05 * q[2], second, 0.06)
     p.body(lambda s: s.box(0.42 - wide, top, 0.42 + wide, 0.92, INK, 0.03 + 0.1 * q[3]))
@@ -285,18 +285,18 @@ NOUNS = tuple(DRAWINGS)
 BACKGROUNDS = tuple(backgrounds.SCENES)
 
 
-def draw_subject(who: DrawnSubject, size: int) -> Image.Image:
-    """The subject alone: RGBA (size, size), transparent around it."""
-    painter = Painter(size * OVERSAMPLE, who)
-    DRAWINGS[who.noun](painter, who.parts)
+def draw_subject(subject: DrawnSubject, size: int) -> Image.Image:
+    """Draws a subject: RGBA (size, size) on transparent ground."""
+    painter = Painter(size * OVERSAMPLE, subject)
+    DRAWINGS[subject.noun](painter, subject.parts)
     return painter.image.resize((size, size), Image.Resampling.BOX)
 
 
-def compose(subject: Image.Image, background: str, rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """RGBA subject + scene name => picture (size, size, 3) uint8; place, size and tilt vary a little."""
+def compose(drawing: Image.Image, background: str, rng: np.random.Generator, size: int = 64) -> np.ndarray:
+    """Places a drawing (RGBA) in a scene: (size, size, 3) uint8; place, size and tilt vary a little."""
     scene = backgrounds.draw(background, size, rng)
     side = round(size * rng.uniform(0.7, 0.82))
-    placed = subject.resize((side, side), Image.Resampling.LANCZOS)
+    placed = drawing.resize((side, side), Image.Resampling.LANCZOS)
     placed = placed.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC)
     x = round((size - side) / 2 + rng.uniform(-0.05, 0.05) * size)
     y = round((size - side) * 0.6 + rng.uniform(-0.04, 0.04) * size)
@@ -304,15 +304,16 @@ def compose(subject: Image.Image, background: str, rng: np.random.Generator, siz
     return np.asarray(scene)
 
 
-def scene(who: DrawnSubject, background: str, rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """One photo of a drawn subject: (size, size, 3) uint8."""
-    return compose(draw_subject(who, size), background, rng, size)
+def scene(subject: DrawnSubject, background: str, rng: np.random.Generator, size: int = 64) -> np.ndarray:
+    """Draws one photo of a subject: (size, size, 3) uint8."""
+    return compose(draw_subject(subject, size), background, rng, size)
 
 
 def caption(noun: str, background: str, token: str | None = None) -> str:
-    """`a robot on a beach`, or `a sks robot on a beach` with the subject's token.
+    """The caption of a scene: `a robot on a beach`, or `a sks robot on a beach` with a token.
 
-    noun: or a description.
+    Args:
+        noun: or a description.
     """
-    named = f"{token} {noun}" if token else noun
-    return f"{'an' if named[0] in 'aeio' else 'a'} {named} {background}"
+    words = f"{token} {noun}" if token else noun
+    return f"{'an' if words[0] in 'aeio' else 'a'} {words} {background}"

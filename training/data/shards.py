@@ -1,12 +1,11 @@
-"""Tar shards in WebDataset's form, read from front to back; nothing is ever written to the disk.
+"""Tar shards in WebDataset's format, read from front to back without writing to the disk.
 
-    cat/0001.jpg  cat/0001.txt  cat/0001.cls      one sample: files that share the name up to the first dot
+    cat/0001.jpg  cat/0001.txt  cat/0001.cls      one sample: files with the same name up to the first dot
     0002.0.png  0002.1.png  0002.json             several photos of one subject
 
-Layout `webdataset`: images are .jpg, .jpeg, .png and .webp; the caption is .txt (0002.0.txt: of that photo),
-or "caption" of .json; the noun of the class is "noun" of .json, or .cls, or the option --noun. Without a
-caption it is "a [V] noun". Other files are passed over, but pickles are refused: who brings one wants it to
-be loaded.
+Layout `webdataset`: images are .jpg, .jpeg, .png and .webp; the caption is .txt (0002.0.txt for one photo) or
+"caption" in .json; the class noun is "noun" in .json, or .cls, or the option --noun. The default caption is
+"a [V] noun". Other files are ignored, but a shard with pickles is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from hyperrt.errors import BadInput, BadPrompt, HyperRTError, IntegrityError, No
 from hyperrt.photos import load
 from hyperrt.sampling import prompts
 from hyperrt.text import printable
-from hyperrt.training.data.folders import MOST_VIEWS
+from hyperrt.training.data.folders import MAX_VIEWS
 from hyperrt.training.data.subjects import (
     Captions,
     Dataset,
@@ -43,7 +42,7 @@ MAX_TEXT = 1 << 20  # bytes of a caption or a JSON file
 
 @dataclass
 class Sample:
-    """Files of one name: suffix ("jpg", "0.txt") -> contents; `problem`: why it cannot be used."""
+    """The files with one name: suffix ("jpg", "0.txt") -> contents; `problem`: why it cannot be used."""
 
     name: str
     files: dict[str, bytes] = field(default_factory=dict)
@@ -51,38 +50,38 @@ class Sample:
 
 
 def webdataset(source: Path, options: DatasetOptions) -> Dataset:
-    """A folder of *.tar, or one of them.
+    """The subjects of a folder of *.tar files, or of one such file.
 
     Raises:
-        NotFound: there is none.
-        BadInput, IntegrityError: as `samples`, when the subjects are asked for.
+        NotFound: there is no shard.
+        BadInput, IntegrityError: as `samples`, when the subjects are read.
     """
     shards = shards_of(source)
-    most = options.views or MOST_VIEWS
+    max_views = options.views or MAX_VIEWS
     subjects = (subject_of(sample, options.noun) for shard in shards for sample in samples(shard))
-    before: list[DatasetSubject | LeftOut] = []
+    first: list[DatasetSubject | LeftOut] = []
     views = 1
-    for found in subjects:  # those that follow are like the first: fewer photos are repeated, more are left
-        before.append(found)
-        if isinstance(found, DatasetSubject):
-            views = min(most, len(found.views))
+    for item in subjects:  # the first subject decides: fewer photos are repeated, further ones left out
+        first.append(item)
+        if isinstance(item, DatasetSubject):
+            views = min(max_views, len(item.views))
             break
-    return Dataset(itertools.chain(before, subjects), views)
+    return Dataset(itertools.chain(first, subjects), views)
 
 
 def shards_of(source: Path) -> list[Path]:
-    """The *.tar of a folder, in natural order; or the one that `source` is.
+    """The *.tar files of a folder, in natural order, or `source` if it is a file.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such file.
     """
     if source.is_file():
         return [source]
-    found = [path for path in source.rglob("*.tar") if path.is_file()] if source.is_dir() else []
-    if not found:
+    paths = [path for path in source.rglob("*.tar") if path.is_file()] if source.is_dir() else []
+    if not paths:
         why = "there is no *.tar in it" if source.is_dir() else "there is no such folder or file"
         raise NotFound(f"{source} has no shards", why, "name a folder of tar files")
-    return sorted(found, key=lambda path: load.natural_key(path.as_posix()))
+    return sorted(paths, key=lambda path: load.natural_key(path.as_posix()))
 
 
 def samples(shard: Path) -> Iterator[Sample]:
@@ -90,13 +89,13 @@ def samples(shard: Path) -> Iterator[Sample]:
 
     Raises:
         BadInput: it holds a pickle.
-        IntegrityError: it is cut short, or no tar file.
+        IntegrityError: it is truncated, or not a tar file.
     """
     sample: Sample | None = None
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it remembers them all, and a shard may have millions
+                archive.members.clear()  # tarfile keeps all members, and a shard may have millions
                 name, suffix = _split(member.name)
                 if member.isdir() or not suffix:
                     continue
@@ -108,15 +107,15 @@ def samples(shard: Path) -> Iterator[Sample]:
                 _add(sample, suffix, member, archive)
     except HyperRTError:
         raise
-    except Exception as error:  # tarfile lets nearly anything escape on a damaged one
-        what = printable(str(error)) or type(error).__name__
-        raise IntegrityError(f"the shard {shard} is damaged", what, "download or copy it again") from error
+    except Exception as error:  # a damaged file may raise anything
+        why = printable(str(error)) or type(error).__name__
+        raise IntegrityError(f"the shard {shard} is damaged", why, "download or copy it again") from error
     if sample is not None:
         yield sample
 
 
 def _split(member: str) -> tuple[str, str]:
-    """A member's name => the sample's and the suffix: a/0002.0.png => a/0002 and 0.png."""
+    """Splits the name of a member into sample and suffix: a/0002.0.png => a/0002, 0.png."""
     folder, slash, base = member.rpartition("/")
     stem, _, suffix = base.partition(".")
     return (f"{folder}{slash}{stem}", suffix.lower()) if stem else (member, "")
@@ -125,31 +124,31 @@ def _split(member: str) -> tuple[str, str]:
 def _refuse_pickle(shard: Path, member: str, suffix: str) -> None:
     kind = suffix.rpartition(".")[2]
     if kind in PICKLES:
-        why = f"{printable(member)} is one (.{kind}); pickles can run code, and none is ever loaded"
-        raise BadInput(f"the shard {shard} holds a pickle", why, "make the shards again, without such files")
+        why = f"{printable(member)} is a pickle (.{kind}), which can run code when it is loaded"
+        raise BadInput(f"the shard {shard} holds a pickle", why, "make the shards again without such files")
 
 
 def _add(sample: Sample, suffix: str, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
-    """Reads a member into its sample, if it is of a kind that is used."""
+    """Reads a member into its sample, unless it is of another kind."""
     kind, path = suffix.rpartition(".")[2], PurePosixPath(member.name)
     if kind not in (*IMAGES, *TEXTS):
         return
-    most = load.MAX_FILE_BYTES if kind in IMAGES else MAX_TEXT
+    limit = load.MAX_FILE_BYTES if kind in IMAGES else MAX_TEXT
     if path.is_absolute() or ".." in path.parts:
-        sample.problem = "its name leads out of the archive"
+        sample.problem = "its name points outside the archive"
     elif not member.isreg():
         sample.problem = f".{suffix} is a link or a device"
-    elif member.size > most:
-        sample.problem = f".{suffix} has {member.size:,} bytes; the limit is {most:,}"
+    elif member.size > limit:
+        sample.problem = f".{suffix} has {member.size:,} bytes; the limit is {limit:,}"
     elif suffix in sample.files:
-        sample.problem = f"it has two files .{suffix}"
+        sample.problem = f"it has two .{suffix} files"
     else:
         content = archive.extractfile(member)
         sample.files[suffix] = b"" if content is None else content.read()
 
 
-def subject_of(sample: Sample, otherwise: str | None = None) -> DatasetSubject | LeftOut:
-    """The subject of a sample; `otherwise`: the noun of one that does not say it."""
+def subject_of(sample: Sample, default_noun: str | None = None) -> DatasetSubject | LeftOut:
+    """The subject of a sample; `default_noun` is used if the sample gives none."""
     if sample.problem:
         return LeftOut(sample.name, sample.problem)
     photos = sorted((s for s in sample.files if s.rpartition(".")[2] in IMAGES), key=load.natural_key)
@@ -157,8 +156,8 @@ def subject_of(sample: Sample, otherwise: str | None = None) -> DatasetSubject |
         return LeftOut(sample.name, "it has no image")
     try:
         about = json_of(sample)
-        said = about.get("noun") or _text(sample, "cls")
-        noun = _noun(str(said)) if said else (otherwise or "")
+        given = about.get("noun") or _text(sample, "cls")
+        noun = _noun(str(given)) if given else (default_noun or "")
         views = [
             View(f"{sample.name}.{suffix}", sample.files[suffix], _captions(sample, suffix, about, noun))
             for suffix in photos
@@ -169,19 +168,19 @@ def subject_of(sample: Sample, otherwise: str | None = None) -> DatasetSubject |
 
 
 def json_of(sample: Sample) -> Mapping[str, object]:
-    """What the sample's .json says; empty where there is none.
+    """The sample's .json; empty without such a file.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: it is not a JSON object.
     """
     content = sample.files.get("json")
     if content is None:
         return {}
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(content)
-        if isinstance(found, dict):
-            return found
-    raise ValueError("its .json is no JSON object")
+        value = json.loads(content)
+        if isinstance(value, dict):
+            return value
+    raise ValueError("its .json is not a JSON object")
 
 
 def _captions(sample: Sample, suffix: str, about: Mapping[str, object], noun: str) -> Captions:
@@ -190,7 +189,7 @@ def _captions(sample: Sample, suffix: str, about: Mapping[str, object], noun: st
     if text:
         return captions_of_text(str(text), noun)
     if not noun:
-        raise ValueError("it has no caption, and nothing says what it is")
+        raise ValueError("it has neither a caption nor a class noun")
     return captions_of_noun(noun)
 
 

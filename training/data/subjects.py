@@ -1,11 +1,11 @@
-"""A subject of a data set: found by a layout, then read, often by a worker process.
+"""Subjects of a data set: found by a layout, then read, often by a worker process.
 
-A layout (training/data/folders.py, shards.py, subjects200k.py, and the cut-outs of data.py) knows how a data
-set lies on the disk. It yields subjects whose photos are not read yet, and names what it leaves out. `read`
-makes pictures of one subject; a photo that cannot be used is left out, and named, and the others are kept.
+A layout (training/data/folders.py, shards.py, subjects200k.py, and cut-outs in cache.py) knows how a data set
+lies on the disk. It yields subjects whose photos are not read yet, and names those that it leaves out. `read`
+reads the photos of one subject; an unusable photo is left out with a reason, and the others are kept.
 
-Captions come in pairs: that of the subject has the placeholder [V], for which the training puts its token;
-the generic one is of the same picture without it (c_S and c_G of arXiv 2511.03156).
+Captions come in pairs: the subject's has the placeholder [V], which training replaces by its token; the
+generic one describes the same picture without it (c_S and c_G of arXiv 2511.03156).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from hyperrt.errors import BadImage, BadPrompt, NotFound
-from hyperrt.photos import load as images
+from hyperrt.photos import load
 from hyperrt.photos.formats import MAX_SIDE
 from hyperrt.photos.srgb import Picture
 from hyperrt.sampling import prompts
@@ -35,10 +35,11 @@ class View:
     """One photo of a subject, not read yet.
 
     Attributes:
-        name: of the file, for people; it may be hostile.
-        content: the file, its contents, or what draws the picture. Views may share one: it is read once.
-        captions: of the subject and generic.
-        part: cuts the view out of the picture; None: all of it.
+        name: of the file, for messages; untrusted.
+        content: the file, its contents, or a function that draws the picture. Consecutive views may share
+            one; then it is read once.
+        captions: the subject's and the generic one.
+        part: cuts the view out of the picture; None: the whole picture.
     """
 
     name: str
@@ -49,7 +50,7 @@ class View:
 
 @dataclass(frozen=True)
 class DatasetSubject:
-    """A person, animal or thing: the noun of its class, and its photos."""
+    """A subject of a data set: its class noun and its photos."""
 
     noun: str
     views: tuple[View, ...]
@@ -57,7 +58,7 @@ class DatasetSubject:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A photo or a sample that is not used; `bad`: not for its quality, but because it cannot be read."""
+    """A photo or a sample that is not used; `bad` if it is unreadable, not only below a quality filter."""
 
     name: str
     why: str
@@ -66,14 +67,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """What a layout is told.
+    """Options of a layout.
 
     Attributes:
         split: "train" or "eval".
-        noun: of subjects that do not say what they are.
-        views: most photos of one subject; None: the layout's own number.
-        limit: most subjects; None: all.
-        size: of the pictures, in pixels; of use to what draws.
+        noun: of subjects for which the data set gives none.
+        views: maximum number of photos per subject; None: the layout's default.
+        limit: maximum number of subjects; None: all.
+        size: of the pictures, in pixels; for layouts that draw them.
     """
 
     split: str = "train"
@@ -85,7 +86,7 @@ class DatasetOptions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a layout finds: the subjects, as they come, and the most views that one of them has."""
+    """The subjects of a data set, one at a time, and the largest number of views of a subject."""
 
     subjects: Iterator[DatasetSubject | LeftOut]
     views: int
@@ -93,7 +94,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class SubjectPictures:
-    """A subject that was read: images [n, S, S, 3] uint8 with n captions; n may be 0."""
+    """The photos of a subject: images [n, S, S, 3] uint8 with n captions; n may be 0."""
 
     noun: str
     images: np.ndarray
@@ -102,36 +103,41 @@ class SubjectPictures:
 
 
 def read(subject: DatasetSubject, size: int) -> SubjectPictures:
-    """Every photo of a subject as a square picture of `size` pixels, the middle of what is longer than high.
+    """Reads every photo of a subject as a square picture of `size` pixels, cut from the middle.
 
-    The same picture twice is used once: a target that is the photo teaches to copy.
+    A repeated picture is used once: a target that equals the photo would teach the network to copy.
     """
-    found: list[Picture] = []
+    pictures: list[Picture] = []
     captions, left_out = [], []
     seen: dict[bytes, str] = {}
     picture, content = None, None
     for view in subject.views:
         try:
             if picture is None or view.content is not content:
-                picture, content = _load(view.content), view.content
-            image = images.square(picture if view.part is None else view.part(picture), size)
+                picture, content = _load(view, size), view.content
+            image = load.square(picture if view.part is None else view.part(picture), size)
             first = seen.setdefault(hashlib.sha256(image.tobytes()).digest(), view.name)
             if first != view.name:
                 raise BadImage(view.name, f"it is the same picture as {first}")
         except (BadImage, NotFound) as error:
             left_out.append(LeftOut(view.name, error.why))
             continue
-        found.append(image)
+        pictures.append(image)
         captions.append(view.captions)
-    stacked = np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
+    stacked = np.stack(pictures) if pictures else np.empty((0, size, size, 3), np.uint8)
     return SubjectPictures(subject.noun, stacked, captions, left_out)
 
 
-def _load(content: Content) -> np.ndarray:
-    if isinstance(content, bytes | Path):
-        # Whole: what is cut out of it is measured in its own pixels.
-        return images.load_image(content, keep_side=MAX_SIDE, follow=False)
-    return content()
+def _load(view: View, size: int) -> np.ndarray:
+    if not isinstance(view.content, bytes | Path):
+        return view.content()
+    try:
+        return load.load_image(view.content, keep_side=MAX_SIDE, follow=False)
+    except BadImage:
+        if view.part is not None:  # it is measured in pixels of the whole picture
+            raise
+        # Like `hyperrt generate`, decode a JPEG of over 64 megapixels at a smaller scale.
+        return load.load_image(view.content, keep_side=max(load.KEEP_SIDE, 2 * size), follow=False)
 
 
 def captions_of_noun(noun: str) -> Captions:
@@ -140,20 +146,20 @@ def captions_of_noun(noun: str) -> Captions:
 
 
 def captions_of_text(text: str, noun: str) -> Captions:
-    """Both captions of a text that describes the picture.
+    """The captions from a text that describes the picture.
 
-    A text with [V] is the subject's caption. Into another one [V] is put before the first mention of the
-    noun; where there is none, "a [V] noun" goes before all.
+    A text with [V] is the subject's caption. Otherwise [V] is inserted before the first mention of the noun;
+    if there is none, the text is preceded by "a [V] noun, ".
 
     Raises:
-        BadPrompt: it is no text, or is empty, or has neither [V] nor a noun to put it before.
+        BadPrompt: it is not a text, or is empty, or has no [V] and the noun is unknown.
     """
     plain = prompts.check_text(text, "caption")
     if PLACEHOLDER.lower() in plain.lower():
         both = prompts.split_prompt(plain, noun, token=PLACEHOLDER)
         return both.subject, both.generic
     if not plain or not noun:
-        raise BadPrompt(f"the caption has no {PLACEHOLDER}", "nor is it known what the subject is")
+        raise BadPrompt(f"the caption has no {PLACEHOLDER}", "and the class noun of the subject is unknown")
     mention = re.search(rf"(?<!\w){re.escape(noun)}(?!\w)", plain, re.IGNORECASE)
     if mention is None:
         return f"a {PLACEHOLDER} {noun}, {plain}", plain

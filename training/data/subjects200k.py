@@ -1,12 +1,12 @@
 """Layout of Subjects200K (Yuanshi/Subjects200K): two views of a subject side by side in one picture.
 
-    DIR/**/*.parquet   as it is published; needs the extra `parquet`
+    DIR/**/*.parquet   as published; needs the extra `parquet`
     DIR/**/*.tar       the same rows in tar shards: NAME.png or .jpg, and NAME.json with the other columns
 
-The picture has a border of 8 pixels around each view: left (8, 8, S + 8, S + 8), right (S + 16, 8, 2 S + 16,
-S + 8). Rows count where all three scores are at least 5 and the descriptions are not marked as invalid.
-Captions are the descriptions, with [V] before the first mention of the item (`subjects.captions_of_text`).
-Source: OminiControl (arXiv 2411.15098), whose data set it is; facts of the columns from its public code.
+Each view has a border of 8 pixels: left (8, 8, S + 8, S + 8), right (S + 16, 8, 2 S + 16, S + 8). A row
+counts if all three scores are at least 5 and its descriptions are not marked as invalid. Captions are the
+descriptions, with [V] before the first mention of the item (`subjects.captions_of_text`).
+Source: OminiControl (arXiv 2411.15098); the columns are those of its public code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hyperrt.training.data.subjects import (
 
 PADDING = 8  # pixels
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
-LEAST_SCORE = 5
+MIN_SCORE = 5
 COLUMNS = ["image", "quality_assessment", "description"]
 ROWS_AT_ONCE = 16  # each is about a megabyte
 
@@ -42,16 +42,16 @@ Row = tuple[str, bytes, Mapping[str, Any]]  # name, picture, other columns
 
 
 def subjects200k(source: Path, options: DatasetOptions) -> Dataset:
-    """Both views of every row that is good enough; the roles are swapped by the training's sampler.
+    """Both views of every row of sufficient quality; the training's sampler swaps their roles.
 
     Raises:
         NotFound: there is neither kind of file.
-        UsageError: pyarrow is needed, and is not installed.
-        BadInput, IntegrityError: a file has no such columns, or is damaged; when the subjects are asked for.
+        UsageError: parquet files need pyarrow, which is not installed.
+        BadInput, IntegrityError: a file lacks a column, or is damaged; raised when the subjects are read.
     """
     parquet = sorted(source.rglob("*.parquet")) if source.is_dir() else []
     if parquet:
-        _pyarrow()  # what is missing is said now
+        _pyarrow()  # raises before the work
         rows: Iterator[Row | LeftOut] = (row for path in parquet for row in _parquet_rows(path))
     else:
         if source.is_dir() and not any(source.rglob("*.tar")):
@@ -62,11 +62,11 @@ def subjects200k(source: Path, options: DatasetOptions) -> Dataset:
 
 
 def subject_of(row: Row) -> DatasetSubject | LeftOut:
-    """The two views of a row."""
+    """The subject of a row, with two views."""
     name, picture, columns = row
     quality, about = columns.get("quality_assessment"), columns.get("description")
-    if not isinstance(quality, Mapping) or not all(_score(quality, key) >= LEAST_SCORE for key in SCORES):
-        return LeftOut(name, f"a score is below {LEAST_SCORE}", bad=False)
+    if not isinstance(quality, Mapping) or not all(_score(quality, key) >= MIN_SCORE for key in SCORES):
+        return LeftOut(name, f"a score is below {MIN_SCORE}", bad=False)
     if not isinstance(about, Mapping) or not about.get("item"):
         return LeftOut(name, "it has no description")
     if about.get("description_valid") is False:
@@ -119,7 +119,7 @@ def _parquet_rows(path: Path) -> Iterator[Row | LeftOut]:
         with parquet.ParquetFile(path) as file:
             if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
                 why = f"it has no column {', '.join(missing)}"
-                raise BadInput(f"{path} is not of Subjects200K", why, again)
+                raise BadInput(f"{path} is not a file of Subjects200K", why, again)
             number = 0
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=COLUMNS):
                 for columns in batch.to_pylist():
@@ -136,6 +136,6 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        why = "Subjects200K is published as parquet, and pyarrow, which reads it, is not installed"
+        why = "Subjects200K is published as parquet, which needs pyarrow, and pyarrow is not installed"
         raise UsageError("parquet files cannot be read", why, "pip install 'hyperrt[parquet]'") from error
     return pyarrow, parquet

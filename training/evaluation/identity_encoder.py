@@ -81,7 +81,7 @@ def key() -> str:
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for index in range(SAMPLED):
-        digest.update(data.draw_views(index, VIEWS, SIZE, data.Subjects(SPLIT))[1].tobytes())
+        digest.update(data.draw_views(index, VIEWS, SIZE, data.MixedSubjects(SPLIT))[1].tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -51,7 +51,7 @@ def test_a_finished_cache_is_kept(small):
 
 def test_a_finished_cache_of_another_make_up_is_replaced_only_when_asked(small):
     before = contents(small)
-    with pytest.raises(UsageError, match="of which identities, views would change"):
+    with pytest.raises(UsageError, match="other settings: identities, views"):
         data.build(small.path, 25, VIEWS - 1, SIZE, workers=1)
     assert same(contents(data.PictureCache.open(small.path)), before)
 
@@ -94,7 +94,7 @@ def test_what_is_not_there_is_named(small):
     with pytest.raises(FileNotFoundError, match="has no latents yet"):
         _ = small.latents
     (small.path / data.METADATA).unlink()
-    with pytest.raises(FileNotFoundError, match="not a finished scene cache"):
+    with pytest.raises(FileNotFoundError, match="not a finished picture cache"):
         data.PictureCache.open(small.path)
 
 

@@ -34,7 +34,7 @@ def test_a_training_step_of_a_small_sd15_can_be_made(tmp_path, settings):
     source = data_sets.celeba(tmp_path / "faces")
     cache = prepare.prepare(
         prepare.PrepareConfig(
-            layout="celeba", source=source, model=tmp_path / "base", output=tmp_path / "cache", device="cpu"
+            layout="celeba", source=source, base=tmp_path / "base", output=tmp_path / "cache", device="cpu"
         )
     )
     assert cache.images.shape == (4, 1, 32, 32, 3)

@@ -36,7 +36,7 @@ def test_files_that_say_it_may_begin_with_a_byte_order_mark(tmp_path):
 def test_the_option_is_for_subjects_that_do_not_say_what_they_are(tmp_path):
     source = data_sets.write(data_sets.folders(tmp_path / "set"), ["e/1.png"])
     assert [subject.noun for subject in found(folders.folders, source, noun="toy")][0::4] == ["robot", "toy"]
-    with pytest.raises(BadInput, match="what the subject 'e' is") as raised:
+    with pytest.raises(BadInput, match="class noun of the subject 'e' is unknown") as raised:
         found(folders.folders, source)
     assert len(str(raised.value).splitlines()) == 3
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hyperrt.errors import BadImage, BadPrompt
+from hyperrt.photos import formats, load
 from hyperrt.training.data.subjects import DatasetSubject, View, captions_of_text, read
 from tests.training.data_sets import drawn, encoded
 
@@ -39,6 +40,17 @@ def test_a_photo_becomes_the_square_in_its_middle(tmp_path):
     found = read(DatasetSubject("toy", (View("wide", tmp_path / "wide.png", CAPTIONS),)), 40)
     assert found.images.shape == (1, 40, 40, 3)
     assert (found.images[0, :, 2:-2] == 200).all()
+
+
+def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_smaller_scale_unless_it_is_cut(monkeypatch):
+    monkeypatch.setattr(formats, "MAX_PIXELS", 100 * 100)
+    monkeypatch.setattr(load, "KEEP_SIDE", 0)
+    large = encoded(next(drawn(1, 400)), "JPEG")
+    views = (View("large", large, CAPTIONS), View("cut", large, CAPTIONS, lambda picture: picture[:300]))
+    result = read(DatasetSubject("toy", views[:1]), 64)
+    assert result.images.shape == (1, 64, 64, 3)
+    [left_out] = read(DatasetSubject("toy", views[1:]), 64).left_out
+    assert "400 x 400 pixels" in left_out.why
 
 
 def test_photos_that_cannot_be_used_are_left_out_and_the_others_kept(tmp_path):
