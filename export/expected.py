@@ -15,12 +15,11 @@ from transformers import CLIPVisionModelWithProjection
 
 from hyperrt.bundle import bundle
 from hyperrt.export import reference
-from hyperrt.export.graph_specs import GraphSpec
+from hyperrt.export.graph_specs import GraphSpec, Modules
 from hyperrt.export.reference import Switch, Text
 from hyperrt.export.source import Source, save_tokenizer
 from hyperrt.sampling.tokenizer import Tokenizer
 
-Modules = Mapping[str, nn.Module]
 Feeds = dict[str, Tensor]
 Expected = tuple[Feeds, dict[str, np.ndarray]]
 

@@ -4,7 +4,7 @@ Prompts, time ids, image prompt, timesteps, solver steps and pictures are diffus
 by diffusers into PEFT, and every row is a call of its own. So what HyperRT leaves out is not left out here,
 too. diffusers has no HM-CFG: its sum alone is written out (`Guided`). Nor has it a hypernetwork.
 
-The networks must be as they were read, which `GraphSpec.hold` leaves them; what is added to them is taken away.
+The networks must be as they were read: `GraphSpec.hold` changes nothing, and what is added is removed again.
 """
 
 from __future__ import annotations
@@ -224,11 +224,11 @@ def decoded(source: Source, vae: Any, latents: Tensor) -> np.ndarray:
     pipe.image_processor = SimpleNamespace(postprocess=lambda image, **_: image)
     pipe.check_inputs = lambda *_: None  # of multiples of 8 pixels, which small models are not
     return drawn(
-        pipe, nothing(source), latents, 1, "pt", callback_on_step_end=lambda *_: {"latents": latents}
+        pipe, no_text(source), latents, 1, "pt", callback_on_step_end=lambda *_: {"latents": latents}
     )
 
 
-def nothing(source: Source) -> Text:
+def no_text(source: Source) -> Text:
     """A prompt for a UNet that reads none."""
     pooled = torch.zeros(1, source.config("text_encoder_2").projection_dim) if source.is_sdxl else None
     return Text(torch.zeros(1, 1, source.text_width), pooled)

@@ -20,34 +20,6 @@ from hyperrt.training.model import image_prompt, noise_schedule
 from hyperrt.training.model.latents import LatentScale
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a bundle is made from, as the user says it.
-
-    Attributes:
-        base: diffusers folder, single .safetensors file, or hub id with its commit (OWNER/NAME@COMMIT); None
-            for the base that the hypernetwork was trained on.
-        hypernet: checkpoint of the weight decoder, or its folder.
-        random_weights: a seed: random weights of the family's sizes in place of all others.
-        image_encoder: folder of the ViT that the hypernetwork reads, where the base model's has none.
-        image_prompt: IP-Adapter-Plus file, for the open category.
-        like: for a single file, see `loading.find`.
-        offline: no network.
-        size: of the pictures, in pixels; None: what the UNet was trained for.
-        vae: in place of the base model's: diffusers folder, .safetensors file, or hub id with its commit.
-    """
-
-    base: str | Path | None = None
-    hypernet: Path | None = None
-    random_weights: int | None = None
-    image_encoder: Path | None = None
-    image_prompt: Path | None = None
-    like: str | None = None
-    offline: bool = False
-    size: int | None = None
-    vae: str | Path | None = None
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Source:
     """What a bundle is made from.

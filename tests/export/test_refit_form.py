@@ -39,10 +39,10 @@ def graph(path):
 def both(exported, path, layout):
     """run(lora, **feeds) of the two forms: by inputs, by refit."""
     with engines.open(exported / "denoiser.onnx") as by_inputs, engines.open(path) as by_refit:
-        fed = verify.Fed(by_refit, layout)
+        runs = (by_inputs.run, verify.run_of(by_refit, layout))
 
         def run(lora, **feeds):
-            return [one.run({**feeds, "lora_q": lora[np.newaxis]}) for one in (by_inputs, fed)]
+            return [run_form({**feeds, "lora_q": lora[np.newaxis]}) for run_form in runs]
 
         yield run
 
