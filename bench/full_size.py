@@ -112,20 +112,19 @@ def export(args: argparse.Namespace, precision: str) -> dict[str, float]:
 def parity(args: argparse.Namespace) -> dict[str, float]:
     """Every graph of both bundles against PyTorch; one network in memory at a time."""
     from hyperrt.export import expected, families, graph_specs, verify
-    from hyperrt.export.source import Inputs
+    from hyperrt.export.source import sized
 
     errors: dict[str, dict[str, float]] = {precision: {} for precision in PARITY_OF}
-    family = families.get(args.family)
-    with families.opened(family, Inputs(random_weights=0, size=args.size)) as source:
-        for graph in graph_specs.build(source):
-            modules = {name: source.parts[name].load() for name in graph.parts}
-            right = expected.of_graph(graph, source, modules, verify.LARGE_SIZES)
-            del modules
-            for precision in PARITY_OF:
-                path = bundle_of(args, precision) / f"{graph.name}.onnx"
-                error = verify.graph_error(path, expected=right, **verify.RUN_BY[precision])
-                print(f"{graph.name:16}{precision} {error:.2e}", file=sys.stderr, flush=True)
-                errors[precision][graph.name] = error
+    source = sized(families.get(args.family).random(0), args.size)
+    for graph in graph_specs.build(source):
+        modules = {name: source.parts[name].load() for name in graph.parts}
+        right = expected.of_graph(graph, source, modules, verify.LARGE_SIZES)
+        del modules
+        for precision in PARITY_OF:
+            path = bundle_of(args, precision) / f"{graph.name}.onnx"
+            error = verify.graph_error(path, expected=right, **verify.RUN_BY[precision])
+            print(f"{graph.name:16}{precision} {error:.2e}", file=sys.stderr, flush=True)
+            errors[precision][graph.name] = error
     return {f"parity_{precision}_worst_rel": max(found.values()) for precision, found in errors.items()}
 
 

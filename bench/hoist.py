@@ -76,7 +76,7 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
 
     from hyperrt.engines.tensors import TensorSpec
     from hyperrt.export import families, graph_specs, modules, onnx_graph
-    from hyperrt.export.source import Inputs
+    from hyperrt.export.source import sized
     from hyperrt.training.model import lora_layers
     from hyperrt.training.model.lora_layers import Rows
 
@@ -93,32 +93,32 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
             rows = Rows(factors, gates, Projected(self.unet, hidden_states, Rows(factors, gates)))
             return self.step(latents, previous, noise, timestep, coefficients, guidance, gate, rows, added)
 
-    with families.opened(families.get(args.family), Inputs(random_weights=0, size=args.size)) as source:
-        hoisted = next(graph for graph in graph_specs.build(source) if graph.name == "denoiser")
-        text = TensorSpec("hidden_states", ("rows", source.max_tokens, source.text_width), "float32")
-        lora_kv = TensorSpec("lora_kv", ("subjects", source.layout.size("lora_kv")), "float32")
-        inputs = [text if spec.name == "context" else spec for spec in hoisted.inputs]
-        place = [spec.name for spec in inputs].index("lora_q") + 1
+    source = sized(families.get(args.family).random(0), args.size)
+    hoisted = next(graph for graph in graph_specs.build(source) if graph.name == "denoiser")
+    text = TensorSpec("hidden_states", ("rows", source.max_tokens, source.text_width), "float32")
+    lora_kv = TensorSpec("lora_kv", ("subjects", source.layout.size("lora_kv")), "float32")
+    inputs = [text if spec.name == "context" else spec for spec in hoisted.inputs]
+    place = [spec.name for spec in inputs].index("lora_q") + 1
 
-        def make(loaded: graph_specs.Modules) -> InStep:
-            return InStep(hoisted.make(loaded).unet, layout=source.layout)
+    def make(loaded: graph_specs.Modules) -> InStep:
+        return InStep(hoisted.make(loaded).unet, layout=source.layout)
 
-        in_step = dataclasses.replace(hoisted, make=make, inputs=(*inputs[:place], lora_kv, *inputs[place:]))
-        part = source.parts["unet"]
-        loaded = {"unet": part.load()}
-        for way, graph in zip(WAYS, (hoisted, in_step), strict=True):
-            (folder / way).mkdir()
-            onnx_graph.write(graph, {"unet": part.skeleton}, loaded, folder / way)
-        unet = loaded["unet"].float()
-        feeds = {name: tensor.numpy() for name, tensor in in_step.feeds(SIZES, seed=0).items()}
-        context = lora_layers.context(
-            unet, *(in_step.feeds(SIZES, seed=0)[name] for name in ("hidden_states", "gate", "lora_kv")),
-            source.layout,
-        )  # fmt: skip
-        own = {"hoisted": {"context": context.numpy()}, "in_step": {}}
-        for way in WAYS:
-            np.savez(folder / way / "feeds.npz", **feeds, **own[way])
-        return sum(2 * site.d_in * site.d_out for site in source.layout.sites_of("lora_kv"))
+    in_step = dataclasses.replace(hoisted, make=make, inputs=(*inputs[:place], lora_kv, *inputs[place:]))
+    part = source.parts["unet"]
+    loaded = {"unet": part.load()}
+    for way, graph in zip(WAYS, (hoisted, in_step), strict=True):
+        (folder / way).mkdir()
+        onnx_graph.write(graph, {"unet": part.skeleton}, loaded, folder / way)
+    unet = loaded["unet"].float()
+    feeds = {name: tensor.numpy() for name, tensor in in_step.feeds(SIZES, seed=0).items()}
+    context = lora_layers.context(
+        unet, *(in_step.feeds(SIZES, seed=0)[name] for name in ("hidden_states", "gate", "lora_kv")),
+        source.layout,
+    )  # fmt: skip
+    own = {"hoisted": {"context": context.numpy()}, "in_step": {}}
+    for way in WAYS:
+        np.savez(folder / way / "feeds.npz", **feeds, **own[way])
+    return sum(2 * site.d_in * site.d_out for site in source.layout.sites_of("lora_kv"))
 
 
 class Projected(Mapping):

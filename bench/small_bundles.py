@@ -6,8 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from hyperrt.export import assemble, export_bundle, families
-from hyperrt.export.source import Inputs
+from hyperrt.cli.configs import ExportConfig
+from hyperrt.export import export_bundle, families
 from tests.export import small_models
 
 FORMS = {"sd15": ("inputs", "refit"), "sdxl": ("inputs", "refit")}
@@ -22,5 +22,7 @@ def main() -> None:
         families.FAMILIES[family] = random
         for adapt in forms:
             print("exporting", family, adapt, file=sys.stderr, flush=True)
-            options = assemble.Options(verify="none", adapt=adapt)
-            export_bundle(family, Inputs(random_weights=0), folder / f"{family}-{adapt}", options)
+            output = str(folder / f"{family}-{adapt}")
+            export_bundle(
+                ExportConfig(model=family, output=output, random_weights=0, verify="none", adapt=adapt)
+            )

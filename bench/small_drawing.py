@@ -93,9 +93,8 @@ def bundle_of(args: argparse.Namespace, world: World, base_hash: Callable[[], st
 
 def exported(world: World, hypernet: Path, work: Path) -> Path:
     """A bundle of the base model and a hypernetwork; made once for the same weights."""
+    from hyperrt.cli.configs import ExportConfig
     from hyperrt.export import export_bundle
-    from hyperrt.export.assemble import Options
-    from hyperrt.export.source import Inputs
     from hyperrt.training.run.checkpoint import HYPERNET
 
     weights = hypernet / f"{HYPERNET}.safetensors" if hypernet.is_dir() else hypernet
@@ -104,5 +103,6 @@ def exported(world: World, hypernet: Path, work: Path) -> Path:
     folder = work / f"bundle-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
-        export_bundle("tiny", Inputs(world.base, hypernet), folder, Options(verify="none"))
+        paths = {"base": str(world.base), "hypernet": str(hypernet), "output": str(folder)}
+        export_bundle(ExportConfig(model="tiny", verify="none", **paths))
     return folder

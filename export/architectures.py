@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and SDXL by their published configurations: networks of the true sizes, no weights.
+"""Builds the networks of Stable Diffusion 1.5 and SDXL from their published configurations, without weights.
 
 Source: config.json of each part as diffusers publishes them for these models; ViT-B/16 as
 google/vit-base-patch16-224-in21k, ViT-H/14 as IP-Adapter's `models/image_encoder`.
@@ -67,7 +67,7 @@ CLIP_L: Mapping[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "max_position_embeddings": MAX_TOKENS,
-    "eos_token_id": 2,  # of the first publications: the pooled token is that of the highest id
+    "eos_token_id": 2,  # as first published; the pooled token is then the one with the highest id
 }
 CLIP_BIG_G: Mapping[str, Any] = {
     **CLIP_L,

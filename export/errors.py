@@ -1,4 +1,4 @@
-"""What export raises on purpose; like every error of HyperRT in three lines: what, why, do."""
+"""The errors of an export."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class ExportError(Incompatible):
 
 
 class ParityError(ExportError):
-    """A graph was made, but does not compute what the model does; nothing is published."""
+    """A graph does not compute what the model does; nothing is published."""
 
     code: ClassVar[int] = 9

@@ -1,4 +1,4 @@
-"""Inputs for each graph of a bundle, and what diffusers and PEFT make of them (export/reference.py)."""
+"""Makes inputs for each graph, and the results of diffusers and PEFT for them (export/reference.py)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from transformers import CLIPVisionModelWithProjection
 
 from hyperrt.bundle import bundle
 from hyperrt.export import reference
-from hyperrt.export.graph_specs import GraphSpec
+from hyperrt.export.graph_specs import GraphSpec, Modules
 from hyperrt.export.reference import Switch, Text
 from hyperrt.export.source import Source, save_tokenizer
 from hyperrt.sampling.tokenizer import Tokenizer
 
-Modules = Mapping[str, nn.Module]
 Feeds = dict[str, Tensor]
 Expected = tuple[Feeds, dict[str, np.ndarray]]
 
-# With a word that is a token of its own for some tokenizers, and more words than are read.
+# With a word that is one token for some tokenizers, and with more words than a text encoder reads.
 PROMPTS = ("a sks toy on a beach!", "a toy", "a robot in the snow, at night, " * 12)
 
 
@@ -32,17 +31,18 @@ PROMPTS = ("a sks toy on a beach!", "a toy", "a robot in the snow, at night, " *
 def of_graph(
     graph: GraphSpec, source: Source, modules: Modules, sizes: Sequence[Mapping[str, int]]
 ) -> list[Expected]:
-    """Inputs of these sizes, and what the graph must make of them.
+    """Inputs of these sizes, each with the outputs that the graph must have.
 
     Args:
-        graph: one of a bundle's.
+        graph: one of a bundle's graphs.
         source: what it was made from.
-        modules: its parts; they are made fp32 in place, which changes no weight.
-        sizes: how large each symbolic dim is; of a graph with a LoRA to refit, `subjects` is 1.
+        modules: its parts; they become fp32 in place, which changes no weight.
+        sizes: of the symbolic dims; if the LoRA is refitted, `subjects` becomes 1.
     """
-    read = {name: modules[name].float() for name in graph.parts}
-    known = [{**size, "subjects": 1} if graph.refit else size for size in sizes]
-    return [MAKERS[graph.name](graph, source, read, size, seed) for seed, size in enumerate(known)]
+    networks = {name: modules[name].float() for name in graph.parts}
+    if graph.refit:
+        sizes = [{**size, "subjects": 1} for size in sizes]
+    return [MAKERS[graph.name](graph, source, networks, size, seed) for seed, size in enumerate(sizes)]
 
 
 def _image_encoder(
@@ -51,13 +51,13 @@ def _image_encoder(
     feeds = graph.feeds(size, seed)
     if isinstance(modules["image_encoder"], CLIPVisionModelWithProjection):
         features = _encoded_images(source, modules, feeds["pixels"])[0]
-    else:  # a ViT, which diffusers does not have
+    else:  # a ViT; diffusers has none
         features = modules["image_encoder"](feeds["pixels"]).last_hidden_state
     return feeds, {"features": features.numpy()}
 
 
 def _encoded_images(source: Source, modules: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features as IP-Adapter reads them, of pixels and of as many zeros."""
+    """IP-Adapter's features of the pixels, and of as many pictures of zeros."""
     pipe = reference.pipeline(source, modules)
     return pipe.encode_image(pixels, torch.device("cpu"), 1, output_hidden_states=True)
 
@@ -65,7 +65,7 @@ def _encoded_images(source: Source, modules: Any, pixels: Tensor) -> tuple[Tenso
 def _weight_decoder(
     graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int
 ) -> Expected:
-    """The hypernetwork's own; diffusers has no such thing."""
+    """Results of the hypernetwork itself; diffusers has none."""
     feeds = graph.feeds(size, seed)
     packed = modules["weight_decoder"](feeds["features"])
     return feeds, {name: packed[name].numpy() for name in ("lora_q", "lora_kv")}
@@ -85,25 +85,25 @@ def _image_prompt(
 def _text_encoder(
     graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int
 ) -> Expected:
-    """Prompts: their ids by the runtime's tokenizer, what they become by the pipeline."""
+    """Token ids by the runtime's tokenizer, embeddings by the pipeline."""
     prompts = [PROMPTS[(seed + k) % len(PROMPTS)] for k in range(size["prompts"])]
-    found = reference.encoded(reference.pipeline(source, modules), prompts)
-    arrays = {"hidden_states": found.hidden.numpy()}
-    if found.pooled is not None:
-        arrays["pooled"] = found.pooled.numpy()
+    text = reference.encoded(reference.pipeline(source, modules), prompts)
+    arrays = {"hidden_states": text.hidden.numpy()}
+    if text.pooled is not None:
+        arrays["pooled"] = text.pooled.numpy()
     return token_ids(source, prompts), arrays
 
 
 def token_ids(source: Source, prompts: Sequence[str]) -> Feeds:
-    """The ids [prompts, L] of each text encoder, as the runtime will make them."""
+    """The ids [prompts, L] for each text encoder, by the runtime's tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / bundle.TOKENIZER
         save_tokenizer(source, path)
         pads = {"input_ids": source.pad} | ({"input_ids_2": source.pad_2} if source.is_sdxl else {})
-        readers = {name: Tokenizer(path, source.max_tokens, pad) for name, pad in pads.items()}
+        tokenizers = {name: Tokenizer(path, source.max_tokens, pad) for name, pad in pads.items()}
     return {
-        name: torch.from_numpy(np.stack([reader.encode(text).ids for text in prompts]))
-        for name, reader in readers.items()
+        name: torch.from_numpy(np.stack([tokenizer.encode(text).ids for text in prompts]))
+        for name, tokenizer in tokenizers.items()
     }
 
 
@@ -134,13 +134,13 @@ def _use_for(use: Switch, feeds: Feeds, size: Mapping[str, int], row: int) -> No
 
 
 def text_keys_values(unet: Any, text: Text) -> Tensor:
-    """K and V of every cross-attention, [1, L, W], as the bundle's format packs them."""
+    """K and V of every cross-attention, [1, L, W], packed as in the bundle's format."""
     linears = [linear for _, attn in cross_attentions(unet) for linear in (attn.to_k, attn.to_v)]
     return torch.cat([linear(text.hidden) for linear in linears], -1)
 
 
 def _image_keys_values(unet: Any, tokens: Tensor, scale: Tensor) -> Tensor:
-    """The same of image tokens [1, I, D]: [1, I, W], V times the scale."""
+    """The same for image tokens [1, I, D]: [1, I, W], with V times the scale."""
     parts = []
     for _, attn in cross_attentions(unet):
         (to_k,), (to_v,) = attn.processor.to_k_ip, attn.processor.to_v_ip
@@ -149,18 +149,18 @@ def _image_keys_values(unet: Any, tokens: Tensor, scale: Tensor) -> Tensor:
 
 
 def cross_attentions(unet: nn.Module) -> list[tuple[str, Any]]:
-    """Path and module of each, in the UNet's order."""
+    """Path and module of each cross-attention, in the UNet's order."""
     return [(path, module) for path, module in unet.named_modules() if path.endswith("attn2")]
 
 
 def added(unet: Any, texts: Text, time_ids: Tensor) -> Tensor:
-    """What an SDXL's UNet adds to its time embedding, [n, E]."""
+    """What SDXL's UNet adds to its time embedding, [n, E]."""
     condition = {"text_embeds": texts.pooled, "time_ids": time_ids}
     return unet.get_aug_embed(texts.hidden, texts.hidden, condition)
 
 
 def _denoiser(graph: GraphSpec, source: Source, modules: Any, size: Mapping[str, int], seed: int) -> Expected:
-    """One step of random coefficients; each row by a call of the UNet with its text and its LoRA."""
+    """One step with random coefficients; each row is a call of the UNet with its text and its LoRA."""
     feeds, unet, rows = graph.feeds(size, seed), modules["unet"], size["rows"]
     rng = np.random.default_rng([seed, 1])
 
@@ -173,7 +173,7 @@ def _denoiser(graph: GraphSpec, source: Source, modules: Any, size: Mapping[str,
         texts = Text(texts.hidden, random(rows, source.config("text_encoder_2").projection_dim))
         time_ids = 1000 * torch.from_numpy(rng.random((rows, 6), np.float32))
         feeds["added"] = added(unet, texts, time_ids)
-    image = feeds["context"][:, source.max_tokens :]  # of the image prompt, if there is one
+    image = feeds["context"][:, source.max_tokens :]  # K and V of the image prompt, if there is one
     lora = {"lora_q": feeds["lora_q"].numpy()}
     lora["lora_kv"] = 0.2 * random(len(feeds["lora_q"]), source.layout.size("lora_kv")).numpy()
     x = feeds["latents"] * feeds["coefficients"][0]
@@ -181,27 +181,27 @@ def _denoiser(graph: GraphSpec, source: Source, modules: Any, size: Mapping[str,
     with reference.adapted(unet, source.layout, lora) as use:
         for row in range(rows):
             _use_for(use, feeds, size, row)
-            text, own_image, k = texts.of(row), image[row : row + 1], row % len(x)
-            context.append(torch.cat([text_keys_values(unet, text), own_image], dim=1))
+            text, row_image, k = texts.of(row), image[row : row + 1], row % len(x)
+            context.append(torch.cat([text_keys_values(unet, text), row_image], dim=1))
             ids = None if time_ids is None else time_ids[row : row + 1]
-            with image_given(unet, own_image) as tokens:
+            with with_image(unet, row_image) as tokens:
                 outputs.append(reference.predicted(unet, x[k : k + 1], feeds["timestep"], text, ids, tokens))
     feeds["context"] = torch.cat(context)
     return feeds, _stepped(feeds, torch.cat(outputs))
 
 
-def image_given(unet: Any, packed: Tensor) -> contextlib.AbstractContextManager[list[Tensor] | None]:
-    """A UNet that sees an image prompt whose keys and values are `packed` [1, I, W]; nothing where I is 0."""
+def with_image(unet: Any, packed: Tensor) -> contextlib.AbstractContextManager[list[Tensor] | None]:
+    """Gives a UNet an image prompt with keys and values `packed` [1, I, W]; does nothing if I is 0."""
     if not packed.shape[1]:
         return contextlib.nullcontext(None)
     widths = [(attn.to_k.out_features, attn.to_v.out_features) for _, attn in cross_attentions(unet)]
     parts = iter(packed.split([width for both in widths for width in both], dim=-1))
     pairs = {path: (next(parts), next(parts)) for path, _ in cross_attentions(unet)}
-    return reference.image_given(unet, pairs)
+    return reference.with_image(unet, pairs)
 
 
 def _stepped(feeds: Feeds, outputs: Tensor) -> dict[str, np.ndarray]:
-    """docs/bundle-format.md section 3: the guided sum of rows, branch by branch, and the solver's update."""
+    """The guided sum of the rows and the solver's update, as in docs/bundle-format.md section 3."""
     c, latents = feeds["coefficients"], feeds["latents"]
     by_branch = outputs.unflatten(0, (-1, len(latents)))
     guided = (feeds["guidance"].view(-1, 1, 1, 1, 1) * by_branch).sum(0)

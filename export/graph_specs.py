@@ -1,4 +1,4 @@
-"""The graphs of a bundle: which module each is, from which parts, with which inputs and outputs.
+"""Specifies the graphs of a bundle: the module, parts, inputs and outputs of each.
 
 Names, shapes and meaning of all tensors: docs/bundle-format.md. Dims: photos, prompts, images and branches
 are free; rows = branches x images, branch-major; subjects is 1 (one LoRA for all rows) or rows.
@@ -32,10 +32,10 @@ Modules = Mapping[str, nn.Module]
 class GraphSpec:
     """One graph: a module whose `forward` takes `inputs` by name and returns `outputs` in order.
 
-    parts: names of those it is made from.
-    make:  the module from modules of these parts, to be traced; it replaces their attention.
+    parts: names of the parts that it is made from.
+    make:  the module to trace, from modules of these parts, whose attention it replaces.
     hold:  the same for their weights alone, which leaves the modules as diffusers has them.
-    refit: layout of the LoRA, if its factors are to be constants of the file in place of its input lora_q.
+    refit: layout of the LoRA, if its factors become constants of the file in place of the input lora_q.
     """
 
     name: str
@@ -44,12 +44,12 @@ class GraphSpec:
     hold: Callable[[Modules], modules.GraphModule]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    integers: int = 0  # integer inputs are below this
+    integers: int = 0  # upper bound of integer inputs, exclusive
     refit: LoraLayout | None = None
 
     @property
     def file_inputs(self) -> tuple[TensorSpec, ...]:
-        """Those of the file."""
+        """The inputs of the file."""
         return tuple(spec for spec in self.inputs if self.refit is None or spec.name != "lora_q")
 
     @property
@@ -58,14 +58,14 @@ class GraphSpec:
         return () if self.refit is None else self.refit.constants("lora_q")
 
     def feeds(self, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-        """Random inputs; `sizes` says how large each symbolic dim is."""
+        """Random inputs; `sizes` of the symbolic dims."""
         arrays = compare.random_feeds(self.inputs, sizes, seed, self.integers)
         return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
 class ImagePromptShape:
-    """tokens: how many; width: of each; both 0 where there is no image prompt."""
+    """Number of image tokens and their width; both 0 without an image prompt."""
 
     tokens: int = 0
     width: int = 0
@@ -77,7 +77,7 @@ def build(source: Source, adapt: str = "inputs") -> tuple[GraphSpec, ...]:
     adapt: how the LoRA enters the denoiser, "inputs" or "refit".
 
     Raises:
-        ExportError: the UNet has a kind of attention or condition that the graphs do not compute.
+        ExportError: the graphs do not compute the UNet's kind of attention or condition.
     """
     image = ImagePromptShape()
     if "image_prompt" in source.parts:
@@ -95,7 +95,7 @@ def build(source: Source, adapt: str = "inputs") -> tuple[GraphSpec, ...]:
     )
 
 
-# Which of its parts' weights a graph holds, where it does not hold all: by their names in the module.
+# Names of the weights that a graph holds, for graphs that do not hold all weights of their parts.
 HELD = {
     "context": re.compile(r"attn2\.to_[kv]\.|add_embedding\.|\.ip_adapter\."),
     "denoiser": re.compile(r"^(?!.*(attn2\.to_[kv]\.|add_embedding\.))"),
@@ -204,7 +204,7 @@ def _graph(
     integers: int = 0,
     **options: object,
 ) -> GraphSpec:
-    """A graph whose module is `cls` of the modules of `parts`, in their order."""
+    """A graph whose module is made by `cls` from the modules of `parts`, in their order."""
 
     def hold(loaded: Modules) -> modules.GraphModule:
         return cls(*(loaded[part] for part in parts), **options)
@@ -218,7 +218,7 @@ def _graph(
 
 
 def _use_operators(part: str, module: nn.Module) -> None:
-    """Make the part's attention the operator that becomes one node, and its upsampling cheap."""
+    """Gives a part the attention that becomes one node, and the cheaper upsampling."""
     if part == "unet":
         lora_layers.install(module, operators.attend, operators.attend_again)
         modules.feed_added(module)

@@ -1,8 +1,8 @@
-"""Base models from where users have them: a diffusers folder, a single file, a hub id.
+"""Loads base models from a diffusers folder, a single file or a hub id.
 
-A folder in diffusers' format says what a model is; its weights are in there, or in a single file. Each part
-is read when it is needed. Weights are safetensors; pickles can run code and are refused, and so is code that
-a model brings along. What is missing or damaged is said before the long work starts.
+A folder in diffusers' format has the configurations of a model; the weights are there too, or in a single
+file. Each part is read when it is needed. Weights are safetensors; pickles can run code and are refused, and
+so is code that comes with a model. Missing and damaged files are reported before the long work starts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ AGAIN = "copy or download it again"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a base model, or a VAE, is.
+    """The files of a base model or a VAE.
 
     Attributes:
-        folder: in diffusers' format; of a VAE that is a file the folder whose configuration it has.
-        file: has the weights, where the folder has only what they mean.
+        folder: in diffusers' format; for a VAE in a single file, the folder with its configuration.
+        file: the single file with the weights, if they are not in the folder.
     """
 
     folder: Path
@@ -46,24 +46,24 @@ class ModelFiles:
 
 
 def find(model: str, like: str | None, offline: bool, but: Sequence[str] = ()) -> ModelFiles:
-    """A base model by what the user calls it.
+    """Finds a base model.
 
     Args:
         model: a folder in diffusers' format, a single .safetensors file, or a hub id with its revision.
-        like: for a single file: folder or hub id that its configuration and tokenizer are taken from.
-        offline: use of a hub only what was downloaded before.
-        but: parts whose weights are not taken from it.
+        like: for a single file: folder or hub id with its configuration and tokenizer.
+        offline: do not access the network; use only files already in the Hugging Face cache.
+        but: parts whose weights are not downloaded.
 
     Raises:
-        NotFound: there is no such thing, or a hub cannot be reached.
+        NotFound: it does not exist, or the hub cannot be reached.
         BadInput: it is a pickle, or another kind of file.
-        UsageError: a hub id has no revision; `like` is missing, or is given for nothing.
+        UsageError: a hub id has no revision; `like` is missing, or has no use.
     """
     path = Path(model)
     if _is_weights(path, "base model"):
         return ModelFiles(_like(path, like, offline), path)
     if like is not None:
-        why = f"it is for a single .safetensors file, and {model} is none"
+        why = f"it is for a single .safetensors file, and {model} is not one"
         raise UsageError(f"--like {like} would not be read", why, "leave --like out")
     if path.is_dir():
         return ModelFiles(path)
@@ -71,11 +71,11 @@ def find(model: str, like: str | None, offline: bool, but: Sequence[str] = ()) -
 
 
 def find_vae(vae: str, base_model: Path, offline: bool) -> ModelFiles:
-    """A VAE by what the user calls it; errors as `find`.
+    """Finds a VAE; errors as `find`.
 
     Args:
         vae: a folder in diffusers' format (a VAE's or a base model's), a .safetensors file, or a hub id.
-        base_model: folder whose configuration a file has.
+        base_model: folder with the configuration for a single file.
     """
     path = Path(vae)
     if _is_weights(path, "VAE"):
@@ -83,15 +83,15 @@ def find_vae(vae: str, base_model: Path, offline: bool) -> ModelFiles:
             raise NotFound(f"there is no VAE {path}", "there is no such file", "check the path")
         return ModelFiles(base_model / "vae", path)
     folder = path if path.is_dir() else hub.fetch(vae, offline, hub.vae, "VAE")
-    found = folder / "vae" if (folder / "vae").is_dir() else folder
-    if not (found / "config.json").is_file():
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not (folder / "config.json").is_file():
         why = "it has no config.json" if path.is_dir() else "its repository has no config.json"
         raise NotFound(f"no VAE can be read from {vae}", why, "give a folder in diffusers' format, or a file")
-    return ModelFiles(found)
+    return ModelFiles(folder)
 
 
 def _is_weights(path: Path, kind: str) -> bool:
-    """Whether a name is that of a .safetensors file, there or not.
+    """Whether the path names a .safetensors file, which may not exist.
 
     Raises:
         BadInput: it is a pickle, or another kind of file.
@@ -102,26 +102,27 @@ def _is_weights(path: Path, kind: str) -> bool:
         why = f"{path.suffix} files are pickles, which can run code; they are not read"
         raise BadInput(f"{path} cannot be used", why, CONVERT)
     if path.is_file() and path.suffix != ".safetensors":
-        why = "of files, only .safetensors are read"
-        raise BadInput(f"{path} is no {kind}", why, "give a folder in diffusers' format, or such a file")
+        why = "the only files that are read are .safetensors"
+        do = "give a folder in diffusers' format, or a .safetensors file"
+        raise BadInput(f"{path} is not a {kind}", why, do)
     return path.suffix == ".safetensors"
 
 
 def parts_of(
     folder: Path, image_encoder: Path | None = None, file: Path | None = None, vae: ModelFiles | None = None
 ) -> dict[str, ModelPart]:
-    """The networks of a base model; nothing but their configurations and names of weights is read now.
+    """The networks of a base model; reads their configurations and the headers of their weights.
 
     Args:
         folder, file: as in `ModelFiles`.
-        image_encoder: folder of the hypernetwork's ViT where the base model's has none (`image_encoder/`).
-        vae: in place of the base model's.
+        image_encoder: folder of the hypernetwork's ViT, if the base model has no `image_encoder/`.
+        vae: replaces the base model's.
 
     Raises:
-        NotFound: a part, or a file of its weights, is missing.
-        BadInput: weights are there as pickles alone, or config.json is none, or the file has no such part.
+        NotFound: a part or a file of its weights is missing.
+        BadInput: the only weights are pickles, a config.json is of another kind, or the file lacks a part.
         IntegrityError: a file of weights is damaged.
-        ExportError: a file is of another architecture, or the VAE's latents are others than the base's.
+        ExportError: a file has another architecture, or the VAE's latents have another scale than the base's.
     """
     folders = {name: folder / name for name in ("unet", "vae", "text_encoder")}
     if model_config.is_sdxl(folder):
@@ -133,12 +134,12 @@ def parts_of(
     _check_configured(folder, folders, vae)
     _check_index(folder, [name for name in folders if folders[name] != folder / name])
     parts = {}
-    for name, where in folders.items():
-        parts[name] = _part(name, where, files[name])
-        if (own := files[name]) is not None:
-            single_file.check(own, parts[name], folder, "VAE" if own != file else "base model")
+    for name, part_folder in folders.items():
+        parts[name] = _part(name, part_folder, files[name])
+        if (weights := files[name]) is not None:
+            single_file.check(weights, parts[name], folder, "VAE" if weights != file else "base model")
         else:
-            _check_weights(where, name)
+            _check_weights(part_folder, name)
     if vae is not None:
         _check_latents(folder, parts["vae"], vae)
     return parts
@@ -153,27 +154,27 @@ def _check_index(folder: Path, but: list[str]) -> None:
 
 
 def _check_latents(folder: Path, vae: ModelPart, given: ModelFiles) -> None:
-    """Whether a VAE's latents are scaled as those of the VAE that the base model has, if it has one.
+    """Checks that a VAE scales its latents as the base model's VAE does, if the base model has one.
 
-    An AutoencoderTiny's have a scale of their own: it decodes the other VAE's latents as the UNet has them.
+    An AutoencoderTiny has another scale: it decodes the UNet's latents as they are.
     """
-    own = folder / "vae"
-    if not (own / "config.json").is_file() or given.folder == own:
+    vae_of_base = folder / "vae"
+    if not (vae_of_base / "config.json").is_file() or given.folder == vae_of_base:
         return
-    parts = [_part("vae", own, None).skeleton, vae.skeleton]
-    if type(parts[0]) is not type(parts[1]):
+    vaes = [_part("vae", vae_of_base, None).skeleton, vae.skeleton]
+    if type(vaes[0]) is not type(vaes[1]):
         return
     try:
-        wanted, found = (LatentScale.of(part.config, model_config.is_sdxl(folder)) for part in parts)
+        expected, scale = (LatentScale.of(module.config, model_config.is_sdxl(folder)) for module in vaes)
     except ValueError:
-        return  # which `supported.check` says, of the VAE that is used
-    if wanted != found:
-        why = f"its latents have {_scale(found)}, the base model's {_scale(wanted)}"
+        return  # `supported.check` reports it, for the VAE that is used
+    if scale != expected:
+        why = f"its latents have {_text_of(scale)}, the base model's {_text_of(expected)}"
         do = "give a VAE that was made for this kind of base model"
         raise ExportError(f"the VAE {given.file or given.folder} does not fit the base model", why, do)
 
 
-def _scale(scale: LatentScale) -> str:
+def _text_of(scale: LatentScale) -> str:
     statistics = f", mean {list(scale.mean)}, std {list(scale.std)}" if scale.mean else ""
     return f"scaling_factor {scale.factor:g}{statistics}"
 
@@ -182,7 +183,7 @@ def scheduler_of(folder: Path, file: Path | None = None) -> dict[str, Any]:
     """The noise schedule's configuration, with the defaults of its class; errors as `parts_of`.
 
     Raises:
-        ExportError: the solvers do not describe it.
+        ExportError: the solvers do not support it.
     """
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     named = model_config.class_in_index(model_config.index_of(folder), "scheduler")
@@ -198,18 +199,19 @@ def tokenizer_of(folder: Path, text_encoder: ModelPart) -> CLIPTokenizer:
 
     Raises:
         IntegrityError: it cannot be read, or does not fit.
-        ExportError: one of its words stands for several, as diffusers reads it.
+        ExportError: diffusers reads one of its words as several.
     """
     what, do = f"{folder} cannot be used", "copy the model again"
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers has no common one
+    except Exception as error:  # transformers has no common class of errors
         raise IntegrityError(what, first_line(error), do) from error
     if why := model_config.misfit(tokenizer, text_encoder.skeleton.config):
         raise IntegrityError(what, why, do)
     added = tokenizer.added_tokens_encoder
     if several := sorted(word for word in added if f"{word}_1" in added):
-        why = f"diffusers reads {several[0]} as {several[0]} {several[0]}_1 ..., which the runtime does not"
+        word = several[0]
+        why = f"diffusers reads {word} as {word} {word}_1 ..., which the runtime does not"
         raise ExportError(what, why, "use the model without that textual inversion")
     return tokenizer
 
@@ -218,7 +220,7 @@ def second_tokenizer_of(folder: Path, text_encoder_2: ModelPart, tokenizer: CLIP
     """SDXL's second tokenizer, which must read text as the first does; errors as `tokenizer_of`.
 
     Raises:
-        ExportError: they differ in more than the pad.
+        ExportError: they differ in more than the pad token.
     """
     second = tokenizer_of(folder / "tokenizer_2", text_encoder_2)
     if _rules(second, second.pad_token) != _rules(tokenizer, second.pad_token):
@@ -229,7 +231,7 @@ def second_tokenizer_of(folder: Path, text_encoder_2: ModelPart, tokenizer: CLIP
 
 
 def _rules(tokenizer: CLIPTokenizer, pad: str) -> tuple[Any, ...]:
-    """How a tokenizer reads text, but for the pad, whose word is a token of its own."""
+    """How a tokenizer reads text, without its pad token."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {(token["content"], token["id"]) for token in rules["added_tokens"] if token["content"] != pad}
     return rules["model"], rules["normalizer"], rules["pre_tokenizer"], special, tokenizer.model_max_length
@@ -239,18 +241,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder.
 
     Raises:
-        NotFound: there is no such file.
-        IntegrityError: it is something else.
+        NotFound: the file does not exist.
+        IntegrityError: it is not a JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise NotFound(f"there is no {path}", "it is part of a model in diffusers' format", AGAIN) from error
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged", first_line(error), AGAIN) from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise IntegrityError(f"{path} is damaged", "it holds no JSON object", AGAIN)
-    return found
+    return value
 
 
 def _check_configured(folder: Path, folders: Mapping[str, Path], vae: ModelFiles | None) -> None:
@@ -279,7 +281,7 @@ def _check_configured(folder: Path, folders: Mapping[str, Path], vae: ModelFiles
 
 def _part(name: str, folder: Path, file: Path | None) -> ModelPart:
     def read() -> Any:
-        # As it is stored: fp16 in half the memory. What is read is rounded to fp16 in any case.
+        # fp16 weights stay fp16, in half the memory; others are rounded to fp16 later.
         dtype = torch.float16 if _stored_as_half(folder, name) else torch.float32
         try:
             return base.read_part(folder, name, dtype)
@@ -298,27 +300,27 @@ def _part(name: str, folder: Path, file: Path | None) -> ModelPart:
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors that diffusers and transformers would read, shards of an index included."""
-    found = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
-    if not found or not found[0].endswith(".json"):
-        return [folder / name for name in found]
-    weight_map = read_json(folder / found[0]).get("weight_map")
+    """The safetensors that diffusers and transformers would read, including the shards of an index."""
+    names = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
+    if not names or not names[0].endswith(".json"):
+        return [folder / name for name in names]
+    weight_map = read_json(folder / names[0]).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict):
-        raise IntegrityError(f"{folder / found[0]} is damaged", "it has no weight_map", AGAIN)
+        raise IntegrityError(f"{folder / names[0]} is damaged", "it has no weight_map", AGAIN)
     return [folder / str(name) for name in sorted(set(weight_map.values()))]
 
 
 def _check_weights(folder: Path, name: str) -> None:
-    """Every file is there and whole; reads headers alone."""
-    found = _weight_files(folder, name)
-    if not found:
+    """Checks that all weight files exist and are whole; reads only their headers."""
+    paths = _weight_files(folder, name)
+    if not paths:
         pickled = [path.name for path in folder.glob("*") if path.suffix in PICKLES]
         if pickled:
             why = f"{pickled[0]} is a pickle, which can run code, and is not read"
             raise BadInput(f"{folder} has no safetensors", why, CONVERT)
         why = f"there is no {model_config.STEMS[name]}.safetensors in it"
         raise NotFound(f"{folder} has no weights", why, AGAIN)
-    for path in found:
+    for path in paths:
         if not path.is_file():
             why = f"{path.name} is missing, and the index of the weights names it"
             raise NotFound(f"{folder} is not complete", why, AGAIN)
@@ -336,15 +338,17 @@ def _stored_as_half(folder: Path, name: str) -> bool:
 
 
 def _like(path: Path, like: str | None, offline: bool) -> Path:
-    """The folder of the configuration of a single file."""
+    """The folder with the configuration of a single file."""
     if not path.is_file():
         raise NotFound(f"there is no base model {path}", "there is no such file", "check the path")
     if like is None:
-        why = "the file has weights alone; what they mean is in the folder of the model that it was made from"
+        why = (
+            "the file has only weights; the configuration is in the folder of the model that it was made from"
+        )
         raise UsageError(f"{path} has no configuration", why, "say which: --like DIR or OWNER/NAME@COMMIT")
     if Path(like).is_dir():
         return Path(like)
     if Path(like).suffix.lower() in (*PICKLES, ".safetensors"):
-        why = "it is a file of weights, or none"
+        why = "it is a file of weights"
         raise UsageError(f"--like {like} has no configuration", why, "name a folder, or OWNER/NAME@COMMIT")
     return hub.fetch(like, offline, hub.configuration)

@@ -1,7 +1,7 @@
-"""The graphs of a bundle as PyTorch modules around those of the base model and the hypernetwork.
+"""The graphs of a bundle as PyTorch modules that wrap those of the base model and the hypernetwork.
 
 Names, shapes and meaning of all tensors: docs/bundle-format.md. rows = branches x images, branch-major.
-Whatever the arithmetic inside (export/precision.py), inputs and outputs are fp32.
+Inputs and outputs are fp32 at every precision of the arithmetic (export/precision.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hyperrt.training.model.lora_layers import Rows
 
 
 class GraphModule(nn.Module):
-    """Base of the modules below; `dtype` is that of the arithmetic, which precision.apply sets."""
+    """Base of the modules below; `precision.apply` sets `dtype`, the type of the arithmetic."""
 
     dtype = torch.float32
 
@@ -50,12 +50,12 @@ class PackedDecoder(GraphModule):
 
 
 class ImageTokens(GraphModule):
-    """features [photos, T, F] to image_tokens [photos, N, D]; zero_tokens [1, N, D] are those of no photo."""
+    """features [photos, T, F] to image_tokens [photos, N, D] and zero_tokens [1, N, D] (of zero pixels)."""
 
     def __init__(self, image_prompt: Any, encoder: nn.Module) -> None:
         super().__init__()
         self.resampler = image_prompt.image_proj
-        # In fp32, whatever the weights are stored as; then rounded to what will be stored.
+        # Computed in fp32, then rounded to fp16 as all stored weights are.
         _make_fp32(image_prompt.image_proj)
         _make_fp32(encoder)
         self.register_buffer("of_zero_pixels", image_prompt.zero_tokens(encoder).half().float())
@@ -65,7 +65,7 @@ class ImageTokens(GraphModule):
 
 
 def _make_fp32(module: nn.Module) -> None:
-    """In place; skeletons stay as they are: PyTorch refuses to convert fake weights."""
+    """Converts a module in place, but not a skeleton: PyTorch refuses to convert fake weights."""
     if not isinstance(next(module.parameters()), FakeTensor):
         module.float()
 
@@ -82,7 +82,7 @@ class OneTextEncoder(GraphModule):
 
 
 class TwoTextEncoders(GraphModule):
-    """SDXL's: ids of both [prompts, L] to hidden_states [prompts, L, D1 + D2] and pooled [prompts, P]."""
+    """SDXL: ids of both [prompts, L] to hidden_states [prompts, L, D1 + D2] and pooled [prompts, P]."""
 
     def __init__(self, encoder: nn.Module, encoder_2: nn.Module) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class TwoTextEncoders(GraphModule):
 
 
 class Context(GraphModule):
-    """Prompts to K and V of every cross-attention, K/V LoRA included: [rows, L, W].
+    """Prompts to K and V of every cross-attention, including the K/V LoRA: [rows, L, W].
 
-    With an image prompt, K and V of its tokens lie behind those of the text, V times image_scale.
+    With an image prompt, K and V of its tokens follow those of the text; its V is multiplied by image_scale.
     """
 
     def __init__(self, unet: nn.Module, image_prompt: nn.Module | None = None, *, layout: LoraLayout) -> None:
@@ -122,9 +122,9 @@ class Context(GraphModule):
 
 
 class ContextWithAdded(Context):
-    """SDXL's: also what the UNet adds to its time embedding for the pooled text and the sizes, [rows, E]."""
+    """SDXL: also `added` [rows, E], the embedding of pooled text and sizes for the time embedding."""
 
-    def forward(  # the order is that of the graph's inputs
+    def forward(  # in the order of the graph's inputs
         self,
         hidden_states: Tensor,
         pooled: Tensor,
@@ -143,7 +143,7 @@ class ContextWithAdded(Context):
 
 
 class DenoisingStep(GraphModule):
-    """One step of the loop: tiling to rows, UNet with Q LoRA, guidance sum, solver update; the last two fp32.
+    """One step of the loop: tiling to rows, UNet with Q LoRA; in fp32 the guidance sum and solver update.
 
     x            = tile(c0 latents)                                         export/row_unet.py
     g            = sum_b guidance_b UNet(x, timestep, context, lora)_b      paper eq. 20
@@ -155,7 +155,7 @@ class DenoisingStep(GraphModule):
         super().__init__()
         self.unet = unet
         self.layout = layout
-        self.image_tokens = image_tokens  # how many of the context's
+        self.image_tokens = image_tokens  # how many tokens of the context are the image prompt's
 
     def forward(
         self,
@@ -188,7 +188,7 @@ class DenoisingStep(GraphModule):
         rows: Rows,
         added: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The step for rows that are told all that the UNet reads beside the latents."""
+        """The step, given all that the UNet reads beside the latents as `rows`."""
         c = coefficients
         x = (latents * c[0]).to(self.dtype)
         added = None if added is None else added.to(self.dtype)
@@ -201,7 +201,7 @@ class DenoisingStep(GraphModule):
 
 
 class VaeDecoder(GraphModule):
-    """Latents as the UNet takes them [images, C, h, w] to pixels [images, 3, H, W] in [-1, 1]."""
+    """Latents of the UNet [images, C, h, w] to pixels [images, 3, H, W] in [-1, 1]."""
 
     def __init__(self, vae: Any, *, scale: LatentScale) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class VaeDecoder(GraphModule):
 
 
 def feed_added(unet: Any) -> None:
-    """Let the UNet take `added` [rows, E] as an argument in place of pooled text and sizes (SDXL)."""
+    """Makes SDXL's UNet take `added` [rows, E] as an argument, in place of pooled text and sizes."""
     if unet.config.addition_embed_type == "text_time":
         unet.get_aug_embed = _added
 
@@ -224,14 +224,14 @@ def _added(emb: Tensor, encoder_hidden_states: Tensor | None, added_cond_kwargs:
 
 
 def attend_in_vae(vae: nn.Module) -> None:
-    """One attention operator in the middle of the decoder: written out it would store 16384² scores."""
+    """Makes the decoder's attention one operator: written out it would store 16384² scores."""
     for module in vae.modules():
         if isinstance(module, Attention):
             module.set_processor(_VaeAttention())
 
 
 class _VaeAttention:
-    """Self-attention over the pixels of hidden_states [images, C, h, w], group norm and residual included."""
+    """Self-attention over the pixels of hidden_states [images, C, h, w], with group norm and residual."""
 
     def __call__(
         self,

@@ -1,8 +1,8 @@
-"""A graph to an ONNX file: the only call of torch.onnx.export, and what is put right after it.
+"""Writes a graph to an ONNX file: the only call of torch.onnx.export, and the corrections after it.
 
 A graph is traced through skeletons, whose weights have no data, and gets its weights when it is written.
 The LoRA is traced with one set of factors per row. Its first dim is then renamed to "subjects": MatMul
-broadcasts, so one set for all rows works in the same graph, provided that nothing reads the number of rows
+broadcasts, so one set for all rows works in the same graph, as long as no node reads the number of rows
 from the LoRA.
 """
 
@@ -30,19 +30,20 @@ from hyperrt.export.parts import FAKE
 from hyperrt.export.precision import Precision
 from hyperrt.export.storage import Weight
 
-# GroupNormalization (21) has no CPU kernel in ONNX Runtime; below 18 the exporter converts down, and badly.
+# ONNX Runtime has no CPU kernel for GroupNormalization (21); below 18 the exporter's conversion has faults.
 OPSET = 20
-EXTERNAL_BYTES = 10**9  # weights go beside the graph from here on; protobuf ends at 2 GB
-INLINE_BYTES = 2**16  # smaller ones stay: backends want the sizes of a Split before they read other files
-# Any sizes above 1 that differ from one another: the exporter takes 0 and 1 for constants.
+EXTERNAL_BYTES = 10**9  # larger weights go into a second file; protobuf ends at 2 GB
+INLINE_BYTES = 2**16  # smaller tensors stay: backends read the sizes of a Split before they read other files
+# The exporter takes sizes 0 and 1 for constants.
 SIZES = {"photos": 2, "prompts": 3, "images": 2, "branches": 3, "rows": 6, "subjects": 6, "h": 10, "w": 14}
 TRACED_AS = {"subjects": "rows"}
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a graph takes once it is open, in bytes: its weights, and its largest set of activations per row
-    (per picture where there are no rows), as operators are run one after the other.
+    """Memory of an open graph in bytes: its weights, and the largest set of activations per row.
+
+    Operators run one after the other. Graphs without rows count per picture.
     """
 
     weight_bytes: int
@@ -54,24 +55,24 @@ def write(
     skeletons: Mapping[str, nn.Module],
     modules: Mapping[str, nn.Module],
     folder: Path,
-    wanted: Precision = "fp32",
+    bundle_precision: Precision = "fp32",
     int8: bool = False,
 ) -> Written:
-    """Write `folder`/NAME.onnx (and NAME.onnx.data where the weights are large).
+    """Writes `folder`/NAME.onnx (and NAME.onnx.data if the weights are large).
 
     Args:
         skeletons: the graph's parts without data, through which it is traced.
-        modules: the same with data; read one weight after the other.
-        wanted: precision of the bundle, see `precision.of_graph`.
+        modules: the same parts with data; read one weight after the other.
+        bundle_precision: see `precision.of_graph`.
         int8: store weights of products in eight bits.
 
     Raises:
-        ExportError: the exporter cannot translate the model, left out an input, or made something of the LoRA
-            that cannot be refitted.
+        ExportError: the exporter cannot translate the model, left out an input, or made a graph whose LoRA
+            cannot be refitted.
     """
     with FAKE:
         module = graph.make(skeletons)
-    precision.apply(module, precision.of_graph(wanted, module))
+    precision.apply(module, precision.of_graph(bundle_precision, module))
     model = _traced(graph, module)
     weights = _weights(model)
     written = Written(_bytes_of(model.graph.initializers.values()), _activation_bytes(model))
@@ -106,7 +107,7 @@ def _traced(graph: GraphSpec, module: nn.Module) -> ir.Model:
                 dynamo=True,
                 dynamic_shapes=shapes,
                 custom_translation_table=operators.TRANSLATIONS,
-                optimize=False,  # it would look into weights that are not there
+                optimize=False,  # it would read weights, which have no data
                 verbose=False,
             )
             for value in program.model.graph.initializers.values():
@@ -122,7 +123,7 @@ def _traced(graph: GraphSpec, module: nn.Module) -> ir.Model:
 
 
 def _weights(model: ir.Model) -> dict[str, Weight]:
-    """The initialisers without data; a Transpose of one becomes an initialiser of its own."""
+    """The initialisers without data; the Transpose of an initialiser becomes another initialiser."""
     graph = model.graph
     weights = {name: Weight(name) for name, value in graph.initializers.items() if value.const_value is None}
     for node in list(graph):
@@ -144,7 +145,7 @@ def _weights(model: ir.Model) -> dict[str, Weight]:
 
 def _without_data(name: str, shape: ir.Shape, kind: ir.TypeProtocol) -> ir.Value:
     value = ir.Value(name=name, shape=shape, type=kind)
-    value.const_value = ir.tensor([0.0])  # what is registered must have some
+    value.const_value = ir.tensor([0.0])  # a registered initialiser must have data
     return value
 
 
@@ -153,7 +154,7 @@ def _bytes_of(values: Iterable[ir.Value]) -> int:
 
 
 def _size(value: ir.Value) -> int:
-    """Bytes of a tensor, every symbolic dim taken for 1; 0 where its shape is not known."""
+    """Bytes of a tensor with 1 for every symbolic dim; 0 if its shape is unknown."""
     if value.shape is None or value.dtype is None:
         return 0
     sizes = [dim if isinstance(dim, int) else 1 for dim in value.shape]
@@ -161,7 +162,7 @@ def _size(value: ir.Value) -> int:
 
 
 def _activation_bytes(model: ir.Model) -> int:
-    """The largest sum of tensors that live at one time, when nodes run in their order."""
+    """The largest sum of tensors that are alive at one time, if nodes run in their order."""
     nodes = list(model.graph)
     kept = {*model.graph.initializers.values(), *model.graph.inputs}
     last = {value: k for k, node in enumerate(nodes) for value in node.inputs if value is not None}
@@ -176,10 +177,11 @@ def _activation_bytes(model: ir.Model) -> int:
 
 
 def _finish(model: ir.Model, graph: GraphSpec) -> None:
-    """Names and dims as the bundle format wants them; checks that no input was baked in or lost."""
+    """Gives names and dims of the bundle format; checks that no input was lost or became a constant."""
     values = {value.name: value for value in model.graph.inputs}
-    if (found := [v.name for v in model.graph.inputs]) != (wanted := [s.name for s in graph.inputs]):
-        raise ExportError(f"{graph.name} was exported with other inputs", f"{found}, not {wanted}", "")
+    names, expected = list(values), [spec.name for spec in graph.inputs]
+    if names != expected:
+        raise ExportError(f"{graph.name} was exported with other inputs", f"{names}, not {expected}", "")
     _take_rows_from_gate(values)
     _strip(model)
     for value, spec in zip(
@@ -196,7 +198,7 @@ def _finish(model: ir.Model, graph: GraphSpec) -> None:
 
 
 def _take_rows_from_gate(inputs: dict[str, ir.Value]) -> None:
-    """Where the graph asks the LoRA how many rows there are, let it ask the gate: one may serve them all."""
+    """Reads the number of rows from the gate, not from the LoRA, which may be one for all rows."""
     for name in ("lora_q", "lora_kv"):
         if name not in inputs or "gate" not in inputs:
             continue
@@ -204,16 +206,16 @@ def _take_rows_from_gate(inputs: dict[str, ir.Value]) -> None:
             if node.op_type == "Shape":
                 if node.attributes.get_int("start", 0) != 0 or node.attributes.get_int("end", 0) != 1:
                     raise ExportError(
-                        f"the graph reads the whole shape of {name}", "one LoRA must serve all rows", ""
+                        f"the graph reads the whole shape of {name}", "one LoRA must fit all rows", ""
                     )
                 node.replace_input_with(index, inputs["gate"])
 
 
 def _strip(model: ir.Model) -> None:
-    """Drop the shapes of inner values and all metadata.
+    """Removes the shapes of inner values and all metadata.
 
-    The shapes hold for one LoRA per row, and would mislead memory planning where one serves all rows; the
-    metadata holds paths of this machine.
+    The shapes are those of one LoRA per row, and would mislead memory planning for one LoRA for all rows. The
+    metadata contains paths of this machine.
     """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -233,7 +235,7 @@ def _strip(model: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about its own insides, about weights without data, and about torchvision."""
+    """Silences the exporter, which warns about its internals, weights without data, and torchvision."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,10 +1,10 @@
-"""Operators that a graph is better off with than with what the exporter makes of plain PyTorch.
+"""Operators with better ONNX nodes than the exporter would make from plain PyTorch.
 
 attend            one com.microsoft.MultiHeadAttention node: ONNX Runtime, OpenVINO and TensorRT-RTX take it;
-                  on ONNX Runtime's CPU no other attention gets by without storing the scores of all heads
+                  on ONNX Runtime's CPU every other attention stores the scores of all heads
 attend_again      the same for a query that another attention has read
 depth_to_space    one node
-rows_from_images  tiling whose repeats the graph works out: the exporter cannot prove rows = branches x images
+rows_from_images  tiling; computes the repeats, as the exporter cannot prove rows = branches x images
 combine           the guidance sum, for the same reason
 
 Shapes: rows = branches x images, branch-major; C, h, w of the latents.
@@ -24,18 +24,18 @@ from hyperrt.training.model import lora_layers
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Softmax attention on [rows, tokens, heads x dim]; while exporting a single ONNX node."""
+    """Softmax attention on [rows, tokens, heads x dim]; a single ONNX node in an export."""
     if not torch.onnx.is_in_onnx_export():
         return lora_layers.attend(query, key, value, heads)
     return _attention_node(query, key, value, {"num_heads": heads})
 
 
 def attend_again(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """`attend` for a query that another attention reads, too: as an ONNX node it has a query of its own.
+    """`attend` for a query that another attention also reads; the ONNX node reads a copy of the query.
 
-    TensorRT-RTX 1.7.1 crashes while it compiles two attentions of one query, whatever operators they are
-    (ONNX's own as well) and whatever stands between (Identity, Reshape, a product with 1). Half the query at
-    twice the scale is another tensor and, since both are powers of two, the same numbers.
+    TensorRT-RTX 1.7.1 crashes while it compiles two attentions of one query, with any attention operator and
+    with any of Identity, Reshape or a product with 1 between them. Half the query at twice the scale is
+    another tensor, and gives the same bits because both factors are powers of two.
     """
     if not torch.onnx.is_in_onnx_export():
         return lora_layers.attend(query, key, value, heads)
@@ -71,7 +71,7 @@ def depth_to_space(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("hyperrt::rows_from_images", mutates_args=())
 def rows_from_images(images: Tensor, per_row: Tensor) -> Tensor:
-    """[images, C, h, w] to [rows, C, h, w], branch-major; `per_row` [rows] only says how many."""
+    """[images, C, h, w] to [rows, C, h, w], branch-major; of `per_row` [rows] only the length is read."""
     return images.repeat(per_row.shape[0] // images.shape[0], 1, 1, 1)
 
 
@@ -98,12 +98,12 @@ def _(rows: Tensor, weights: Tensor, like: Tensor) -> Tensor:
 
 def _combine(rows: Any, weights: Any, like: Any) -> Any:
     shape = op.Concat(op.Shape(weights), op.Constant(value_ints=[-1]), axis=0)
-    # Not a vector times a matrix: backends write that out in nodes of their own, in their own precision.
+    # A matrix, not a vector: backends expand a vector times a matrix into nodes of another precision.
     row = op.Reshape(weights, op.Constant(value_ints=[1, -1]))
     return op.Reshape(op.MatMul(row, op.Reshape(rows, shape)), op.Shape(like))
 
 
-# PyTorch's operator -> the ONNX that stands for it; `custom_translation_table` of torch.onnx.export.
+# PyTorch's operator -> its ONNX; the `custom_translation_table` of torch.onnx.export.
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.hyperrt.rows_from_images.default: _rows_from_images,
     torch.ops.hyperrt.combine.default: _combine,

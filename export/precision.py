@@ -1,7 +1,7 @@
-"""The arithmetic of a graph: fp32, fp16 or bf16, written into the graph and not left to a builder's flag.
+"""Sets the precision of a graph's arithmetic, fp32, fp16 or bf16, in the graph itself.
 
-In half precision these stay fp32: the norms (statistics and weights), the guidance sum, the solver's update
-and all inputs and outputs; softmax is inside the attention operator, which every backend accumulates in fp32.
+In half precision these stay fp32: the norms (statistics and weights), the guidance sum, the solver's update,
+all inputs and all outputs. Softmax is inside the attention operator, which all backends accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def of_graph(precision: Precision, module: GraphModule) -> Precision:
-    """What a graph is computed in where the bundle is to be in `precision`.
+    """The precision of one graph in a bundle of that precision.
 
-    A VAE that says `force_upcast` (SDXL's) overflows in fp16 and shows bands in bf16: it stays fp32.
+    A VAE with `force_upcast` (SDXL's) overflows in fp16 and shows bands in bf16, so it stays fp32.
     """
     vae = getattr(module, "vae", None)
     return "fp32" if vae is not None and vae.config.get("force_upcast", False) else precision
 
 
 def apply(module: GraphModule, precision: Precision) -> GraphModule:
-    """Make the module compute in `precision`; weights and norms are changed in place."""
+    """Makes the module compute in `precision`; changes weights and norms in place."""
     module.dtype = DTYPES[precision]
     norms = {id(owner._parameters) for owner in module.modules() if isinstance(owner, NORMS)}
     for child in module.modules():

@@ -1,10 +1,10 @@
-"""What the graphs are compared with: diffusers' pipeline of the same networks, end to end.
+"""Runs diffusers' pipeline on the networks of an export, to compare the graphs with it.
 
-Prompts, time ids, image prompt, timesteps, solver steps and pictures are diffusers' own, the LoRA is loaded
-by diffusers into PEFT, and every row is a call of its own. So what HyperRT leaves out is not left out here,
-too. diffusers has no HM-CFG: its sum alone is written out (`Guided`). Nor has it a hypernetwork.
+diffusers encodes the prompts, decodes the pictures, makes time ids and timesteps, does the solver's steps
+and loads the LoRA into PEFT. Every row is a separate call. So an omission of HyperRT is not repeated here.
+Only the guided sum of HM-CFG is written here (`Guided`), because diffusers does not have it.
 
-The networks must be as they were read, as `GraphSpec.hold` leaves them; what is added to them is taken away.
+The networks must be as they were read: `GraphSpec.hold` changes nothing, and what is added is removed again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from transformers import CLIPVisionModelWithProjection
 from hyperrt.export.source import Source, timestep_spacing
 from hyperrt.lora.layout import LoraLayout
 
-Switch = Callable[[int, float], None]  # which subject's LoRA the UNet has, and at what strength
+Switch = Callable[[int, float], None]  # (subject, strength): gives the UNet that subject's LoRA
 
-# HyperRT's solvers as diffusers' schedulers (hyperrt/sampling/solvers.py). All else is the model's
+# diffusers' scheduler for each solver (hyperrt/sampling/solvers.py), and options that override the model's
 # configuration.
 SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {"set_alpha_to_one": False}),
@@ -46,69 +46,69 @@ SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     ),
 }  # fmt: skip
 IP_LAYERS = 4
-STEPS_AS_OURS = {
+STEP_OPTIONS = {
     "steps_offset": 1, "final_sigmas_type": "zero", "clip_sample": False,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
 }  # fmt: skip
 
 
 def scheduler(source: Source, solver: str) -> Any:
-    """diffusers' scheduler that is one of HyperRT's solvers, for the model's noise schedule."""
+    """diffusers' scheduler for a solver, with the model's noise schedule."""
     kind, more = SCHEDULERS[solver]
-    config = {**source.scheduler, **STEPS_AS_OURS, **more, "timestep_spacing": timestep_spacing(source)}
-    config.pop("_use_default_values", None)  # for which another class would take its own defaults
+    config = {**source.scheduler, **STEP_OPTIONS, **more, "timestep_spacing": timestep_spacing(source)}
+    config.pop("_use_default_values", None)  # another class would take its defaults for these
     return kind.from_config(config)
 
 
 def pipeline(source: Source, modules: Mapping[str, Any], solver: str = "ddim", unet: Any = None) -> Any:
-    """diffusers' pipeline; a network that is not in `modules` is there without weights.
+    """diffusers' pipeline; networks that are not in `modules` have no weights.
 
-    unet: stands in for the UNet.
+    unet: replaces the UNet.
     """
-    found = {name: modules.get(name, part.skeleton) for name, part in source.parts.items()}
-    encoder = found["image_encoder"]
-    parts = {name: found[name] for name in ("vae", "text_encoder")} | {
-        "unet": found["unet"] if unet is None else unet,
+    networks = {name: modules.get(name, part.skeleton) for name, part in source.parts.items()}
+    encoder = networks["image_encoder"]
+    parts = {name: networks[name] for name in ("vae", "text_encoder")} | {
+        "unet": networks["unet"] if unet is None else unet,
         "tokenizer": source.tokenizer,
         "scheduler": scheduler(source, solver),
         "image_encoder": encoder if isinstance(encoder, CLIPVisionModelWithProjection) else None,
         "feature_extractor": None,
     }
     if source.is_sdxl:
-        made = StableDiffusionXLPipeline(
-            **parts, text_encoder_2=found["text_encoder_2"], tokenizer_2=source.tokenizer_2,
+        pipe = StableDiffusionXLPipeline(
+            **parts, text_encoder_2=networks["text_encoder_2"], tokenizer_2=source.tokenizer_2,
             force_zeros_for_empty_prompt=source.zero_empty, add_watermarker=False,
         )  # fmt: skip
     else:
-        made = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
-    made.set_progress_bar_config(disable=True)
-    return made
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @dataclass(frozen=True)
 class Text:
-    """What a UNet reads of prompts: hidden states [n, L, D], and an SDXL's pooled text [n, P]."""
+    """Encoded prompts: hidden states [n, L, D], and for SDXL the pooled text [n, P]."""
 
     hidden: Tensor
     pooled: Tensor | None = None
 
     def of(self, row: int) -> Text:
-        """The same of one prompt."""
+        """The text of one row."""
         return Text(self.hidden[row : row + 1], None if self.pooled is None else self.pooled[row : row + 1])
 
 
 @torch.no_grad()
 def encoded(pipe: Any, prompts: Sequence[str]) -> Text:
-    """Prompts as the pipeline encodes them."""
+    """Encodes prompts with the pipeline."""
     options = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
     with _quietly():
-        found = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **options)
-    return Text(found[0], found[2] if len(found) == 4 else None)
+        embeddings = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **options)
+    return Text(embeddings[0], embeddings[2] if len(embeddings) == 4 else None)
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """The pipeline and its tokenizer say that a prompt is cut; here it is meant to be."""
+    """Silences the warnings of the pipeline and its tokenizer about prompts that are too long."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     levels = [library.get_verbosity() for library in libraries]
     try:
@@ -122,14 +122,14 @@ def _quietly() -> Iterator[None]:
 
 @torch.no_grad()
 def encoded_empty(pipe: Any) -> Text:
-    """What stands beside a prompt where there is no negative one."""
+    """The negative prompt embeddings of the pipeline if no negative prompt is given."""
     options = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
-    found = pipe.encode_prompt(["a"], do_classifier_free_guidance=True, **options)
-    return Text(found[1], found[3] if len(found) == 4 else None)
+    embeddings = pipe.encode_prompt(["a"], do_classifier_free_guidance=True, **options)
+    return Text(embeddings[1], embeddings[3] if len(embeddings) == 4 else None)
 
 
-class _InPlaceOfUnet(nn.Module):
-    """What a pipeline asks its UNet, answered as `unet` would."""
+class _UNetStandIn(nn.Module):
+    """Base of modules that replace a pipeline's UNet: has the attributes that the pipeline reads."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -142,17 +142,17 @@ Branch = tuple[float, float, Text]  # weight in the guided sum, strength of the 
 
 
 def hybrid(s: float, kappa: float, uncond: Text, subject: Text, generic: Text) -> list[Branch]:
-    """The branches of HM-CFG, arXiv 2511.03156 eq. 20; those of weight zero are left out."""
+    """The branches of HM-CFG (arXiv 2511.03156 eq. 20) with a weight other than zero."""
     branches = [(1 - 2 * s, 0.0, uncond), (kappa * s, 1.0, subject), ((2 - kappa) * s, 0.0, generic)]
     return [branch for branch in branches if branch[0]]
 
 
-class Guided(_InPlaceOfUnet):
-    """A pipeline's UNet whose output is the guided sum, by a call for each branch.
+class Guided(_UNetStandIn):
+    """Replaces a pipeline's UNet; its output is the guided sum of one call of `unet` per branch.
 
     Args:
-        unet: diffusers'.
-        branches: as `hybrid` makes them.
+        unet: diffusers' UNet.
+        branches: as `hybrid` returns them.
         use: switches the LoRA.
     """
 
@@ -179,14 +179,18 @@ def predicted(
     time_ids: Tensor | None = None,
     image: list[Tensor] | None = None,
 ) -> Tensor:
-    """diffusers' UNet on x [n, C, h, w]; time_ids: an SDXL's [n, 6]; image: what `image_given` gives."""
+    """Runs diffusers' UNet on x [n, C, h, w].
+
+    time_ids: SDXL's [n, 6].
+    image: as `with_image` yields it.
+    """
     added = None if time_ids is None else {"time_ids": time_ids, "text_embeds": text.pooled}
     hidden = text.hidden if image is None else (text.hidden, image)
     return unet(x, timestep, hidden, added_cond_kwargs=added, return_dict=False)[0]
 
 
-class Given(_InPlaceOfUnet):
-    """A pipeline's UNet that computes nothing with weights: `output` of (sample, timestep)."""
+class Given(_UNetStandIn):
+    """Replaces a pipeline's UNet by a function: `output` of (sample, timestep)."""
 
     def __init__(self, unet: Any, output: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(unet)
@@ -200,43 +204,43 @@ class Given(_InPlaceOfUnet):
 def drawn(
     pipe: Any, text: Text, noise: Tensor, steps: int, output: str = "latent", **more: Any
 ) -> np.ndarray:
-    """The pipeline's own loop from unit noise [n, C, h, w]: latents, or ("pt") pictures in [0, 1].
+    """Runs the pipeline from unit noise [n, C, h, w]; returns latents, or ("pt") pictures in [0, 1].
 
-    The guided sum is that of its UNet (`Guided`): the pipeline is text to guide nothing.
+    The pipeline's guidance is off; `Guided` as its UNet does it.
     """
-    given = {"prompt_embeds": text.hidden.expand(len(noise), -1, -1)}
+    embeddings = {"prompt_embeds": text.hidden.expand(len(noise), -1, -1)}
     if text.pooled is not None:
-        given["pooled_prompt_embeds"] = text.pooled.expand(len(noise), -1)
+        embeddings["pooled_prompt_embeds"] = text.pooled.expand(len(noise), -1)
     factor = pipe.vae_scale_factor
     height, width = (factor * side for side in noise.shape[2:])
-    found = pipe(
-        **given, latents=noise, height=height, width=width, num_inference_steps=steps, guidance_scale=1.0,
-        output_type=output, **more,
+    result = pipe(
+        **embeddings, latents=noise, height=height, width=width, num_inference_steps=steps,
+        guidance_scale=1.0, output_type=output, **more,
     )  # fmt: skip
-    return found.images.numpy()
+    return result.images.numpy()
 
 
 @torch.no_grad()
 def decoded(source: Source, vae: Any, latents: Tensor) -> np.ndarray:
-    """Latents as the UNet takes them [n, C, h, w] => pixels [n, 3, H, W], not yet cut to [-1, 1]."""
+    """Decodes latents of the UNet [n, C, h, w]; returns pixels [n, 3, H, W], not clipped to [-1, 1]."""
     unet: Any = source.parts["unet"].skeleton
     pipe = pipeline(source, {"vae": vae}, unet=Given(unet, lambda x, _: torch.zeros_like(x)))
     pipe.image_processor = SimpleNamespace(postprocess=lambda image, **_: image)
-    pipe.check_inputs = lambda *_: None  # of multiples of 8 pixels, which small models are not
+    pipe.check_inputs = lambda *_: None  # small models have sizes that are not multiples of 8 pixels
     return drawn(
-        pipe, nothing(source), latents, 1, "pt", callback_on_step_end=lambda *_: {"latents": latents}
+        pipe, no_text(source), latents, 1, "pt", callback_on_step_end=lambda *_: {"latents": latents}
     )
 
 
-def nothing(source: Source) -> Text:
-    """A prompt for a UNet that reads none."""
+def no_text(source: Source) -> Text:
+    """A text of zeros, for a UNet that does not read it."""
     pooled = torch.zeros(1, source.config("text_encoder_2").projection_dim) if source.is_sdxl else None
     return Text(torch.zeros(1, 1, source.text_width), pooled)
 
 
 @contextlib.contextmanager
 def adapted(unet: Any, layout: LoraLayout, subjects: Mapping[str, np.ndarray]) -> Iterator[Switch]:
-    """A UNet with PEFT's LoRA of one subject at a time; gives what switches them.
+    """Adds PEFT's LoRA to a UNet, for one subject at a time; yields the function that switches it.
 
     subjects: packed vectors by name, [subjects, N].
     """
@@ -262,7 +266,7 @@ def adapted(unet: Any, layout: LoraLayout, subjects: Mapping[str, np.ndarray]) -
 
 
 def _peft_state(layout: LoraLayout, subjects: Mapping[str, np.ndarray], subject: int) -> dict[str, Tensor]:
-    """PEFT's tensors of one subject: A [r, d_in] and B [d_out, r]; alpha is the rank where none is said."""
+    """PEFT's tensors of one subject, A [r, d_in] and B [d_out, r]; without an alpha PEFT takes the rank."""
     state = {}
     for path, factors in layout.unpack({name: rows[subject] for name, rows in subjects.items()}).items():
         for role, matrix in zip("AB", factors, strict=True):
@@ -272,7 +276,7 @@ def _peft_state(layout: LoraLayout, subjects: Mapping[str, np.ndarray], subject:
 
 @contextlib.contextmanager
 def image_prompted(unet: Any, prompt: nn.Module) -> Iterator[None]:
-    """A UNet with IP-Adapter's processors, which diffusers makes of the tensors of `prompt`."""
+    """Adds IP-Adapter's processors to a UNet, which diffusers makes from the tensors of `prompt`."""
     processors = unet._convert_ip_adapter_attn_to_diffusers([published(prompt)])
     unet.set_attn_processor(processors)
     try:
@@ -282,7 +286,7 @@ def image_prompted(unet: Any, prompt: nn.Module) -> Iterator[None]:
 
 
 def image_projection(unet: Any, prompt: nn.Module) -> Any:
-    """diffusers' resampler with the tensors of `prompt`; it knows four layers, others compute with ours."""
+    """diffusers' resampler with the tensors of `prompt`, or ours if it has not four layers as diffusers'."""
     tensors = published(prompt)["image_proj"]
     if len({name.split(".")[1] for name in tensors if name.startswith("layers.")}) != IP_LAYERS:
         return prompt.image_proj
@@ -290,7 +294,7 @@ def image_projection(unet: Any, prompt: nn.Module) -> Any:
 
 
 def published(prompt: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The tensors of an image prompt as its published file has them, by part."""
+    """The tensors of an image prompt under the names of its published file, by part."""
     state: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in prompt.state_dict().items():
         part, _, key = name.partition(".")
@@ -299,19 +303,19 @@ def published(prompt: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def image_given(unet: Any, keys_values: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
-    """A UNet with IP-Adapter's processors whose keys and values are given, by path of the attention.
+def with_image(unet: Any, keys_values: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[list[Tensor]]:
+    """Adds IP-Adapter's processors to a UNet, with known keys and values by path of the attention.
 
-    Gives what stands for the image tokens.
+    Yields what the UNet takes as image tokens.
     """
 
     def processor(path: str) -> Any:
         if path not in keys_values:
             return AttnProcessor2_0()
-        made = IPAdapterAttnProcessor2_0(1, 1)
+        adapter = IPAdapterAttnProcessor2_0(1, 1)
         key, value = keys_values[path]
-        made.to_k_ip, made.to_v_ip = nn.ModuleList([_Known(key)]), nn.ModuleList([_Known(value)])
-        return made
+        adapter.to_k_ip, adapter.to_v_ip = nn.ModuleList([_Known(key)]), nn.ModuleList([_Known(value)])
+        return adapter
 
     unet.set_attn_processor(
         {name: processor(name.removesuffix(".processor")) for name in unet.attn_processors}
@@ -323,7 +327,7 @@ def image_given(unet: Any, keys_values: Mapping[str, tuple[Tensor, Tensor]]) -> 
 
 
 class _Known(nn.Module):
-    """A projection whose result is known."""
+    """A projection that returns a known result."""
 
     def __init__(self, result: Tensor) -> None:
         super().__init__()

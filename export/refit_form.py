@@ -1,11 +1,11 @@
-"""The `refit` form of a graph: its LoRA not as one packed input, but as a named constant for each factor.
+"""Gives a graph the `refit` form: instead of one packed LoRA input, a named constant for each factor.
 
     lora_q [subjects, Nq] (-> Cast) -> Split -> Reshape -> MatMul           is replaced by
     PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out] (-> Cast) -> MatMul
 
-The constants are float32 zeros, whatever the arithmetic, and inputs as well, whose default they are: ONNX
-Runtime lets a run override those, TensorRT's parser takes them for constants that can be refitted by name,
-OpenVINO for plain constants. One LoRA holds for all rows; the row gate stays as it is.
+The constants are float32 zeros at every precision. They are also the defaults of inputs of the same names:
+ONNX Runtime lets a run override these, TensorRT's parser takes them for constants that can be refitted by
+name, OpenVINO for plain constants. All rows share one LoRA; the row gate stays as it is.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hyperrt.lora.layout import LoraLayout
 
 
 def apply(model: ir.Model, layout: LoraLayout, vector: str = "lora_q") -> None:
-    """Change a traced graph in place.
+    """Changes a traced graph in place.
 
     Raises:
-        ExportError: the graph does not take its LoRA apart as expected, or a factor reaches no product.
+        ExportError: the graph does not split its LoRA as expected, or a factor reaches no product.
     """
     graph = model.graph
     packed = next((value for value in graph.inputs if value.name == vector), None)
@@ -38,17 +38,17 @@ def apply(model: ir.Model, layout: LoraLayout, vector: str = "lora_q") -> None:
     specs = layout.constants(vector)
     for k in range(0, len(specs), 2):
         _check_site(specs[k].name, *factors[k : k + 2])
-    taken = {value.name for node in graph for value in node.outputs} | {*graph.initializers}
+    names = {value.name for node in graph for value in node.outputs} | {*graph.initializers}
     for spec, factor in zip(specs, factors, strict=True):
-        if spec.name in taken:
+        if spec.name in names:
             raise _unexpected(f"there is a tensor {spec.name} already")
         factor.replace_all_uses_with(_constant(graph, spec, cast_to))
-    RemoveUnusedNodesPass()(model)  # among them all that reads the vector
+    RemoveUnusedNodesPass()(model)  # which removes all that reads the vector
     graph.inputs.remove(packed)
 
 
 def with_lora(path: Path, values: Mapping[str, np.ndarray], to: Path) -> None:
-    """A copy of a graph in this form with other constants; in the same folder, for its external data."""
+    """Writes a copy of a graph in this form with other constants, into its folder (for external data)."""
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         if tensor.name in values:
@@ -58,17 +58,17 @@ def with_lora(path: Path, values: Mapping[str, np.ndarray], to: Path) -> None:
 
 
 def _split_of(packed: ir.Value, layout: LoraLayout) -> tuple[ir.Node, int | None]:
-    """The node that takes the vector apart, and the type that it is cast to before, if it is."""
+    """The node that splits the vector, and the type that it is cast to before, or None."""
     node, cast_to = _only_reader(packed), None
     if node.op_type == "Cast":
         cast_to = node.attributes.get_int("to")
         node = _only_reader(node.outputs[0])
     sizes = [part.stop - part.start for _, *both in layout.slices(str(packed.name)) for part in both]
-    found = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) == 2 else None
-    if node.op_type != "Split" or node.attributes.get_int("axis", 0) != 1 or found is None:
+    split = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) == 2 else None
+    if node.op_type != "Split" or node.attributes.get_int("axis", 0) != 1 or split is None:
         raise _unexpected(f"{packed.name} goes to {node.op_type}, and not to a Split of its numbers")
-    if found.numpy().tolist() != sizes:
-        raise _unexpected(f"{packed.name} is split otherwise than the layout says")
+    if split.numpy().tolist() != sizes:
+        raise _unexpected(f"{packed.name} is not split as the layout says")
     return node, cast_to
 
 
@@ -87,18 +87,18 @@ def _reshaped(part: ir.Value) -> ir.Value:
 
 
 def _check_site(name: str, a: ir.Value, b: ir.Value) -> None:
-    """((x A) m) B: two products, the gate between them."""
+    """Checks that a site is ((x A) m) B: two products with the gate between them."""
     for factor in (a, b):
-        used = [(node.op_type, index) for node, index in factor.uses()]
-        if used != [("MatMul", 1)]:
-            raise _unexpected(f"a factor at {name} is read by {used or 'nothing'}, and not by one product")
+        readers = [(node.op_type, index) for node, index in factor.uses()]
+        if readers != [("MatMul", 1)]:
+            raise _unexpected(f"a factor at {name} is read by {readers or 'nothing'}, and not by one product")
     gate = _only_reader(_only_reader(a).outputs[0])
     if gate.op_type != "Mul" or _only_reader(gate.outputs[0]) is not _only_reader(b):
-        raise _unexpected(f"the products at {name} do not follow one another, the gate between them")
+        raise _unexpected(f"there is no gate between the two products at {name}")
 
 
 def _constant(graph: ir.Graph, spec: TensorSpec, cast_to: int | None) -> ir.Value:
-    """Float32 zeros, an input too; as the arithmetic takes them."""
+    """Adds a constant of float32 zeros, also as an input; returns it cast to the type of the arithmetic."""
     value = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(ir.DataType.FLOAT))
     value.const_value = ir.tensor(np.zeros(spec.shape, np.float32), name=spec.name)
     graph.register_initializer(value)

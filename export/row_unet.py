@@ -1,15 +1,15 @@
-"""The UNet with less work for the same result: what rows share is computed once, and upsampling is cheaper.
+"""Runs the UNet with less work for the same result: rows share what is equal, and upsampling is cheaper.
 
-Rows of one image differ in nothing before the first cross-attention: the same latents, the same timestep. So
-the first convolution, the first residual block and the first self-attention (one of the five largest of
-SD1.5) are computed once per image, and tiled where the rows part. The time embedding is one for all rows.
-(SDXL adds the pooled text to it, and its rows part at once.)
+Before the first cross-attention, the rows of an image are equal: the same latents, the same timestep. So the
+first convolution, the first residual block and the first self-attention (one of the five largest of SD1.5)
+are computed once per image, and then tiled to rows. All rows share one time embedding. (SDXL adds the pooled
+text to it, so its rows differ from the start.)
 
-A nearest-neighbour upsampling and the 3 x 3 convolution after it are four 2 x 2 convolutions of the small
+A nearest-neighbour upsampling and the 3 x 3 convolution after it equal four 2 x 2 convolutions of the small
 picture, one for each phase of the large one: 16 multiplications in place of 36. Their weights are sums of the
-original ones, which backends work out when they load the graph.
+original ones, which backends compute when they load the graph.
 
-Measured: docs/log.md. Compared with diffusers' own forward: tests/export/test_row_unet.py.
+Measurements: docs/log.md. Comparison with diffusers' forward: tests/export/test_row_unet.py.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def predict(unet: Any, x: Tensor, timestep: Tensor, rows: Rows, tile: Tile, adde
     Args:
         x: scaled latents [images, C, h, w].
         timestep: [].
-        rows: LoRA, gates and keys and values of every row; the text is in there.
-        added: what SDXL adds to the time embedding, [rows, E].
+        rows: LoRA, gates, keys and values of every row; these contain the text.
+        added: SDXL's addition to the time embedding, [rows, E].
     """
     options = {"cross_attention_kwargs": {"rows": rows}}
     if not _rows_share(unet):
@@ -58,7 +58,7 @@ def predict(unet: Any, x: Tensor, timestep: Tensor, rows: Rows, tile: Tile, adde
 
 
 def install(module: nn.Module) -> None:
-    """Make every upsampling with a convolution in `module` compute the four phases."""
+    """Makes every upsampling with a convolution in `module` compute the four phases."""
     for part in module.modules():
         plain = isinstance(part, Upsample2D) and part.norm is None and not part.use_conv_transpose
         if plain and part.use_conv:
@@ -66,7 +66,7 @@ def install(module: nn.Module) -> None:
 
 
 def _rows_share(unet: Any) -> bool:
-    """Whether rows part at the first cross-attention, and `predict` has the rest of diffusers' forward."""
+    """Whether rows differ only after the first cross-attention, and `predict` covers diffusers' forward."""
     config = unet.config
     usual = not config.center_input_sample and unet.time_embed_act is None and unet.conv_norm_out is not None
     first = unet.down_blocks[0]
@@ -74,14 +74,17 @@ def _rows_share(unet: Any) -> bool:
 
 
 def _of(block: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """What a block with cross-attention takes; those without take none of it."""
+    """The arguments of a block with cross-attention; {} for a block without."""
     return {"encoder_hidden_states": None, **options} if getattr(block, "has_cross_attention", False) else {}
 
 
 def _first_block(
     unet: Any, x: Tensor, emb: Tensor, tile: Tile, options: dict[str, Any]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """conv_in and the first down block, once per image until its first cross-attention; and the skips."""
+    """Runs conv_in and the first down block, once per image up to the first cross-attention.
+
+    Returns [rows, C, h, w] and the skips.
+    """
     block = unet.down_blocks[0]
     x = unet.conv_in(x)
     skips = (tile(x),)
@@ -99,7 +102,7 @@ def _first_block(
 def _first_transformer(transformer: Any, x: Tensor, tile: Tile, options: dict[str, Any]) -> Tensor:
     """diffusers' Transformer2DModel on x [images, C, h, w]; returns [rows, C, h, w]."""
     block, *others = transformer.transformer_blocks
-    tokens, inner = transformer._operate_on_continuous_inputs(x)  # its group norm included
+    tokens, inner = transformer._operate_on_continuous_inputs(x)  # with its group norm
     tokens = tokens + block.attn1(block.norm1(tokens))
     tokens = tile(tokens.unsqueeze(1)).squeeze(1)
     tokens = tokens + block.attn2(block.norm2(tokens), **options["cross_attention_kwargs"])
@@ -114,7 +117,7 @@ def _first_transformer(transformer: Any, x: Tensor, tile: Tile, options: dict[st
 
 
 def _upsampled(module: Upsample2D, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """x [n, C, h, w] to [n, C', 2 h, 2 w]: phase (a, b) is what lands on row a and column b of each 2 x 2."""
+    """x [n, C, h, w] to [n, C', 2 h, 2 w]: phase (a, b) becomes row a and column b of each 2 x 2."""
     conv = module.conv
     phases = []
     for a in (0, 1):
@@ -126,7 +129,7 @@ def _upsampled(module: Upsample2D, x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _two_taps(weight: Tensor, axis: int, phase: int) -> Tensor:
-    """Three taps as two: of an upsampled signal, neighbours that are copies of each other are added."""
+    """Three taps as two: in an upsampled signal two neighbours are equal, so their taps are added."""
     first, middle, last = weight.split(1, dim=axis)
     pair = (first, middle + last) if phase == 0 else (first + middle, last)
     return torch.cat(pair, dim=axis)

@@ -1,4 +1,4 @@
-"""What a bundle is made from, and what its manifest says of it."""
+"""The source of a bundle, its networks and settings, and the manifest's sections about them."""
 
 from __future__ import annotations
 
@@ -15,36 +15,9 @@ from hyperrt.errors import UsageError
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import ModelPart
 from hyperrt.lora.layout import LoraLayout
-from hyperrt.training.model import encode, image_prompt, noise_schedule
+from hyperrt.training.model import image_prompt, noise_schedule
+from hyperrt.training.model.encode import preprocess_of
 from hyperrt.training.model.latents import LatentScale
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a bundle is made from, as the user says it.
-
-    Attributes:
-        base: diffusers folder, single .safetensors file, or hub id with its commit (OWNER/NAME@COMMIT); None
-            for the base that the hypernetwork was trained on.
-        hypernet: checkpoint of the weight decoder, or its folder.
-        random_weights: a seed: random weights of the family's sizes in place of all others.
-        image_encoder: folder of the ViT that the hypernetwork reads, where the base model's has none.
-        image_prompt: IP-Adapter-Plus file, for the open category.
-        like: for a single file, see `loading.find`.
-        offline: no network.
-        size: of the pictures, in pixels; None: what the UNet was trained for.
-        vae: in place of the base model's: diffusers folder, .safetensors file, or hub id with its commit.
-    """
-
-    base: str | Path | None = None
-    hypernet: Path | None = None
-    random_weights: int | None = None
-    image_encoder: Path | None = None
-    image_prompt: Path | None = None
-    like: str | None = None
-    offline: bool = False
-    size: int | None = None
-    vae: str | Path | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,11 +29,11 @@ class Source:
             image_prompt.
         scheduler: configuration of the noise schedule.
         token: stands for the subject in prompts.
-        image_size: of the pictures, in pixels.
-        tokenizer_2: of SDXL's second text encoder; the same but for the pad.
-        zero_empty: whether an empty prompt is all zeros and not encoded.
-        license: what the bundle's LICENSES says.
-        image_scale: of the image prompt, that the hypernetwork was trained with.
+        image_size: side of the pictures, in pixels.
+        tokenizer_2: of SDXL's second text encoder; only its pad token differs.
+        zero_empty: whether an empty prompt becomes zeros instead of being encoded.
+        license: text of the bundle's LICENSES.
+        image_scale: weight of the image prompt in the hypernetwork's training.
     """
 
     parts: Mapping[str, ModelPart]
@@ -85,38 +58,38 @@ class Source:
 
     @property
     def pad(self) -> int | None:
-        """Id that fills prompts behind their end token; None: that token again."""
+        """Id that fills prompts after their end token; None: the end token itself."""
         pad = self.tokenizer.pad_token_id
         return None if pad == self.tokenizer.eos_token_id else int(pad)
 
     @property
     def pad_2(self) -> int | None:
-        """The same of the second text encoder; None: there is no such encoder."""
+        """The same for the second text encoder; None without one."""
         return None if self.tokenizer_2 is None else int(self.tokenizer_2.pad_token_id)
 
     @property
     def latent_scale(self) -> LatentScale:
-        """What lies between the UNet's latents and the VAE's.
+        """The scale between the UNet's latents and the VAE's.
 
         Raises:
-            ValueError: diffusers' pipeline does not read what the VAE's configuration says.
+            ValueError: the VAE's configuration has a setting that diffusers' pipeline does not read.
         """
         return LatentScale.of(self.config("vae"), self.is_sdxl)
 
     @property
     def max_tokens(self) -> int:
-        """Length of an encoded prompt."""
+        """Length of an encoded prompt, in tokens."""
         return int(self.tokenizer.model_max_length)
 
     @property
     def text_width(self) -> int:
-        """Of the hidden states that the UNet reads."""
+        """Width of the hidden states that the UNet reads."""
         names = [name for name in ("text_encoder", "text_encoder_2") if name in self.parts]
         return sum(self.config(name).hidden_size for name in names)
 
     @property
     def latent_size(self) -> int:
-        """Of the latents, in their own pixels."""
+        """Side of the latents."""
         return self.image_size // vae_factor(self.parts["vae"])
 
 
@@ -124,7 +97,7 @@ def betas(source: Source) -> Betas:
     """The noise schedule for the manifest.
 
     Raises:
-        ExportError: the runtime does not know it.
+        ExportError: the runtime does not support it.
     """
     config = source.scheduler
     if why := noise_schedule.fault(config, is_sdxl=source.is_sdxl):
@@ -140,28 +113,28 @@ def betas(source: Source) -> Betas:
 
 
 def unknown_noise(why: str) -> ExportError:
-    """The error of a noise schedule that the solvers do not describe."""
+    """The error for a noise schedule that the solvers do not support."""
     do = "use a model whose scheduler_config.json has the betas that it was trained with"
     return ExportError("the base model has an unknown noise schedule", why, do)
 
 
 def prediction_type(source: Source) -> Any:
-    """What the UNet predicts, for the manifest; diffusers' default where the configuration does not say."""
+    """What the UNet predicts, for the manifest; by default diffusers' "epsilon"."""
     return source.scheduler.get("prediction_type", "epsilon")
 
 
 def timestep_spacing(source: Source) -> Literal["leading", "trailing"]:
-    """diffusers' word for the manifest; "linspace" of old configurations is close to "leading"."""
+    """diffusers' setting, for the manifest; "linspace" of old configurations is close to "leading"."""
     return "trailing" if source.scheduler.get("timestep_spacing") == "trailing" else "leading"
 
 
 def preprocess(source: Source) -> Preprocess:
-    """Photo preprocessing for the manifest: that of training/data/features.py."""
-    return encode.preprocess_of(source.config("image_encoder"))
+    """Photo preprocessing for the manifest, as in training."""
+    return preprocess_of(source.config("image_encoder"))
 
 
 def image_prompt_section(source: Source) -> ImagePrompt | None:
-    """What the manifest says of the image prompt."""
+    """The manifest's section about the image prompt, or None."""
     if "image_prompt" not in source.parts:
         return None
     prompt: Any = source.parts["image_prompt"].skeleton
@@ -169,30 +142,30 @@ def image_prompt_section(source: Source) -> ImagePrompt | None:
 
 
 def sized(source: Source, size: int | None) -> Source:
-    """`source` for pictures of another size; what its UNet cannot halve as often as it must is refused.
+    """`source` for pictures of another size, in pixels; None keeps the size.
 
     Raises:
-        UsageError: such a size.
+        UsageError: the UNet cannot halve the latents as often as it must, or the size is out of range.
     """
     unet = source.parts["unet"].skeleton.config
     step = vae_factor(source.parts["vae"]) * 2 ** (len(unet.block_out_channels) - 1)
-    wanted = source.image_size if size is None else size
-    if wanted % step or not step <= wanted <= 4 * source.image_size:
+    size = source.image_size if size is None else size
+    if size % step or not step <= size <= 4 * source.image_size:
         why = f"it takes multiples of {step} from {step} to {4 * source.image_size}"
         do = f"leave --size out for {source.image_size}, which the model was trained for"
-        raise UsageError(f"the model cannot draw pictures of {wanted} pixels", why, do)
-    return dataclasses.replace(source, image_size=wanted)
+        raise UsageError(f"the model cannot draw pictures of {size} pixels", why, do)
+    return dataclasses.replace(source, image_size=size)
 
 
 def save_tokenizer(source: Source, path: Path) -> None:
-    """Write the first tokenizer as the runtime reads it."""
+    """Writes the first tokenizer as the runtime reads it."""
     tokenizer = source.tokenizer.backend_tokenizer
-    # The last text that was encoded left its padding here; the runtime does its own.
+    # transformers keeps the padding of the last text that it encoded; the runtime pads and cuts by itself.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(path))
 
 
 def vae_factor(vae: ModelPart) -> int:
-    """Pixels per latent."""
+    """Pixels per latent, along one side."""
     return int(2 ** (len(vae.skeleton.config.block_out_channels) - 1))

@@ -1,9 +1,9 @@
-"""Weights in the file: fp16, or int8 with a scale per output channel; the arithmetic is the graph's.
+"""Stores the weights of a graph as fp16, or as int8 with a scale per output channel.
 
-A graph is traced without weights (export/parts.py). `fill` gives each the tensor of its name, which is read
-and converted when the file is written, one at a time. fp32 weights are stored as fp16 and a Cast, which
-backends fold when they load the graph. int8 ones are stored with a Cast and a multiplication; LoRA and
-embeddings stay floating point.
+A graph is traced without weights (export/parts.py). `fill` gives each initialiser the tensor of its name,
+which is read and converted when the file is written. The weights of fp32 arithmetic are stored as fp16 and a
+Cast, which backends fold when they load the graph. int8 weights are stored with a Cast and a multiplication;
+LoRA and embeddings stay floating point.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-SMALLEST = 256  # numbers; below, a Cast is larger than what it saves
+SMALLEST = 256  # numbers; for smaller tensors a Cast takes more space than it saves
 SMALLEST_INT8 = 4096
 TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -29,7 +29,7 @@ TORCH_TYPES = {
 
 @dataclass(frozen=True)
 class Weight:
-    """Where an initialiser comes from: the name of a tensor, and how its axes are permuted."""
+    """The source of an initialiser: the name of a tensor, and how its axes are permuted."""
 
     key: str
     perm: tuple[int, ...] | None = None
@@ -43,7 +43,7 @@ class Weight:
 def fill(
     model: ir.Model, weights: Mapping[str, Weight], tensors: Mapping[str, Tensor], int8: bool = False
 ) -> None:
-    """Give every initialiser of `weights` (by its name) its tensor; read when the file is written.
+    """Gives every initialiser of `weights` (by name) its tensor, which is read when the file is written.
 
     int8: whether matrices and convolutions are stored in eight bits.
     """
@@ -74,7 +74,7 @@ def _store_half(
 def _store_int8(
     graph: ir.Graph, value: ir.Value, weight: Weight, tensors: Mapping[str, Tensor], summed: tuple[int, ...]
 ) -> list[ir.Node]:
-    """w = scale q: q signed and symmetric, scale of the largest absolute value of each output channel."""
+    """Stores w as scale * q, with signed q and scale = max |w| / 127 for each output channel."""
 
     def scale_of(tensor: Tensor) -> Tensor:
         return tensor.float().abs().amax(dim=summed, keepdim=True).clamp_min(1e-12) / 127
@@ -96,10 +96,10 @@ def _store_int8(
 
 
 def _initializer(graph: ir.Graph, value: ir.Value, suffix: str, dtype: ir.DataType) -> ir.Value:
-    """A new initialiser of the shape of `value`, without data."""
+    """A new initialiser with the shape of `value`, without data."""
     name = f"{value.name}.{suffix}"
     new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
-    new.const_value = ir.tensor([0.0])  # an initialiser must have some; replaced by the caller
+    new.const_value = ir.tensor([0.0])  # an initialiser must have data; the caller replaces it
     graph.register_initializer(new)
     return new
 
@@ -114,7 +114,7 @@ def _lazy(value: ir.Value, weight: Weight, tensors: Mapping[str, Tensor]) -> ir.
 
 
 def _summed_axes(value: ir.Value) -> tuple[int, ...] | None:
-    """The axes that a product sums over, of a weight that nothing but products reads; None for others."""
+    """The axes over which products sum, if only products read the weight; else None."""
     axes = {_summed_by(use.node, use.idx, len(value.shape)) for use in value.uses()}
     return axes.pop() if len(axes) == 1 else None
 

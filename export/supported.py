@@ -1,8 +1,8 @@
-"""What of a base model's configurations the graphs do not compute: refused by name, before the work.
+"""Refuses base models with settings that the graphs do not compute, before the work.
 
-Most settings need no mention here: networks are exported as diffusers and transformers build them from their
-configurations. These are the rest: what a pipeline of diffusers does around its networks, and where the
-graphs take a path of their own. docs/base-model-settings.md has the whole table.
+Most settings need no check: networks are exported as diffusers and transformers build them from their
+configurations. Checked are those that a pipeline of diffusers reads, and those for which the graphs replace
+diffusers' code. docs/base-model-settings.md has the whole table.
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ from hyperrt.export.source import Source, betas
 from hyperrt.training.model import lora_layers
 from hyperrt.training.model.latents import LatentScale
 
-TIME_IDS = 6  # of SDXL: height and width, crop's top and left, target's height and width
+TIME_IDS = 6  # SDXL: height and width, top and left of the crop, height and width of the target
 TEXT_TO_IMAGE = "give a text-to-image Stable Diffusion 1, 2 or XL model"
 
 
 def check(source: Source) -> None:
-    """Whether the graphs compute what diffusers' pipeline does with such a model.
+    """Checks that the graphs compute what diffusers' pipeline does with this model.
 
     Raises:
         ExportError: they do not.
     """
-    _refuse("the UNet is of a kind that is not known", _unet(source))
-    _refuse("the VAE is of a kind that is not known", _vae(source))
-    _refuse("the text encoder is of a kind that is not known", _text_encoder(source))
+    for name, faults in (
+        ("UNet", _unet(source)), ("VAE", _vae(source)), ("text encoder", _text_encoder(source)),
+    ):  # fmt: skip
+        if faults:
+            what = f"the {name} is of a kind that is not known"
+            raise ExportError(what, "; ".join(faults), TEXT_TO_IMAGE)
     betas(source)
-
-
-def _refuse(what: str, found: list[str]) -> None:
-    if found:
-        raise ExportError(what, "; ".join(found), TEXT_TO_IMAGE)
 
 
 def _unet(source: Source) -> list[str]:
@@ -50,21 +48,21 @@ def _unet(source: Source) -> list[str]:
         "in_channels": config.in_channels != source.config("vae").latent_channels,
         "out_channels": config.out_channels != config.in_channels,
         "cross_attention_dim": config.cross_attention_dim != source.text_width,
-        # Keys and values of attn1 are then the text's, or of two texts: `context` has those of attn2.
+        # With these attn1 reads the text too, or two texts; the graph `context` projects it for attn2 only.
         "only_cross_attention": _any(config.only_cross_attention),
         "dual_cross_attention": bool(config.dual_cross_attention),
-        "attention_type": config.attention_type != "default",  # GLIGEN's boxes
+        "attention_type": config.attention_type != "default",  # such as GLIGEN's boxes
     }
     if source.is_sdxl and config.addition_embed_type == "text_time":
         width = source.config("text_encoder_2").projection_dim + TIME_IDS * config.addition_time_embed_dim
-        # The refiner's has 5 time ids, one of them an aesthetics score.
+        # SDXL's refiner has 5 time ids, one of them an aesthetics score.
         odd["projection_class_embeddings_input_dim"] = config.projection_class_embeddings_input_dim != width
-    found = [f"{name} is {config.get(name)!r}" for name, is_odd in odd.items() if is_odd]
+    faults = [f"{name} is {config.get(name)!r}" for name, is_odd in odd.items() if is_odd]
     try:
         lora_layers.install(unet)
     except ValueError as error:
-        found.append(str(error))
-    return found
+        faults.append(str(error))
+    return faults
 
 
 def _any(value: Any) -> bool:
@@ -72,22 +70,22 @@ def _any(value: Any) -> bool:
 
 
 def _vae(source: Source) -> list[str]:
-    config, found = source.config("vae"), []
+    config, faults = source.config("vae"), []
     if config.out_channels != 3:
-        found.append(f"out_channels is {config.out_channels!r}; a picture has 3")
+        faults.append(f"out_channels is {config.out_channels!r}; a picture has 3")
     tiny = isinstance(source.parts["vae"].skeleton, AutoencoderTiny)
     if tiny and config.upsampling_scaling_factor != 2:
-        found.append(f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; it must be 2")
+        faults.append(f"upsampling_scaling_factor is {config.upsampling_scaling_factor!r}; it must be 2")
     try:
         LatentScale.of(config, source.is_sdxl)
     except ValueError as error:
-        found.append(str(error))
-    return found
+        faults.append(str(error))
+    return faults
 
 
 def _text_encoder(source: Source) -> list[str]:
     config = source.config("text_encoder")
-    # SDXL's pipeline does not read it.
+    # SDXL's pipeline does not read this setting.
     if getattr(config, "use_attention_mask", False) and not source.is_sdxl:
         return ["use_attention_mask is True; the graphs attend to the whole length of a prompt"]
     return []

@@ -1,17 +1,19 @@
-"""The parity ladder: each rung compares the graphs, as the runtime will run them, with diffusers and PEFT.
+"""Compares the graphs, as the runtime will run them, with diffusers and PEFT.
 
-    none    nothing is compared
+Verification levels:
+    none    no check
     graphs  each graph alone, right after it was written, so that one network is in memory at a time; solvers
-    full    all rungs, at the end, with all networks in memory: for the tiny family
+    full    all checks, at the end, with all networks in memory: for the tiny family
 
-The figures are relative errors, max |found - expected| / max |expected|, and go into the manifest. A rung
-above its tolerance ends the export.
+Each check gives a relative error, max |result - expected| / max |expected|, which goes into the manifest. An
+error above its tolerance ends the export.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperrt import engines
 from hyperrt.bundle.bundle import Defaults
@@ -28,7 +30,7 @@ from hyperrt.engines.base import Engine
 from hyperrt.export import expected, reference, refit_form
 from hyperrt.export.errors import ParityError
 from hyperrt.export.expected import Expected
-from hyperrt.export.graph_specs import GraphSpec
+from hyperrt.export.graph_specs import GraphSpec, Modules
 from hyperrt.export.reference import Guided, Text
 from hyperrt.export.source import Source, betas, prediction_type, timestep_spacing
 from hyperrt.lora.layout import LoraLayout
@@ -37,7 +39,7 @@ from hyperrt.sampling import guidance, loop, solvers
 from hyperrt.sampling.solvers import SolverTable
 
 LEVELS = ("none", "graphs", "full")
-# rung -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
+# check -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
 TOLERANCE = {
     "image_encoder": 1e-4,  # 6e-7
     "weight_decoder": 1e-4,  # 1e-7
@@ -52,9 +54,10 @@ TOLERANCE = {
     "subjects_broadcast": 1e-6,  # 0: one LoRA for all rows against the same one in every row
     "loop": 1e-3,  # photos and prompts to pictures, ten steps of HM-CFG
 }
-# Of a graph whose arithmetic, or whose weights, have fewer bits than those of PyTorch's.
+# Largest relative error of a graph by its precision, or of one with int8 weights.
 REDUCED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 2e-1}
-# What a graph of each precision is compared on. No CPU multiplies fp16: there its rounding of weights shows.
+# Backend that checks each precision. CPUs have no fp16 arithmetic, so fp16 graphs are checked in fp32 and
+# show only the rounding of their weights.
 RUN_BY = {
     "fp32": {"backend": "onnxruntime"},
     "fp16": {"backend": "openvino", "precision": "f32"},
@@ -64,7 +67,7 @@ GRAPH_SIZES = (
     {"photos": 1, "prompts": 1, "images": 1, "branches": 3, "rows": 3, "subjects": 1, "h": 8, "w": 8},
     {"photos": 3, "prompts": 3, "images": 2, "branches": 2, "rows": 4, "subjects": 4, "h": 6, "w": 10},
 )
-# Of large families: enough rows that one can be mixed up with another, few enough for the memory.
+# For large families: enough rows to notice that two are mixed up, few enough for the memory.
 LARGE_SIZES = (
     {"photos": 2, "prompts": 2, "images": 1, "branches": 2, "rows": 2, "subjects": 2, "h": 16, "w": 24},
 )
@@ -72,76 +75,69 @@ LOOP_STEPS, SOLVER_STEPS = 10, 6
 LOOP_SOLVER = "dpmpp_2m"
 
 Arrays = dict[str, np.ndarray]
-Modules = Mapping[str, nn.Module]
-Progress = Callable[[str], None]
+Run = Callable[[Mapping[str, np.ndarray]], Arrays]  # inputs of a graph, by name => its outputs
 
 
-def ladder(
+def run_checks(
     source: Source,
     graphs: Sequence[GraphSpec],
     modules: Modules,
     folder: Path,
     defaults: Defaults,
-    progress: Progress,
+    start_check: Callable[[str], None],
 ) -> dict[str, float]:
-    """Climb every rung; returns rung -> relative error.
+    """Runs the checks of level "full"; returns check -> relative error.
 
     Args:
         source: what the graphs were made from.
         graphs: as `graph_specs.build` made them.
-        modules: its parts as they were read, fp32, weights as they are stored.
-        folder: holds NAME.onnx of each.
-        defaults: guidance of the loop.
-        progress: told the name of each rung before it.
+        modules: the source's parts as they were read, in fp32, with weights as they are stored.
+        folder: holds NAME.onnx of each graph.
+        defaults: give the guidance of the loop.
+        start_check: called with the name of each check before it.
 
     Raises:
-        ParityError: a rung is above its tolerance.
+        ParityError: an error is above its tolerance.
         engines.EngineError: ONNX Runtime is missing or cannot run a graph.
     """
     with contextlib.ExitStack() as stack:
-        opened = {
-            graph.name: Fed(
-                stack.enter_context(engines.open(folder / f"{graph.name}.onnx", "onnxruntime")), graph.refit
-            )
-            for graph in graphs
+        runs: dict[str, Run] = {}
+        for graph in graphs:
+            engine = engines.open(folder / f"{graph.name}.onnx", "onnxruntime")
+            runs[graph.name] = run_of(stack.enter_context(engine), graph.refit)
+        adapted = [graph for graph in graphs if _lora_of(graph)]
+        checks: dict[str, Callable[[], float]] = {
+            graph.name: functools.partial(_graph_error, graph, source, modules, runs) for graph in graphs
         }
-        rungs: dict[str, Callable[[], float]] = {
-            graph.name: lambda graph=graph: max(
-                relative(opened[graph.name].run(_arrays(feeds)), arrays)
-                for feeds, arrays in expected.of_graph(graph, source, modules, GRAPH_SIZES)
-            )
-            for graph in graphs
-        }
-        rungs["solvers"] = lambda: solvers_error(source)
-        rungs["fused_step"] = lambda: fused_step_error(source, modules, opened)
-        rungs["lora_zero"] = lambda: max(
-            lora_zero_error(graph, opened) for graph in graphs if _lora_of(graph)
-        )
-        rungs["subjects_broadcast"] = lambda: max(
-            broadcast_error(graph, opened) for graph in graphs if _lora_of(graph)
-        )
-        rungs["loop"] = lambda: loop_error(source, modules, opened, defaults)
-        figures = {}
-        for name, measure in rungs.items():
-            progress(name)
-            figures[name] = checked(name, measure(), TOLERANCE[name])
-        return figures
+        checks["solvers"] = lambda: solvers_error(source)
+        checks["fused_step"] = lambda: fused_step_error(source, modules, runs)
+        checks["lora_zero"] = lambda: max(lora_zero_error(graph, runs) for graph in adapted)
+        checks["subjects_broadcast"] = lambda: max(broadcast_error(graph, runs) for graph in adapted)
+        checks["loop"] = lambda: loop_error(source, modules, runs, defaults)
+        errors = {}
+        for name, measure in checks.items():
+            start_check(name)
+            errors[name] = checked(name, measure(), TOLERANCE[name])
+        return errors
 
 
-@dataclasses.dataclass(frozen=True)
-class Fed:
-    """An engine that is fed a packed LoRA by name even where its LoRA enters by a refit."""
+def run_of(engine: Engine, refit: LoraLayout | None) -> Run:
+    """Runs an engine on a packed LoRA, also where the LoRA enters by a refit.
 
-    engine: Engine
-    refit: LoraLayout | None
+    refit: layout of the LoRA, if its factors are constants of the graph. These then get the first row's LoRA.
+    """
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
-        """The outputs; of a LoRA for each row, a refit takes the first row's."""
-        if self.refit is None:
-            return self.engine.run(feeds)
-        constants, inputs = _constants(self.refit, feeds)
-        self.engine.refit(constants)
-        return self.engine.run(inputs)
+    def run(feeds: Mapping[str, np.ndarray]) -> Arrays:
+        constants, inputs = _constants(refit, feeds)
+        engine.refit(constants)
+        return engine.run(inputs)
+
+    return engine.run if refit is None else run
+
+
+def _graph_error(graph: GraphSpec, source: Source, modules: Modules, runs: Mapping[str, Run]) -> float:
+    results = expected.of_graph(graph, source, modules, GRAPH_SIZES)
+    return max(relative(runs[graph.name](_arrays(feeds)), arrays) for feeds, arrays in results)
 
 
 def graph_error(
@@ -152,19 +148,20 @@ def graph_error(
     refit: LoraLayout | None = None,
     **options: Any,
 ) -> float:
-    """A graph's file on a backend, against what `expected.of_graph` found.
+    """The relative error of a graph's file on a backend.
 
-    refit: layout of the LoRA, where its factors are constants of the file.
+    expected: inputs and results, as `expected.of_graph` returns them.
+    refit: layout of the LoRA, if its factors are constants of the file.
     """
     if refit is not None and not BACKENDS[backend].refits:
-        return max(_error_of_copy(path, backend, one, refit, **options) for one in expected)
+        return max(_error_of_copy(path, backend, pair, refit, **options) for pair in expected)
     with engines.open(path, backend, **options) as engine:
-        fed = Fed(engine, refit)
-        return max(relative(fed.run(_arrays(feeds)), arrays) for feeds, arrays in expected)
+        run = run_of(engine, refit)
+        return max(relative(run(_arrays(feeds)), arrays) for feeds, arrays in expected)
 
 
 def _error_of_copy(path: Path, backend: str, expected: Expected, refit: LoraLayout, **options: Any) -> float:
-    """The same where the backend cannot refit: of a copy of the file that holds the LoRA."""
+    """The same for a backend that cannot refit: runs a copy of the file that holds the LoRA."""
     feeds, arrays = expected
     constants, inputs = _constants(refit, _arrays(feeds))
     copied = path.with_suffix(".copy.onnx")
@@ -177,38 +174,37 @@ def _error_of_copy(path: Path, backend: str, expected: Expected, refit: LoraLayo
 
 
 def _constants(refit: LoraLayout, feeds: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-    """The LoRA of the first row as constants, and the other feeds."""
+    """The first row's LoRA as constants, and the other feeds."""
     others = {name: array for name, array in feeds.items() if name != "lora_q"}
     return refit.named({"lora_q": feeds["lora_q"][0]}), others
 
 
-def lora_zero_error(graph: GraphSpec, opened: Mapping[str, Fed]) -> float:
-    """Rows with a LoRA of zeros, against rows with some LoRA and a gate of zeros."""
-    name, engine = _lora_of(graph), opened[graph.name]
+def lora_zero_error(graph: GraphSpec, runs: Mapping[str, Run]) -> float:
+    """Compares rows with a LoRA of zeros with rows that have a random LoRA and a gate of zeros."""
+    name, run = _lora_of(graph), runs[graph.name]
     feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=2))
     open_gate = feeds | {"gate": np.ones_like(feeds["gate"]), name: np.zeros_like(feeds[name])}
-    return relative(engine.run(open_gate), engine.run(feeds | {"gate": np.zeros_like(feeds["gate"])}))
+    return relative(run(open_gate), run(feeds | {"gate": np.zeros_like(feeds["gate"])}))
 
 
-def broadcast_error(graph: GraphSpec, opened: Mapping[str, Fed]) -> float:
-    """One LoRA for all rows, against the same one in every row."""
-    name, engine = _lora_of(graph), opened[graph.name]
+def broadcast_error(graph: GraphSpec, runs: Mapping[str, Run]) -> float:
+    """Compares one LoRA for all rows with the same LoRA in every row."""
+    name, run = _lora_of(graph), runs[graph.name]
     feeds = _arrays(graph.feeds(GRAPH_SIZES[1], seed=3))
-    one = feeds[name][:1]
-    return relative(
-        engine.run(feeds | {name: one}), engine.run(feeds | {name: one.repeat(len(feeds["gate"]), axis=0)})
-    )
+    lora = feeds[name][:1]
+    in_every_row = lora.repeat(len(feeds["gate"]), axis=0)
+    return relative(run(feeds | {name: lora}), run(feeds | {name: in_every_row}))
 
 
 @torch.no_grad()
 def solvers_error(source: Source) -> float:
-    """Latents of every solver's table, against diffusers' pipeline with the scheduler that stands for it.
+    """Compares the latents of every solver's table with those of diffusers' pipeline and its scheduler.
 
-    No network takes part: in place of the UNet is a function of latents and timestep.
+    In place of the UNet is a function of latents and timestep.
     """
     schedule = solvers.NoiseSchedule.named(**dataclasses.asdict(betas(source)))
     spacing, predicts = timestep_spacing(source), prediction_type(source)
-    side = 8  # of the latents: diffusers takes pictures of multiples of 8 pixels
+    side = 8  # in latents: diffusers takes pictures of multiples of 8 pixels
     noise = loop.initial_noise(0, (source.config("unet").in_channels, side, side), 1)
 
     def output(x: Tensor, timestep: Any) -> Tensor:
@@ -216,15 +212,15 @@ def solvers_error(source: Source) -> float:
 
     worst = 0.0
     for solver in reference.SCHEDULERS:
-        if (solver, predicts) == ("euler_ancestral", "sample"):  # which diffusers does not have
+        if (solver, predicts) == ("euler_ancestral", "sample"):  # diffusers does not have this pair
             continue
         table = solvers.table(solver, schedule, SOLVER_STEPS, predicts, spacing)
         unet = reference.Given(source.parts["unet"].skeleton, output)
         pipe = reference.pipeline(source, {}, solver, unet)
-        right = reference.drawn(
-            pipe, reference.nothing(source), torch.from_numpy(noise), SOLVER_STEPS, generator=_generator()
+        latents = reference.drawn(
+            pipe, reference.no_text(source), torch.from_numpy(noise), SOLVER_STEPS, generator=_generator()
         )
-        worst = max(worst, relative({"latents": _solved(table, output, noise)}, {"latents": right}))
+        worst = max(worst, relative({"latents": _solved(table, output, noise)}, {"latents": latents}))
     return worst
 
 
@@ -233,7 +229,7 @@ def _generator() -> torch.Generator:
 
 
 def _solved(table: SolverTable, output: Callable[[Tensor, Any], Tensor], noise: np.ndarray) -> np.ndarray:
-    """Latents after the steps of a table, with the fresh noise that diffusers draws."""
+    """Latents after all steps of a table, with the fresh noise that diffusers draws."""
     generator = _generator()
 
     def step(feeds: Mapping[str, Any]) -> Arrays:
@@ -257,8 +253,8 @@ def _denoised(
 
 
 @torch.no_grad()
-def fused_step_error(source: Source, modules: Modules, opened: Mapping[str, Fed]) -> float:
-    """One denoiser call for two images, against three calls of diffusers' UNet with a random LoRA."""
+def fused_step_error(source: Source, modules: Modules, runs: Mapping[str, Run]) -> float:
+    """Compares one denoiser call for two images with three calls of diffusers' UNet, with a random LoRA."""
     layout, unet = source.layout, modules["unet"]
     rng = np.random.default_rng(4)
     lora = {
@@ -280,14 +276,14 @@ def fused_step_error(source: Source, modules: Modules, opened: Mapping[str, Fed]
     following = solvers.apply(
         feeds["coefficients"], feeds["latents"], guided.numpy(), feeds["previous"], feeds["noise"]
     )
-    right = dict(zip(("next_latents", "denoised"), following, strict=True))
-    step = _stepper(opened, lora, texts, guidance.hm_cfg_weights(s, kappa), images=2)
-    return relative(step(feeds), right)
+    results = dict(zip(("next_latents", "denoised"), following, strict=True))
+    step = _step_of(runs, lora, texts, guidance.hm_cfg_weights(s, kappa), images=2)
+    return relative(step(feeds), results)
 
 
 @torch.no_grad()
-def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defaults: Defaults) -> float:
-    """Photos and prompts to pictures, all in graphs, against diffusers' pipeline and PEFT."""
+def loop_error(source: Source, modules: Modules, runs: Mapping[str, Run], defaults: Defaults) -> float:
+    """Compares pictures of photos and prompts that the graphs draw with those of diffusers and PEFT."""
     rng = np.random.default_rng(5)
     size = source.config("image_encoder").image_size
     pixels = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
@@ -306,42 +302,41 @@ def loop_error(source: Source, modules: Modules, opened: Mapping[str, Fed], defa
     branches = reference.hybrid(s, kappa, uncond, texts.of(0), texts.of(1))
     with reference.adapted(modules["unet"], source.layout, lora) as use:
         pipe.register_modules(unet=Guided(modules["unet"], branches, use))
-        right = {
+        results = {
             name: reference.drawn(pipe, uncond, torch.from_numpy(noise), LOOP_STEPS, output)
             for name, output in (("latents", "latent"), ("pictures", "pt"))
         }
 
-    seen = opened["image_encoder"].run({"pixels": pixels})
-    found_lora = opened["weight_decoder"].run(seen)
+    lora = runs["weight_decoder"](runs["image_encoder"]({"pixels": pixels}))
     ids = _arrays(expected.token_ids(source, ["", *prompts]))
-    hidden = torch.from_numpy(opened["text_encoder"].run(ids)["hidden_states"])
+    hidden = torch.from_numpy(runs["text_encoder"](ids)["hidden_states"])
     weights = guidance.hm_cfg_weights(s, kappa)
-    step = _stepper(opened, found_lora, [Text(one) for one in hidden.split(1)], weights, images=1)
+    step = _step_of(runs, lora, [Text(row) for row in hidden.split(1)], weights, images=1)
     latents = _denoised(step, table, noise)
-    decoded = opened["vae_decoder"].run({"latents": latents})["pixels"]
-    return relative({"latents": latents, "pictures": np.clip(decoded / 2 + 0.5, 0, 1)}, right)
+    decoded = runs["vae_decoder"]({"latents": latents})["pixels"]
+    return relative({"latents": latents, "pictures": np.clip(decoded / 2 + 0.5, 0, 1)}, results)
 
 
-def _stepper(
-    opened: Mapping[str, Fed],
+def _step_of(
+    runs: Mapping[str, Run],
     lora: Arrays,
     texts: Sequence[Text],
     weights: Sequence[float],
     images: int,
 ) -> Callable[[Mapping[str, Any]], Arrays]:
-    """The step of `sampling.denoise` on the graphs.
+    """The step function of `loop.denoise` on the graphs.
 
-    lora: packed vectors [1, N]; texts: of each branch's prompt.
+    lora: packed vectors [1, N]; texts: the encoded prompt of each branch.
     """
     gate = np.repeat(np.array([0, 1, 0], np.float32), images)
     text = np.concatenate([branch.hidden.numpy().repeat(images, axis=0) for branch in texts])
-    resident = opened["context"].run({"hidden_states": text, "gate": gate, "lora_kv": lora["lora_kv"]})
+    resident = runs["context"]({"hidden_states": text, "gate": gate, "lora_kv": lora["lora_kv"]})
     resident |= {"gate": gate, "lora_q": lora["lora_q"], "guidance": np.array(weights, np.float32)}
-    return lambda feeds: opened["denoiser"].run({**feeds, **resident})
+    return lambda feeds: runs["denoiser"]({**feeds, **resident})
 
 
 def _lora_of(graph: GraphSpec) -> str:
-    """The LoRA input of a graph, or ""."""
+    """The name of a graph's LoRA input, or ""."""
     return next((spec.name for spec in graph.inputs if spec.name.startswith("lora_")), "")
 
 
@@ -349,19 +344,19 @@ def _arrays(feeds: Mapping[str, Tensor]) -> Arrays:
     return {name: tensor.numpy() for name, tensor in feeds.items()}
 
 
-def allowed(graph: str, kind: str) -> float:
-    """The largest relative error of a graph alone, in fp32, fp16, bf16 or with weights in int8."""
-    return max(TOLERANCE[graph], REDUCED[kind])
+def allowed(graph: str, reduction: str) -> float:
+    """The tolerance of a graph, by its precision ("fp32", "fp16", "bf16") or for "int8" weights."""
+    return max(TOLERANCE[graph], REDUCED[reduction])
 
 
-def checked(rung: str, error: float, allowed: float) -> float:
-    """The error of a rung, where it is within what is allowed.
+def checked(check: str, error: float, allowed: float) -> float:
+    """Returns the error of a check.
 
     Raises:
-        ParityError: it is not.
+        ParityError: it is above what is allowed, or NaN.
     """
     if not error <= allowed:
         why = f"relative error {error:.2g}; allowed is {allowed:g}"
         do = "try the pinned versions of torch, onnxscript and onnxruntime: pip install 'hyperrt[export]'"
-        raise ParityError(f"the graphs do not compute what the model does: {rung}", why, do)
+        raise ParityError(f"the graphs do not compute what the model does: {check}", why, do)
     return error

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.export.command_line import config_of
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
@@ -48,20 +50,17 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 def exported(trained, tmp_path_factory) -> Path:
     """A bundle, made by the real export."""
     from hyperrt.export import export_bundle
-    from hyperrt.export.source import Inputs
 
     output = tmp_path_factory.mktemp("exported") / "small"
-    return export_bundle("tiny", Inputs(trained.base, trained.hypernet), output)
+    return export_bundle(config_of(trained, output))
 
 
 @pytest.fixture(scope="session")
 def source(trained):
     """What `exported` was made from."""
-    from hyperrt.export import families
-    from hyperrt.export.source import Inputs
+    from hyperrt.export import read_source
 
-    with families.opened(families.get("tiny"), Inputs(trained.base, trained.hypernet)) as source:
-        yield source
+    return read_source.read(config_of(trained))
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from hyperrt.export.families import _random
 from hyperrt.export.parts import random_part
+from hyperrt.export.random_sources import with_decoder
 from hyperrt.export.source import Source
 from hyperrt.training.data import clip_tokenizer
 from hyperrt.training.model import image_prompt, lora_layers, weight_hash
@@ -95,7 +95,7 @@ def source(family: str, folder: Path, scheduler: Mapping[str, Any] = SCHEDULER) 
         build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=4)  # noqa: E731
         parts["image_prompt"] = random_part("image_prompt", build, 0)
     config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
-    found = _random(parts, clip_tokenizer.build(folder, 77), scheduler, 0, 2, config, 32, "none")
+    found = with_decoder(parts, clip_tokenizer.build(folder, 77), scheduler, 0, 2, config, 32, "none")
     if not xl:
         return found
     tokenizer_2 = clip_tokenizer.padded(found.tokenizer, "!")

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +13,18 @@ import pytest
 from hyperrt.bundle import bundle, memory
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import NotFound, ResourceError, UsageError
-from hyperrt.export import export_bundle, families, onnx_graph, verify
+from hyperrt.export import export_bundle, onnx_graph, read_source, verify
 from hyperrt.export.errors import ExportError, ParityError
-from hyperrt.export.source import Inputs
+from hyperrt.training.model import base_model
+from hyperrt.training.run import checkpoint
+from tests.export.command_line import config, config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
 from hyperrt.export import export_bundle, onnx_graph, verify
-from hyperrt.export.source import Inputs
+from hyperrt.cli.configs import ExportConfig
 from hyperrt.bundle import bundle
 
 def write(graph, skeletons, modules, folder, *options):
@@ -35,11 +37,11 @@ def reached(now):
         os.kill(os.getpid(), signal.SIGKILL)
 
 onnx_graph.write = write
-verify.ladder = lambda *_: {}
+verify.run_checks = lambda *_: {}
 bundle.write_manifest = lambda *_: reached("manifest")
 moment, *paths = sys.argv[1:]
-base, hypernet, output = map(Path, paths)
-export_bundle("tiny", Inputs(base, hypernet), output, force=True)
+base, hypernet, output = paths
+export_bundle(ExportConfig(model="tiny", base=base, hypernet=hypernet, output=output, force=True))
 """
 
 
@@ -54,7 +56,7 @@ def ready_graphs(monkeypatch, exported):
 
     monkeypatch.setattr(onnx_graph, "write", copy)
     figures = dict.fromkeys(verify.TOLERANCE, 0.0)
-    monkeypatch.setattr(verify, "ladder", lambda *_: figures)
+    monkeypatch.setattr(verify, "run_checks", lambda *_: figures)
 
 
 def test_the_runtime_opens_what_was_exported(exported, source):
@@ -82,31 +84,48 @@ def test_the_tokenizer_in_the_bundle_counts_tokens_as_the_text_encoder_expects(e
 def test_two_exports_of_one_model_differ_in_nothing_but_measured_figures(
     exported, trained, tmp_path, ready_graphs
 ):
-    again = export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path / exported.name)
+    again = export_bundle(config_of(trained, tmp_path / exported.name))
     first, second = (json.loads((folder / "bundle.json").read_text()) for folder in (exported, again))
     assert first | {"parity": 0} == second | {"parity": 0}
 
 
 def test_progress_counts_the_stages(trained, tmp_path, monkeypatch, ready_graphs):
     seen = []
-    export_bundle(
-        "tiny",
-        Inputs(trained.base, trained.hypernet),
-        tmp_path / "new",
-        progress=lambda *now: seen.append(now),
-    )
+    export_bundle(config_of(trained, tmp_path / "new"), lambda *stage: seen.append(stage))
     stages = 1 + len(bundle.GRAPHS) + len(verify.TOLERANCE)
     assert seen[0] == (0, stages, "check")
     assert [done for done, _, _ in seen] == list(range(len(seen)))
 
 
-def test_a_failed_rung_leaves_nothing(trained, tmp_path, monkeypatch, ready_graphs):
-    def fails(*_):
-        raise ParityError("a rung failed")
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_weights_are_read_once_to_write_them_and_the_unets_once_more_to_check_them_before(
+    level, trained, tmp_path, monkeypatch, ready_graphs
+):
+    reads = Counter()
+    read_part, read = base_model.read_part, checkpoint.read
 
-    monkeypatch.setattr(verify, "ladder", fails)
+    def counted_part(folder, name, dtype):
+        reads[name] += 1
+        return read_part(folder, name, dtype)
+
+    def counted(path, values=True):
+        reads["weight_decoder"] += values
+        return read(path, values)
+
+    monkeypatch.setattr(base_model, "read_part", counted_part)
+    monkeypatch.setattr(checkpoint, "read", counted)
+    export_bundle(config_of(trained, tmp_path / "new", verify=level))
+    once = dict.fromkeys(("image_encoder", "text_encoder", "vae", "weight_decoder"), 1)
+    assert reads == {"unet": 2, **once}
+
+
+def test_a_failed_check_leaves_nothing(trained, tmp_path, monkeypatch, ready_graphs):
+    def fails(*_):
+        raise ParityError("a check failed")
+
+    monkeypatch.setattr(verify, "run_checks", fails)
     with pytest.raises(ParityError):
-        export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path / "new")
+        export_bundle(config_of(trained, tmp_path / "new"))
     assert not list(tmp_path.iterdir())
 
 
@@ -128,62 +147,56 @@ def test_a_killed_export_leaves_the_old_bundle_or_none(old, moment, trained, tmp
 
 def test_a_bundle_that_exists_is_refused_before_the_work(trained, tmp_path, monkeypatch):
     (tmp_path / "bundle.json").write_text("{}")
-    monkeypatch.setattr(families, "opened", lambda *_: pytest.fail("it started to work"))
+    monkeypatch.setattr(read_source, "read", lambda *_: pytest.fail("it started to work"))
     with pytest.raises(UsageError, match="exists"):
-        export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path)
+        export_bundle(config_of(trained, tmp_path))
 
 
 def test_an_unknown_family_is_refused_with_those_there_are(tmp_path):
     with pytest.raises(UsageError, match=r"no model family 'sd9'(?s:.*)tiny"):
-        export_bundle("sd9", Inputs(), tmp_path / "new")
+        export_bundle(config("sd9", tmp_path / "new"))
 
 
 @pytest.mark.parametrize("missing", ["base", "hypernet"])
 def test_a_source_that_is_not_there_is_named(missing, trained, tmp_path):
     folders = vars(trained) | {missing: tmp_path / "nowhere"}
     with pytest.raises(NotFound, match="nowhere"):
-        export_bundle("tiny", Inputs(**folders), tmp_path / "new")
+        export_bundle(config("tiny", tmp_path / "new", **folders))
 
 
 def test_a_hypernetwork_that_is_not_given_is_asked_for(trained, tmp_path):
     with pytest.raises(UsageError, match="--hypernet is not given"):
-        export_bundle("tiny", Inputs(trained.base), tmp_path / "new")
-
-
-def opened(**inputs):
-    """What `families.opened` gives, to look at after its files are closed."""
-    with families.opened(families.get("tiny"), Inputs(**inputs)) as source:
-        return source
+        export_bundle(config("tiny", tmp_path / "new", base=trained.base))
 
 
 def test_without_a_base_it_is_that_of_the_hypernetworks_training(trained, source):
-    found = opened(hypernet=trained.hypernet)
-    assert found.parts["unet"].hash(half=False) == source.parts["unet"].hash(half=False)
+    other = read_source.read(config("tiny", hypernet=trained.hypernet))
+    assert other.parts["unet"].hash(half=False) == source.parts["unet"].hash(half=False)
 
 
 def test_a_base_that_has_moved_since_the_training_is_asked_for(trained, tmp_path):
     hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(model="moved"))
     with pytest.raises(NotFound, match=r"trained on moved, which is not there(?s:.*)--base BASE"):
-        opened(hypernet=hypernet)
+        read_source.read(config("tiny", hypernet=hypernet))
 
 
 @pytest.mark.parametrize("given", ["base", "hypernet"])
 def test_random_weights_and_trained_ones_exclude_each_other(given, trained):
     with pytest.raises(UsageError, match=f"--{given} and --random-weights"):
-        opened(**{given: getattr(trained, given)}, random_weights=0)
+        read_source.read(config("tiny", **{given: getattr(trained, given)}, random_weights=0))
 
 
 def test_a_hypernetwork_of_another_base_model_is_refused(trained, tmp_path):
     hypernet = edited_hypernet(trained, tmp_path, lambda about: about.update(base_model="0" * 64))
     with pytest.raises(ExportError, match="of another base model"):
-        export_bundle("tiny", Inputs(trained.base, hypernet), tmp_path / "new")
+        export_bundle(config("tiny", tmp_path / "new", base=trained.base, hypernet=hypernet))
 
 
 def test_a_hypernetwork_for_another_image_encoder_is_refused(trained, source, monkeypatch):
     monkeypatch.setattr(source.parts["image_encoder"].skeleton.config, "hidden_size", 48)
-    monkeypatch.setattr(families, "_load", lambda *_: source)
+    monkeypatch.setattr(read_source, "_source", lambda *_: source)
     with pytest.raises(ExportError, match="features of 32 numbers, the image encoder makes 48"):
-        opened(base=trained.base, hypernet=trained.hypernet)
+        read_source.read(config_of(trained))
 
 
 def test_a_hypernetwork_of_another_layout_is_refused(trained, tmp_path):
@@ -192,12 +205,15 @@ def test_a_hypernetwork_of_another_layout_is_refused(trained, tmp_path):
         site["path"] = "elsewhere." + site["path"]
 
     with pytest.raises(ExportError, match="their LoRA layouts differ"):
-        opened(hypernet=edited_hypernet(trained, tmp_path, renamed))
+        read_source.read(config("tiny", hypernet=edited_hypernet(trained, tmp_path, renamed)))
 
 
 @pytest.mark.parametrize(
     ("available", "free", "match"),
-    [(10**6, 10**12, "not enough memory(?s:.*)GB can be had"), (10**12, 1000, "no room(?s:.*)0 MB are free")],
+    [
+        (10**6, 10**12, "not enough memory(?s:.*)GB are available"),
+        (10**12, 1000, "no room(?s:.*)0 MB are free"),
+    ],
     ids=["memory", "disk"],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_the_work(available, free, match, trained, tmp_path, monkeypatch):
@@ -205,7 +221,7 @@ def test_what_does_not_fit_is_refused_before_the_work(available, free, match, tr
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(onnx_graph, "write", lambda *_: pytest.fail("it started to work"))
     with pytest.raises(ResourceError, match=match):
-        export_bundle("tiny", Inputs(trained.base, trained.hypernet), tmp_path / "new")
+        export_bundle(config_of(trained, tmp_path / "new"))
 
 
 def edited_hypernet(trained, tmp_path, edit):

@@ -1,12 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
 
 from hyperrt.cli import main as command
 from hyperrt.export import assemble, verify
 from hyperrt.export.errors import ParityError
-from tests.export.command_line import arguments, three_lines
+from tests.export.command_line import arguments, config, config_of, three_lines
 
 
 def last_event(capsys):
@@ -16,23 +15,23 @@ def last_event(capsys):
 def test_a_dry_run_says_how_large_each_graph_will_be_and_writes_nothing(trained, tmp_path, capsys):
     options = ["--dry-run", "--json"]
     assert command.run(arguments(trained.base, trained.hypernet, tmp_path / "new") + options) == 0
-    told = last_event(capsys)
-    assert told["graphs"]["denoiser"] > told["graphs"]["context"] > 0
-    assert told["memory"] > sum(told["graphs"].values())
+    needed = last_event(capsys)
+    assert needed["graphs"]["denoiser"] > needed["graphs"]["context"] > 0
+    assert needed["memory"] > sum(needed["graphs"].values())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def called(monkeypatch, exported):
-    """What `export_bundle`, which only says that it made `exported`, was called with."""
-    seen = {}
+    """The fields of the config that `export_bundle` is called with; it returns `exported`."""
+    fields = {}
 
-    def fake(model, inputs, output, options, **others):
-        seen.update(vars(inputs), **vars(options), model=model, output=output, **others)
+    def fake(config, progress):
+        fields.update(vars(config))
         return exported
 
     monkeypatch.setattr(assemble, "export_bundle", fake)
-    return seen
+    return fields
 
 
 def test_the_result_is_the_bundles_folder_and_its_parity(trained, tmp_path, capsys, called, exported):
@@ -41,9 +40,8 @@ def test_the_result_is_the_bundles_folder_and_its_parity(trained, tmp_path, caps
     result = last_event(capsys)
     assert result["path"] == str(exported)
     assert result["parity"].keys() == verify.TOLERANCE.keys() - {"image_prompt"}
-    options = {"force": True, "random_weights": None, "model": "tiny"}
-    paths = {"base": str(trained.base), "hypernet": trained.hypernet, "output": tmp_path / "new"}
-    assert called.items() >= (options | paths).items()
+    expected = config_of(trained, tmp_path / "new", force=True)
+    assert called == vars(expected)
 
 
 def test_every_option_reaches_the_export(tmp_path, called):
@@ -54,12 +52,8 @@ def test_every_option_reaches_the_export(tmp_path, called):
     }  # fmt: skip
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     command.run(["export", "--model", "sdxl", "--offline", *options, "-o", str(tmp_path / "new")])
-    expected = {
-        "image_encoder": Path("vit"), "image_prompt": Path("ip.safetensors"), "like": "folder", "size": 768,
-        "precision": "bf16", "int8": True, "verify": "none", "hypernet": Path("run"), "base": "a/b",
-        "offline": True, "model": "sdxl", "adapt": "refit", "vae": "c/d",
-    }  # fmt: skip
-    assert called.items() >= expected.items()
+    fields = {name.replace("-", "_"): value for name, value in given.items()} | {"size": 768}
+    assert called == vars(config("sdxl", tmp_path / "new", offline=True, **fields))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +84,11 @@ def test_the_parity_figures_are_shown(trained, tmp_path, capsys, called, exporte
     assert command.run(arguments(trained.base, trained.hypernet, tmp_path / "new")) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{exported}\n"
-    for rung, error in json.loads((exported / "bundle.json").read_text())["parity"].items():
-        assert f"{rung:20}{error:8.0e}" in shown.err
+    for check, error in json.loads((exported / "bundle.json").read_text())["parity"].items():
+        assert f"{check:20}{error:8.0e}" in shown.err
 
 
-def test_a_rung_that_fails_is_named(trained, tmp_path, capfd, monkeypatch):
+def test_a_check_that_fails_is_named(trained, tmp_path, capfd, monkeypatch):
     def fails(*_, **options):
         verify.checked("fused_step", 0.5, 0.1)
 

@@ -274,7 +274,7 @@ def test_a_pickled_hypernetwork_is_not_read(trained, tmp_path, capfd):
         (["--vae", "nowhere at all"], 4, "no VAE nowhere at all"),
         (["--vae", "nowhere.safetensors"], 4, "there is no VAE nowhere.safetensors"),
         (["--vae", "vae.pt"], 3, "can run code"),
-        (["--vae", __file__], 3, "is no VAE"),
+        (["--vae", __file__], 3, "is not a VAE"),
         (["--vae", "."], 4, "no VAE can be read from ."),
         (["--model", "sd9"], 2, "no model family 'sd9'"),
         (["--size", "33"], 2, "pictures of 33 pixels"),

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hyperrt.export import families
+from hyperrt.export import families, read_source
 from hyperrt.export.errors import ExportError
-from hyperrt.export.source import Inputs, betas, image_prompt_section
+from hyperrt.export.source import betas, image_prompt_section
 from hyperrt.training.model import image_prompt, weight_hash
 from tests.export import small_models
+from tests.export.command_line import config
 
 
 def hashes(seed):
@@ -50,8 +51,7 @@ def open_category(tmp_path_factory):
 def opened(of, folder, given, **training):
     """What a bundle is made from: of a hypernetwork with these settings, exported with that image prompt."""
     hypernet = small_models.save_hypernet(folder / "hypernet", of.base, of.unet, **training)
-    with families.opened(families.get("sdxl"), Inputs(of.base, hypernet, image_prompt=given)) as source:
-        return source
+    return read_source.read(config("sdxl", base=of.base, hypernet=hypernet, image_prompt=given))
 
 
 def test_a_bundle_has_the_image_scale_that_its_hypernetwork_was_trained_with(open_category, tmp_path):

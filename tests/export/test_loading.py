@@ -11,12 +11,14 @@ from transformers import CLIPTokenizer
 
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import BadInput, IntegrityError, NotFound, UsageError
-from hyperrt.export import assemble, export_bundle, families, graph_specs, loading
+from hyperrt.export import assemble, export_bundle, graph_specs, loading, read_source
 from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import random_part
-from hyperrt.export.source import Inputs
+from hyperrt.export.source import sized
 from hyperrt.training.model import weight_hash
+from hyperrt.training.run import checkpoint
 from tests.export import original_layout, small_models
+from tests.export.command_line import config
 from tests.export.small_models import SDXL
 
 SCHEDULER = small_models.SCHEDULER | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
@@ -32,6 +34,11 @@ def saved(tmp_path_factory):
     return folder
 
 
+def of_sdxl(saved, base, output="new", **options):
+    """An export of that base model and the hypernetwork of `saved`."""
+    return config("sdxl", output, base=base, hypernet=saved / "hypernet", **options)
+
+
 @pytest.fixture
 def folder(saved, tmp_path):
     """A copy to damage."""
@@ -39,7 +46,7 @@ def folder(saved, tmp_path):
 
 
 def test_a_folder_becomes_a_bundle_with_its_own_rules(saved, tmp_path):
-    path = export_bundle("sdxl", Inputs(saved, saved / "hypernet"), tmp_path / "b")
+    path = export_bundle(of_sdxl(saved, saved, tmp_path / "b"))
     bundle = Bundle.open(path)
     assert max(bundle.parity.values()) <= 1e-4
     assert bundle.hashes.base_model == loading.parts_of(saved)["unet"].hash(half=True)
@@ -135,20 +142,15 @@ def test_weights_that_lack_some_are_refused(folder):
 def test_a_unet_of_another_kind_is_refused(key, value, saved, folder):
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with (
-        pytest.raises(ExportError, match=rf"of a kind that is not known(?s:.*){key}|layouts differ"),
-        families.opened(families.get("sdxl"), Inputs(folder, saved / "hypernet")),
-    ):
-        pass
+    with pytest.raises(ExportError, match=rf"of a kind that is not known(?s:.*){key}|layouts differ"):
+        read_source.read(of_sdxl(saved, folder))
 
 
 @pytest.mark.parametrize("size", [33, 2, 10_000])
 def test_a_size_that_the_unet_cannot_draw_is_refused(size, saved):
-    with (
-        pytest.raises(UsageError, match=rf"pictures of {size} pixels(?s:.*)multiples of 4"),
-        families.opened(families.get("sdxl"), Inputs(saved, saved / "hypernet", size=size)),
-    ):
-        pass
+    source = read_source.read(of_sdxl(saved, saved))
+    with pytest.raises(UsageError, match=rf"pictures of {size} pixels(?s:.*)multiples of 4"):
+        sized(source, size)
 
 
 def find(model, like=None, offline=False):
@@ -290,12 +292,10 @@ def test_a_bundle_with_another_vae_is_of_the_same_base_model(saved, tmp_path):
     vae = another_vae()
     vae.save_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "LICENSE").write_text("the VAE's")
-    with families.opened(
-        families.get("sdxl"), Inputs(saved, saved / "hypernet", vae=tmp_path / "vae")
-    ) as source:
-        assert source.parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
-        assert source.parts["vae"].hash(half=True) == weight_hash.hash_of(vae, half=True)
-        assert source.license.startswith("theirs\n---- the VAE") and source.license.endswith("the VAE's")
+    source = read_source.read(of_sdxl(saved, saved, vae=tmp_path / "vae"))
+    assert source.parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
+    assert source.parts["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+    assert source.license.startswith("theirs\n---- the VAE") and source.license.endswith("the VAE's")
 
 
 # two tokenizers
@@ -309,11 +309,8 @@ def test_tokenizers_that_read_text_in_two_ways_are_refused(change, folder, saved
     tokenizer.model_max_length = change.get("model_max_length", tokenizer.model_max_length)
     tokenizer.add_tokens(change.get("added", "!"), special_tokens=True)
     tokenizer.save_pretrained(folder / "tokenizer_2")
-    with (
-        pytest.raises(ExportError, match="read text in two ways"),
-        families.opened(families.get("sdxl"), Inputs(folder, saved / "hypernet")),
-    ):
-        pass
+    with pytest.raises(ExportError, match="read text in two ways"):
+        read_source.read(of_sdxl(saved, folder))
 
 
 def test_a_word_that_stands_for_several_is_refused(folder):
@@ -326,10 +323,10 @@ def test_a_word_that_stands_for_several_is_refused(folder):
 
 
 def test_a_dry_run_tells_disk_and_memory(saved):
-    family = families.get("sdxl")
-    with families.opened(family, Inputs(saved, saved / "hypernet")) as source:
-        needed = {
-            int8: assemble.needs(source, graph_specs.build(source), int8, "graphs") for int8 in (False, True)
-        }
-    assert needed[False].memory > assemble.LIBRARIES
-    assert sum(needed[True].disk.values()) < sum(needed[False].disk.values())
+    source = read_source.read(of_sdxl(saved, saved))
+    plain, int8 = (
+        assemble.needs(source, graph_specs.build(source), of_sdxl(saved, saved, quantize=quantize))
+        for quantize in ("none", "int8")
+    )
+    assert plain.memory > assemble.LIBRARIES
+    assert sum(int8.disk.values()) < sum(plain.disk.values())

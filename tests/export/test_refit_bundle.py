@@ -15,11 +15,10 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines import EngineUnusable
 from hyperrt.errors import BundleMismatch, NumericError
 from hyperrt.export import export_bundle, onnx_graph
-from hyperrt.export.assemble import Options
-from hyperrt.export.source import Inputs
 from hyperrt.plans import build
 from hyperrt.plans.cache import PlanCache
 from tests.engines import fake_nvidia, fake_ort_gpu
+from tests.export.command_line import config_of
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 PROMPT, PLAIN = "a [V] robot on a beach", "a robot on a beach"
@@ -39,7 +38,7 @@ def refitted(trained, exported, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_graph, "write", write)
-        return export_bundle("tiny", Inputs(trained.base, trained.hypernet), output, Options(adapt="refit"))
+        return export_bundle(config_of(trained, output, adapt="refit"))
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,10 @@ def graph(path):
 def both(exported, path, layout):
     """run(lora, **feeds) of the two forms: by inputs, by refit."""
     with engines.open(exported / "denoiser.onnx") as by_inputs, engines.open(path) as by_refit:
-        fed = verify.Fed(by_refit, layout)
+        runs = (by_inputs.run, verify.run_of(by_refit, layout))
 
         def run(lora, **feeds):
-            return [one.run({**feeds, "lora_q": lora[np.newaxis]}) for one in (by_inputs, fed)]
+            return [run_form({**feeds, "lora_q": lora[np.newaxis]}) for run_form in runs]
 
         yield run
 
@@ -159,8 +159,8 @@ def spoiled(model, layout, match):
 
 
 def test_another_layout_is_refused(model, layout):
-    spoiled(model, LoraLayout(layout.sites[::-1][3:], layout.rank), "split otherwise than the layout says")
-    spoiled(model, LoraLayout(layout.sites, layout.rank + 1), "split otherwise than the layout says")
+    spoiled(model, LoraLayout(layout.sites[::-1][3:], layout.rank), "is not split as the layout says")
+    spoiled(model, LoraLayout(layout.sites, layout.rank + 1), "is not split as the layout says")
 
 
 def test_a_graph_without_the_input_is_refused(model, layout):
@@ -202,4 +202,4 @@ def test_factors_without_the_gate_between_them_are_refused(model, layout):
     ((product, _),) = reshape.outputs[0].uses()
     ((gate, _),) = product.outputs[0].uses()
     gate.op_type = "Add"
-    spoiled(model, layout, "do not follow one another, the gate between them")
+    spoiled(model, layout, "no gate between the two products")

@@ -13,11 +13,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from hyperrt.cli import main as command
 from hyperrt.errors import BadInput, IntegrityError
-from hyperrt.export import architectures, families, loading, single_file
+from hyperrt.export import architectures, families, loading, read_source, single_file
 from hyperrt.export.errors import ExportError
-from hyperrt.export.source import Inputs
 from hyperrt.training.model import weight_hash
 from tests.export import original_layout, small_models
+from tests.export.command_line import config as config_of_family
 from tests.export.command_line import three_lines
 
 MODELS = {"sd15": small_models.SD15, "sdxl": small_models.SDXL}
@@ -109,12 +109,12 @@ def test_names_without_the_wrapper_of_the_text_model_are_known(models, file):
 
 def test_what_is_exported_has_the_rules_of_the_configuration_and_not_its_licence(model, file):
     save_file(model.tensors, file)
-    inputs = Inputs(file, model.hypernet, like=str(model.folder))
-    with families.opened(families.get(model.family), inputs) as source:
-        assert source.is_sdxl == (model.family == "sdxl")
-        assert source.zero_empty == source.is_sdxl
-        assert source.license == families.get(model.family).license
-        assert source.image_size == 32
+    options = {"base": file, "hypernet": model.hypernet, "like": model.folder}
+    source = read_source.read(config_of_family(model.family, **options))
+    assert source.is_sdxl == (model.family == "sdxl")
+    assert source.zero_empty == source.is_sdxl
+    assert source.license == families.get(model.family).license
+    assert source.image_size == 32
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import torch
 from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.cli import main as command
-from hyperrt.export import assemble, expected, export_bundle, families, graph_specs, verify
+from hyperrt.export import expected, export_bundle, families, graph_specs, read_source, verify
 from hyperrt.export.errors import ParityError
-from hyperrt.export.source import Inputs
 from hyperrt.plans import build
 from hyperrt.plans.cache import PlanCache
 from tests.engines import fake_nvidia
 from tests.export import small_models
+from tests.export.command_line import config
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="half precision on a CPU is OpenVINO's"
@@ -41,7 +41,7 @@ def plain(family, tmp_path_factory):
 
 
 def exported(family, folder, **options):
-    return export_bundle(family, Inputs(random_weights=0), folder, assemble.Options(**options))
+    return export_bundle(config(family, folder, random_weights=0, **options))
 
 
 def test_the_runtime_draws_with_them(plain, drawn_photos):
@@ -123,16 +123,16 @@ def test_in_half_precision_products_are_typed_and_norms_are_not(family, precisio
     )
 
 
-REFITTED = [("fp32", False), ("fp32", True), pytest.param("bf16", False, marks=needs_openvino)]
+REFITTED = [("fp32", "none"), ("fp32", "int8"), pytest.param("bf16", "none", marks=needs_openvino)]
 
 
-@pytest.mark.parametrize(("precision", "int8"), REFITTED)
-def test_the_lora_may_enter_by_refit(family, precision, int8, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("precision", "quantize"), REFITTED)
+def test_the_lora_may_enter_by_refit(family, precision, quantize, tmp_path, monkeypatch):
     monkeypatch.setattr("hyperrt.export.storage.SMALLEST_INT8", 256)
-    path = exported(family, tmp_path / "b", precision=precision, int8=int8, adapt="refit")
+    path = exported(family, tmp_path / "b", precision=precision, quantize=quantize, adapt="refit")
     bundle = Bundle.open(path)
-    kind = "int8" if int8 else precision
-    assert bundle.parity["denoiser"] <= verify.REDUCED[kind]
+    reduction = "int8" if quantize == "int8" else precision
+    assert bundle.parity["denoiser"] <= verify.REDUCED[reduction]
     graph = onnx.load(path / "denoiser.onnx").graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for spec in bundle.graphs["denoiser"].weights:
@@ -144,7 +144,7 @@ def test_the_lora_may_enter_by_refit(family, precision, int8, tmp_path, monkeypa
 
 def test_eight_bits_halve_the_denoiser_and_stay_close(family, plain, tmp_path, monkeypatch):
     monkeypatch.setattr("hyperrt.export.storage.SMALLEST_INT8", 256)
-    full, small = plain, exported(family, tmp_path / "small", int8=True)
+    full, small = plain, exported(family, tmp_path / "small", quantize="int8")
     assert Bundle.open(small).storage == "int8"
     weights = [
         sum(np.prod(t.dims) * (1 if t.data_type == onnx.TensorProto.INT8 else 2) for t in graph.initializer)
@@ -166,8 +166,8 @@ def test_a_graph_that_computes_something_else_ends_the_export(family, tmp_path, 
 
 
 def test_another_size_of_picture_is_that_of_the_latents(family):
-    with families.opened(families.get(family), Inputs(random_weights=0, size=48)) as source:
-        by_name = {graph.name: graph for graph in graph_specs.build(source)}
+    source = read_source.read(config(family, random_weights=0, size=48))
+    by_name = {graph.name: graph for graph in graph_specs.build(source)}
     assert by_name["denoiser"].inputs[0].shape == ("images", 4, 24, 24)
 
 

@@ -18,11 +18,11 @@ from PIL import Image
 from hyperrt import Runtime
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.engines.base import Engine
-from hyperrt.export import assemble, export_bundle, families, onnx_graph, reference, verify
-from hyperrt.export.source import Inputs
+from hyperrt.export import export_bundle, families, onnx_graph, reference, verify
 from hyperrt.sampling import loop
 from hyperrt.session.decode import pictures_from_pixels
 from tests.export import small_models
+from tests.export.command_line import config
 
 SEED = 3
 PROMPT = "a [V] toy on a beach!"  # "!" is a token of its own for SDXL's second text encoder
@@ -55,8 +55,7 @@ def model(request, tmp_path_factory, drawn_photos, exported):
         patch.setitem(families.FAMILIES, family, smaller)
         if family in exported:
             patch.setattr(onnx_graph, "write", copied_from(exported[family]))
-        options = assemble.Options(verify="none")
-        bundle = export_bundle(family, Inputs(random_weights=0), folder / "bundle", options)
+        bundle = export_bundle(config(family, folder / "bundle", random_weights=0, verify="none"))
     exported.setdefault(family, bundle)
     modules = {name: part.load().float() for name, part in source.parts.items()}
     with Runtime.open(bundle, "onnxruntime") as runtime:

@@ -75,11 +75,12 @@ def save_hypernet(
     return _publish(folder / f"{HYPERNET}.safetensors", decoder.state_dict(), metadata)
 
 
-def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
+def load_hypernet(path: Path | str, values: bool = True) -> tuple[Decoder, dict[str, Any]]:
     """The decoder, frozen and in eval mode, and what hypernet.json says of it.
 
     Args:
         path: the run's folder, or hypernet.safetensors, or hypernet.json.
+        values: without them only the file's header is read, and the decoder is on the meta device.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -89,7 +90,7 @@ def load_hypernet(path: Path | str) -> tuple[Decoder, dict[str, Any]]:
     stem = path / HYPERNET if path.is_dir() else path.with_suffix("")
     try:
         about = json.loads(stem.with_suffix(".json").read_text())
-        tensors, metadata = read(stem.with_suffix(".safetensors"))
+        tensors, metadata = read(stem.with_suffix(".safetensors"), values)
         step = metadata.get("step")
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{stem} is damaged: {error}") from error
@@ -182,10 +183,19 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; raises SafetensorError where it is damaged."""
+def read(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors (without `values` on the meta device) and the metadata of a safetensors file.
+
+    Raises:
+        SafetensorError: the file is damaged.
+    """
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        names = file.keys()
+        if values:
+            tensors = {name: file.get_tensor(name) for name in names}
+        else:
+            tensors = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+        return tensors, file.metadata() or {}
 
 
 def _publish(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
