@@ -37,13 +37,13 @@ from hyperrt import Runtime, engines
 from hyperrt.bundle.bundle import Bundle
 from hyperrt.export import storage
 from hyperrt.lora.subject import Subject
-from hyperrt.sampling import loop, solvers
+from hyperrt.sampling import loop, options
 from hyperrt.sampling.tokenizer import Tokenizer
 from hyperrt.training.model import base_model as tiny
 from hyperrt.training.model.encode import encode_text
 
 KAPPAS = (0.4, 1.0, 2.0)
-SOLVERS = sorted(solvers.SOLVERS)
+SOLVERS = sorted(options.SOLVER_NAMES)
 STEPS = 30
 SEED = 7
 NOUN, SCENE = "mug", "on a beach"

@@ -16,7 +16,6 @@ from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import random_part
 from hyperrt.export.source import sized
 from hyperrt.training.model import weight_hash
-from hyperrt.training.run import checkpoint
 from tests.export import original_layout, small_models
 from tests.export.command_line import config
 from tests.export.small_models import SDXL
@@ -294,7 +293,7 @@ def test_a_bundle_with_another_vae_is_of_the_same_base_model(saved, tmp_path):
     (tmp_path / "vae" / "LICENSE").write_text("the VAE's")
     source = read_source.read(of_sdxl(saved, saved, vae=tmp_path / "vae"))
     assert source.parts["unet"].hash(half=True) == loading.parts_of(saved)["unet"].hash(half=True)
-    assert source.parts["vae"].hash(half=True) == checkpoint.hash_of(vae, half=True)
+    assert source.parts["vae"].hash(half=True) == weight_hash.hash_of(vae, half=True)
     assert source.license.startswith("theirs\n---- the VAE") and source.license.endswith("the VAE's")
 
 
