@@ -124,7 +124,7 @@ def test_a_backend_that_leaves_no_plan_is_an_error_and_the_old_one_stays(cache, 
         elif written == "a link":
             path.symlink_to(tmp_path / "elsewhere")
 
-    with pytest.raises(IntegrityError, match="no plan to keep"):
+    with pytest.raises(IntegrityError, match="the compiler wrote no plan"):
         cache.publish(KEY, write, bundle="tiny", graph_name="denoiser")
     assert cache.load(KEY) == plan
     assert os.listdir(cache.folder) == [KEY.id]
