@@ -1,8 +1,8 @@
-"""The commands: each parses its options into a config, calls one function, and prints what that returns.
+"""The commands: each turns its options into a config and calls one function.
 
-Options are those of the dataclasses in `hyperrt.cli.configs`, name for name and default for default. A
-value comes from the flag, else the environment (HYPERRT_GENERATE_STEPS), else `--config FILE` or the user's
-config file, else the default.
+The options have the names and defaults of the dataclasses in `hyperrt.cli.configs`. A value comes from the
+flag, else the environment (HYPERRT_GENERATE_STEPS), else `--config FILE` or the user's config file, else the
+default.
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ from hyperrt.cli.configs import GenerateConfig, PersonalizeConfig
 from hyperrt.cli.export import export
 from hyperrt.cli.images import PhotosCommand
 from hyperrt.cli.lora import lora
+from hyperrt.cli.options import (
+    RenamedOption,
+    backend_option,
+    bundle_option,
+    force_option,
+    format_option,
+    model_options,
+    photo_options,
+    pictures_option,
+)
 from hyperrt.cli.origin import checked, given
 from hyperrt.cli.output import Output, with_json
 from hyperrt.cli.plans import plans
@@ -50,11 +60,11 @@ def _load_config(context: click.Context, option: click.Parameter, value: str | N
     expose_value=False,
     is_eager=True,
     callback=_load_config,
-    help="Defaults of the options, as TOML: a table per command.  [default: ~/.config/hyperrt/config.toml]",
+    help="TOML file of defaults, a table per command.  [default: ~/.config/hyperrt/config.toml]",
 )
 @click.pass_context
 def hyperrt(context: click.Context, /, debug: bool) -> None:
-    """Pictures of your own subject, from a few photos and a prompt.
+    """Draw pictures of your own subject, from a few photos and a prompt.
 
     \b
     Examples:
@@ -64,7 +74,7 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
       hyperrt info picture.png
       hyperrt doctor
 
-    Every option can also be set in the environment, as HYPERRT_GENERATE_STEPS=20.
+    Every option can also be set in the environment, such as HYPERRT_GENERATE_STEPS=20.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -75,72 +85,50 @@ def hyperrt(context: click.Context, /, debug: bool) -> None:
 @click.option(
     "--recipe",
     metavar="FILE",
-    help="Draw a recipe again: of a PNG, of the JSON of `hyperrt info`, or AUTOMATIC1111's parameters.",
+    help="Draw a picture again: its PNG, the JSON of `hyperrt info`, or AUTOMATIC1111's parameters.",
 )
+@photo_options(required=False, ways=COMBINED, noun_default="the noun after [V]")
+@click.option("--subject", "-s", metavar="FILE", help="Subject file, or another LoRA, instead of photos.")
 @click.option(
-    "--images",
-    "-i",
-    multiple=True,
-    metavar="DIR|FILE...",
-    help="Photos of the subject: photos/ or photos/*.jpg.",
-)
-@click.option(
-    "--subject", "-s", metavar="FILE", help="Subject file of `hyperrt personalize`, instead of photos."
-)
-@click.option(
-    "--partial", is_flag=True, help="Of a LoRA file that adapts other layers, too, use what can be used."
-)
-@click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to draw with.")
-@click.option(
-    "--class-noun",
-    "--class",
-    "class_noun",
-    metavar="NOUN",
-    help="What the subject is.  [default: the noun after [V]]",
+    "--partial", is_flag=True, help="Accept a LoRA that also adapts other layers, and ignore those layers."
 )
 @click.option(
     "--generic-prompt", metavar="TEXT", help="Prompt of the base model.  [default: the prompt without [V]]"
 )
 @click.option(
-    "--negative-prompt", "--negative", "negative_prompt", default="", metavar="TEXT", help="What not to draw."
+    "--negative-prompt",
+    cls=RenamedOption,
+    former=["--negative"],
+    default="",
+    metavar="TEXT",
+    help="What not to draw.",
 )
-@click.option("--kappa", type=float, help="Share of the subject in the guidance, 0 to 2.")
+@click.option("--guidance-scale", "-g", type=float, help="How strongly to follow the prompt (s = w + 1).")
+@click.option("--kappa", type=float, help="The subject's share of the guidance, 0 to 2.")
 @click.option("--cfg", is_flag=True, help="Plain guidance by the personalised model alone, without --kappa.")
 @click.option("--image-scale", type=float, help="Weight of the photos beside the text (open category).")
-@click.option("--guidance-scale", "-g", type=float, help="How hard to follow the prompt (s = w + 1).")
-@click.option("--steps", type=int, help="Denoising steps.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Weight of the subject's LoRA.")
+@click.option("--steps", type=int, help="Number of denoising steps.")
 @click.option("--solver", metavar="NAME", help=f"One of {', '.join(SOLVER_NAMES)}.")
 @click.option(
     "--seed",
     type=int,
     default=RANDOM,
-    help="Of the noise; picture k uses seed + k, and -1 is a random one.  [default: -1]",
+    help="Seed of the noise; picture k uses seed + k, -1 is random.  [default: -1]",
 )
-@click.option("--n", "-n", type=int, default=1, show_default=True, help="How many pictures.")
-@click.option(
-    "--strength", type=float, default=1.0, show_default=True, help="Factor on the subject's weights."
-)
+@pictures_option("n", "Number of pictures.")
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Pictures per engine call.")
-@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What runs the model.")
-@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
-@click.option("--device", type=int, default=0, show_default=True, metavar="N", help="Which GPU.")
+@model_options
 @click.option(
-    "--low-memory", is_flag=True, help="Unload parts of the model when done; decode large pictures in tiles."
+    "--low-memory", is_flag=True, help="Unload parts of the model after use; decode large pictures in tiles."
 )
 @click.option(
-    "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
+    "--output",
+    "-o",
+    metavar="FILE.png|DIR|-",
+    help="Where to write; - is stdout.  [default: the current folder]",
 )
-@click.option(
-    "--combine",
-    default="mean",
-    show_default=True,
-    type=click.Choice(COMBINED),
-    help="Of several photos take the mean of the LoRA's factors, or of their products.",
-)
-@click.option(
-    "--output", "-o", metavar="FILE.png|DIR|-", help="Where to; - is stdout.  [default: the current folder]"
-)
-@click.option("--force", "-f", is_flag=True, help="Replace files that exist.")
+@force_option()
 @with_json
 @click.pass_context
 def generate(context: click.Context, /, **options: Any) -> None:
@@ -157,10 +145,10 @@ def generate(context: click.Context, /, **options: Any) -> None:
     In a folder a picture is named after its prompt and seed: a-red-house-7.png. If that name is taken, a
     number is added (a-red-house-7-2.png); with -f the old picture is replaced.
 
-    With --recipe, options of the command line override the recipe, and the recipe overrides the environment
-    and the config file. The subject must be given again. AUTOMATIC1111's CFG scale is twice --guidance-scale.
+    With --recipe, the command line overrides the recipe, and the recipe overrides the environment and the
+    config file. The subject must be given again. AUTOMATIC1111's CFG scale is twice --guidance-scale.
 
-    The settings are stored in each PNG: hyperrt info FILE. Options without a default take the model's.
+    The settings are stored in each PNG: hyperrt info FILE. Options without a default use the model's.
     """
     from hyperrt.cli.generate import generate as command
 
@@ -177,56 +165,22 @@ def generate(context: click.Context, /, **options: Any) -> None:
 
 
 @hyperrt.command(cls=PhotosCommand)
-@click.option(
-    "--images",
-    "-i",
-    multiple=True,
-    required=True,
-    metavar="DIR|FILE...",
-    help="Photos of the subject: photos/ or photos/*.jpg.",
-)
+@photo_options(required=True, ways=COMBINED_TO_SAVE, noun_default="the model's")
 @click.option(
     "--output", "-o", required=True, metavar="FILE", help="Subject file to write, such as mug.safetensors."
 )
-@click.option(
-    "--format",
-    default="diffusers",
-    show_default=True,
-    type=click.Choice(tuple(FORMATS)),
-    help="Whose key names.",
-)
-@click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to make it for.")
-@click.option(
-    "--class-noun",
-    "--class",
-    "class_noun",
-    metavar="NOUN",
-    help="What the subject is.  [default: the model's]",
-)
-@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What runs the model.")
-@click.option("--threads", type=int, help="CPU threads.  [default: the physical cores]")
-@click.option("--device", type=int, default=0, show_default=True, metavar="N", help="Which GPU.")
-@click.option(
-    "--strict-images", is_flag=True, help="Refuse if one photo cannot be used, instead of leaving it out."
-)
-@click.option(
-    "--combine",
-    default="mean",
-    show_default=True,
-    type=click.Choice(COMBINED_TO_SAVE),
-    help="Of several photos take the mean of the LoRA's factors, of their products, or (for other programs, "
-    "with a rank per photo) that mean exactly.",
-)
-@click.option("--force", "-f", is_flag=True, help="Replace a file that exists.")
+@format_option(tuple(FORMATS))
+@model_options
+@force_option()
 @with_json
 @click.pass_context
 def personalize(context: click.Context, /, **options: Any) -> None:
-    """Turn photos of one subject into a subject file: LoRA weights that other programs can load, too.
+    """Turn photos of one subject into a subject file: LoRA weights that other programs can load too.
 
     \b
     Examples:
       hyperrt personalize --images photos/ -o mug.safetensors
-      hyperrt personalize -i front.jpg side.jpg --class mug -o mug.safetensors --format kohya
+      hyperrt personalize -i front.jpg side.jpg --class-noun mug -o mug.safetensors --format kohya
     """
     from hyperrt.cli.generate import personalize as command
 
@@ -238,7 +192,7 @@ def personalize(context: click.Context, /, **options: Any) -> None:
 @with_json
 @click.pass_obj
 def info(output: Output, path: str) -> None:
-    """Say what a bundle, a picture or a subject file is, and how it was made.
+    """Show what a bundle, a picture or a subject file is, and how it was made.
 
     \b
     Examples:
@@ -253,8 +207,8 @@ def info(output: Output, path: str) -> None:
 
 
 @hyperrt.command()
-@click.option("--bundle", default="tiny", show_default=True, metavar="NAME|DIR", help="Model to check.")
-@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="What is to run it.")
+@bundle_option
+@backend_option
 @with_json
 @click.pass_obj
 def doctor(output: Output, bundle: str, backend: str) -> None:

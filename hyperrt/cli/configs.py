@@ -166,23 +166,23 @@ class CompileConfig(Checked):
 
     bundle: str = "tiny"
     backend: str = "tensorrt-rtx"
-    target: str = "current"  # "sm86,sm89": GPUs that are not here
-    graph: tuple[str, ...] = ()  # none: all
-    images: int = 1  # pictures of a call
-    branches: int = 3  # 2 with cfg, or where kappa is 0 or 2, or the guidance scale 0.5
-    several_subjects: bool = False  # the pictures of a call have different ones
-    low_memory: bool = False  # the decoder for tiles
+    target: str = "current"  # such as "sm86,sm89"
+    graph: tuple[str, ...] = ()  # names; empty: all
+    pictures: int = 1  # per engine call
+    branches: int = 3  # 2 with cfg, if kappa is 0 or 2, or if the guidance scale is 0.5
+    several_subjects: bool = False  # whether the pictures of a call show different subjects
+    low_memory: bool = False  # whether the decoder runs on tiles
     force: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range("images", self.images, 1, MAX_IMAGES)
+        in_range("pictures", self.pictures, 1, MAX_IMAGES)
         in_range("branches", self.branches, 1, 3)
         not_empty("target", *self.targets)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Each once, in order."""
+        """The targets, without duplicates."""
         return tuple(dict.fromkeys(name.strip() for name in self.target.split(",")))
 
 
@@ -197,9 +197,9 @@ class ConvertConfig(Checked):
     source: str  # file or folder
     output: str
     format: str
-    bundle: str | None = None  # None: whatever model the file is for
-    rank: int | None = None  # None: as it is
-    partial: bool = False  # leave out what is no q, k or v of the cross-attention
+    bundle: str | None = None  # None: the file is not compared with a bundle
+    rank: int | None = None  # None: unchanged
+    partial: bool = False  # keep only q, k and v of the cross-attention
     force: bool = False
 
     def __post_init__(self) -> None:

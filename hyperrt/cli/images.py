@@ -14,6 +14,7 @@ from hyperrt.errors import BadInput, LinkedPhotos, UsageError
 from hyperrt.text import advice
 
 OPTION, SHORT = "--images", "-i"
+ONCE = ("prompt", "subject")  # of two, click would silently take the last
 
 
 class PhotosCommand(click.Command):
@@ -27,12 +28,17 @@ class PhotosCommand(click.Command):
         """
         args = ctx.meta[OPTION] = one_name_each(args)
         try:
-            return super().parse_args(ctx, list(args))
+            rest = super().parse_args(ctx, list(args))
         except click.UsageError as error:
             _, stray, _ = self.make_parser(ctx).parse_args(list(args))
             if not stray:
                 raise
             raise _stray_arguments(ctx.command_path, args, stray) from error
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        for option in order:
+            if option.name in ONCE and order.count(option) > 1:
+                raise _repeated(option, order.count(option))
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click does it; the error for a folder of links gives the command that names the files.
@@ -64,6 +70,12 @@ def one_name_each(args: Sequence[str]) -> list[str]:
             names.append(rest.pop(0))
         found += [word for name in names for word in (OPTION, name)] or [arg]
     return found + rest
+
+
+def _repeated(option: click.Parameter, count: int) -> UsageError:
+    what = f"{option.opts[0]} was given {count} times"
+    why = f"a command draws one {option.name}"
+    return UsageError(what, why, f"run the command once for each {option.name}")
 
 
 def _stray_arguments(command: str, args: list[str], stray: list[str]) -> UsageError:

@@ -102,6 +102,7 @@ def _bundle(path: str) -> dict[str, Any]:
         "storage": bundle.storage,
         "hashes": {**dataclasses.asdict(bundle.hashes), "lora": layout.hash},
         "parity": dict(bundle.parity),
+        "sites": {site.path: f"{site.d_in} to {site.d_out}" for site in layout.sites},
     }
 
 

@@ -1,4 +1,4 @@
-"""The commands `hyperrt lora ...`: what a LoRA file is, whether it can be used, and in which format it is."""
+"""The commands `hyperrt lora ...`: inspect, convert and check LoRA files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hyperrt.cli.configs import ConvertConfig
+from hyperrt.cli.options import force_option, format_option
+from hyperrt.cli.origin import checked
 from hyperrt.cli.output import Output, with_json
 from hyperrt.errors import LoraMismatch, UsageError
 from hyperrt.lora.names import FORMATS
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def lora(context: click.Context, /) -> None:
-    """Inspect, convert and check files of a LoRA: HyperRT's subjects, and those of other programs.
+    """Inspect, convert and check LoRA files, of HyperRT and of other programs.
 
     \b
     Examples:
@@ -39,7 +41,7 @@ def lora(context: click.Context, /) -> None:
 @with_json
 @click.pass_obj
 def inspect(output: Output, file: str) -> None:
-    """Say what a file of a LoRA is: format, rank, scale, what it adapts and how strongly, and its origin.
+    """Show a LoRA file's format, rank, scale and origin, and what it adapts and how strongly.
 
     \b
     Examples:
@@ -56,20 +58,17 @@ def inspect(output: Output, file: str) -> None:
 @lora.command()
 @click.argument("source", metavar="IN")
 @click.argument("output", metavar="OUT")
-@click.option(
-    "--format", default="diffusers", show_default=True, type=click.Choice(tuple(FORMATS)),
-    help="Whose key names.",
-)  # fmt: skip
-@click.option("--bundle", metavar="NAME|DIR", help="Model that it must fit.  [default: that is not checked]")
-@click.option("--rank", type=int, help="Reduce it to this rank, as closely as that can be.")
-@click.option("--partial", is_flag=True, help="Leave out what is not the cross-attention's q, k or v.")
-@click.option("--force", "-f", is_flag=True, help="Replace a file that exists.")
+@format_option(tuple(FORMATS))
+@click.option("--bundle", metavar="NAME|DIR", help="Bundle that it must fit.  [default: not checked]")
+@click.option("--rank", type=int, help="Reduce it to this rank, by the closest LoRA of that rank.")
+@click.option("--partial", is_flag=True, help="Keep only q, k and v of the cross-attention.")
+@force_option()
 @with_json
 @click.pass_context
 def convert(context: click.Context, /, **options: Any) -> None:
-    """Write a LoRA in another format: the same numbers under the names that another program looks for.
+    """Write a LoRA in another format: the same numbers under the names that another program expects.
 
-    For PEFT a name without suffix is a folder, as PeftModel.from_pretrained takes it.
+    With --format peft, a name without a suffix is a folder for PeftModel.from_pretrained.
 
     \b
     Examples:
@@ -77,7 +76,7 @@ def convert(context: click.Context, /, **options: Any) -> None:
       hyperrt lora convert mug.safetensors mug --format peft
       hyperrt lora convert other.safetensors small.safetensors --rank 4 --bundle tiny
     """
-    config = ConvertConfig(**options)
+    config = checked(context, ConvertConfig, options)
     output: Output = context.obj
     lost = _convert(config, output)
     if config.rank is not None:
@@ -86,8 +85,8 @@ def convert(context: click.Context, /, **options: Any) -> None:
 
 
 def _convert(config: ConvertConfig, output: Output) -> float:
-    """Share of the LoRA's norm that is lost."""
-    if "numpy" not in sys.modules:  # else it is too late
+    """Convert the file; returns the share of the LoRA's norm that is lost."""
+    if "numpy" not in sys.modules:  # NumPy reads the variable on import
         # On small matrices the threads of NumPy's library wait for each other while other programs run.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from hyperrt import files
@@ -118,7 +117,7 @@ def _convert(config: ConvertConfig, output: Output) -> float:
 
 
 def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
-    """Refuse a file that, once converted, the bundle would not take."""
+    """Refuse a file that the bundle would not take after the conversion."""
     from hyperrt.lora.layout import LoraLayout
     from hyperrt.lora.subject_file import load_file
 
@@ -137,12 +136,12 @@ def _check_fit(file: LoraFile, bundle: Bundle, config: ConvertConfig) -> None:
 
 @lora.command()
 @click.argument("file", metavar="FILE|DIR")
-@click.option("--bundle", metavar="NAME|DIR", help="Model that it must fit.  [default: the file alone]")
-@click.option("--partial", is_flag=True, help="Other layers than the cross-attention's q, k, v may be there.")
+@click.option("--bundle", metavar="NAME|DIR", help="Bundle that it must fit.  [default: not checked]")
+@click.option("--partial", is_flag=True, help="Accept layers other than q, k and v of the cross-attention.")
 @with_json
 @click.pass_obj
 def verify(output: Output, file: str, bundle: str | None, partial: bool) -> None:
-    """Check a file of a LoRA: that it is whole, that its numbers are, and that it fits a bundle.
+    """Check that a LoRA file is whole, that its numbers are finite, and that it fits a bundle.
 
     \b
     Examples:

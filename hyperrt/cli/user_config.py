@@ -10,7 +10,6 @@ current folder, where somebody else may have put it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ from typing import Any
 import click
 
 from hyperrt.errors import NotFound, UsageError
+from hyperrt.plans.private_folder import xdg_folder
+
+MAX_BYTES = 2**20  # of a config file
 
 
 def user_config() -> Path | None:
     """The user's config file, if there is one."""
     try:
-        home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-        path = Path(home) / "hyperrt" / "config.toml"
+        path = xdg_folder("config") / "hyperrt" / "config.toml"
         return path if path.is_file() else None
     except (OSError, RuntimeError):  # no home folder, or one that may not be read
         return None
@@ -84,12 +85,18 @@ def _check(path: Path, table: Mapping[str, Any], command: click.Command, where: 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import tomllib  # here: most users have no config file to wait for
+    import tomllib  # not at the top: most users have no config file
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a plain file")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        return tomllib.loads(content.decode("utf-8-sig"))  # with or without a byte order mark
     except FileNotFoundError:
-        raise NotFound(f"there is no config file {path}", "", "check --config") from None
+        raise NotFound(f"the config file {path} does not exist", "", "check --config") from None
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the config file {path} cannot be read", str(error), "correct it, or name another: --config"

@@ -8,7 +8,7 @@ from hyperrt.engines.backends import BACKENDS
 from hyperrt.plans.record import PlanKey
 
 SHOWN = 12  # digits of an id in tables and messages
-USUAL = {"images": 1, "branches": 3}  # what `hyperrt compile` takes where it is told nothing
+OPTIONS = {"images": ("--pictures", 1), "branches": ("--branches", 3)}  # of `hyperrt compile`, with defaults
 
 
 def compile_command(key: PlanKey, bundle: str = "") -> str:
@@ -23,9 +23,9 @@ def compile_command(key: PlanKey, bundle: str = "") -> str:
     if backend is None or backend.cross_compiles:
         words += ["--target", key.target.split()[0]]
     sizes = dict(key.sizes)
-    for name, usual in USUAL.items():
-        if sizes.get(name, usual) != usual:
-            words += [f"--{name}", str(sizes[name])]
+    for name, (option, default) in OPTIONS.items():
+        if sizes.get(name, default) != default:
+            words += [option, str(sizes[name])]
     if sizes.get("subjects", 1) > 1:
         words.append("--several-subjects")
     return shlex.join(words)

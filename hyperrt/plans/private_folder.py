@@ -24,8 +24,20 @@ _FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BI
 _CODE = "what lies there is executable code"
 
 
+def xdg_folder(kind: str) -> Path:
+    """$XDG_CACHE_HOME or $XDG_CONFIG_HOME, by default ~/.cache or ~/.config (XDG Base Directory).
+
+    Args:
+        kind: "cache" or "config".
+
+    Raises:
+        RuntimeError: this user has no home folder.
+    """
+    return Path(os.environ.get(f"XDG_{kind.upper()}_HOME") or Path.home() / f".{kind}")
+
+
 def base_folder() -> Path:
-    """$HYPERRT_HOME, else `hyperrt` in the XDG cache; absolute, and perhaps not there yet.
+    """$HYPERRT_HOME, by default `hyperrt` in the XDG cache; an absolute path that may not exist yet.
 
     Raises:
         NotFound: this user has no home folder.
@@ -33,11 +45,10 @@ def base_folder() -> Path:
     if own := os.environ.get("HYPERRT_HOME"):
         return Path(own).absolute()
     try:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return (xdg_folder("cache") / "hyperrt").absolute()
     except RuntimeError as error:
         why = "compiled code is kept there"
         raise NotFound("there is no home folder", why, "set HYPERRT_HOME to a folder of yours") from error
-    return (Path(cache) / "hyperrt").absolute()
 
 
 def distrust(found: os.stat_result) -> str:

@@ -1,7 +1,6 @@
-"""A plan as two files: `plan`, the vendor's bytes, and `plan.json`, which says what they are.
+"""Writes, reads and checks the two files of a plan: `plan`, the vendor's bytes, and their record `plan.json`.
 
-plan.json is as strict as it can be: it holds the hash of itself, and only the very bytes that were written
-are read back.
+The folder's name is the hash of the key in plan.json, and plan.json has the sha256 of the plan.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hyperrt import strict_json
 from hyperrt.errors import SCARCE, IntegrityError
 from hyperrt.plans import private_folder
 
 PLAN, RECORD = "plan", "plan.json"
-FORMAT = 1  # of plan.json
+FORMAT = 2  # of plan.json; part of the id, so that plans of another format are not found
 MAX_RECORD = 2**22  # bytes of plan.json
 MAX_PLAN = 2**50
 MAX_CREATED = 2**37  # Unix seconds: the year 6325
@@ -28,15 +26,15 @@ MAX_CREATED = 2**37  # Unix seconds: the year 6325
 
 @dataclass(frozen=True)
 class PlanKey:
-    """What decides the bytes of a plan; a LoRA is never part of it.
+    """Everything that the bytes of a plan depend on; never a LoRA.
 
     Attributes:
         graph: `plans.graph_hash` of the graph.
-        backend: whose compiler, "tensorrt" or "tensorrt-rtx".
+        backend: "tensorrt" or "tensorrt-rtx".
         version: of the vendor's package, such as "1.7.1.116".
-        target: "sm89"; for a plan that was built on the device itself also its name, "sm90 NVIDIA H200".
+        target: "sm89"; also the GPU's name if the plan was built on the GPU itself, "sm90 NVIDIA H200".
         sizes: (name, value) of the sizes that are fixed, sorted.
-        flags: what else the compiler was told, sorted, such as "refit".
+        flags: other settings of the compiler, sorted, such as "refit".
 
     Raises:
         ValueError: a text is empty or not printable, or something is not sorted.
@@ -59,14 +57,15 @@ class PlanKey:
 
     @property
     def id(self) -> str:
-        """32 hex digits: the name of the entry."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """32 hex digits, the name of the entry's folder."""
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Record:
-    """The contents of plan.json; `plans.Plan` tells of the fields."""
+    """The contents of plan.json; `Plan` in cache.py explains the fields."""
 
     format: int
     key: PlanKey
@@ -88,14 +87,14 @@ class Record:
 
 
 def finish(folder: Path, draft: Record) -> Record:
-    """Hash the plan that was written to a new folder, write plan.json beside it, and shut others out.
+    """Hash a new plan, write plan.json beside it, and make both accessible to this user alone.
 
     Args:
         folder: holds the plan.
-        draft: the record but for size and hash.
+        draft: the record without size and hash.
 
     Raises:
-        IntegrityError: there is no plan, or an empty one.
+        IntegrityError: the plan is missing or empty.
     """
     path = folder / PLAN
     folder.chmod(0o700)
@@ -104,27 +103,27 @@ def finish(folder: Path, draft: Record) -> Record:
     except FileNotFoundError:
         found = None
     if found is None or not stat.S_ISREG(found.st_mode) or not found.st_size:
-        why = f"the backend {draft.key.backend} said that it was done, and left nothing"
-        raise IntegrityError("there is no plan to keep", why, "please report it")
+        why = f"the backend {draft.key.backend} reported success and wrote nothing"
+        raise IntegrityError("the compiler wrote no plan", why, "please report it")
     path.chmod(0o600)
     with private_folder.open_file(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     record = dataclasses.replace(draft, bytes=found.st_size, sha256=sha256)
     with os.fdopen(os.open(folder / RECORD, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(_encode(record))
+        file.write(json.dumps(strict_json.dump(record), indent=1).encode())
     return record
 
 
 def read(folder: Path, inside: int | None) -> Record:
-    """What plan.json in a folder of the cache says.
+    """Read plan.json from a folder of the cache.
 
     Args:
         folder: of the plan; its name is the key's id.
-        inside: the descriptor of it.
+        inside: the descriptor of the folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        IntegrityError: it is damaged, of another plan, or others may have written it.
+        FileNotFoundError: it does not exist.
+        IntegrityError: it is damaged, belongs to another plan, or others could have written it.
     """
     path = folder / RECORD
     try:
@@ -136,12 +135,12 @@ def read(folder: Path, inside: int | None) -> Record:
     except OSError as error:
         raise _unreadable(path, error) from error
     if record.key.id != folder.name:
-        raise IntegrityError(f"{path} is of another plan", f"it tells of {record.key.id}")
+        raise IntegrityError(f"{path} belongs to another plan", f"its key has the id {record.key.id}")
     return record
 
 
 def check(folder: Path, inside: int | None, record: Record) -> None:
-    """Compare a plan with what plan.json says of it, to the last bit; arguments and errors as `read`."""
+    """Compare a plan's size and sha256 with its record; arguments and errors as `read`."""
     path = folder / PLAN
     try:
         with private_folder.open_file(path, inside) as file:
@@ -157,22 +156,10 @@ def check(folder: Path, inside: int | None, record: Record) -> None:
         raise IntegrityError(f"{path} is damaged", why)
 
 
-def _encode(record: Record) -> bytes:
-    body = strict_json.dump(record)
-    own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return (json.dumps({**body, "own_sha256": own}, indent=1) + "\n").encode()
-
-
 def _decode(data: bytes) -> Record:
     if len(data) > MAX_RECORD:
         raise strict_json.StrictError(f"it has more than {MAX_RECORD:,} bytes")
-    body: Any = strict_json.loads(data)
-    if isinstance(body, dict):
-        body.pop("own_sha256", None)
-    record = strict_json.read(Record, body)
-    if _encode(record) != data:
-        raise strict_json.StrictError("it is not as it was written: the hash of itself does not fit")
-    return record
+    return strict_json.read(Record, strict_json.loads(data))
 
 
 def _unreadable(path: Path, error: OSError) -> Exception:
@@ -184,4 +171,4 @@ def _unreadable(path: Path, error: OSError) -> Exception:
 def _printable(*texts: str) -> None:
     for text in texts:
         if not text.strip() or not text.isprintable():
-            raise ValueError(f"{text[:60]!r} is no name: it must not be empty, nor hold control characters")
+            raise ValueError(f"{text[:60]!r} is not a name: it must not be empty or have control characters")

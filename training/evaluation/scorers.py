@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hyperrt.errors import IntegrityError, NotFound
 from hyperrt.photos.srgb import Picture
+from hyperrt.plans.private_folder import xdg_folder
 from hyperrt.training.evaluation import scores
 from hyperrt.training.evaluation.protocols import EvaluationSubject
 from hyperrt.training.evaluation.scores import Score
@@ -324,8 +325,7 @@ def _about(model: str, source: str, network: torch.nn.Module, vision: Any, resiz
 
 def _torch_home() -> Path:
     """The folder of facenet-pytorch's weights."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("TORCH_HOME", Path(cache) / "torch")).expanduser()
+    return Path(os.environ.get("TORCH_HOME") or xdg_folder("cache") / "torch").expanduser()
 
 
 def _first_line(error: Exception) -> str:

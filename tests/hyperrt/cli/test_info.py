@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hyperrt.bundle.bundle import Bundle
 from hyperrt.cli import info, main
 from hyperrt.sampling import recipe
 from tests.hyperrt import fake_bundle
@@ -41,6 +42,12 @@ def test_a_bundle_says_what_it_is(pretend, capsys):
     assert main.run(["info", str(pretend)]) == 0
     out = capsys.readouterr().out
     assert "kind: bundle" in out and "default" in out and "robot" in out
+
+
+def test_a_bundle_lists_its_sites_with_their_sizes(pretend, capsys):
+    assert main.run(["info", str(pretend), "--json"]) == 0
+    sites = events(capsys.readouterr().out)[-1]["sites"]
+    assert sites == {site.path: f"{site.d_in} to {site.d_out}" for site in Bundle.open(pretend).layout.sites}
 
 
 @pytest.mark.parametrize(

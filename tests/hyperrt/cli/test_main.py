@@ -14,6 +14,7 @@ import safetensors.numpy
 from hyperrt.cli import configs, main
 from hyperrt.cli.commands import hyperrt as group
 from hyperrt.cli.training import COMMANDS
+from hyperrt.cli.user_config import MAX_BYTES
 from hyperrt.lora import names
 from hyperrt.sampling import options, recipe
 from tests.hyperrt import fake_bundle
@@ -277,6 +278,15 @@ def test_a_bad_config_file_is_reported_with_its_name(run, capsys, text, words):
     code = main.run(["--config", "mine.toml", "generate", "-p", "a robot"])
     err = capsys.readouterr().err
     assert code == 2 and is_three_lines(err) and words in err and "mine.toml" in err
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "large.toml", "pipe.toml", "."])
+def test_a_config_file_that_is_large_or_not_a_plain_file_is_refused(run, capsys, name):
+    Path("large.toml").write_bytes(b"#" * (MAX_BYTES + 1))
+    os.mkfifo("pipe.toml")
+    assert main.run(["--config", name, "generate", "-p", "a robot"]) == 2
+    err = capsys.readouterr().err
+    assert is_three_lines(err) and ("not a plain file" in err or "more than 1,048,576 bytes" in err)
 
 
 def test_a_config_file_may_begin_with_a_byte_order_mark(run, capsys):

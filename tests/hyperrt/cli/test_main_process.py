@@ -23,7 +23,8 @@ MOMENTS = random.Random(0)
 
 def fake(pretend, *arguments):
     where = ["--bundle", pretend, "--backend", "fake", "--seed", "0"]
-    return ["generate", *where, "-p", "a robot", *arguments]
+    prompt = [] if "-p" in arguments else ["-p", "a robot"]
+    return ["generate", *where, *prompt, *arguments]
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=["Ctrl-C", "SIGTERM"])

@@ -33,7 +33,9 @@ def drawn(run, subject_file):
     """Draw `a.png` of the subject, with these options."""
 
     def drawn(*options, subject=True):
-        of_subject = ["-s", subject_file, "-p", PROMPT] if subject else ["-p", "a red robot"]
+        of_subject = ["-s", subject_file] if subject else []
+        if "-p" not in options:
+            options = ("-p", PROMPT if subject else "a red robot", *options)
         code, _, err = run("generate", *of_subject, "-o", "a.png", *options)
         assert code == 0, err
 

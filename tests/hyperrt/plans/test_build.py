@@ -182,13 +182,13 @@ def test_the_command_tells_of_every_plan(cache, compiler, capsys):
     assert [plan["target"] for plan in plans] == ["sm86", "sm89"]
     assert len(events[-1]["plans"]) == 2 and events[-1]["event"] == "result"
     assert main.run(["compile", "tiny", "--target", "sm89", "--graph", "context"]) == 0
-    assert "was there" in capsys.readouterr().out
+    assert "in the cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (["--branches", "4"], 2), (["--images", "0"], 2), (["--graph", "unet", "--target", "sm89"], 2),
+        (["--branches", "4"], 2), (["--pictures", "0"], 2), (["--graph", "unet", "--target", "sm89"], 2),
         (["--backend", "openvino"], 2), (["--target", ","], 2), (["nowhere"], 4),
     ],
 )  # fmt: skip

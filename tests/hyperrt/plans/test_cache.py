@@ -53,7 +53,7 @@ def test_without_its_bundle_words_stand_where_a_command_would_not_run():
 def test_the_command_that_rebuilds_has_the_sizes_of_the_call():
     sizes = {"branches": 2, "images": 4, "rows": 8, "subjects": 8}
     command = compile_command(key(sizes=tuple(sizes.items())), "tiny")
-    assert command == "hyperrt compile tiny --backend tensorrt --images 4 --branches 2 --several-subjects"
+    assert command == "hyperrt compile tiny --backend tensorrt --pictures 4 --branches 2 --several-subjects"
     assert compile_command(key(sizes=(("branches", 3), ("images", 1))), "tiny") == COMPILE
 
 
@@ -124,7 +124,7 @@ def test_a_backend_that_leaves_no_plan_is_an_error_and_the_old_one_stays(cache, 
         elif written == "a link":
             path.symlink_to(tmp_path / "elsewhere")
 
-    with pytest.raises(IntegrityError, match="no plan to keep"):
+    with pytest.raises(IntegrityError, match="the compiler wrote no plan"):
         cache.publish(KEY, write, bundle="tiny", graph_name="denoiser")
     assert cache.load(KEY) == plan
     assert os.listdir(cache.folder) == [KEY.id]

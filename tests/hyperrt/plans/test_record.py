@@ -9,6 +9,7 @@ import random
 import pytest
 
 from hyperrt import files
+from hyperrt.errors import IntegrityError
 from hyperrt.plans import record as plan_file
 from hyperrt.plans.cache import PlanCache
 from tests.hyperrt.some_plans import COMPILE, KEY, OTHER, flip, key, publish, refused
@@ -42,16 +43,16 @@ def test_every_part_of_a_key_makes_another_id():
 
 
 def test_an_id_stays_what_it_is():
-    assert KEY.id == "ee6afc8658b15d331665db7c94e38a05"
+    assert KEY.id == "b87c2ec53fe5fd372dfe03c91f5cafb0"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"graph": "x"}, "64 hex digits"),
-        ({"backend": ""}, "no name"),
+        ({"backend": ""}, "not a name"),
         ({"version": "10\n"}, "control characters"),
-        ({"target": " "}, "no name"),
+        ({"target": " "}, "not a name"),
         ({"sizes": (("rows", 3), ("h", 64))}, "sorted"),
         ({"sizes": (("h", 64), ("h", 64))}, "twice"),
         ({"flags": ("refit", "refit")}, "twice"),
@@ -76,14 +77,18 @@ def test_no_flipped_bit_of_a_plan_gets_through(cache, plan):
     assert cache.load(KEY) == plan
 
 
-def test_no_flipped_bit_of_any_byte_of_the_record_gets_through(cache, plan):
+def test_a_flipped_bit_of_the_record_is_refused_or_changes_only_a_description(cache, plan):
     record = plan.folder / "plan.json"
     bits = random.Random(0)
     for byte in range(record.stat().st_size):
         bit = 8 * byte + bits.randrange(8)
         flip(record, bit)
-        refused(cache, "is damaged|of another plan")
-        assert cache.find(KEY) is None
+        try:
+            loaded = cache.load(KEY)
+        except IntegrityError:
+            pass
+        else:
+            assert (loaded.key, loaded.bytes, loaded.sha256) == (plan.key, plan.bytes, plan.sha256)
         flip(record, bit)
     assert cache.load(KEY) == plan
 
@@ -95,7 +100,7 @@ def test_no_truncated_or_longer_file_gets_through(cache, plan, name):
     for size in {0, 1, len(whole) - 1, *range(0, len(whole), max(1, len(whole) // 200))}:
         path.write_bytes(whole[:size])
         refused(cache, "is damaged")
-    path.write_bytes(whole + b"\n")
+    path.write_bytes(whole + b"x")
     refused(cache, "is damaged")
 
 
@@ -106,7 +111,7 @@ def test_the_size_of_both_sides_is_said(cache, plan):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"format": 2}', b"{}" + b" " * plan_file.MAX_RECORD],
+    [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"format": 1}', b"{}" + b" " * plan_file.MAX_RECORD],
     ids=lambda data: repr(data[:20]),
 )
 def test_a_record_that_is_none_is_refused(cache, plan, data):
@@ -119,7 +124,7 @@ def test_a_record_that_is_none_is_refused(cache, plan, data):
     [
         {"bytes": 4999},
         {"bytes": True},
-        {"format": 2},
+        {"format": 1},
         {"sha256": "0" * 64},
         {"created": -1.0},
         {"created": 1e300},
@@ -140,7 +145,7 @@ def test_a_sound_plan_in_the_place_of_another_is_refused(cache, plan):
     other = publish(cache, OTHER)
     files.remove(plan.folder)
     other.folder.rename(plan.folder)
-    refused(cache, f"is of another plan\n.*{OTHER.id}")
+    refused(cache, f"belongs to another plan\n.*{OTHER.id}")
 
 
 @pytest.mark.parametrize("name", ["plan", "plan.json"])
