@@ -127,7 +127,7 @@ def test_an_unreachable_hub_is_reported(offline, tmp_path, monkeypatch):
     client.side_effect = LocalEntryNotFoundError("not in the cache")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", mock.Mock(side_effect=RuntimeError("no network")))
     why = "--offline is given" if offline else "no network"
-    with pytest.raises(NotFound, match=rf"cannot be had from the hub(?s:.*){why}"):
+    with pytest.raises(NotFound, match=rf"cannot be downloaded from the hub(?s:.*){why}"):
         loading.find(ID, None, offline)
 
 

@@ -179,7 +179,7 @@ def test_like_is_refused_for_a_model_with_a_configuration(saved):
 
 
 def test_a_model_that_does_not_exist_is_not_found():
-    with pytest.raises(NotFound, match="no folder, no file and no hub id"):
+    with pytest.raises(NotFound, match="not a folder, a file or a hub id"):
         find("no such thing")
 
 
