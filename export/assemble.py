@@ -133,7 +133,7 @@ def check_room(output: Path, needed: Needs) -> None:
 
 
 def level_of(config: ExportConfig) -> str:
-    """The verification level, one of `verify.LEVELS`: the given one, or else the family's.
+    """The verification level, see export/verify.py: the given one, or else the family's.
 
     Raises:
         UsageError: "full" was asked for graphs that it does not exist for.

@@ -37,7 +37,7 @@ class Family:
         nouns: class nouns that the runtime recognises after the placeholder.
         license: text of the bundle's LICENSES if the base model's folder has no LICENSE file.
         half_hash: whether the hash of a base model is computed from its weights rounded to fp16.
-        verify: default of `--verify`, one of `verify.LEVELS`.
+        verify: default of `--verify`, see export/verify.py.
     """
 
     name: str

@@ -38,7 +38,6 @@ from hyperrt.plans.compare import relative
 from hyperrt.sampling import guidance, loop, solvers
 from hyperrt.sampling.solvers import SolverTable
 
-LEVELS = ("none", "graphs", "full")
 # check -> largest relative error allowed     # measured: tiny, random weights, ONNX Runtime 1.32 on a CPU
 TOLERANCE = {
     "image_encoder": 1e-4,  # 6e-7

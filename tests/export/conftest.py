@@ -1,4 +1,4 @@
-"""One small base model, one hypernetwork and one real export of them, for all tests of export."""
+"""A small base model, a hypernetwork and their real export, for all tests of export."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TINY_BASE = Path(__file__).resolve().parents[1] / "training" / "tiny_base.py"
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> SimpleNamespace:
-    """Folders of a base model and of a hypernetwork that fits it: `base`, `hypernet`."""
-    from hyperrt.training.model import base_model, lora_layers, weight_hash
+    """Folders of a base model and its hypernetwork: `base`, `hypernet`."""
+    from hyperrt.training.model import base_model, lora_layers
     from hyperrt.training.model.hypernet import decoder_of
     from hyperrt.training.run import checkpoint
     from hyperrt.training.run.config import TrainConfig
@@ -57,7 +57,7 @@ def exported(trained, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def source(trained):
-    """What `exported` was made from."""
+    """The source of `exported`."""
     from hyperrt.export import read_source
 
     return read_source.read(config_of(trained))

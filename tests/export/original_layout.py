@@ -1,4 +1,4 @@
-"""Models under the names that Stable Diffusion was first published with: each network below its prefix.
+"""Saves models under the names of Stable Diffusion's first publication: each network below its prefix.
 
 Names follow the structure of the networks: the original UNet counts its blocks through (`input_blocks.0` is
 `conv_in`, a downsampler is a block of its own), its VAE counts the decoder's levels from the picture, and
@@ -158,7 +158,7 @@ def state(module: nn.Module) -> Tensors:
 
 
 def renamed(tensors: Mapping[str, Tensor], modules: Mapping[str, str]) -> Tensors:
-    """Each tensor under the new name of the longest path that it is below; one without is an error."""
+    """Renames each tensor by the longest path above it; a tensor without such a path is an error."""
     return {new_name(key, modules): tensor for key, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""SD1.5 and SDXL with every part that the real ones have, each as small as it can be."""
+"""SD1.5 and SDXL with all parts of the real models, each as small as possible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hyperrt.export.parts import random_part
 from hyperrt.export.random_sources import with_decoder
 from hyperrt.export.source import Source
 from hyperrt.training.data import clip_tokenizer
-from hyperrt.training.model import image_prompt, lora_layers, weight_hash
+from hyperrt.training.model import image_prompt, lora_layers
 from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.hypernet import decoder_of
 from hyperrt.training.run import checkpoint
@@ -68,7 +68,7 @@ SDXL = {
 
 
 def vae(**options: object) -> AutoencoderKL:
-    """Two pixels a latent."""
+    """A VAE with two pixels per latent."""
     return AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
@@ -77,7 +77,7 @@ def vae(**options: object) -> AutoencoderKL:
 
 
 def vision() -> CLIPVisionModelWithProjection:
-    """Five tokens of 16."""
+    """A vision model with five tokens of width 16."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28,
@@ -95,11 +95,11 @@ def source(family: str, folder: Path, scheduler: Mapping[str, Any] = SCHEDULER) 
         build = lambda: image_prompt.ImagePrompt(unet, feature_dim=16, tokens=3, dim=16, heads=2, depth=4)  # noqa: E731
         parts["image_prompt"] = random_part("image_prompt", build, 0)
     config = DecoderConfig(kind="resampler" if xl else "hyperdreambooth", dim=16, layers=1, head_dim=0)
-    found = with_decoder(parts, clip_tokenizer.build(folder, 77), scheduler, 0, 2, config, 32, "none")
+    plain = with_decoder(parts, clip_tokenizer.build(folder, 77), scheduler, 0, 2, config, 32, "none")
     if not xl:
-        return found
-    tokenizer_2 = clip_tokenizer.padded(found.tokenizer, "!")
-    return dataclasses.replace(found, tokenizer_2=tokenizer_2, zero_empty=True)
+        return plain
+    tokenizer_2 = clip_tokenizer.padded(plain.tokenizer, "!")
+    return dataclasses.replace(plain, tokenizer_2=tokenizer_2, zero_empty=True)
 
 
 def save(
@@ -129,12 +129,11 @@ def save_prompt(path: Path, unet: nn.Module, seed: int = 0) -> Path:
 
 
 def save_hypernet(folder: Path, base: Path, unet: nn.Module, prompt_hash: str = "", **training: Any) -> Path:
-    """A hypernetwork of that base model, fresh; `training`: settings that its run had."""
+    """Saves a fresh hypernetwork of that base model; `training`: settings of its run."""
     config = TrainConfig(
         model=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8, **training
     )
     decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
     folder.mkdir()
-    known = weight_hash.hash_of(unet, half=True), prompt_hash
-    checkpoint.save_hypernet(folder, decoder, config, 1, *known)
+    checkpoint.save_hypernet(folder, decoder, config, 1, checkpoint.hash_of(unet, half=True), prompt_hash)
     return folder

@@ -47,7 +47,7 @@ export_bundle(ExportConfig(model="tiny", base=base, hypernet=hypernet, output=ou
 
 @pytest.fixture
 def ready_graphs(monkeypatch, exported):
-    """Graphs are copied from the bundle `exported` in place of being exported; parity is believed."""
+    """Copies the graphs of `exported` instead of exporting them, and checks nothing."""
     described = Bundle.open(exported).graphs
 
     def copy(graph, skeletons, modules, folder, *options):
@@ -67,7 +67,7 @@ def test_the_runtime_opens_what_was_exported(exported, source):
     assert (opened.image_size, opened.latent.channels, opened.latent.size) == (64, 8, 8)
 
 
-def test_the_base_model_is_known_by_the_hash_that_training_uses(exported, trained):
+def test_the_hash_of_the_base_model_is_that_of_training(exported, trained):
     about = json.loads((trained.hypernet / "hypernet.json").read_text())
     assert Bundle.open(exported).hashes.base_model == about["base_model"]
 
@@ -98,7 +98,7 @@ def test_progress_counts_the_stages(trained, tmp_path, monkeypatch, ready_graphs
 
 
 @pytest.mark.parametrize("level", ["none", "full"])
-def test_weights_are_read_once_to_write_them_and_the_unets_once_more_to_check_them_before(
+def test_each_part_is_read_once_and_the_unet_twice_to_check_its_hash_before_the_work(
     level, trained, tmp_path, monkeypatch, ready_graphs
 ):
     reads = Counter()
@@ -152,29 +152,29 @@ def test_a_bundle_that_exists_is_refused_before_the_work(trained, tmp_path, monk
         export_bundle(config_of(trained, tmp_path))
 
 
-def test_an_unknown_family_is_refused_with_those_there_are(tmp_path):
+def test_an_unknown_family_is_refused_and_the_families_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"no model family 'sd9'(?s:.*)tiny"):
         export_bundle(config("sd9", tmp_path / "new"))
 
 
 @pytest.mark.parametrize("missing", ["base", "hypernet"])
-def test_a_source_that_is_not_there_is_named(missing, trained, tmp_path):
+def test_a_missing_input_is_named(missing, trained, tmp_path):
     folders = vars(trained) | {missing: tmp_path / "nowhere"}
     with pytest.raises(NotFound, match="nowhere"):
         export_bundle(config("tiny", tmp_path / "new", **folders))
 
 
-def test_a_hypernetwork_that_is_not_given_is_asked_for(trained, tmp_path):
+def test_an_export_without_a_hypernetwork_asks_for_it(trained, tmp_path):
     with pytest.raises(UsageError, match="--hypernet is not given"):
         export_bundle(config("tiny", tmp_path / "new", base=trained.base))
 
 
-def test_without_a_base_it_is_that_of_the_hypernetworks_training(trained, source):
+def test_the_default_base_model_is_that_of_the_training(trained, source):
     other = read_source.read(config("tiny", hypernet=trained.hypernet))
     assert other.parts["unet"].hash(half=False) == source.parts["unet"].hash(half=False)
 
 
-def test_a_base_that_has_moved_since_the_training_is_asked_for(trained, tmp_path):
+def test_a_base_model_that_moved_after_the_training_is_asked_for(trained, tmp_path):
     hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(model="moved"))
     with pytest.raises(NotFound, match=r"trained on moved, which is not there(?s:.*)--base BASE"):
         read_source.read(config("tiny", hypernet=hypernet))
@@ -216,7 +216,9 @@ def test_a_hypernetwork_of_another_layout_is_refused(trained, tmp_path):
     ],
     ids=["memory", "disk"],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_before_the_work(available, free, match, trained, tmp_path, monkeypatch):
+def test_too_little_disk_or_memory_is_refused_before_the_work(
+    available, free, match, trained, tmp_path, monkeypatch
+):
     monkeypatch.setattr(memory, "available", lambda: available)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(onnx_graph, "write", lambda *_: pytest.fail("it started to work"))
@@ -225,7 +227,7 @@ def test_what_does_not_fit_is_refused_before_the_work(available, free, match, tr
 
 
 def edited_hypernet(trained, tmp_path, edit):
-    """A copy of the hypernetwork's folder, its hypernet.json changed in place by `edit`."""
+    """A copy of the hypernetwork's folder, with hypernet.json as `edit` changes it in place."""
     folder = shutil.copytree(trained.hypernet, tmp_path / "edited")
     about = json.loads((folder / "hypernet.json").read_text())
     edit(about)

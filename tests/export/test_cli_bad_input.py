@@ -265,11 +265,11 @@ def test_a_pickled_hypernetwork_is_not_read(trained, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "code", "what"),
     [
-        (["--base", f"someone/model@{COMMIT}"], 4, "cannot be had from the hub"),
+        (["--base", f"someone/model@{COMMIT}"], 4, "cannot be downloaded from the hub"),
         (["--base", f"someone/model@{COMMIT}", "--offline"], 4, "--offline is given"),
         (["--base", "someone/model"], 2, "no pinned revision"),
-        (["--base", "nowhere at all"], 4, "no folder, no file and no hub id"),
-        (["--base", __file__], 3, "only .safetensors are read"),
+        (["--base", "nowhere at all"], 4, "not a folder, a file or a hub id"),
+        (["--base", __file__], 3, "the only files that are read are .safetensors"),
         (["--like", "somewhere"], 2, "leave --like out"),
         (["--vae", "nowhere at all"], 4, "no VAE nowhere at all"),
         (["--vae", "nowhere.safetensors"], 4, "there is no VAE nowhere.safetensors"),

@@ -49,7 +49,7 @@ def open_category(tmp_path_factory):
 
 
 def opened(of, folder, given, **training):
-    """What a bundle is made from: of a hypernetwork with these settings, exported with that image prompt."""
+    """The source for a hypernetwork with these training settings and an image prompt, or None."""
     hypernet = small_models.save_hypernet(folder / "hypernet", of.base, of.unet, **training)
     return read_source.read(config("sdxl", base=of.base, hypernet=hypernet, image_prompt=given))
 

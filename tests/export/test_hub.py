@@ -1,4 +1,4 @@
-"""What is asked of a hub: the files that are read, and no others. Nothing here has a network."""
+"""Files that are downloaded from a hub: only those that are read. A stand-in replaces the network."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def remote(folder, files, monkeypatch):
 
 
 def asked(client, files):
-    """Which files the client was asked for, by its own rule."""
+    """The files that the client would download, by its own rule."""
     return sorted(filter_repo_objects(files, allow_patterns=client.call_args.kwargs["allow_patterns"]))
 
 
@@ -62,7 +62,7 @@ def test_of_a_repository_exactly_what_is_read_is_downloaded(tmp_path, monkeypatc
     assert client.call_args.kwargs["revision"] == ID.partition("@")[2]
 
 
-def test_a_name_with_a_pattern_s_letters_is_taken_for_itself(tmp_path, monkeypatch):
+def test_a_file_name_is_not_read_as_a_pattern(tmp_path, monkeypatch):
     files = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "LICENSE[1]", "LICENSE1"]
     client = remote(tmp_path, files, monkeypatch)
     hub.fetch(ID, False, lambda files: ["LICENSE[1]"])
@@ -86,14 +86,14 @@ def test_a_configuration_comes_without_weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["", "vae/"])
-def test_a_vae_is_that_of_its_own_repository_or_of_a_model_s(place, tmp_path, monkeypatch):
+def test_a_vae_may_come_from_the_repository_of_a_vae_or_of_a_model(place, tmp_path, monkeypatch):
     small_models.vae().save_pretrained(tmp_path / place)
-    wanted = [f"{place}config.json", f"{place}diffusion_pytorch_model.safetensors"]
-    files = ["LICENSE", *wanted, "sdxl.vae.safetensors", "unet/config.json", f"{place}pytorch_model.bin"]
+    expected = [f"{place}config.json", f"{place}diffusion_pytorch_model.safetensors"]
+    files = ["LICENSE", *expected, "sdxl.vae.safetensors", "unet/config.json", f"{place}pytorch_model.bin"]
     client = remote(tmp_path, files, monkeypatch)
     found = loading.find_vae(ID, tmp_path, False)
     assert found == loading.ModelFiles(tmp_path / place)
-    assert asked(client, files) == sorted(["LICENSE", *wanted])
+    assert asked(client, files) == sorted(["LICENSE", *expected])
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_pickles_alone_are_refused_before_anything_is_downloaded(name, tmp_path,
     assert not client.called
 
 
-def test_without_a_network_what_was_downloaded_before_is_taken(tmp_path, monkeypatch):
+def test_without_a_network_the_cache_is_used(tmp_path, monkeypatch):
     client = remote(tmp_path, [], monkeypatch)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", mock.Mock(side_effect=RuntimeError("no network")))
     assert loading.find(ID, None, False) == loading.find(ID, None, True) == loading.ModelFiles(tmp_path)
     assert all(call.kwargs["local_files_only"] for call in client.call_args_list)
 
 
-def test_what_is_not_complete_is_said(tmp_path, monkeypatch):
+def test_an_incomplete_snapshot_is_reported(tmp_path, monkeypatch):
     small_models.save(tmp_path, small_models.SD15)
     shutil.rmtree(tmp_path / "unet")
     remote(tmp_path, [], monkeypatch)
@@ -122,12 +122,12 @@ def test_what_is_not_complete_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_hub_that_cannot_be_reached_is_said(offline, tmp_path, monkeypatch):
+def test_an_unreachable_hub_is_reported(offline, tmp_path, monkeypatch):
     client = remote(tmp_path, [], monkeypatch)
     client.side_effect = LocalEntryNotFoundError("not in the cache")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", mock.Mock(side_effect=RuntimeError("no network")))
     why = "--offline is given" if offline else "no network"
-    with pytest.raises(NotFound, match=rf"cannot be had from the hub(?s:.*){why}"):
+    with pytest.raises(NotFound, match=rf"cannot be downloaded from the hub(?s:.*){why}"):
         loading.find(ID, None, offline)
 
 
@@ -138,7 +138,7 @@ def test_a_hub_id_must_name_its_commit(find, name):
         find(name, None, False)
 
 
-def test_a_repository_without_a_vae_is_said(tmp_path, monkeypatch):
+def test_a_repository_without_a_vae_is_reported(tmp_path, monkeypatch):
     (tmp_path / "model_index.json").write_text(json.dumps({}))
     remote(tmp_path, ["diffusion_pytorch_model.safetensors"], monkeypatch)
     with pytest.raises(NotFound, match="no VAE can be read from someone/model@"):

@@ -1,4 +1,4 @@
-"""Base models from folders, single files and a hub: what is read, and how what is wrong is said."""
+"""Base models from folders, single files and a hub: what is read, and errors."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path):
     assert loading.read_json(tmp_path / "x.json") == {"a": 1}
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(NotFound, match=r"no base model(?s:.*)it has no unet, vae"):
         loading.parts_of(tmp_path)
 
@@ -122,7 +122,7 @@ def test_a_truncated_file_is_found_before_it_is_needed(folder):
         loading.parts_of(folder)
 
 
-def test_weights_that_lack_some_are_refused(folder):
+def test_incomplete_weights_are_refused(folder):
     path = next((folder / "unet").glob("*.safetensors"))
     tensors = load_file(path)
     tensors.pop("conv_in.weight")
@@ -173,13 +173,13 @@ def test_a_single_file_needs_a_configuration(saved, tmp_path):
     assert find(file, like=saved) == loading.ModelFiles(saved, file)
 
 
-def test_a_configuration_of_something_that_has_its_own_is_refused(saved):
+def test_like_is_refused_for_a_model_with_a_configuration(saved):
     with pytest.raises(UsageError, match=r"would not be read(?s:.*)leave --like out"):
         find(saved, like=saved)
 
 
-def test_a_name_that_is_nothing_is_not_found():
-    with pytest.raises(NotFound, match="no folder, no file and no hub id"):
+def test_a_model_that_does_not_exist_is_not_found():
+    with pytest.raises(NotFound, match="not a folder, a file or a hub id"):
         find("no such thing")
 
 
@@ -204,7 +204,7 @@ def old_name(key):
 
 
 def another_vae(seed=1):
-    """Of the architecture and the scale of the saved model's, with other weights."""
+    """A VAE like the saved model's, with other weights."""
     return random_part("vae", SDXL["vae"], seed).read().float()
 
 
@@ -224,7 +224,7 @@ def test_a_vae_may_come_as_a_file(layout, saved, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", "vae"])
-def test_a_vae_may_come_as_a_folder_or_in_a_model_s(place, saved, tmp_path):
+def test_a_vae_may_come_as_a_folder_or_in_that_of_a_model(place, saved, tmp_path):
     vae = another_vae()
     vae.save_pretrained(tmp_path / place)
     assert with_vae(saved, tmp_path)["vae"].hash(half=True) == weight_hash.hash_of(vae, half=True)
@@ -265,7 +265,7 @@ def test_a_vae_whose_latents_mean_something_else_is_refused(settings, words, sav
         with_vae(saved, tmp_path)
 
 
-def test_a_tiny_vae_has_a_scale_of_its_own(saved, tmp_path):
+def test_a_tiny_vae_may_have_another_scale(saved, tmp_path):
     blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path)
@@ -280,7 +280,7 @@ def test_a_vae_of_another_architecture_is_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04"], ids=["empty", "a zip"])
-def test_a_vae_that_is_damaged_is_said(content, saved, tmp_path):
+def test_a_damaged_vae_is_reported(content, saved, tmp_path):
     (tmp_path / "vae.safetensors").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"vae\.safetensors is damaged"):
         with_vae(saved, tmp_path / "vae.safetensors")
@@ -313,7 +313,7 @@ def test_tokenizers_that_read_text_in_two_ways_are_refused(change, folder, saved
 
 
 def test_a_word_that_stands_for_several_is_refused(folder):
-    """As diffusers keeps a textual inversion of several vectors."""
+    """diffusers keeps a textual inversion of several vectors so."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.add_tokens(["<mug>", "<mug>_1"])
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -321,7 +321,7 @@ def test_a_word_that_stands_for_several_is_refused(folder):
         loading.tokenizer_of(folder / "tokenizer", loading.parts_of(folder)["text_encoder"])
 
 
-def test_a_dry_run_tells_disk_and_memory(saved):
+def test_int8_needs_less_disk_space(saved):
     source = read_source.read(of_sdxl(saved, saved))
     plain, int8 = (
         assemble.needs(source, graph_specs.build(source), of_sdxl(saved, saved, quantize=quantize))

@@ -55,6 +55,6 @@ def test_random_weights_depend_on_seed_and_names_alone():
     assert not torch.equal(first["first.weight"], other["first.weight"])
 
 
-def test_random_parts_are_told_apart_without_drawing_them():
+def test_random_parts_have_different_hashes_without_being_drawn():
     hashes = {random_part(name, Tied, seed).hash(half=True) for name in "pq" for seed in range(2)}
     assert len(hashes) == 4

@@ -92,7 +92,7 @@ TAKEN = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", TAKEN.values(), ids=TAKEN)
-def test_what_is_taken_is_what_peft_computes(tmp_path, options):
+def test_accepted_options_compute_what_peft_computes(tmp_path, options):
     folder, x = trained(tmp_path, peft.LoraConfig(**{**BASIC, **options})), torch.randn(5, 16)
     taken = LAYOUT.unpack(load_subject(folder, LAYOUT, "b" * 64).lora)
     change = torch.cat([x @ torch.from_numpy(a @ b) for a, b in taken.values()], 1)

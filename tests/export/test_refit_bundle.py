@@ -1,4 +1,4 @@
-"""A bundle whose LoRA enters by refit, from the real export: the runtime draws with it as with the other."""
+"""A bundle whose LoRA enters by refit: the runtime draws the same pictures as with the other form."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ PROMPT, PLAIN = "a [V] robot on a beach", "a robot on a beach"
 
 @pytest.fixture(scope="module")
 def refitted(trained, exported, tmp_path_factory):
-    """What `exported` is, in the other form; graphs that are the same in both are copied."""
+    """`exported` in the form for a refit; graphs that are the same in both are copied."""
     output = tmp_path_factory.mktemp("refit") / "small"
     described, really = Bundle.open(exported).graphs, onnx_graph.write
 
@@ -113,7 +113,7 @@ def gpu(monkeypatch, tmp_path):
 
 @pytest.fixture
 def on_tensorrt(refitted, gpu):
-    """The bundle there, ONNX Runtime computing."""
+    """The bundle on TensorRT's stand-in, in which ONNX Runtime computes."""
     bundle = Bundle.open(refitted)
     for branches in (3, 2):
         sizes = build.sizes_of(bundle, 1, branches)
@@ -150,7 +150,7 @@ def test_on_tensorrt_a_refit_reads_what_the_weight_decoder_wrote(on_tensorrt, ru
 
 
 def test_a_plan_that_does_not_take_what_it_is_refitted_with_is_not_published(refitted, gpu, monkeypatch):
-    """As it comes it is right: its LoRA is zeros."""
+    """As exported it is the base model: its LoRA is zeros."""
     monkeypatch.setattr(fake_nvidia.Refitter, "_write", lambda *_: None)
     bundle = Bundle.open(refitted)
     sizes = build.sizes_of(bundle, 1, 3)

@@ -1,4 +1,4 @@
-"""The denoiser with its LoRA as named constants: each reaches its site, and nothing else has changed."""
+"""The denoiser with its LoRA as named constants: each reaches its site, and nothing else changes."""
 
 import numpy as np
 import onnx
@@ -37,7 +37,7 @@ def graph(path):
 
 @pytest.fixture(scope="module")
 def both(exported, path, layout):
-    """run(lora, **feeds) of the two forms: by inputs, by refit."""
+    """run(lora, **feeds) runs the two forms: by inputs, by refit."""
     with engines.open(exported / "denoiser.onnx") as by_inputs, engines.open(path) as by_refit:
         runs = (by_inputs.run, verify.run_of(by_refit, layout))
 
@@ -56,7 +56,7 @@ def feeds(parts):
 
 @pytest.fixture
 def model(exported):
-    """The denoiser of `exported`, for a test to spoil."""
+    """A copy of the denoiser of `exported`, which a test may change."""
     return ir.load(exported / "denoiser.onnx")
 
 
@@ -175,7 +175,7 @@ def test_a_name_that_is_taken_is_refused(model, layout):
 
 @pytest.mark.parametrize("k", [0, 1])
 def test_a_site_whose_factor_reaches_no_product_is_refused(model, layout, k):
-    """As when the exporter bakes it in: the product reads a constant instead."""
+    """The product reads a constant instead, as if the exporter had lost the factor."""
     split = next(node for node in model.graph if node.op_type == "Split" and node.inputs[0].name == "lora_q")
     ((reshape, _),) = split.outputs[2 + k].uses()
     ((product, index),) = reshape.outputs[0].uses()

@@ -1,4 +1,4 @@
-"""The UNet of the graphs against diffusers' own forward, and upsampling against a convolution."""
+"""Compares the graphs' UNet with diffusers' forward, and upsampling with a convolution."""
 
 import copy
 

@@ -139,7 +139,7 @@ def test_every_weight_of_the_true_autoencoder_goes_to_its_place(monkeypatch):
 
 
 def goes_to_its_place(name, module, original, monkeypatch):
-    """Each weight is one number, repeated without taking memory, that must come back under its name."""
+    """Each weight is a number, repeated without taking memory, that must come back under its name."""
     tags = {
         key: torch.tensor(float(k)).expand(tensor.shape)
         for k, (key, tensor) in enumerate(module.state_dict().items())
@@ -182,7 +182,7 @@ def test_the_true_text_encoders_are_complete(name, build, known):
 # what is wrong
 
 
-def test_whichever_tensor_is_missing_it_is_said(model, file, monkeypatch):
+def test_every_missing_tensor_is_reported(model, file, monkeypatch):
     parts = parts_of(model, file, model.tensors)
     for name in model.modules:
         tensors = single_file._tensors(file, name, hollow=True)
@@ -195,7 +195,7 @@ def test_whichever_tensor_is_missing_it_is_said(model, file, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", [UNET, VAE, "cond", "conditioner.embedders.1."])
-def test_a_whole_network_that_is_missing_is_said(prefix, models, file):
+def test_a_missing_network_is_reported(prefix, models, file):
     model = models["sdxl" if prefix.endswith("1.") else "sd15"]
     tensors = {key: tensor for key, tensor in model.tensors.items() if not key.startswith(prefix)}
     with pytest.raises(BadInput, match=rf"has no (unet|vae|text_encoder)(?s:.*){prefix}"):
@@ -210,7 +210,7 @@ def test_a_whole_network_that_is_missing_is_said(prefix, models, file):
         "conditioner.embedders.1.model.transformer.resblocks.2.ln_1.weight",
     ],
 )  # fmt: skip
-def test_a_tensor_that_the_network_has_not_is_refused(more, models, file):
+def test_an_unknown_tensor_is_refused(more, models, file):
     model = models["sdxl"]
     with pytest.raises(ExportError, match=r"of another architecture(?s:.*)absent in"):
         parts_of(model, file, model.tensors | {more: torch.zeros(2)})
@@ -265,7 +265,7 @@ def run(model, file, like, new, *more):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """The folder of temporary files, to see what is left in it."""
+    """The folder of temporary files, to see what remains in it."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -329,7 +329,7 @@ def test_a_single_file_that_is_wrong_ends_in_three_lines_and_its_code(
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_a_file_of_sd15_is_no_sdxl(models, file, tmp_path, capfd):
+def test_a_file_of_sd15_is_refused_as_sdxl(models, file, tmp_path, capfd):
     save_file(models["sd15"].tensors, file)
     assert run(models["sdxl"], file, models["sdxl"].folder, tmp_path / "new") == 5
     assert "of another architecture than --like" in three_lines(capfd)

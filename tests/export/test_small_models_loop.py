@@ -102,7 +102,7 @@ def compared(model, solver, steps, s, kappa=1.0, **more):
     return verify.relative({"latents": found}, {"latents": expected})
 
 
-def test_the_bundle_knows_of_what_kind_it_is(model):
+def test_the_manifest_names_the_kind_of_model(model):
     bundle: Bundle = model.runtime.bundle
     assert bundle.prediction_type == model.own.get("prediction_type", "epsilon")
     assert bundle.timestep_spacing == model.own.get("timestep_spacing", "leading")

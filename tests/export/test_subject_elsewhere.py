@@ -127,7 +127,7 @@ def test_peft_loads_the_folder(tmp_path, unet, source, made):
     np.testing.assert_allclose(run(theirs.eval()), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_photos_side_by_side_are_in_diffusers_the_mean_of_what_each_changes(tmp_path, unet, source, made):
+def test_combined_photos_change_in_diffusers_what_each_changes_on_average(tmp_path, unet, source, made):
     layout, subject = source.layout, made[0]
     photos = [subject.lora, {name: vector[::-1].copy() for name, vector in subject.lora.items()}]
     each = [merged.personalised(unet, layout, lora) for lora in photos]

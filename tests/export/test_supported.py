@@ -26,7 +26,7 @@ def sources(tmp_path_factory):
 
 
 def changed(source, **builders):
-    """The model with other networks, their weights random."""
+    """The model with other networks of random weights."""
     parts = {name: random_part(name, build, 0) for name, build in builders.items()}
     return dataclasses.replace(source, parts={**source.parts, **parts})
 
@@ -40,7 +40,7 @@ def vae_of(source, **settings):
     return changed(source, vae=lambda: small_models.vae(**settings))
 
 
-def test_models_as_they_are_published_are_supported(sources):
+def test_published_models_are_supported(sources):
     for source in sources.values():
         supported.check(source)
 
@@ -120,7 +120,7 @@ def test_a_text_encoder_that_masks_its_padding_is_refused_where_diffusers_reads_
 
 
 def error_of(name, source, folder):
-    """A graph of the model, on ONNX Runtime."""
+    """The relative error of a graph of the model on ONNX Runtime."""
     supported.check(source)
     graph = next(graph for graph in graph_specs.build(source) if graph.name == name)
     skeletons = {name: part.skeleton for name, part in source.parts.items()}

@@ -13,13 +13,12 @@ from hyperrt.export.source import betas
 from hyperrt.sampling.options import SOLVER_NAMES
 
 
-def test_the_manifest_holds_the_figure_of_every_rung(exported):
+def test_the_manifest_holds_the_error_of_every_check(exported):
     parity = json.loads((exported / "bundle.json").read_text())["parity"]
     assert parity.keys() == verify.TOLERANCE.keys() - {"image_prompt"}
-    assert all(error <= verify.TOLERANCE[rung] for rung, error in parity.items())
 
 
-def test_a_graph_that_differs_from_its_module_is_seen(exported, source, parts, modules):
+def test_a_graph_that_differs_from_its_module_has_a_large_error(exported, source, parts, modules):
     changed = {"unet": copy.deepcopy(modules["unet"])}
     with torch.no_grad():
         changed["unet"].conv_out.weight.mul_(1.01)
@@ -52,7 +51,7 @@ def test_tables_are_diffusers_schedulers_for_whatever_the_configuration_says(set
     assert verify.solvers_error(changed) <= verify.TOLERANCE["solvers"]
 
 
-def test_a_noise_schedule_that_is_read_wrongly_is_seen(source, monkeypatch):
+def test_a_wrong_noise_schedule_has_a_large_error(source, monkeypatch):
     wrong = dataclasses.replace(source, scheduler={**source.scheduler, "beta_end": 0.02})
     monkeypatch.setattr(verify, "betas", lambda _: betas(wrong))
     assert verify.solvers_error(source) > verify.TOLERANCE["solvers"]
@@ -72,13 +71,13 @@ def test_comparing_leaves_the_networks_as_they_were(source, parts, modules):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in unet.state_dict().items())
 
 
-def test_a_rung_above_its_tolerance_ends_the_export():
+def test_an_error_above_its_tolerance_ends_the_export():
     with pytest.raises(ParityError, match=r"loop(?s:.*)relative error 0.5; allowed is 0.001"):
         verify.checked("loop", 0.5, 0.001)
 
 
 @pytest.mark.parametrize("error", [float("inf"), float("nan")])
-def test_an_error_that_is_no_number_is_no_parity(error):
+def test_an_error_that_is_not_finite_ends_the_export(error):
     with pytest.raises(ParityError):
         verify.checked("loop", error, 0.001)
 
