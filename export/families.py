@@ -208,7 +208,7 @@ def _about_hypernet(path: Path) -> dict[str, Any]:
         decoder, about = checkpoint.load_hypernet(path)
         training = about["training"]
         return {
-            "base": str(training["model"]),
+            "base": str(training["base"]),
             "base_model": str(about["base_model"]),
             "token": str(about["token"]),
             "layout": decoder.layout,

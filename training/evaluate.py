@@ -38,7 +38,7 @@ from hyperrt.training.evaluation.protocols import PROTOCOLS, Entry
 from hyperrt.training.evaluation.report import PHOTOS, PICTURES, REPORT
 from hyperrt.training.evaluation.scorers import Absent, Clip, Dino, Face, Scorer
 from hyperrt.training.messages import reported
-from hyperrt.training.run.loop import stopping
+from hyperrt.training.run.signals import stopping
 
 log = logging.getLogger("hyperrt.training")
 

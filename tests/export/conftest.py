@@ -31,7 +31,7 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     torch.manual_seed(1)
     parts = base_model.load(folder / "base")
     config = TrainConfig(
-        model=str(folder / "base"), data="cache", output="hypernet",
+        base=str(folder / "base"), data="cache", output="hypernet",
         rank=2, dim=32, layers=1, iterations=2, head_dim=8,
     )  # fmt: skip
     layout = lora_layers.layout_of(parts.unet, config.rank)

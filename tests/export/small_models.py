@@ -131,7 +131,7 @@ def save_prompt(path: Path, unet: nn.Module, seed: int = 0) -> Path:
 def save_hypernet(folder: Path, base: Path, unet: nn.Module, prompt_hash: str = "", **training: Any) -> Path:
     """A hypernetwork of that base model, fresh; `training`: settings that its run had."""
     config = TrainConfig(
-        model=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8, **training
+        base=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8, **training
     )
     decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
     folder.mkdir()

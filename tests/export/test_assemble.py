@@ -162,7 +162,7 @@ def test_without_a_base_it_is_that_of_the_hypernetworks_training(trained, source
 
 
 def test_a_base_that_has_moved_since_the_training_is_asked_for(trained, tmp_path):
-    hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(model="moved"))
+    hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(base="moved"))
     with pytest.raises(NotFound, match=r"trained on moved, which is not there(?s:.*)--base BASE"):
         opened(hypernet=hypernet)
 

@@ -17,7 +17,7 @@ from hyperrt.training import pretrain
 from hyperrt.training.data import cache as data
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model.encode import encode_text
-from hyperrt.training.run.loop import Schedule
+from hyperrt.training.run.optimizer import Schedule
 from hyperrt.training.run.sample import sample
 
 SCHEDULE = Schedule(steps=4, lr=1e-3, warmup=2, log_every=1, report_every=2)
@@ -158,7 +158,7 @@ def test_the_command_mixes_cutouts_in_and_names_the_errors_of_its_options(
     caches = []
     monkeypatch.setattr(pretrain, "train", lambda out, cache, *rest: caches.append(cache))
     folder = cutout_folder(tmp_path / "cutouts", [("red", "toy")])
-    always = ["--out", str(tmp_path / "run"), "--identities", "256", "--views", "2", "--workers", "1"]
+    always = ["--output", str(tmp_path / "run"), "--identities", "256", "--views", "2", "--workers", "1"]
 
     def ended(*options):
         result = CliRunner().invoke(pretrain.main, [*always, *options])
@@ -183,7 +183,7 @@ def test_a_folder_that_is_no_base_model_is_refused_before_any_work(tmp_path, mon
 
 def test_other_settings_ask_for_force_before_they_replace_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "train", lambda *_: None)
-    always = ["--out", str(tmp_path), "--views", "2", "--workers", "1", "--identities"]
+    always = ["--output", str(tmp_path), "--views", "2", "--workers", "1", "--identities"]
     assert CliRunner().invoke(pretrain.main, [*always, "256"]).exit_code == 0
     result = CliRunner().invoke(pretrain.main, [*always, "257"])
     assert result.exit_code == 2 and "--force" in result.output

@@ -9,7 +9,7 @@ import torch
 
 from hyperrt.training.model.losses import PRIORS, REGULARISED
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.train import Trainer
+from hyperrt.training.run.trainer import Trainer
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def terms_of(trainer, step=0):
 
 def predicted(trainer, batch, lora):
     """What the model says of the batch's rows, captioned without the token."""
-    noised = trainer.noising.noised(batch.latents, batch.noise, batch.timesteps)
+    noised = trainer.loss.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     with torch.no_grad():
         return trainer.predict(noised, batch.timesteps, batch.generic, lora)
 
