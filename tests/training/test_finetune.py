@@ -180,6 +180,14 @@ def test_a_file_that_exists_is_refused_before_any_work(tmp_path, monkeypatch):
     assert out.read_bytes() == b"mine"
 
 
+def test_the_former_flag_of_the_output_still_works(tmp_path):
+    (tmp_path / "robot.safetensors").write_bytes(b"mine")
+    command = ["--base", "none", "--images", "none", "--class-noun", "robot"]
+    for flag in ("--output", "-o", "--out"):
+        result = CliRunner().invoke(dreambooth.main, [*command, flag, str(tmp_path / "robot.safetensors")])
+        assert result.exit_code == 2 and "exists" in result.output
+
+
 def test_a_missing_base_model_is_one_message(tmp_path):
     command = ["--base", str(tmp_path), "--images", ".", "--class-noun", "robot", "--output", "x.safetensors"]
     result = CliRunner().invoke(dreambooth.main, command)

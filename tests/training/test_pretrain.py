@@ -206,3 +206,13 @@ def test_a_run_that_dies_while_the_base_model_is_written_leaves_the_one_before(
     assert weights(tmp_path / "run") == weights(straight)
     before, after = ((folder / "base" / "model_index.json") for folder in (straight, tmp_path / "run"))
     assert before.read_text() == after.read_text()
+
+
+def test_former_flags_still_work_and_are_not_in_the_help(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pretrain.data, "build", lambda *arguments, **options: None)
+    monkeypatch.setattr(pretrain, "train", lambda *arguments: calls.append(arguments))
+    for output, batch in (("--output", "--batch-size"), ("--out", "--batch")):
+        assert CliRunner().invoke(pretrain.main, [output, str(tmp_path), batch, "16"]).exit_code == 0
+    assert calls[0] == calls[1]
+    assert not {"--out", "--batch"} & set(CliRunner().invoke(pretrain.main, ["--help"]).stdout.split())

@@ -54,6 +54,19 @@ def test_it_is_a_module_of_the_repository_as_well_as_of_the_installation(module)
     assert result.stdout.startswith(f"Usage: python -m {module} ")
 
 
+def test_former_flags_still_work_and_are_not_in_the_help(settings, monkeypatch):
+    configs = []
+    monkeypatch.setattr(train, "run", lambda config, *_: configs.append(config))
+    former = {"base": "model", "batch_size": "batch"}
+    for names in ({}, former):
+        flags = {names.get(name, name): value for name, value in settings.items()}
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        assert CliRunner().invoke(train.main, arguments).exit_code == 0
+    assert configs[0] == configs[1]
+    text = CliRunner().invoke(train.main, ["--help"]).stdout
+    assert not {"--model", "--batch"} & set(text.split())
+
+
 def test_a_dry_run_prints_memory_and_shapes_and_writes_nothing(settings, tmp_path):
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     result = CliRunner().invoke(train.main, [*arguments, "--dry-run"])

@@ -98,4 +98,4 @@ def test_the_rows_of_matching_are_the_batchs_own_and_of_preservation_others(trai
         batch, rows = one.draw(0)
         assert torch.equal(rows.latents, batch.latents) is own
         assert torch.equal(rows.noise, batch.noise) is own
-        assert torch.equal(rows.text, batch.generic) is own
+        assert torch.equal(rows.text.hidden_states, batch.generic.hidden_states) is own

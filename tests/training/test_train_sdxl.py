@@ -14,6 +14,7 @@ from hyperrt.training.model import base_model as bases
 from hyperrt.training.model import weight_hash
 from hyperrt.training.model.image_prompt import ImagePrompt
 from hyperrt.training.model.lora_layers import Rows, unpack
+from hyperrt.training.model.predictor import Predictor
 from hyperrt.training.run import checkpoint
 from hyperrt.training.run.config import TrainConfig
 from hyperrt.training.run.trainer import Trainer
@@ -128,8 +129,8 @@ def test_the_image_prompt_is_the_mean_of_the_photos_tokens_at_the_papers_scale(o
 def test_the_pictures_of_the_prior_have_no_image_prompt(open_settings, monkeypatch):
     trainer = Trainer(TrainConfig(**open_settings, gamma=0.5))
     seen = []
-    predict = trainer.predict
-    monkeypatch.setattr(trainer, "predict", lambda *given: seen.append(given[-1]) or predict(*given))
+    predict = Predictor.__call__
+    monkeypatch.setattr(Predictor, "__call__", lambda *given: seen.append(given[-1]) or predict(*given))
     assert torch.isfinite(trainer.step(0)).all()
     own, prior = seen[0].chunk(2)
     assert own.abs().max() > 0

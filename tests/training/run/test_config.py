@@ -30,6 +30,13 @@ def test_the_file_may_begin_with_a_byte_order_mark(tmp_path):
     assert resolve(PATHS, file=file).steps == 7
 
 
+def test_a_file_may_have_former_names(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"model": "b", "batch": 6}))
+    config = resolve({"data": "c", "output": "o"}, file=file)
+    assert (config.base, config.batch_size) == ("b", 6)
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"steps": 7, "lr": 0.5}))

@@ -103,8 +103,8 @@ def test_steps_are_put_back_where_a_fused_adamw_reads_them():
             self.optim.state[weight] = {k: v if v.dim() == 0 else v.to("meta") for k, v in values.items()}
 
     optimizer = Optimizer.__new__(Optimizer)
-    optimizer.named, optimizer.optimizer = {"weight": weight}, Sharded()
-    optimizer.restore({"weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}})
+    optimizer.named, optimizer.adamw = {"weight": weight}, Sharded()
+    optimizer._restore_moments({"weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}})
     found = optimizer.adamw.optim.state[weight]
     assert {tensor.device.type for tensor in found.values()} == {"meta"}
     assert not optimizer.adamw.state

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hyperrt.errors import IntegrityError, NumericError
+from hyperrt.errors import Incompatible, IntegrityError, NumericError
 from hyperrt.training.messages import first_line
 from hyperrt.training.run import checkpoint
 from hyperrt.training.run.loop import fit
@@ -155,6 +155,29 @@ def test_a_truncated_state_is_refused_by_name(tmp_path, length):
     os.truncate(tmp_path / checkpoint.STATE, length)
     with pytest.raises(IntegrityError, match=r"state\.safetensors is damaged"):
         train(tmp_path)
+
+
+def test_a_state_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"a pickle")
+    with pytest.raises(Incompatible, match=r"state\.pt cannot be resumed\n.*state\.safetensors\n.*remove"):
+        train(tmp_path)
+
+
+def test_moments_keep_the_memory_layout_of_their_parameters(tmp_path):
+    """AdamW's fused kernel reads a parameter and its moments in the order of their memory."""
+
+    def loss(step, generator):
+        return {"loss": net(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()}
+
+    curves = []
+    for stops in ([8], [3, 8]):
+        for steps in stops:
+            torch.manual_seed(0)
+            net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+            schedule = Schedule(steps=steps, lr=0.1, warmup=0, final_lr=1.0, log_every=1)
+            fit(tmp_path / str(len(stops)), net, loss, schedule)
+        curves.append(curve(tmp_path / str(len(stops))))
+    assert curves[0] == curves[1]
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):
