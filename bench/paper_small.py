@@ -60,7 +60,7 @@ TABLES: dict[str, Callable[[Lab], Table]] = {
 }
 OVERFIT = {"photos": 1, "cross_view": 0.0}  # as the paper trains
 # What a quick run trains with: enough to write a checkpoint.
-QUICK = {"batch": 4, "holdout": 2, "dim": 16, "layers": 1, "iterations": 1}
+QUICK = {"batch_size": 4, "holdout": 2, "dim": 16, "layers": 1, "iterations": 1}
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
     device.prepare(args.threads)
     work = args.work or world.base.parent / "bench"
     base = bases.opened(world.base)
-    training = {"steps": args.train_steps, "batch": args.train_batch, "threads": args.threads} | OVERFIT
+    training = {"steps": args.train_steps, "batch_size": args.train_batch, "threads": args.threads} | OVERFIT
     if args.quick:
         training |= QUICK
         bundle = Bundle.open(args.bundle)  # of another base model; an export takes longer than all the rest

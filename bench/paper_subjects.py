@@ -37,7 +37,7 @@ from hyperrt.training.run.config import to_json
 
 # How a hypernetwork goes on from another: at a rate that stays, and its EMA forgets the other soon.
 GOING_ON = {"lr": 3e-4, "final_lr": 1.0, "ema": 0.98}
-WHERE = ("model", "data", "output", "device", "threads")  # settings that change no result, or hardly
+WHERE = ("base", "data", "output", "device", "threads")  # settings that change no result, or hardly
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class World:
 
     def training(self, out: Path | str, **settings: Any) -> TrainConfig:
         """The settings of a training on it."""
-        return TrainConfig(model=str(self.base), data=str(self.cache), output=str(out), **settings)
+        return TrainConfig(base=str(self.base), data=str(self.cache), output=str(out), **settings)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

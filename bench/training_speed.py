@@ -33,8 +33,8 @@ from hyperrt.training.model.losses import row_loss
 from hyperrt.training.run import device
 from hyperrt.training.run.batches import Batch
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.run.loop import Descent
-from hyperrt.training.train import Trainer
+from hyperrt.training.run.optimizer import Optimizer
+from hyperrt.training.run.trainer import Trainer
 
 BARS = {"vs_plain": ">= 5"}
 SMALLER = 4  # for the growth of memory: a batch of a quarter is compared
@@ -45,11 +45,11 @@ class Plain:
     """The training loop that one writes with diffusers and PEFT; one UNet call per subject."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.config, self.layout = trainer, trainer.config, trainer.layout
-        self.regulariser = trainer.regulariser
+        self.trainer, self.config, self.layout = trainer, trainer.config, trainer.decoder.layout
+        self.regulariser = trainer.loss.regulariser
         self.decoder = copy.deepcopy(trainer.decoder)
-        self.descent = Descent(self.decoder, trainer.schedule, undecayed=("position",))
-        unet = adapted(bases.opened(self.config.model).unet, self.layout).requires_grad_(False)
+        self.optimizer = Optimizer(self.decoder, trainer.optimizer.schedule, no_decay=("position",))
+        unet = adapted(bases.opened(self.config.base).unet, self.layout).requires_grad_(False)
         self.unet = unet.to(trainer.device)
         self.slots: dict[str, tuple[nn.Module, nn.Module]] = {}
         for site in self.layout.sites:
@@ -60,7 +60,7 @@ class Plain:
 
     def alone(self, batch: Batch) -> float:
         """Gradients of the batch's loss, subject by subject; returns the loss."""
-        total, subjects = 0.0, len(batch.identities)
+        total, subjects = 0.0, len(batch.subjects)
         for k in range(subjects):
             lora = self._predicted(batch.features[k * batch.photos : (k + 1) * batch.photos], batch.photos)
             loss = self._row_loss(batch, k, {name: vector[0] for name, vector in lora.items()})
@@ -73,7 +73,7 @@ class Plain:
         """The same, the hypernetwork once: its output collects what flows back from the UNet's calls."""
         lora = self._predicted(batch.features, batch.photos)
         leaves = {name: vector.detach().requires_grad_() for name, vector in lora.items()}
-        total, subjects = 0.0, len(batch.identities)
+        total, subjects = 0.0, len(batch.subjects)
         for k in range(subjects):
             loss = self._row_loss(batch, k, {name: leaf[k] for name, leaf in leaves.items()}) / subjects
             loss.backward()
@@ -84,13 +84,13 @@ class Plain:
 
     def step(self, step: int, gradients: Callable[[Batch], float]) -> float:
         """One update; returns the loss."""
-        descent = self.descent
-        descent.optimizer.zero_grad(set_to_none=True)
+        optimizer = self.optimizer
+        optimizer.adamw.zero_grad(set_to_none=True)
         loss = gradients(self.trainer.batches.at(step))
-        nn.utils.clip_grad_norm_(descent.parameters, self.config.clip)
-        for group in descent.optimizer.param_groups:
-            group["lr"] = descent.schedule.rate(step)
-        descent.optimizer.step()
+        nn.utils.clip_grad_norm_(optimizer.parameters, self.config.clip)
+        for group in optimizer.adamw.param_groups:
+            group["lr"] = optimizer.schedule.rate(step)
+        optimizer.adamw.step()
         return loss
 
     def _predicted(self, features: Tensor, photos: int) -> dict[str, Tensor]:
@@ -104,14 +104,15 @@ class Plain:
         for path, factors in unpack(self.layout, {name: v[None] for name, v in lora.items()}).items():
             for slot, factor in zip(self.slots[path], factors, strict=True):
                 slot.weight = factor[0].T
-        targets, where, noising = self.config.targets, self.trainer.device, self.trainer.noising
+        targets, where, scheduler = self.config.targets, self.trainer.device, self.trainer.loss.scheduler
         rows = slice(subject * targets, (subject + 1) * targets)
         parts = (batch.latents, batch.noise, batch.timesteps, batch.text)
         latents, noise, timesteps, text = (part[rows].to(where) for part in parts)
         with device.autocast(where):
-            predicted = self.unet(noising.noised(latents, noise, timesteps), timesteps, text).sample
-        losses = row_loss(predicted, noising.target(latents, noise, timesteps))
-        return (losses * noising.weights(timesteps, self.config.min_snr)).mean()
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            predicted = self.unet(noisy, timesteps, text.hidden_states).sample
+        losses = row_loss(predicted, scheduler.target(latents, noise, timesteps))
+        return (losses * scheduler.min_snr_weights(timesteps, self.config.min_snr)).mean()
 
     def _regulariser(self, lora: dict[str, Tensor]) -> Tensor:
         return self.config.lambda_ * self.regulariser(lora, self.decoder.deltas(lora))
@@ -119,7 +120,7 @@ class Plain:
 
 def main() -> None:
     parser = small_world.options(__doc__)
-    parser.add_argument("--batch", type=int, default=TrainConfig.batch)
+    parser.add_argument("--batch", type=int, default=TrainConfig.batch_size)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1)
     args = parser.parse_args()
@@ -144,7 +145,7 @@ def trained(world: small_world.World, args: argparse.Namespace) -> tuple[Trainer
     few, peaks = max(1, args.batch // SMALLER), []
     for batch in (few, args.batch):
         with tempfile.TemporaryDirectory() as out:
-            trainer = Trainer(world.training(out, batch=batch, holdout=min(HOLDOUT, args.batch)))
+            trainer = Trainer(world.training(out, batch_size=batch, holdout=min(HOLDOUT, args.batch)))
         for step in range(2):  # Adam's state is there from the first update on
             trainer.step(step)
         peaks.append(report.peak_bytes() / 1e6)

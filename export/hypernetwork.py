@@ -10,11 +10,11 @@ from hyperrt.export.errors import ExportError
 from hyperrt.export.parts import ModelPart
 from hyperrt.export.source import Source
 from hyperrt.lora.layout import LoraLayout
+from hyperrt.training.messages import first_line
 from hyperrt.training.model import image_prompt, lora_layers
 from hyperrt.training.model.hypernet import decoder_of
 from hyperrt.training.run import checkpoint
 from hyperrt.training.run.config import DecoderConfig
-from hyperrt.training.run.loop import first_line
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read(path: Path) -> Hypernetwork:
         training = about["training"]
         return Hypernetwork(
             path=path,
-            base=Path(training["model"]),
+            base=Path(training["base"]),
             base_hash=str(about["base_model"]),
             token=str(about["token"]),
             layout=decoder.layout,

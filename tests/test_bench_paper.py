@@ -154,10 +154,10 @@ def test_the_plain_loop_takes_the_same_steps_as_ours(load, tmp_path):
     """Equal losses and equal gradients; then what is compared is time alone."""
     torch = pytest.importorskip("torch")
     small_world, speed = load("small_world"), load("training_speed")
-    from hyperrt.training.train import Trainer
+    from hyperrt.training.run.trainer import Trainer
 
     world = small_world.make(tmp_path, identities=8)
-    settings = {"batch": 4, "photos": 2, "holdout": 2, "dim": 16, "lambda_": 3.0, "threads": 1}
+    settings = {"batch_size": 4, "photos": 2, "holdout": 2, "dim": 16, "lambda_": 3.0, "threads": 1}
     trainer = Trainer(world.training(tmp_path / "run", **settings))
     with torch.no_grad():  # a fresh decoder predicts no change
         for vector in trainer.decoder.offsets.values():
@@ -205,7 +205,8 @@ def test_a_hypernetwork_of_table_3_is_trained_once(load, monkeypatch, tmp_path):
 
     first = trained(1.0, steps=5, threads=1)
     assert first == trained(1.0, steps=5, threads=2) and len(runs) == 1
-    assert len({first, trained(10.0, steps=5), trained(1.0, steps=6), trained(1.0, steps=5, batch=8)}) == 4
+    others = trained(10.0, steps=5), trained(1.0, steps=6), trained(1.0, steps=5, batch_size=8)
+    assert len({first, *others}) == 4
     assert len(runs) == 4
 
 

@@ -45,7 +45,7 @@ from hyperrt.training.evaluation.scorers import (
 )
 from hyperrt.training.evaluation.settings import SCORERS, EvaluateConfig
 from hyperrt.training.messages import reported
-from hyperrt.training.run.loop import stopping
+from hyperrt.training.run.signals import stopping
 
 log = logging.getLogger("hyperrt.training")
 

@@ -1,10 +1,10 @@
-"""DreamBooth with LoRA: a subject by fine-tuning, what the hypernetwork is compared with.
+"""DreamBooth with LoRA: fine-tunes a subject, for comparison with the hypernetwork.
 
-    python -m training.dreambooth --base BASE --images PHOTOS --class-noun robot --out robot.safetensors
+    python -m training.finetune --base BASE --images PHOTOS --class-noun robot -o robot.safetensors
 
-PEFT puts a LoRA beside every projection of the layout, the ones that the hypernetwork predicts, and nothing
-else learns. A step denoises photos in turn under a prompt with the subject's token. With prior preservation
-the same LoRA also keeps what the base model draws of the class, under the prompt without the token.
+PEFT adds a LoRA to every projection of the layout, the ones that the hypernetwork predicts; nothing else is
+trained. A step denoises photos in turn, with a prompt that has the subject's token. With prior preservation
+the same LoRA also keeps the base model's pictures of the class, with the prompt without the token.
 
 Shapes: n photos, latents [n, C, h, w], text [n, L, D].
 Source: arXiv 2208.12242 (DreamBooth, eq. 2), arXiv 2106.09685 (LoRA).
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hyperrt import files
 from hyperrt.bundle.bundle import Preprocess
+from hyperrt.cli.options import RenamedOption
 from hyperrt.errors import Incompatible, UsageError
 from hyperrt.lora.layout import LoraLayout
 from hyperrt.lora.subject import Subject
@@ -39,41 +40,41 @@ from hyperrt.training.model import base_model as bases
 from hyperrt.training.model.base_model import Base
 from hyperrt.training.model.encode import HALVES, encode_latents, encode_text, latents_of_pixels
 from hyperrt.training.model.lora_layers import layout_of
-from hyperrt.training.model.losses import Noising, row_loss
+from hyperrt.training.model.losses import NoiseScheduler, row_loss
 from hyperrt.training.model.weight_hash import base_hash
 from hyperrt.training.run import device
 from hyperrt.training.run.batches import spread_timesteps
-from hyperrt.training.run.loop import Descent, Schedule
+from hyperrt.training.run.optimizer import Optimizer, Schedule
 from hyperrt.training.run.sample import sample
 
 log = logging.getLogger("hyperrt.training")
 
-VAE_FACTOR = 8  # pixels of a picture's side to a latent's
-ADAPTER = "default"  # PEFT's name for the only one
+VAE_FACTOR = 8  # pixels of a picture's side per latent
+ADAPTER = "default"  # PEFT's name for a single adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothConfig:
-    """How a subject is fine-tuned.
+    """Settings of a fine-tuning.
 
     Raises:
         UsageError: a number is out of range.
     """
 
     steps: int = 400
-    batch: int = 4  # rows per step: photos in turn, each with its own noise
+    batch_size: int = 4  # rows per step: photos in turn, each with its own noise
     lr: float = 1e-3  # constant after the warm-up
     warmup: int = 10  # steps
     weight_decay: float = 1e-4
     clip: float = 1.0  # norm of the gradient
     noise_shift: float = 2.0  # as in training/run/config.py, so that both methods see the same noise
-    prior_weight: float = 0.0  # of the loss on pictures of the class; above 0 it doubles the rows
+    prior_weight: float = 0.0  # weight of the loss on pictures of the class; above 0 it doubles the rows
     prior_pictures: int = 16
     token: str = scenes.TOKEN  # stands for [V]
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "prior_pictures"):
+        for name in ("steps", "batch_size", "prior_pictures"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it must be at least 1", f"set {name}")
         for name in ("lr", "clip", "noise_shift"):
@@ -86,7 +87,7 @@ class DreamBoothConfig:
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """A subject that was fine-tuned."""
+    """A fine-tuned subject."""
 
     subject: Subject
     steps: int
@@ -103,38 +104,38 @@ def finetune(
     prompts: Sequence[str] | None = None,
     stops: Sequence[int] = (),
 ) -> list[Finetuned]:
-    """Fine-tune one subject; `base` stays as it was.
+    """Fine-tunes one subject; `base` is not changed.
 
     Args:
-        photos: as `Runtime.personalize` takes them; made square, and as large as the model's pictures.
-        noun: what the subject is, "robot".
+        photos: as `Runtime.personalize` takes them; they are cropped and resized to the model's pictures.
+        noun: the class of the subject, "robot".
         layout: the sites and the rank of the LoRA.
-        prompts: what each photo shows, "a [V] robot in a forest"; None: "a [V] robot" of each.
-        stops: also keep what was learned after so many steps; the rate is constant, so each is what a run of
-            so many steps gives.
+        prompts: a caption for each photo, "a [V] robot in a forest"; None: "a [V] robot" for each.
+        stops: numbers of steps after which to keep the subject, too. The learning rate is constant, so each
+            equals the result of a shorter run.
 
     Returns:
-        One for each of `stops` in rising order, the last after all the steps.
+        A subject for each stop in rising order, then the one after all steps.
 
     Raises:
         BadInput: no photo can be used.
         BadPrompt: a prompt is empty, or does not name the subject.
-        UsageError: not one prompt for each photo, a stop outside the run, or an SDXL.
-        Incompatible: the model has no such site.
+        UsageError: prompts and photos differ in number, a stop is outside the run, or the model is SDXL.
+        Incompatible: the model lacks a site of the layout.
         NumericError: the loss is not a finite number.
     """
-    if base.text_encoder_2 is not None:
-        why = "its UNet also reads pooled text and sizes, which no step here gives it"
-        raise UsageError("an SDXL cannot be fine-tuned", why, "take a base model with one text encoder")
-    wanted = sorted({*stops, config.steps})
-    if wanted[0] < 1 or wanted[-1] > config.steps:
-        why = f"stops are {wanted}, the run has {config.steps} steps"
+    if base.is_sdxl:
+        why = "its UNet also reads pooled text and sizes, which the fine-tuning does not pass"
+        raise UsageError("SDXL cannot be fine-tuned", why, "use a base model with one text encoder")
+    stops = sorted({*stops, config.steps})
+    if stops[0] < 1 or stops[-1] > config.steps:
+        why = f"stops are {stops}, the run has {config.steps} steps"
         raise UsageError("a stop is outside the run", why, "set more steps, or leave the stop out")
     pictures = read_photos(photos)
     prompts = [f"a [V] {noun}"] * len(pictures) if prompts is None else prompts
     if len(prompts) != len(pictures):
         why = f"there are {len(prompts)} prompts and {len(pictures)} usable photos"
-        raise UsageError("prompts and photos do not go together", why, "give one prompt for each photo")
+        raise UsageError("prompts and photos differ in number", why, "give one prompt for each photo")
     texts = [split_prompt(prompt, noun, config.token) for prompt in prompts]
     origin = {"base_model": base_hash(base.unet), "hypernet": "", "class_noun": noun}
     origin |= {"photos": str(len(pictures)), "trigger": config.token}
@@ -142,20 +143,19 @@ def finetune(
     own = latents_of(base, pictures), encode_text(base, [text.subject for text in texts])
     prior = _prior(base, [text.generic for text in texts], config) if config.prior_weight else None
     tuning = _Tuning(base, layout, config, own, prior)
-    found = []
+    results = []
     for step in range(config.steps):
         loss = tuning.step(step)
-        if step + 1 in wanted:
+        if step + 1 in stops:
             factors = layout.pack(tuning.factors())
-            seconds = time.perf_counter() - began
             subject = Subject(factors, noun, len(pictures), origin, layout=layout)
-            found.append(Finetuned(subject, step + 1, seconds, loss))
-    return found
+            results.append(Finetuned(subject, step + 1, time.perf_counter() - began, loss))
+    return results
 
 
 @torch.no_grad()
 def latents_of(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures [H, W, 3] uint8 of any sizes => latents as the UNet takes them, [n, C, h, w]."""
+    """Pictures [H, W, 3] uint8 of any size => latents as the UNet takes them, [n, C, h, w]."""
     size = VAE_FACTOR * base.unet.config.sample_size
     square = preprocess(pictures, Preprocess(size, HALVES, HALVES, "bicubic", "center"))
     return latents_of_pixels(base, torch.from_numpy(square))
@@ -163,14 +163,18 @@ def latents_of(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
 
 @torch.no_grad()
 def _prior(base: Base, generic: Sequence[str], config: DreamBoothConfig) -> tuple[Tensor, Tensor]:
-    """Latents and text of pictures of the class, as the base model draws them; their prompts in turn."""
-    texts = [generic[k % len(generic)] for k in range(config.prior_pictures)]
-    drawn = sample(base, texts, seed=config.seed)
-    return encode_latents(base, drawn), encode_text(base, texts)
+    """Latents and text of pictures of the class that the base model draws, one prompt after the other."""
+    prompts = [generic[k % len(generic)] for k in range(config.prior_pictures)]
+    pictures = sample(base, prompts, seed=config.seed)
+    return encode_latents(base, pictures), encode_text(base, prompts)
 
 
 class _Tuning:
-    """A copy of the UNet with a LoRA by PEFT, and the descent of that LoRA."""
+    """A copy of the UNet with PEFT's LoRA, and the LoRA's optimizer.
+
+    Args:
+        own, prior: latents and text of the photos, and of pictures of the class.
+    """
 
     def __init__(
         self,
@@ -183,59 +187,61 @@ class _Tuning:
         self.layout, self.config = layout, config
         self.own, self.prior = own, prior
         self.device = next(base.unet.parameters()).device
-        self.noising = Noising(base.scheduler, self.device)
+        self.scheduler = NoiseScheduler(base.scheduler, self.device)
         self.unet = adapted(base.unet, layout, config.seed)
         self.unet.to(memory_format=torch.channels_last)
-        learning = [p for p in self.unet.parameters() if p.requires_grad]
+        trained = [p for p in self.unet.parameters() if p.requires_grad]
         schedule = Schedule(
             steps=config.steps, lr=config.lr, warmup=config.warmup, final_lr=1.0, ema=0.0,
             weight_decay=config.weight_decay, clip=config.clip,
         )  # fmt: skip
-        self.descent = Descent(nn.ParameterList(learning), schedule)
+        self.optimizer = Optimizer(nn.ParameterList(trained), schedule)
 
     def step(self, step: int) -> float:
         """One update; returns the loss."""
         loss = self._loss(step, *self.own, stream=0)
         if self.prior is not None:
             loss = loss + self.config.prior_weight * self._loss(step, *self.prior, stream=1)
-        return float(self.descent.step(step, {"loss": loss})[0])
+        return float(self.optimizer.step(step, {"loss": loss})[0])
 
     def _loss(self, step: int, latents: Tensor, text: Tensor, stream: int) -> Tensor:
-        rows = self.config.batch
-        who = torch.arange(step * rows, (step + 1) * rows) % len(latents)
+        rows = self.config.batch_size
+        photos = torch.arange(step * rows, (step + 1) * rows) % len(latents)
         rng = np.random.default_rng([self.config.seed, stream, step])
-        noise = torch.from_numpy(rng.standard_normal((rows, *latents.shape[1:]), np.float32))
-        spread = spread_timesteps(rng, rows, self.config.noise_shift, self.noising.steps)
+        noise = torch.from_numpy(rng.standard_normal((rows, *latents.shape[1:]), np.float32)).to(self.device)
+        spread = spread_timesteps(rng, rows, self.config.noise_shift, self.scheduler.train_timesteps)
         timesteps = torch.from_numpy(spread).to(self.device)
-        clean, noise = latents[who], noise.to(self.device)
-        noised = self.noising.noised(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        clean = latents[photos]
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
         with device.autocast(self.device):
-            predicted = self.unet(noised, timesteps, text[who]).sample
-        return row_loss(predicted, self.noising.target(clean, noise, timesteps)).mean()
+            predicted = self.unet(noisy, timesteps, text[photos]).sample
+        return row_loss(predicted, self.scheduler.target(clean, noise, timesteps)).mean()
 
     def factors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """What was learned, by path, in our orientation: A [d_in, r], B [r, d_out]."""
-        found = {}
+        """The LoRA's factors by path, as `LoraLayout.pack` takes them: A [d_in, r], B [r, d_out]."""
+        factors = {}
         for site in self.layout.sites:
             layer = self.unet.get_submodule(site.path)
             a, b = (part[ADAPTER].weight.detach().cpu().numpy() for part in (layer.lora_A, layer.lora_B))
-            found[site.path] = (a.T, layer.scaling[ADAPTER] * b.T)
-        return found
+            factors[site.path] = (a.T, layer.scaling[ADAPTER] * b.T)
+        return factors
 
 
 def adapted(unet: nn.Module, layout: LoraLayout, seed: int = 0) -> nn.Module:
-    """A frozen copy of a UNet with PEFT's LoRA on the sites of a layout: A random, B zero, scale 1.
+    """A frozen copy of a UNet with PEFT's LoRA on the sites of a layout; A is random, B zero, the scale 1.
 
     Raises:
-        Incompatible: the UNet lacks a site, or it has another size.
+        Incompatible: the UNet lacks a site, or has it in another size.
     """
     unet = copy.deepcopy(unet).eval().requires_grad_(False)
     linear = {path: module for path, module in unet.named_modules() if isinstance(module, nn.Linear)}
     for site in layout.sites:
-        found = linear.get(site.path)
-        if found is None or (found.in_features, found.out_features) != (site.d_in, site.d_out):
-            why = f"the layout wants {site.path}: {site.d_in} to {site.d_out}; the model has {found}"
-            raise Incompatible("the LoRA layout does not fit the base model", why, "use its own")
+        module = linear.get(site.path)
+        if module is None or (module.in_features, module.out_features) != (site.d_in, site.d_out):
+            why = f"the layout has {site.path}: {site.d_in} to {site.d_out}; the model has {module}"
+            do = "use the layout of this base model"
+            raise Incompatible("the LoRA layout does not fit the base model", why, do)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         paths = [site.path for site in layout.sites]
@@ -246,31 +252,37 @@ def adapted(unet: nn.Module, layout: LoraLayout, seed: int = 0) -> nn.Module:
 @click.command(context_settings={"show_default": True})
 @click.option("--base", "folder", required=True, help="Folder of the base model.")
 @click.option("--images", required=True, help="Folder of photos, or one photo.")
-@click.option("--class-noun", required=True, help='What the subject is: "robot".')
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The subject file.")
-@click.option("--steps", type=int, default=DreamBoothConfig.steps)
-@click.option("--rank", type=click.IntRange(1), default=4, help="As the hypernetwork's, to use its bundle.")
+@click.option("--class-noun", required=True, help='The class of the subject, such as "robot".')
+@click.option(
+    "--output", "-o", cls=RenamedOption, former=["--out"], required=True, type=click.Path(path_type=Path),
+    help="The subject file.",
+)
+@click.option("--steps", type=int, default=DreamBoothConfig.steps, help="Optimizer steps.")
+@click.option("--rank", type=click.IntRange(1), default=4, help="Rank of the LoRA; that of the bundle.")
 @click.option("--lr", type=float, default=DreamBoothConfig.lr, help="Learning rate.")
-@click.option("--prior-weight", type=float, default=DreamBoothConfig.prior_weight)
-@click.option("--seed", type=int, default=DreamBoothConfig.seed)
-@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: its own choice].")
+@click.option(
+    "--prior-weight", type=float, default=DreamBoothConfig.prior_weight,
+    help="Weight of the loss on the base model's pictures of the class.",
+)
+@click.option("--seed", type=int, default=DreamBoothConfig.seed, help="Seed of all random numbers.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: PyTorch's choice].")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def main(
-    folder: str, images: str, class_noun: str, out: Path, steps: int, rank: int, lr: float,
+    folder: str, images: str, class_noun: str, output: Path, steps: int, rank: int, lr: float,
     prior_weight: float, seed: int, threads: int | None, force: bool,
 ) -> None:  # fmt: skip
     """Fine-tune a LoRA on the photos of one subject."""
     with reported():
         config = DreamBoothConfig(steps=steps, lr=lr, prior_weight=prior_weight, seed=seed)
-        files.check_file(out, force)  # known before the work, not after
+        files.check_file(output, force)  # before the work, not after it
         device.prepare(threads)
         base = bases.opened(folder)
         for module in (base.unet, base.vae, base.text_encoder):
             module.to(device.pick())
         layout = layout_of(base.unet, rank)
-        done = finetune(base, images, class_noun, layout, config)[-1]
-        done.subject.save(out, force=force)
-        log.info("%s: %d steps in %.0f s, loss %.4g", out, done.steps, done.seconds, done.loss)
+        result = finetune(base, images, class_noun, layout, config)[-1]
+        result.subject.save(output, force=force)
+        log.info("%s: %d steps in %.0f s, loss %.4g", output, result.steps, result.seconds, result.loss)
 
 
 if __name__ == "__main__":

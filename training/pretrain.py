@@ -1,12 +1,12 @@
-"""Trains the `tiny` base model from nothing: `hyperrt pretrain --out RUN`.
+"""Trains the `tiny` base model from scratch: `hyperrt pretrain --output RUN`.
 
-Stages, each resumable, in RUN/<stage>/ with log.jsonl, state.pt and sample sheets:
+Stages, each resumable, in RUN/<stage>/ with log.jsonl, state.safetensors and sample sheets:
 
     cache          draws the scenes, of drawn subjects and cut-outs       training/data/cache.py, cutouts.py
     vae            autoencoder: pixels <-> latents [C, 8, 8]
     image_encoder  ViT, contrastive on two views of a subject (InfoNCE)
     latents        encodes the cache, so that the UNet trains on latents alone
-    decoder        the autoencoder's second half goes on alone, on whole pictures
+    decoder        trains the autoencoder's decoder further, on whole pictures
     unet           UNet and text encoder together, denoising captioned latents
 
 The result is RUN/base, a folder in diffusers' format (training/model/base_model.py).
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from hyperrt import files
+from hyperrt.cli.options import RenamedOption
 from hyperrt.session.decode import pictures_from_pixels
 from hyperrt.training.data import cache as data
 from hyperrt.training.data import clip_tokenizer, cutouts, scenes
@@ -35,7 +36,8 @@ from hyperrt.training.model import base_model as bases
 from hyperrt.training.model.lora_layers import install
 from hyperrt.training.run import contrastive, device
 from hyperrt.training.run.contrastive import held_out, pictures, train_image_encoder
-from hyperrt.training.run.loop import Schedule, fit
+from hyperrt.training.run.loop import fit
+from hyperrt.training.run.optimizer import Schedule
 from hyperrt.training.run.sample import sample, write_sheet
 
 log = logging.getLogger("hyperrt.training")
@@ -50,7 +52,7 @@ IMAGE_ENCODER = Schedule(steps=650, lr=1e-3, warmup=100, ema=0.99, report_every=
 UNET = Schedule(steps=3000, lr=6e-4, warmup=100, ema=0.999, report_every=500)
 LATENT_NOISE = 0.1  # in standard deviations of the latents
 TEXT_DROPOUT = 0.1
-DESCRIBED = 0.5  # of the captions; the others know the noun alone
+DESCRIBED = 0.5  # share of captions with a description; the others have the noun alone
 
 STAGES = ("vae", "image_encoder", "decoder", "unet")
 PATH = click.Path(path_type=Path)
@@ -60,18 +62,19 @@ VIEWS = click.IntRange(2, len(scenes.BACKGROUNDS))
 
 
 def draw(cache: data.PictureCache, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Random (identities, views) [count] of the training part."""
-    identities, views = cache.shape
+    """Random training (subjects, views), each [count]."""
+    subjects, views = cache.shape
     return (
-        torch.randint(identities - contrastive.VALIDATION, (count,), generator=generator),
+        torch.randint(subjects - contrastive.VALIDATION, (count,), generator=generator),
         torch.randint(views, (count,), generator=generator),
     )
 
 
 def train_vae(out: Path, cache: data.PictureCache, schedule: Schedule, batch: int, seed: int) -> nn.Module:
-    """L1 and L2 on pixels. Crops of a quarter of the area at first: early on, steps count and not pixels.
+    """Minimises L1 and L2 on pixels, at first on crops of a quarter of the area: early on, the number of
+    steps counts more than that of pixels.
 
-    Noise on the latents makes the decoder forgive the small errors of the UNet.
+    Noise on the latents makes the decoder robust to the UNet's small errors.
     """
     torch.manual_seed(seed)
     vae = bases.tiny_vae().to(device.pick(), memory_format=torch.channels_last)
@@ -96,18 +99,18 @@ def train_vae(out: Path, cache: data.PictureCache, schedule: Schedule, batch: in
 def refine_decoder(
     out: Path, cache: data.PictureCache, vae: nn.Module, schedule: Schedule, batch: int, seed: int
 ) -> None:
-    """Trains the decoder of `vae` further from the cached latents: to the UNet nothing changes."""
+    """Trains the decoder of `vae` further on the cached latents, so that the UNet's latents stay the same."""
     latents, scale = cache.latents, vae.config.scaling_factor
     decoder = copy.deepcopy(vae.decoder).requires_grad_(True)
 
     def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
-        who, view = draw(cache, batch, generator)
-        clean = torch.from_numpy(latents[who.numpy(), view.numpy()].astype(np.float32))
-        noised = clean + LATENT_NOISE * torch.randn(clean.shape, generator=generator)
-        real = pictures(cache, who, view)
-        fake = decoder((noised / scale).to(real)).float()
+        subjects, views = draw(cache, batch, generator)
+        clean = torch.from_numpy(latents[subjects.numpy(), views.numpy()].astype(np.float32))
+        noisy = clean + LATENT_NOISE * torch.randn(clean.shape, generator=generator)
+        real = pictures(cache, subjects, views)
+        fake = decoder((noisy / scale).to(real)).float()
         losses = _pixel_losses(fake, real)
-        # Neighbours' differences: what is soft in a picture is wrong here.
+        # Differences of neighbouring pixels: they penalise blur.
         edges = F.l1_loss(fake.diff(dim=2), real.diff(dim=2)) + F.l1_loss(fake.diff(dim=3), real.diff(dim=3))
         return {**losses, "loss": losses["loss"] + edges, "edges": edges}
 
@@ -127,7 +130,7 @@ def _pixel_losses(fake: Tensor, real: Tensor) -> Mapping[str, Tensor]:
 def _reconstruct(
     out: Path, step: int, cache: data.PictureCache, encoder: nn.Module, decoder: nn.Module
 ) -> Mapping[str, float]:
-    """Held-out pictures through both halves: their PSNR in dB, and a sheet."""
+    """Encodes and decodes held-out pictures; returns their PSNR in dB and writes a sheet."""
     real = pictures(cache, *held_out(cache, 32, 0))
     fake = decoder(encoder(real)).clamp(-1, 1)
     strips = [pictures_from_pixels(x.cpu().numpy()) for x in (real, fake)]
@@ -138,20 +141,19 @@ def _reconstruct(
 
 @torch.no_grad()
 def encode_latents(vae: nn.Module, cache: data.PictureCache) -> None:
-    """Writes latents.npy beside the pictures, scaled to unit deviation; sets the VAE's scaling_factor."""
-    identities, views = cache.shape
+    """Writes latents.npy to the cache, scaled to a standard deviation of 1; sets the VAE's scaling_factor."""
+    subjects, views = cache.shape
     side = bases.IMAGE_SIZE // 8
     aside = cache.path / f"{data.LATENTS}.part"
     latents = np.lib.format.open_memmap(
-        aside, "w+", np.float16, (identities, views, bases.LATENT_CHANNELS, side, side)
+        aside, "w+", np.float16, (subjects, views, bases.LATENT_CHANNELS, side, side)
     )
-    who = torch.arange(identities)
-    for part in who.split(128):
+    for part in torch.arange(subjects).split(128):
         pixels = torch.cat([pictures(cache, part, torch.full_like(part, view)) for view in range(views)])
         mean = vae.encode(pixels).latents
         latents[part.numpy()] = mean.unflatten(0, (views, len(part))).transpose(0, 1).cpu().numpy()
     scale = 1 / float(latents[:1024].astype(np.float32).std())
-    for part in np.array_split(np.arange(identities), 64):
+    for part in np.array_split(np.arange(subjects), 64):
         latents[part] = latents[part].astype(np.float32) * scale
     latents.flush()
     aside.replace(cache.path / data.LATENTS)
@@ -159,7 +161,7 @@ def encode_latents(vae: nn.Module, cache: data.PictureCache) -> None:
 
 
 class Denoiser(nn.Module):
-    """What the last stage trains: UNet and text encoder as one module."""
+    """UNet and text encoder as one module, for the last stage."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -173,36 +175,37 @@ class Denoiser(nn.Module):
 def train_unet(
     out: Path, cache: data.PictureCache, parts: bases.Base, schedule: Schedule, batch: int, seed: int
 ) -> bases.Base:
-    """Denoises cached latents under their captions: half of them described, a quarter with the token.
+    """Denoises cached latents with their captions: half of them described, a quarter with the token.
 
-    The token means nothing yet. A description does: only what the text can say does the cross-attention
-    learn to draw, and a LoRA can say no more than that.
+    The token has no meaning yet. The descriptions do: the cross-attention learns to draw only what a text
+    can say, and a LoRA on the cross-attention can say no more.
     """
-    where = device.pick()
+    target = device.pick()
     install(parts.unet)  # its attention is faster on a CPU
-    model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder).to(where)
+    model = Denoiser(parts.unet.to(memory_format=torch.channels_last), parts.text_encoder).to(target)
     latents, (plain, token, described) = cache.latents, _caption_ids(cache, parts)
     empty = bases.tokens(parts.tokenizer, [""])[0]
 
     def loss(step: int, generator: Generator) -> Mapping[str, Tensor]:
-        who, view = draw(cache, batch, generator)
-        clean = torch.from_numpy(latents[who.numpy(), view.numpy()].astype(np.float32))
+        subjects, views = draw(cache, batch, generator)
+        clean = torch.from_numpy(latents[subjects.numpy(), views.numpy()].astype(np.float32))
         clean = clean.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(clean.shape, generator=generator)
         time = torch.randint(parts.scheduler.config.num_train_timesteps, (batch,), generator=generator)
-        text = torch.where(_chance(0.5, batch, generator), plain[who, view], token[who, view])
-        text = torch.where(_chance(DESCRIBED, batch, generator), described[who, view], text)
+        text = torch.where(_chance(0.5, batch, generator), plain[subjects, views], token[subjects, views])
+        text = torch.where(_chance(DESCRIBED, batch, generator), described[subjects, views], text)
         text = torch.where(_chance(TEXT_DROPOUT, batch, generator), empty, text)
-        noised = parts.scheduler.add_noise(clean, noise, time)
-        predicted = model(noised.to(where), time.to(where), text.to(where)).float()
-        return {"loss": F.mse_loss(predicted, parts.scheduler.get_velocity(clean, noise, time).to(where))}
+        noisy = parts.scheduler.add_noise(clean, noise, time)
+        predicted = model(noisy.to(target), time.to(target), text.to(target)).float()
+        velocity = parts.scheduler.get_velocity(clean, noise, time)
+        return {"loss": F.mse_loss(predicted, velocity.to(target))}
 
     def report(step: int, ema: nn.Module) -> Mapping[str, float]:
-        now = _with(parts, ema)
+        base = _with(parts, ema)
         rows = []
         for noun in scenes.NOUNS:
             prompts = [scenes.caption(noun, place) for place in scenes.BACKGROUNDS]
-            rows.append(list(sample(now, prompts, guidance_scale=1.5, steps=20, seed=step)))
+            rows.append(list(sample(base, prompts, guidance_scale=1.5, steps=20, seed=step)))
         write_sheet(out / f"{step:06d}.png", rows)
         return {}
 
@@ -214,10 +217,10 @@ def _with(parts: bases.Base, model: nn.Module) -> bases.Base:
 
 
 def _caption_ids(cache: data.PictureCache, parts: bases.Base) -> Tensor:
-    """Token ids [3, N, V, L]: without and with the subject's token, and described."""
-    where = [index.ravel() for index in np.indices(cache.shape)]
-    texts = [cache.captions(*where), cache.captions(*where, scenes.TOKEN), cache.described(*where)]
-    return torch.stack([bases.tokens(parts.tokenizer, one) for one in texts]).unflatten(1, cache.shape)
+    """Token ids [3, N, V, L] of every picture's captions: without and with the token, and described."""
+    every = [index.ravel() for index in np.indices(cache.shape)]
+    captions = [cache.captions(*every), cache.captions(*every, scenes.TOKEN), cache.described(*every)]
+    return torch.stack([bases.tokens(parts.tokenizer, texts) for texts in captions]).unflatten(1, cache.shape)
 
 
 def _chance(share: float, count: int, generator: Generator) -> Tensor:
@@ -230,48 +233,54 @@ def _scaled(schedule: Schedule, scale: float) -> Schedule:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--out", type=PATH, required=True, help="Folder of the run; an unfinished one goes on.")
-@click.option("--cache", "cache_path", type=PATH, help="Folder of the scenes [default: OUT/cache].")
+@click.option(
+    "--output", "-o", cls=RenamedOption, former=["--out"], type=PATH, required=True,
+    help="Folder of the run; an unfinished run in it is continued.",
+)
+@click.option("--cache", "cache_path", type=PATH, help="Folder of the scenes [default: OUTPUT/cache].")
 @click.option("--identities", type=SUBJECTS, default=12000, help="Subjects to draw.")
 @click.option("--views", type=VIEWS, default=4, help="Scenes per subject.")
 @click.option("--cutouts", "cutouts_path", type=PATH, help="Folder of RGBA cut-outs to mix in.")
-@click.option("--cutout-share", type=SHARE, default=data.CUTOUT_SHARE, help="Of the subjects.")
-@click.option("--scale", type=FACTOR, default=1.0, help="Factor on the steps of every stage.")
-@click.option("--batch", type=click.IntRange(8), default=64, help="Rows of a step; autoencoder: an eighth.")
-@click.option("--seed", type=click.IntRange(0), default=0)
-@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: its own choice].")
-@click.option("--workers", type=click.IntRange(1), default=2, help="Processes that draw.")
+@click.option("--cutout-share", type=SHARE, default=data.CUTOUT_SHARE, help="Subjects from cut-outs.")
+@click.option("--scale", type=FACTOR, default=1.0, help="Factor for the steps of every stage.")
+@click.option(
+    "--batch-size", cls=RenamedOption, former=["--batch"], type=click.IntRange(8), default=64,
+    help="Rows per step; the autoencoder's are an eighth.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of all random numbers.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch [default: PyTorch's choice].")
+@click.option("--workers", type=click.IntRange(1), default=2, help="Processes that draw the scenes.")
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], help="Last stage.")
-@click.option("--force", is_flag=True, help="Replace a finished cache of other settings.")
+@click.option("--force", is_flag=True, help="Replace a finished cache that has other settings.")
 def main(
-    out: Path, cache_path: Path | None, identities: int, views: int, cutouts_path: Path | None,
-    cutout_share: float, scale: float, batch: int, seed: int, threads: int | None, workers: int, until: str,
-    force: bool,
+    output: Path, cache_path: Path | None, identities: int, views: int, cutouts_path: Path | None,
+    cutout_share: float, scale: float, batch_size: int, seed: int, threads: int | None, workers: int,
+    until: str, force: bool,
 ) -> None:  # fmt: skip
-    """Train the tiny base model from nothing and write OUT/base. Started again, it goes on where it was.
+    """Train the tiny base model from scratch and write OUTPUT/base. To resume, run the same command again.
 
     \b
     Examples:
-      hyperrt pretrain --out runs/world
-      hyperrt pretrain --out runs/quick --scale 0.02 --identities 200
+      hyperrt pretrain --output runs/world
+      hyperrt pretrain --output runs/quick --scale 0.02 --identities 200
     """
     with reported():
         device.prepare(threads)
-        found = cutouts.load(cutouts_path) if cutouts_path else None
+        subjects = cutouts.load(cutouts_path) if cutouts_path else None
         cache = data.build(
-            cache_path or out / "cache", identities, views, bases.IMAGE_SIZE,
-            workers=workers, cutouts=found, share=cutout_share, force=force,
+            cache_path or output / "cache", identities, views, bases.IMAGE_SIZE,
+            workers=workers, cutouts=subjects, share=cutout_share, force=force,
         )  # fmt: skip
-        train(out, cache, scale, batch, seed, until)
+        train(output, cache, scale, batch_size, seed, until)
 
 
 def train(out: Path, cache: data.PictureCache, scale: float, batch: int, seed: int, until: str) -> None:
-    """All stages, to the one that `until` names; a finished one is read and not repeated.
+    """Runs the stages up to `until`; a finished stage is read and not repeated.
 
-    But for the latents, which take a minute: the scale of the VAE comes with them.
+    Only the latents are always encoded again, which takes a minute: that also sets the VAE's scale.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files.check_folder(out / "base", "model_index.json", force=True)  # known before the work, not after
+    files.check_folder(out / "base", "model_index.json", force=True)  # before the work, not after it
     vae = train_vae(out / "vae", cache, _scaled(VAE, scale), max(1, batch // 8), seed)
     if until == "vae":
         return

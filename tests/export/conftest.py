@@ -19,7 +19,7 @@ TINY_BASE = Path(__file__).resolve().parents[1] / "training" / "tiny_base.py"
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Folders of a base model and its hypernetwork: `base`, `hypernet`."""
-    from hyperrt.training.model import base_model, lora_layers
+    from hyperrt.training.model import base_model, lora_layers, weight_hash
     from hyperrt.training.model.hypernet import decoder_of
     from hyperrt.training.run import checkpoint
     from hyperrt.training.run.config import TrainConfig
@@ -33,7 +33,7 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     torch.manual_seed(1)
     parts = base_model.load(folder / "base")
     config = TrainConfig(
-        model=str(folder / "base"), data="cache", output="hypernet",
+        base=str(folder / "base"), data="cache", output="hypernet",
         rank=2, dim=32, layers=1, iterations=2, head_dim=8,
     )  # fmt: skip
     layout = lora_layers.layout_of(parts.unet, config.rank)

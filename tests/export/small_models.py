@@ -23,7 +23,7 @@ from hyperrt.export.parts import random_part
 from hyperrt.export.random_sources import with_decoder
 from hyperrt.export.source import Source
 from hyperrt.training.data import clip_tokenizer
-from hyperrt.training.model import image_prompt, lora_layers
+from hyperrt.training.model import image_prompt, lora_layers, weight_hash
 from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.hypernet import decoder_of
 from hyperrt.training.run import checkpoint
@@ -131,9 +131,9 @@ def save_prompt(path: Path, unet: nn.Module, seed: int = 0) -> Path:
 def save_hypernet(folder: Path, base: Path, unet: nn.Module, prompt_hash: str = "", **training: Any) -> Path:
     """Saves a fresh hypernetwork of that base model; `training`: settings of its run."""
     config = TrainConfig(
-        model=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8, **training
+        base=str(base), data="c", output="h", rank=2, dim=16, layers=1, head_dim=8, **training
     )
     decoder = decoder_of(lora_layers.layout_of(unet, 2), 16, config.decoder)
     folder.mkdir()
-    checkpoint.save_hypernet(folder, decoder, config, 1, checkpoint.hash_of(unet, half=True), prompt_hash)
+    checkpoint.save_hypernet(folder, decoder, config, 1, weight_hash.hash_of(unet, half=True), prompt_hash)
     return folder

@@ -175,7 +175,7 @@ def test_the_default_base_model_is_that_of_the_training(trained, source):
 
 
 def test_a_base_model_that_moved_after_the_training_is_asked_for(trained, tmp_path):
-    hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(model="moved"))
+    hypernet = edited_hypernet(trained, tmp_path, lambda about: about["training"].update(base="moved"))
     with pytest.raises(NotFound, match=r"trained on moved, which is not there(?s:.*)--base BASE"):
         read_source.read(config("tiny", hypernet=hypernet))
 

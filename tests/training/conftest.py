@@ -44,10 +44,10 @@ def parts(world):
 def short_run(world) -> dict:
     """Settings of a run of a few steps, without its folder."""
     return {
-        "model": str(world.base),
+        "base": str(world.base),
         "data": str(world.cache),
         "steps": 6,
-        "batch": 4,
+        "batch_size": 4,
         "rank": 2,
         "dim": 16,
         "layers": 1,

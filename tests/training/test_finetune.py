@@ -19,7 +19,7 @@ from hyperrt.training.finetune import DreamBoothConfig, finetune
 from hyperrt.training.model import weight_hash
 from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack
 
-CONFIG = DreamBoothConfig(steps=6, batch=2, lr=0.02, warmup=0)
+CONFIG = DreamBoothConfig(steps=6, batch_size=2, lr=0.02, warmup=0)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_base_model_stays_as_it_was(parts, photos, layout):
 
 
 def test_the_loss_falls_on_the_photos(parts, photos, layout):
-    config = dataclasses.replace(CONFIG, steps=30, batch=6)
+    config = dataclasses.replace(CONFIG, steps=30, batch_size=6)
     stops = finetune(parts, photos, "robot", layout, config, stops=range(1, 30))
     losses = [one.loss for one in stops]
     assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5])
@@ -145,7 +145,7 @@ def test_a_subject_of_a_large_base_model_fits_its_bundle(parts, photos, layout):
 
 
 def test_an_sdxl_is_refused(sdxl, photos):
-    with pytest.raises(UsageError, match="an SDXL cannot be fine-tuned") as caught:
+    with pytest.raises(UsageError, match="SDXL cannot be fine-tuned") as caught:
         finetune(sdxl.base, photos, "robot", layout_of(sdxl.base.unet, 2), CONFIG)
     assert caught.value.why and caught.value.do
 
@@ -162,7 +162,7 @@ def test_the_command_writes_a_subject_file_that_the_layout_reads(world, parts, p
         Image.fromarray(photo).save(tmp_path / "photos" / f"{k}.png")
     out = tmp_path / "robot.safetensors"
     command = ["--base", str(world.base), "--images", str(tmp_path / "photos"), "--class-noun", "robot"]
-    command += ["--out", str(out), "--steps", "2", "--rank", "2"]
+    command += ["--output", str(out), "--steps", "2", "--rank", "2"]
     result = CliRunner().invoke(dreambooth.main, command)
     assert result.exit_code == 0, result.output
     subject = load_subject(out, layout, weight_hash.hash_of(parts.unet))
@@ -174,15 +174,23 @@ def test_a_file_that_exists_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(dreambooth.bases, "opened", lambda folder: pytest.fail("the model was read"))
     out = tmp_path / "robot.safetensors"
     out.write_bytes(b"mine")
-    command = ["--base", "none", "--images", "none", "--class-noun", "robot", "--out", str(out)]
+    command = ["--base", "none", "--images", "none", "--class-noun", "robot", "--output", str(out)]
     result = CliRunner().invoke(dreambooth.main, command)
     assert result.exit_code == 2
     assert "exists" in result.output and "--force" in result.output
     assert out.read_bytes() == b"mine"
 
 
+def test_the_former_flag_of_the_output_still_works(tmp_path):
+    (tmp_path / "robot.safetensors").write_bytes(b"mine")
+    command = ["--base", "none", "--images", "none", "--class-noun", "robot"]
+    for flag in ("--output", "-o", "--out"):
+        result = CliRunner().invoke(dreambooth.main, [*command, flag, str(tmp_path / "robot.safetensors")])
+        assert result.exit_code == 2 and "exists" in result.output
+
+
 def test_a_missing_base_model_is_one_message(tmp_path):
-    command = ["--base", str(tmp_path), "--images", ".", "--class-noun", "robot", "--out", "x.safetensors"]
+    command = ["--base", str(tmp_path), "--images", ".", "--class-noun", "robot", "--output", "x.safetensors"]
     result = CliRunner().invoke(dreambooth.main, command)
     assert result.exit_code == 4
     assert "is not a base model" in result.output and "Traceback" not in result.output

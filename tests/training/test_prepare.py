@@ -19,13 +19,14 @@ import torch
 from click.testing import CliRunner
 
 from hyperrt.errors import BadInput, Incompatible, NotFound, ResourceError, UsageError
-from hyperrt.training import prepare, train
+from hyperrt.training import prepare
 from hyperrt.training.data import cache as data
 from hyperrt.training.data import features
 from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.model import encode
 from hyperrt.training.prepare import PrepareConfig
 from hyperrt.training.run.config import TrainConfig
+from hyperrt.training.run.trainer import Trainer
 from tests.training import data_sets
 
 SHAPES = {  # layout -> subjects, views
@@ -65,9 +66,9 @@ def test_a_training_step_can_be_made_of_every_layout(layout, config, settings):
     identities, views = SHAPES[layout]
     assert cache.images.shape == (identities, views, 64, 64, 3)
     assert cache.latents.shape == (identities, views, 8, 8, 8)
-    options = {"data": str(cache.path), "holdout": 1, "photos": min(2, views), "batch": 2}
-    trainer = train.Trainer(TrainConfig(**{**settings, **options}))
-    assert trainer.features.shape == (identities, views, 17, 32)
+    options = {"data": str(cache.path), "holdout": 1, "photos": min(2, views), "batch_size": 2}
+    trainer = Trainer(TrainConfig(**{**settings, **options}))
+    assert trainer.data.features.shape == (identities, views, 17, 32)
     before = [parameter.clone() for parameter in trainer.decoder.parameters()]
     assert torch.isfinite(trainer.step(0)).all()
     assert any(not torch.equal(*pair) for pair in zip(before, trainer.decoder.parameters(), strict=True))
@@ -87,7 +88,7 @@ def test_what_is_prepared_is_what_the_parts_of_the_base_make(config, parts):
     table = features.caption_table(parts, cache, "sks")
     expected = encode.encode_text(parts, ["", "a sks cat", "a cat"])
     rows = np.array([0, table.subject[2, 1], table.generic[2, 1]])
-    torch.testing.assert_close(table.text(rows), expected, **tolerance)
+    torch.testing.assert_close(table.text(rows).hidden_states, expected, **tolerance)
 
 
 def test_a_subject_with_fewer_photos_has_them_again_and_its_target_is_another_one(config, settings, parts):
@@ -97,24 +98,24 @@ def test_a_subject_with_fewer_photos_has_them_again_and_its_target_is_another_on
         assert (array[1, 1] == array[1, 0]).all()
         assert (array[2, 2] == array[2, 0]).all()
         assert (array[2, 1] != array[2, 0]).any()
-    options = {"data": str(cache.path), "holdout": 0, "photos": 1, "batch": 4, "cross_view": 1.0}
-    trainer = train.Trainer(TrainConfig(**{**settings, **options}))
+    options = {"data": str(cache.path), "holdout": 0, "photos": 1, "batch_size": 4, "cross_view": 1.0}
+    trainer = Trainer(TrainConfig(**{**settings, **options}))
     for step in range(6):
         batch = trainer.batches.at(step)
-        for who, photo, latents in zip(batch.identities, batch.features, batch.latents, strict=True):
-            seen = next(v for v in range(3) if np.allclose(trainer.features[who, v], photo))
+        for who, photo, latents in zip(batch.subjects, batch.features, batch.latents, strict=True):
+            seen = next(v for v in range(3) if np.allclose(trainer.data.features[who, v], photo))
             target = next(v for v in range(3) if np.array_equal(cache.latents[who, v], latents))
             assert (target == seen) == (who == 1)
 
 
 def test_half_of_the_targets_are_mirrored_where_the_cache_has_them(config, settings):
     cache = prepare.prepare(config("celeba", flip=True))
-    options = {"data": str(cache.path), "holdout": 0, "photos": 1, "batch": 4}
-    trainer = train.Trainer(TrainConfig(**{**settings, **options}))
+    options = {"data": str(cache.path), "holdout": 0, "photos": 1, "batch_size": 4}
+    trainer = Trainer(TrainConfig(**{**settings, **options}))
     mirrored = []
     for step in range(10):
         batch = trainer.batches.at(step)
-        for who, latents in zip(batch.identities, batch.latents.numpy(), strict=True):
+        for who, latents in zip(batch.subjects, batch.latents.numpy(), strict=True):
             mirrored.append(np.array_equal(latents, cache.mirrored[who, 0]))
             assert mirrored[-1] or np.array_equal(latents, cache.latents[who, 0])
     assert 8 <= sum(mirrored) <= 32

@@ -18,7 +18,7 @@ from hyperrt.training.data import cache as data
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model.encode import encode_text
 from hyperrt.training.run import contrastive
-from hyperrt.training.run.loop import Schedule
+from hyperrt.training.run.optimizer import Schedule
 from hyperrt.training.run.sample import sample
 
 SCHEDULE = Schedule(steps=4, lr=1e-3, warmup=2, log_every=1, report_every=2)
@@ -159,7 +159,7 @@ def test_the_command_mixes_cutouts_in_and_names_the_errors_of_its_options(
     caches = []
     monkeypatch.setattr(pretrain, "train", lambda out, cache, *rest: caches.append(cache))
     folder = cutout_folder(tmp_path / "cutouts", [("red", "toy")])
-    always = ["--out", str(tmp_path / "run"), "--identities", "256", "--views", "2", "--workers", "1"]
+    always = ["--output", str(tmp_path / "run"), "--identities", "256", "--views", "2", "--workers", "1"]
 
     def ended(*options):
         result = CliRunner().invoke(pretrain.main, [*always, *options])
@@ -184,7 +184,7 @@ def test_a_folder_that_is_no_base_model_is_refused_before_any_work(tmp_path, mon
 
 def test_other_settings_ask_for_force_before_they_replace_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "train", lambda *_: None)
-    always = ["--out", str(tmp_path), "--views", "2", "--workers", "1", "--identities"]
+    always = ["--output", str(tmp_path), "--views", "2", "--workers", "1", "--identities"]
     assert CliRunner().invoke(pretrain.main, [*always, "256"]).exit_code == 0
     result = CliRunner().invoke(pretrain.main, [*always, "257"])
     assert result.exit_code == 2 and "--force" in result.output
@@ -207,3 +207,13 @@ def test_a_run_that_dies_while_the_base_model_is_written_leaves_the_one_before(
     assert weights(tmp_path / "run") == weights(straight)
     before, after = ((folder / "base" / "model_index.json") for folder in (straight, tmp_path / "run"))
     assert before.read_text() == after.read_text()
+
+
+def test_former_flags_still_work_and_are_not_in_the_help(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pretrain.data, "build", lambda *arguments, **options: None)
+    monkeypatch.setattr(pretrain, "train", lambda *arguments: calls.append(arguments))
+    for output, batch in (("--output", "--batch-size"), ("--out", "--batch")):
+        assert CliRunner().invoke(pretrain.main, [output, str(tmp_path), batch, "16"]).exit_code == 0
+    assert calls[0] == calls[1]
+    assert not {"--out", "--batch"} & set(CliRunner().invoke(pretrain.main, ["--help"]).stdout.split())

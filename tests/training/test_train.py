@@ -16,8 +16,10 @@ from PIL import Image
 from hyperrt.training import train
 from hyperrt.training.model import lora_layers
 from hyperrt.training.run import checkpoint, preview
+from hyperrt.training.run import trainer as trainer_module
 from hyperrt.training.run.config import TrainConfig
 from hyperrt.training.run.sample import sample
+from hyperrt.training.run.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +28,7 @@ def test_the_smoke_preset_logs_monitors_from_step_0_and_writes_a_sheet_and_a_hyp
     world, tmp_path, entries
 ):
     out = tmp_path / "run"
-    folders = ["--model", world.base, "--data", world.cache, "--output", out]
+    folders = ["--base", world.base, "--data", world.cache, "--output", out]
     arguments = ["--preset", "smoke", *folders, "--steps", 4]
     result = CliRunner().invoke(train.main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
@@ -52,6 +54,19 @@ def test_it_is_a_module_of_the_repository_as_well_as_of_the_installation(module)
     assert result.stdout.startswith(f"Usage: python -m {module} ")
 
 
+def test_former_flags_still_work_and_are_not_in_the_help(settings, monkeypatch):
+    configs = []
+    monkeypatch.setattr(train, "run", lambda config, *_: configs.append(config))
+    former = {"base": "model", "batch_size": "batch"}
+    for names in ({}, former):
+        flags = {names.get(name, name): value for name, value in settings.items()}
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        assert CliRunner().invoke(train.main, arguments).exit_code == 0
+    assert configs[0] == configs[1]
+    text = CliRunner().invoke(train.main, ["--help"]).stdout
+    assert not {"--model", "--batch"} & set(text.split())
+
+
 def test_a_dry_run_prints_memory_and_shapes_and_writes_nothing(settings, tmp_path):
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     result = CliRunner().invoke(train.main, [*arguments, "--dry-run"])
@@ -60,16 +75,17 @@ def test_a_dry_run_prints_memory_and_shapes_and_writes_nothing(settings, tmp_pat
     assert not list(tmp_path.iterdir())
     assert found["batch"]["latents"] == "[4, 8, 8, 8] float32"
     assert found["lora"]["rank"] == 2
-    trainer = train.Trainer(TrainConfig(**settings))
+    trainer = Trainer(TrainConfig(**settings))
     assert found["decoder"]["parameters"] == sum(p.numel() for p in trainer.decoder.parameters())
-    assert sum(found["lora"]["numbers"].values()) == sum(map(trainer.layout.size, ("lora_q", "lora_kv")))
+    layout = trainer.decoder.layout
+    assert sum(found["lora"]["numbers"].values()) == sum(map(layout.size, ("lora_q", "lora_kv")))
     memory = found["memory_mb"]
     assert memory["peak"] == pytest.approx(memory["before"] + 4 * memory["per_sample"])
     assert found["step"]["loss"] > 0
 
 
 def test_a_fresh_decoders_lora_changes_no_picture(settings):
-    trainer = train.Trainer(TrainConfig(**{**settings, "photos": 1}))
+    trainer = Trainer(TrainConfig(**{**settings, "photos": 1}))
     batch = trainer.batches.at(0)
     lora = trainer.decoder(batch.features)
     inputs = (batch.latents, batch.timesteps, batch.text)
@@ -108,7 +124,7 @@ def test_a_sheet_has_a_row_for_each_held_out_subject_and_no_more(
         return np.zeros((len(prompts), 64, 64, 3), np.uint8)
 
     monkeypatch.setattr(preview, "sample", draw)
-    trainer = train.Trainer(TrainConfig(**{**settings, "holdout": holdout}))
+    trainer = Trainer(TrainConfig(**{**settings, "holdout": holdout}))
     preview.write(tmp_path / "sheet.png", trainer)
     assert drawn == [rows] * 4 * bool(rows)
     assert (tmp_path / "sheet.png").exists() == bool(rows)
@@ -119,7 +135,7 @@ def test_gradient_checkpointing_computes_twice_and_loses_no_gradient(settings, m
     monkeypatch.setattr(lora_layers, "project", lambda *arguments: calls.append(1) or project(*arguments))
     gradients, counts = [], []
     for saving in (False, True):
-        trainer = train.Trainer(TrainConfig(**settings, gradient_checkpointing=saving))
+        trainer = Trainer(TrainConfig(**settings, gradient_checkpointing=saving))
         with torch.no_grad():
             for weight in trainer.decoder.heads.weights:  # fresh ones of B are zero: A has no gradient then
                 weight.add_(0.01)
@@ -144,17 +160,17 @@ def test_products_are_of_the_precision_that_was_asked_for(settings, precision, m
         return result
 
     monkeypatch.setattr(lora_layers, "project", watched)
-    trainer = train.Trainer(TrainConfig(**settings, precision=precision))
+    trainer = Trainer(TrainConfig(**settings, precision=precision))
     trainer.step(0)
     assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
 
 def test_frozen_weights_in_bf16_as_on_a_gpu_give_nearly_the_same(settings, monkeypatch):
-    exact = train.Trainer(TrainConfig(**settings, precision="fp32")).step(0)
-    monkeypatch.setattr(train.device, "frozen_dtype", lambda device, precision: torch.bfloat16)
-    trainer = train.Trainer(TrainConfig(**settings, precision="bf16"))
+    exact = Trainer(TrainConfig(**settings, precision="fp32")).step(0)
+    monkeypatch.setattr(trainer_module.device, "frozen_dtype", lambda device, precision: torch.bfloat16)
+    trainer = Trainer(TrainConfig(**settings, precision="bf16"))
     assert {p.dtype for p in trainer.base.unet.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(trainer.step(0), exact, rtol=2e-2, atol=1e-3)
-    pictures = sample(trainer.base, ["a mug"], ["a sks mug"], trainer.ema(trainer.batches.at(0).features[:1]),
-                      rank=trainer.config.rank, steps=2)  # fmt: skip
+    lora = trainer.optimizer.ema(trainer.batches.at(0).features[:1])
+    pictures = sample(trainer.base, ["a mug"], ["a sks mug"], lora, rank=trainer.config.rank, steps=2)
     assert pictures.shape == (1, 64, 64, 3)

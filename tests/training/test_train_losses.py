@@ -9,7 +9,7 @@ import torch
 
 from hyperrt.training.model.losses import PRIORS, REGULARISED
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.train import Trainer
+from hyperrt.training.run.trainer import Trainer
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def terms_of(trainer, step=0):
 
 def predicted(trainer, batch, lora):
     """What the model says of the batch's rows, captioned without the token."""
-    noised = trainer.noising.noised(batch.latents, batch.noise, batch.timesteps)
+    noised = trainer.loss.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     with torch.no_grad():
         return trainer.predict(noised, batch.timesteps, batch.generic, lora)
 
@@ -98,4 +98,4 @@ def test_the_rows_of_matching_are_the_batchs_own_and_of_preservation_others(trai
         batch, rows = one.draw(0)
         assert torch.equal(rows.latents, batch.latents) is own
         assert torch.equal(rows.noise, batch.noise) is own
-        assert torch.equal(rows.text, batch.generic) is own
+        assert torch.equal(rows.text.hidden_states, batch.generic.hidden_states) is own

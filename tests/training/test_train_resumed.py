@@ -35,11 +35,11 @@ def test_a_run_may_go_on_longer_report_otherwise_and_compute_elsewhere(
 ):
     moved = shutil.copytree(world.base, tmp_path / "moved")
     resume(
-        settings, model=str(moved), steps=8, log_every=1, monitor_every=7, sample_every=9, save_every=4,
+        settings, base=str(moved), steps=8, log_every=1, monitor_every=7, sample_every=9, save_every=4,
         threads=1, gradient_checkpointing=True, shard_optimizer=True, compress_gradients=True,
     )  # fmt: skip
     assert [e["step"] for e in entries(finished) if "loss" in e] == [2, 4, 6, 7, 8]
-    assert checkpoint.load_hypernet(finished)[1]["training"]["model"] == str(moved)
+    assert checkpoint.load_hypernet(finished)[1]["training"]["base"] == str(moved)
 
 
 def test_what_is_free_to_change_are_settings():
@@ -77,13 +77,13 @@ def test_other_pictures_are_refused(settings, finished, world, tmp_path):
     other = Path(shutil.copytree(world.cache, tmp_path / "other"))
     for name in ("images.npy", "latents.npy"):
         np.save(other / name, np.load(other / name)[::-1])
-    with pytest.raises(UsageError, match=r"what --data holds was [0-9a-f]{12} and is "):
+    with pytest.raises(UsageError, match=r"the content of --data was [0-9a-f]{12} and is "):
         resume(settings, data=str(other))
 
 
 def test_another_base_model_is_refused(settings, finished, monkeypatch):
     monkeypatch.setattr(weight_hash, "hash_of", lambda module, half=False: "0" * 64)
-    with pytest.raises(Incompatible, match="of another base model"):
+    with pytest.raises(Incompatible, match="trained with another base model"):
         resume(settings)
 
 
@@ -92,7 +92,9 @@ def test_a_state_of_before_settings_had_their_present_names_goes_on(settings, fi
     before = json.loads(metadata["config"])
     added = ("kind", "output_dim", "queries", "shared_heads", "precision", "gradient_checkpointing")
     old = {name: value for name, value in before.items() if name not in added}
-    old.update(base=old.pop("model"), cache=old.pop("data"), out=old.pop("output"))
+    former = {"base": "model", "batch_size": "batch", "data": "cache", "output": "out"}
+    old = {former.get(name, name): value for name, value in old.items()}
+    tensors = {name.replace("model/", "decoder/", 1): tensor for name, tensor in tensors.items()}
     metadata = {"step": "6", "base_model": metadata["base_model"], "config": json.dumps(old)}
     save_file(tensors, finished / checkpoint.STATE, metadata)
     resume(settings, steps=7)
@@ -108,7 +110,7 @@ def test_a_truncated_state_is_refused_by_name(settings, finished, length):
 
 def ended(settings, *flags: str) -> tuple[int, list[str]]:
     """Exit code of the command, and the lines of its error."""
-    folders = [f"--{name}={settings[name]}" for name in ("model", "data", "output")]
+    folders = [f"--{name}={settings[name]}" for name in ("base", "data", "output")]
     result = CliRunner().invoke(train.main, [*folders, *flags])
     start = result.stderr.find("Error:")
     return result.exit_code, result.stderr[start:].splitlines() if start >= 0 else []
@@ -116,9 +118,9 @@ def ended(settings, *flags: str) -> tuple[int, list[str]]:
 
 def test_the_command_ends_with_the_errors_message_and_code(settings, finished, tmp_path):
     code, lines = ended(settings)
-    assert (code, lines[2].strip()) == (2, "do:  add --resume, or another --output")
+    assert (code, lines[2].strip()) == (2, "do:  add --resume, or choose another --output")
     new = {**settings, "output": str(tmp_path / "new")}
-    assert ended({**new, "model": "nowhere"})[0] == 4
+    assert ended({**new, "base": "nowhere"})[0] == 4
     code, lines = ended(new, "--lr", "0")
     assert (code, "lr" in lines[0]) == (2, True)
     assert not (tmp_path / "new").exists()
@@ -152,7 +154,7 @@ def features_cut(folder: Path) -> None:
         (lambda folder: shutil.rmtree(folder), 4, "not a finished"),
         (lambda folder: (folder / "cache.json").unlink(), 4, "not a finished"),
         (lambda folder: (folder / "latents.npy").unlink(), 4, "no latents"),
-        (one_picture, 2, "the data has 1 identities"),
+        (one_picture, 2, "the data has 1 subjects"),
         (truncated("images.npy"), 8, ""),
         (truncated("latents.npy"), 8, ""),
         (truncated("nouns.npy"), 8, ""),
@@ -183,7 +185,7 @@ def test_a_damaged_base_model_is_refused_in_three_lines(settings, world, tmp_pat
     tensors = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     tensors.pop("conv_in.weight")
     save_file(tensors, model / "unet" / "diffusion_pytorch_model.safetensors")
-    code, lines = ended({**settings, "model": str(model)})
+    code, lines = ended({**settings, "base": str(model)})
     assert (code, len(lines)) == (8, 3)
     assert "conv_in.weight" in lines[1]
     assert torch.is_tensor(tensors["conv_out.weight"])

@@ -14,8 +14,10 @@ from hyperrt.training.model import base_model as bases
 from hyperrt.training.model import weight_hash
 from hyperrt.training.model.image_prompt import ImagePrompt
 from hyperrt.training.model.lora_layers import Rows, unpack
+from hyperrt.training.model.predictor import Predictor
 from hyperrt.training.run import checkpoint
 from hyperrt.training.run.config import TrainConfig
+from hyperrt.training.run.trainer import Trainer
 
 TOKENS = 3
 
@@ -32,8 +34,8 @@ def open_settings(settings, sdxl, tmp_path):
     """Settings of a run on it."""
     width = sdxl.base.image_encoder.config.hidden_size
     return {
-        **settings, "model": str(sdxl.model), "data": str(sdxl.cache.path),
-        "kind": "resampler", "head_dim": 0, "photos": 2, "batch": 2, "holdout": 1, "steps": 3,
+        **settings, "base": str(sdxl.model), "data": str(sdxl.cache.path),
+        "kind": "resampler", "head_dim": 0, "photos": 2, "batch_size": 2, "holdout": 1, "steps": 3,
         "precision": "fp32",
         "image_prompt": prompt_file(tmp_path / "prompt.safetensors", sdxl.base.unet, width),
     }  # fmt: skip
@@ -44,7 +46,7 @@ def test_a_run_with_an_image_prompt_is_logged_and_goes_on(open_settings, entries
     logged = entries(run)
     begin = logged[1]["monitor"]
     known = checkpoint.load_hypernet(run)[1]["base_model"]
-    unet = bases.load(open_settings["model"]).unet
+    unet = bases.load(open_settings["base"]).unet
     assert known == weight_hash.hash_of(unet, half=True)  # as export has it
     assert begin["gap"] == 0
     assert begin["own"] != begin["base"]  # a fresh LoRA does nothing, the image prompt does
@@ -68,7 +70,7 @@ def test_the_image_prompt_of_a_run_is_told_by_its_weights(open_settings, prompts
     train.run(TrainConfig(**{**used, "image_prompt": prompts[0], "steps": 2}), resume=True)  # moved
     shutil.copy(prompts[1], used["image_prompt"])
     for other, now in ((used["image_prompt"], "[0-9a-f]{12}"), (None, "nothing")):
-        said = f"what --image-prompt holds was {known[:12]} and is {now}"
+        said = f"the content of --image-prompt was {known[:12]} and is {now}"
         with pytest.raises(UsageError, match=said):
             train.run(TrainConfig(**{**used, "image_prompt": other, "steps": 3}), resume=True)
     train.run(TrainConfig(**{**used, "steps": 3}), resume=True, allow_changes=True)
@@ -82,7 +84,7 @@ def test_a_state_of_before_image_prompts_were_told_by_their_weights_goes_on(
     path = train.run(TrainConfig(**used)) / checkpoint.STATE
     tensors, metadata = checkpoint.read(path)
     save_file(tensors, path, {k: v for k, v in metadata.items() if k != "image_prompt"})
-    with pytest.raises(UsageError, match="--image-prompt holds was another and is nothing"):
+    with pytest.raises(UsageError, match="the content of --image-prompt was another and is nothing"):
         train.run(TrainConfig(**{**used, "image_prompt": None, "steps": 2}), resume=True)
     train.run(TrainConfig(**{**used, "steps": 2}), resume=True)
     known = checkpoint.load_hypernet(path.parent)[1]["image_prompt"]
@@ -90,52 +92,54 @@ def test_a_state_of_before_image_prompts_were_told_by_their_weights_goes_on(
 
 
 def test_the_unet_reads_what_diffusers_pipeline_gives_it(open_settings, sdxl):
-    trainer = train.Trainer(TrainConfig(**open_settings))
+    trainer = Trainer(TrainConfig(**open_settings))
     rows = sdxl.table.subject[:2, 0]
-    latents = torch.from_numpy(trainer.cache.latents[:2, 0].astype("float32"))
+    latents = torch.from_numpy(trainer.data.cache.latents[:2, 0].astype("float32"))
     timesteps = torch.tensor([10, 500])
-    side = trainer.cache.images.shape[2]
+    side = trainer.data.cache.images.shape[2]
     sizes = torch.tensor([[side, side, 0, 0, side, side]] * 2)
-    added = {"text_embeds": sdxl.table.pooled_text(rows), "time_ids": sizes}
+    text = sdxl.table.text(rows)
+    added = {"text_embeds": text.pooled, "time_ids": sizes}
     with torch.no_grad():
-        found = trainer.predict(latents, timesteps, trainer.captions.vectors(rows), None)
-        expected = sdxl.base.unet(latents, timesteps, sdxl.table.text(rows), added_cond_kwargs=added).sample
+        found = trainer.predict(latents, timesteps, trainer.data.captions.text(rows), None)
+        expected = sdxl.base.unet(latents, timesteps, text.hidden_states, added_cond_kwargs=added).sample
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_image_prompt_is_the_mean_of_the_photos_tokens_at_the_papers_scale(open_settings):
-    trainer = train.Trainer(TrainConfig(**open_settings))
+    trainer = Trainer(TrainConfig(**open_settings))
     batch = trainer.batches.at(1)
-    photos = torch.from_numpy(trainer.features[:2, :2].astype("float32"))
-    image = trainer.image(photos.flatten(0, 1), photos=2)
-    tokens = trainer.image_prompt.tokens(photos.flatten(0, 1)).unflatten(0, (2, 2)).mean(1)
-    torch.testing.assert_close(image[train.IMAGE], tokens)
+    photos = torch.from_numpy(trainer.data.features[:2, :2].astype("float32"))
+    tokens = trainer.predict.image_tokens(photos.flatten(0, 1), photos=2)
+    prompt = trainer.predict.image_prompt
+    expected = prompt.tokens(photos.flatten(0, 1)).unflatten(0, (2, 2)).mean(1)
+    torch.testing.assert_close(tokens, expected)
     lora = trainer.decoder(photos[:, 0])
-    rows = trainer._rows({**lora, **image})
-    expected = trainer.image_prompt.key_values(tokens, torch.full((2,), 0.55))
+    rows = trainer.predict.rows(lora, tokens)
+    expected = prompt.key_values(tokens, torch.full((2,), 0.55))
     assert rows.image.keys() == expected.keys()
     assert all(torch.equal(a, b) for k in expected for a, b in zip(rows.image[k], expected[k], strict=True))
-    assert isinstance(rows, Rows) and rows.factors.keys() == unpack(trainer.layout, lora).keys()
+    assert isinstance(rows, Rows) and rows.factors.keys() == unpack(trainer.decoder.layout, lora).keys()
     inputs = (batch.latents, batch.timesteps, batch.text)
     with torch.no_grad():
-        with_prompt, without = (trainer.predict(*inputs, one) for one in ({**lora, **image}, lora))
+        with_prompt, without = (trainer.predict(*inputs, lora, image) for image in (tokens, None))
     assert (with_prompt - without).abs().max() > 1e-3
 
 
 def test_the_pictures_of_the_prior_have_no_image_prompt(open_settings, monkeypatch):
-    trainer = train.Trainer(TrainConfig(**open_settings, gamma=0.5))
+    trainer = Trainer(TrainConfig(**open_settings, gamma=0.5))
     seen = []
-    predict = trainer.predict
-    monkeypatch.setattr(trainer, "predict", lambda *given: seen.append(given[-1]) or predict(*given))
+    predict = Predictor.__call__
+    monkeypatch.setattr(Predictor, "__call__", lambda *given: seen.append(given[-1]) or predict(*given))
     assert torch.isfinite(trainer.step(0)).all()
-    own, prior = seen[0][train.IMAGE].chunk(2)
+    own, prior = seen[0].chunk(2)
     assert own.abs().max() > 0
     assert not prior.any()
 
 
 def test_the_open_categorys_decoder_without_an_image_prompt_is_warned_about(open_settings, caplog):
     for prompt in (open_settings["image_prompt"], None):
-        train.Trainer(TrainConfig(**{**open_settings, "image_prompt": prompt}))
+        Trainer(TrainConfig(**{**open_settings, "image_prompt": prompt}))
     ours = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "hyperrt.training"]
     [(level, said)] = [one for one in ours if one[0] != "INFO"]
     assert level == "WARNING"
@@ -147,4 +151,4 @@ def test_an_image_prompt_for_another_image_encoder_is_refused(open_settings, sdx
     width = sdxl.base.image_encoder.config.hidden_size
     other = prompt_file(tmp_path / "other.safetensors", sdxl.base.unet, width + 8)
     with pytest.raises(Incompatible, match=f"features of {width + 8} numbers, .* makes {width}"):
-        train.Trainer(TrainConfig(**{**open_settings, "image_prompt": other}))
+        Trainer(TrainConfig(**{**open_settings, "image_prompt": other}))

@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperrt import files
@@ -32,7 +31,7 @@ from hyperrt.errors import Incompatible, NumericError, ResourceError
 from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.messages import warn
 from hyperrt.training.model.base_model import Encoders
-from hyperrt.training.model.encode import encode_images, encode_latents, encode_prompts, preprocess_of
+from hyperrt.training.model.encode import Text, encode_images, encode_latents, encode_prompts, preprocess_of
 from hyperrt.training.model.weight_hash import hash_of
 
 log = logging.getLogger("hyperrt.training")
@@ -46,34 +45,19 @@ STATISTICS_NUMBERS = 1 << 26  # 256 MB, and NumPy takes some copies
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """The text of every caption of a cache, by row; row 0: no text."""
+    """The encoded captions of a cache, one row each; row 0 is the empty prompt."""
 
     hidden: np.ndarray  # [captions, L, D] float16
-    pooled: np.ndarray | None  # [captions, P]; of an SDXL
+    pooled: np.ndarray | None  # [captions, P] of SDXL
     subject: np.ndarray  # [N, V] row of the caption with the token
     generic: np.ndarray  # [N, V] row of the caption without
 
-    def text(self, rows: np.ndarray) -> Tensor:
-        """Hidden states of some rows, fp32 [rows, L, D]."""
-        return torch.from_numpy(self.hidden[rows].astype(np.float32))
-
-    def vectors(self, rows: np.ndarray) -> Tensor:
-        """What the UNet reads of some rows: `text`, and `pooled_text` as one more token behind it, filled up
-        with zeros; so that it goes where the text goes, and `split_vectors` parts them again."""
-        pooled = self.pooled_text(rows)
-        if pooled is None:
-            return self.text(rows)
-        text = self.text(rows)
-        return torch.cat([text, F.pad(pooled, (0, text.shape[-1] - pooled.shape[-1]))[:, None]], dim=1)
-
-    def pooled_text(self, rows: np.ndarray) -> Tensor | None:
-        """An SDXL's pooled text of some rows, fp32 [rows, P]."""
-        return None if self.pooled is None else torch.from_numpy(self.pooled[rows].astype(np.float32))
-
-
-def split_vectors(vectors: Tensor, pooled: int) -> tuple[Tensor, Tensor | None]:
-    """`CaptionTable.vectors` to text [rows, L, D] and pooled text [rows, P]; P is 0 where there is none."""
-    return (vectors[:, :-1], vectors[:, -1, :pooled]) if pooled else (vectors, None)
+    def text(self, rows: np.ndarray) -> Text:
+        """Some rows, in fp32."""
+        hidden = torch.from_numpy(self.hidden[rows].astype(np.float32))
+        if self.pooled is None:
+            return Text(hidden)
+        return Text(hidden, torch.from_numpy(self.pooled[rows].astype(np.float32)))
 
 
 def caption_table(base: Encoders, cache: PictureCache, token: str) -> CaptionTable:
@@ -125,7 +109,7 @@ def check_latents(base: Encoders, cache: PictureCache) -> None:
     if name is None:
         if not (error := _latents_error(base, cache)) <= MOST_LATENTS_ERROR:
             why = f"its latents are {error:.0%} off what the VAE makes of its pictures; {meaning}"
-            warn(what, why, "give --model the base that hyperrt pretrain made with it, or make both anew")
+            warn(what, why, "give --base the model that hyperrt pretrain made with it, or make both anew")
     elif name != f"latents-{_of_vae(base, cache)}.npy":
         why = f"it was prepared for a base model with another VAE, and {meaning}"
         raise Incompatible(what, why, "prepare it again with hyperrt prepare --force")
@@ -239,10 +223,10 @@ def _write_text(base: Encoders, texts: Sequence[str], hidden: Path, pooled: Path
     def parts() -> Iterator[np.ndarray]:
         for start in range(0, len(texts), PROMPTS_AT_ONCE):
             which = f"captions {start} to {start + PROMPTS_AT_ONCE - 1}"
-            states, second = encode_prompts(base, texts[start : start + PROMPTS_AT_ONCE])
-            if second is not None:
-                seconds.append(_half(second, which))
-            yield _half(states, which)
+            encoded = encode_prompts(base, texts[start : start + PROMPTS_AT_ONCE])
+            if encoded.pooled is not None:
+                seconds.append(_half(encoded.pooled, which))
+            yield _half(encoded.hidden_states, which)
 
     _write(hidden, (len(texts),), parts(), f"text of {len(texts):,} captions")
     if seconds:

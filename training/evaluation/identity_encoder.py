@@ -32,7 +32,7 @@ from hyperrt.plans import private_folder
 from hyperrt.training.data import cache as data
 from hyperrt.training.messages import first_line, reported
 from hyperrt.training.run import contrastive, device
-from hyperrt.training.run.loop import Schedule
+from hyperrt.training.run.optimizer import Schedule
 
 log = logging.getLogger("hyperrt.training")
 

@@ -59,9 +59,14 @@ class Encoders:
     zero_empty: bool = False
 
     @property
+    def is_sdxl(self) -> bool:
+        """Whether the model has SDXL's second text encoder."""
+        return self.text_encoder_2 is not None
+
+    @property
     def latent_scale(self) -> LatentScale:
         """What lies between the VAE's latents and the UNet's; errors as `LatentScale.of`."""
-        return LatentScale.of(self.vae.config, self.text_encoder_2 is not None)
+        return LatentScale.of(self.vae.config, self.is_sdxl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +212,7 @@ def _checked(folder: Path, found: Any) -> Any:
         if tokenizer is not None and (why := model_config.misfit(tokenizer, getattr(found, encoder).config)):
             raise ValueError(f"{folder / name}: {why}")
     try:
-        LatentScale.of(found.vae.config, found.text_encoder_2 is not None)
+        LatentScale.of(found.vae.config, found.is_sdxl)
     except ValueError as error:
         raise ValueError(f"{folder / 'vae'}: {error}") from error
     return found

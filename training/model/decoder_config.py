@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-KINDS = ("hyperdreambooth", "resampler")
+KINDS = ("hyperdreambooth", "resampler")  # of the closed and of the open category
 QUERIES = ("factor", "site")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of the weight decoder; `hyperrt.training.model.hypernet.decoder_of` makes it.
+    """Shape of the weight decoder that `hyperrt.training.model.hypernet.decoder_of` makes.
 
     Raises:
-        ValueError: a number is out of range, a word is unknown, or an option is of the other kind.
+        ValueError: a number is out of range, a word is unknown, or an option belongs to the other kind.
     """
 
-    kind: str = "hyperdreambooth"  # or "resampler": the open category's
+    kind: str = "hyperdreambooth"
     dim: int = 128  # width of a token
     layers: int = 2  # different blocks
-    iterations: int = 4  # times that the blocks are gone through; a resampler goes through them once
-    head_dim: int = 32  # bottleneck that all heads share; 0: each head is Linear(dim, numel), as in the paper
+    iterations: int = 4  # passes through the blocks; a resampler makes one
+    head_dim: int = 32  # bottleneck shared by all heads; 0: each head is Linear(dim, numel), as in the paper
     output_dim: int = 0  # resampler: width of its output, which the heads read; 0: dim
-    queries: str = "factor"  # resampler: one query for each A and each B, or one for each "site"
+    queries: str = "factor"  # resampler: one query per factor (A or B), or one per site
     shared_heads: bool = False  # one head per projection, width and A or B; layers differ by an embedding
 
     def __post_init__(self) -> None:
@@ -32,10 +32,10 @@ class DecoderConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim is {self.dim}; it must be below 128 or a multiple of {self.heads}")
         if self.kind not in KINDS or self.queries not in QUERIES:
-            known = f"kind is one of {', '.join(KINDS)}, queries one of {', '.join(QUERIES)}"
-            raise ValueError(f"kind is {self.kind!r}, queries {self.queries!r}; {known}")
+            why = f"kind is one of {', '.join(KINDS)}, queries one of {', '.join(QUERIES)}"
+            raise ValueError(f"kind is {self.kind!r}, queries {self.queries!r}; {why}")
         if self.kind != "resampler" and (self.output_dim or self.queries != "factor"):
-            raise ValueError("output_dim and queries are of the kind 'resampler'")
+            raise ValueError("output_dim and queries need the kind 'resampler'")
 
     @property
     def heads(self) -> int:
@@ -43,14 +43,14 @@ class DecoderConfig:
         return max(1, self.dim // 64)
 
 
-# The two of the paper: SD1.5 of rank 3 reads ViT-B/16 (223,488 numbers), SDXL of rank 2 reads ViT-H/14
+# The paper's two: SD1.5 with rank 3 reads ViT-B/16 (223,488 numbers of LoRA); SDXL with rank 2 reads ViT-H/14
 # (1,239,040 numbers, 634 M weights in the heads).
 FULL_CLOSED = DecoderConfig(dim=512, layers=4, iterations=4, head_dim=0)
 FULL_OPEN = DecoderConfig(kind="resampler", dim=512, layers=4, head_dim=0)
-OPEN_VARIANTS = {  # smaller heads, and other readings of the paper's section B.2; SDXL rank 2, heads alone:
+OPEN_VARIANTS = {  # smaller heads, and other readings of the paper's section B.2; weights of SDXL's heads:
     "width_128": dataclasses.replace(FULL_OPEN, output_dim=128),  # 159 M
     "bottleneck_64": dataclasses.replace(FULL_OPEN, head_dim=64),  # 79 M
     "shared_heads": dataclasses.replace(FULL_OPEN, shared_heads=True),  # 16 M
-    "wide": dataclasses.replace(FULL_OPEN, dim=1280, output_dim=512),  # 634 M, behind 81.5 M and not 13.7 M
+    "wide": dataclasses.replace(FULL_OPEN, dim=1280, output_dim=512),  # 634 M, after 81.5 M instead of 13.7 M
     "query_per_site": dataclasses.replace(FULL_OPEN, queries="site"),  # 634 M
 }

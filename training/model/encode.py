@@ -1,8 +1,9 @@
-"""Pictures and prompts through the frozen encoders of a base model: features, latents, hidden states."""
+"""Encodes pictures and prompts with the frozen networks of a base model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,46 @@ from hyperrt.bundle.bundle import Preprocess
 from hyperrt.photos import load
 from hyperrt.training.model.base_model import Encoders, tokens
 
-CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with projection or not
+CLIP_VISION = "clip_vision_model"  # model_type of transformers' CLIPVisionModel, with or without projection
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALVES = (0.5, 0.5, 0.5)  # mean and deviation that take pixels to [-1, 1]
+HALVES = (0.5, 0.5, 0.5)  # mean and standard deviation that map pixels to [-1, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Encoded prompts, one per row: what the UNet reads of the text.
+
+    Attributes:
+        hidden_states: [rows, L, D].
+        pooled: [rows, P] of SDXL's second text encoder, diffusers' `text_embeds`; None for other families.
+    """
+
+    hidden_states: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden_states)
+
+    def __getitem__(self, rows: slice) -> Text:
+        return Text(self.hidden_states[rows], None if self.pooled is None else self.pooled[rows])
+
+    def to(self, device: torch.device | str) -> Text:
+        """The same text on a device."""
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return Text(self.hidden_states.to(device), pooled)
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        """The rows of several texts, one after the other."""
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        hidden_states = torch.cat([text.hidden_states for text in texts])
+        return Text(hidden_states, torch.cat(pooled) if pooled else None)
 
 
 def preprocess_of(config: Any) -> Preprocess:
-    """How pictures become the pixels of an image encoder, in training and in the runtime, which export tells.
+    """How an image encoder's input is made from a picture, in training and at run time.
 
-    config: the encoder's, of transformers.
+    config: the encoder's, from transformers.
     """
     clip = config.model_type == CLIP_VISION
     mean, std = (CLIP_MEAN, CLIP_STD) if clip else (HALVES, HALVES)
@@ -29,10 +61,10 @@ def preprocess_of(config: Any) -> Preprocess:
 
 
 def encode_pixels(encoder: nn.Module, pixels: Tensor) -> Tensor:
-    """Pixels as the encoder takes them => the features that hypernetwork and image prompt read [n, T, F].
+    """Preprocessed pixels => the features that hypernetwork and image prompt read [n, T, F].
 
-    Of CLIP's vision model what goes into its last layer, as IP-Adapter does: the last layer is trained to
-    leave in the first token what a text can say, and forgets the rest. Of a ViT its output.
+    For CLIP vision models the penultimate hidden states, as IP-Adapter uses: the last layer is trained to put
+    into its first token what a text can say, and drops the rest. For a ViT the output.
     """
     if encoder.config.model_type == CLIP_VISION:
         return encoder(pixels, output_hidden_states=True).hidden_states[-2]
@@ -48,14 +80,14 @@ def encode_images(base: Encoders, pictures: np.ndarray) -> Tensor:
 
 
 def encode_latents(base: Encoders, pictures: np.ndarray, mirrored: bool = False) -> Tensor:
-    """uint8 [n, S, S, 3] => latents [n, C, h, w] as the UNet takes them: the mean of the VAE's, scaled."""
+    """uint8 [n, S, S, 3] => latents [n, C, h, w] as the UNet takes them: the VAE's mean, scaled."""
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     return latents_of_pixels(base, pixels.flip(-1) if mirrored else pixels)
 
 
 @torch.no_grad()
 def latents_of_pixels(base: Encoders, pixels: Tensor) -> Tensor:
-    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of hyperrt.training.run.sample.decode."""
+    """Pixels [n, 3, S, S] in [-1, 1] => latents; the inverse of `hyperrt.training.run.sample.decode`."""
     encoded = base.vae.encode(pixels.to(next(base.vae.parameters()).device))
     mean = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     return base.latent_scale.for_unet(mean)
@@ -64,10 +96,10 @@ def latents_of_pixels(base: Encoders, pixels: Tensor) -> Tensor:
 def encode_ids(
     encoder: nn.Module, encoder_2: nn.Module | None, ids: Tensor, ids_2: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Token ids [n, L] => hidden states [n, L, D] and, of an SDXL's two encoders, pooled text [n, P].
+    """Token ids [n, L] => hidden states [n, L, D], and SDXL's pooled text [n, P].
 
-    An SDXL's hidden states are those before the last block of each, without the last norm; pooled is the
-    second's.
+    SDXL's hidden states are those before the last block of each encoder, without the last norm; the pooled
+    text comes from the second.
     """
     if encoder_2 is None:
         return encoder(ids).last_hidden_state, None
@@ -77,19 +109,19 @@ def encode_ids(
 
 
 @torch.no_grad()
-def encode_prompts(base: Encoders, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """Prompts, padded to the tokenizer's length => hidden states [n, L, D], and an SDXL's pooled [n, P]."""
+def encode_prompts(base: Encoders, prompts: Sequence[str]) -> Text:
+    """Prompts, padded to the tokenizer's length => text with one row per prompt."""
     device = next(base.text_encoder.parameters()).device
     ids = tokens(base.tokenizer, prompts).to(device)
     ids_2 = None if base.tokenizer_2 is None else tokens(base.tokenizer_2, prompts).to(device)
     hidden, pooled = encode_ids(base.text_encoder, base.text_encoder_2, ids, ids_2)
     if base.zero_empty:
-        said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
-        hidden = hidden * said[:, None, None]
-        pooled = None if pooled is None else pooled * said[:, None]
-    return hidden, pooled
+        not_empty = torch.tensor([bool(prompt) for prompt in prompts], device=device)
+        hidden = hidden * not_empty[:, None, None]
+        pooled = None if pooled is None else pooled * not_empty[:, None]
+    return Text(hidden, pooled)
 
 
 def encode_text(base: Encoders, prompts: Sequence[str]) -> Tensor:
-    """The hidden states of `encode_prompts`."""
-    return encode_prompts(base, prompts)[0]
+    """The hidden states of `encode_prompts`, [prompts, L, D]."""
+    return encode_prompts(base, prompts).hidden_states

@@ -1,10 +1,11 @@
-"""Checkpoints of the hypernetwork: safetensors and JSON, each published whole or not at all; no pickles.
+"""Checkpoints as safetensors and JSON, without pickles; each file is published whole or not at all.
 
-A run's folder:
-    hypernet.safetensors   weights of the decoder (EMA), what `hyperrt export --hypernet` reads
-    hypernet.json          what they are: shape, LoRA layout, token, training configuration, and the hashes of
-                           base model and image prompt
-    state.safetensors      all that a killed run needs to go on unchanged: weights, EMA, AdamW, step
+In the folder of any training:
+    state.safetensors      all that a killed run needs to resume: weights, EMA, AdamW's moments, the step
+In the folder of a hypernetwork's training also:
+    hypernet.safetensors   weights of the decoder (EMA); `hyperrt export --hypernet` reads them
+    hypernet.json          their description: shape, LoRA layout, token, training configuration, and the
+                           hashes of base model and image prompt
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from torch import Tensor
 from hyperrt import files
 from hyperrt.errors import Incompatible, IntegrityError, UsageError
 from hyperrt.lora.layout import LoraLayout
+from hyperrt.training.messages import first_line
 from hyperrt.training.model.decoder_config import DecoderConfig
 from hyperrt.training.model.hypernet import Decoder, decoder_of
-from hyperrt.training.run.config import FIXED, TrainConfig, differences, to_json
-from hyperrt.training.run.loop import Descent
+from hyperrt.training.run.config import FIXED, TrainConfig, differences, renamed, to_json
+from hyperrt.training.run.optimizer import Optimizer
 
 FORMAT = 1
 HYPERNET, STATE = "hypernet", "state.safetensors"
-Moments = Mapping[str, Mapping[str, Tensor]]  # name of a parameter -> AdamW's state of it
-Changes = dict[str, tuple[Any, Any]]  # what differs -> (then, now)
-RENAMED = {"base": "model", "cache": "data", "out": "output"}  # settings that once had other names
+Changes = dict[str, tuple[Any, Any]]  # name of what differs -> (value of the saved run, value now)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run goes on from, told by content: a moved folder is the same, another model in it is not.
+    """What a run was started with, identified by content: folders may move.
 
-    base_model: `base_hash` of the UNet. data: `Batches.fingerprint`. image_prompt: `prompt_hash`, "" without
-    one. States of before the latter two were kept lack them.
+    Attributes:
+        base_model: `weight_hash.base_hash` of the UNet.
+        data: `Batches.fingerprint`.
+        image_prompt: `weight_hash.prompt_hash`, "" without an image prompt.
     """
 
     base_model: str
@@ -53,9 +55,10 @@ def save_hypernet(
 ) -> Path:
     """Writes hypernet.json and hypernet.safetensors; returns the path of the latter.
 
-    base_model, image_prompt: their hashes, as in `Origin`.
+    A kill between the two leaves the weights of the save before. So the step is also stored with the weights.
 
-    A run that is killed between the two leaves weights of the save before: the step is with the weights.
+    Args:
+        base_model, image_prompt: their hashes, as in `Origin`.
     """
     about = {
         "format": FORMAT,
@@ -84,7 +87,7 @@ def load_hypernet(path: Path | str, values: bool = True) -> tuple[Decoder, dict[
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a file is damaged, of another format, or they do not fit together.
+        ValueError: a file is damaged or of another format, or they do not fit together.
     """
     path = Path(path)
     stem = path / HYPERNET if path.is_dir() else path.with_suffix("")
@@ -97,9 +100,9 @@ def load_hypernet(path: Path | str, values: bool = True) -> tuple[Decoder, dict[
     if about.get("format") != FORMAT:
         raise ValueError(f"{stem}.json has format {about.get('format')!r}; this version reads {FORMAT}")
     about["step"] = about["step"] if step is None else int(step)
-    about["training"] = {RENAMED.get(name, name): value for name, value in about["training"].items()}
+    about["training"] = renamed(about["training"])
     layout, config = LoraLayout.from_json(about["layout"]), DecoderConfig(**about["decoder"])
-    with torch.device("meta"):  # the tensors take the place of the parameters; those of SDXL are 2.6 GB
+    with torch.device("meta"):  # the tensors replace the parameters; SDXL's are 2.6 GB
         decoder = decoder_of(layout, about["feature_dim"], config)
     try:
         decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -108,79 +111,106 @@ def load_hypernet(path: Path | str, values: bool = True) -> tuple[Decoder, dict[
     return decoder.eval().requires_grad_(False), about
 
 
-def save_state(
-    folder: Path, decoder: Decoder, ema: Decoder, moments: Moments, window: Tensor, config: TrainConfig,
-    step: int, origin: Origin,
-) -> Path:  # fmt: skip
-    """Writes state.safetensors; `step` steps are done, `window` holds their losses not logged yet."""
-    tensors = {"window": window}
-    tensors.update({f"decoder/{name}": tensor for name, tensor in decoder.state_dict().items()})
-    tensors.update({f"ema/{name}": tensor for name, tensor in ema.state_dict().items()})
-    for name, values in moments.items():
-        tensors.update({f"adam.{key}/{name}": value for key, value in values.items()})
-    metadata = {"step": str(step), "config": json.dumps(to_json(config)), **vars(origin)}
+def save_state(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Writes state.safetensors.
+
+    Args:
+        tensors: `Optimizer.tensors`: "model/NAME", "ema/NAME", "adam.exp_avg/NAME" and so on; others may be
+            added.
+        metadata: "step", the number of steps done, and others.
+    """
     return _publish(folder / STATE, tensors, metadata)
 
 
-def load_state(
-    folder: Path, decoder: Decoder, descent: Descent, config: TrainConfig, origin: Origin,
-    allow_changes: bool = False,
-) -> tuple[int, Tensor, Changes]:  # fmt: skip
-    """Puts everything back; returns the step, the window, and what differs as {name: (then, now)}.
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of `save_state`.
 
     Raises:
-        UsageError: settings that are not `config.FREE` differ, or the pictures, or the image prompt, without
-            `allow_changes`.
-        Incompatible: with it, a setting in `config.FIXED` differs; the hash of the base model does.
         IntegrityError: the file is damaged.
     """
     path = folder / STATE
     try:
         tensors, metadata = read(path)
-        done, before = int(metadata["step"]), json.loads(metadata["config"])
-        base_model = metadata["base_model"]
+        int(metadata["step"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged", str(error), f"remove {folder} to train it anew") from error
+    former = "decoder/"  # "model/" of earlier versions
+    return {
+        f"model/{name.removeprefix(former)}" if name.startswith(former) else name: tensor
+        for name, tensor in tensors.items()
+    }, metadata
+
+
+def restore(folder: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Loads the tensors of `read_state` into a model and its optimizer.
+
+    Raises:
+        IntegrityError: they are another model's.
+    """
+    try:
+        optimizer.restore(tensors)
+    except (RuntimeError, KeyError) as error:
+        do = f"remove {folder} to train it anew"
+        what = f"{folder / STATE} is another model's"
+        raise IntegrityError(what, first_line(error), do) from error
+
+
+def state_metadata(step: int, config: TrainConfig, origin: Origin) -> dict[str, str]:
+    """The metadata of a hypernetwork's state, which `check_state` compares."""
+    return {"step": str(step), "config": json.dumps(to_json(config)), **vars(origin)}
+
+
+def check_state(
+    path: Path, metadata: Mapping[str, str], config: TrainConfig, origin: Origin, allow_changes: bool = False
+) -> Changes:
+    """Compares a saved run with what it is to resume with; returns the differences.
+
+    Args:
+        path: of the state, for error messages.
+        metadata: as `state_metadata` made it; earlier versions saved no `data` and `image_prompt`.
+
+    Raises:
+        UsageError: settings other than `config.FREE`, the pictures or the image prompt differ, and
+            `allow_changes` is off.
+        Incompatible: it is on and a setting in `config.FIXED` differs; or the base model differs.
+        IntegrityError: the metadata is damaged.
+    """
+    try:
+        before, base_model = renamed(json.loads(metadata["config"])), metadata["base_model"]
+    except (KeyError, ValueError) as error:
+        do = f"remove {path.parent} to train it anew"
+        raise IntegrityError(f"{path} is damaged", str(error), do) from error
     if base_model != origin.base_model:
-        why = f"it has the hash {base_model[:12]}, the one of --model has {origin.base_model[:12]}"
-        do = "set --model back, or choose another --output"
-        raise Incompatible(f"{path} is of another base model", why, do)
+        why = f"its base model has the hash {base_model[:12]}, the one of --base has {origin.base_model[:12]}"
+        do = "set --base back, or choose another --output"
+        raise Incompatible(f"{path} was trained with another base model", why, do)
     changed = differences(before, config) | _changed_contents(metadata, before, origin)
     check_changes(path, changed, allow_changes)
-    decoder.load_state_dict(_under("decoder/", tensors))
-    descent.ema.load_state_dict(_under("ema/", tensors))
-    keys = {name.partition("/")[0] for name in tensors if name.startswith("adam.")}
-    columns = {key.removeprefix("adam."): _under(f"{key}/", tensors) for key in keys}
-    descent.restore({name: {key: values[name] for key, values in columns.items()} for name in descent.named})
-    return done, tensors["window"], changed
+    return changed
 
 
 def _changed_contents(metadata: Mapping[str, str], before: Mapping[str, Any], origin: Origin) -> Changes:
-    """What the files hold otherwise, as far as a state of before that was kept can tell."""
+    """Differences in the content of data and image prompt, as far as the metadata can tell."""
     changed: Changes = {}
     if metadata.get("data", origin.data) != origin.data:
-        changed["what --data holds"] = metadata["data"], origin.data
+        changed["the content of --data"] = metadata["data"], origin.data
     then, now = metadata.get("image_prompt"), origin.image_prompt
     if then is None:
         then = (now or "another") if before.get("image_prompt") else ""
     if then != now:
-        changed["what --image-prompt holds"] = then[:12] or "nothing", now[:12] or "nothing"
+        changed["the content of --image-prompt"] = then[:12] or "nothing", now[:12] or "nothing"
     return changed
 
 
 def check_changes(path: Path, changed: Changes, allowed: bool) -> None:
-    """Raises what `load_state` says of changes."""
-    said = ", ".join(f"{name} was {then} and is {now}" for name, (then, now) in changed.items())
+    """Raises the errors of `check_state` about changes."""
+    why = ", ".join(f"{name} was {then} and is {now}" for name, (then, now) in changed.items())
     fixed = FIXED & changed.keys()
     do = f"set it back,{'' if fixed else ' add --allow-changes,'} or choose another --output"
     if changed and not allowed:
-        raise UsageError(f"{path} is of a run with other settings", said, do)
+        raise UsageError(f"{path} was saved by a run with other settings", why, do)
     if fixed:
-        raise Incompatible(f"{path} is of another decoder", said, do)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        raise Incompatible(f"{path} holds another decoder", why, do)
 
 
 def read(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,42 +1,37 @@
-"""What a training would take, from its first two steps: memory, seconds, the shapes of all that it handles.
+"""Measures what a training would take with its first two steps: memory, seconds, shapes.
 
-Two, because AdamW makes its moments at the end of the first; the second is what all the others are like.
+Two, because AdamW allocates its moments at the end of the first; the second is like all the others.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from hyperrt.training.model.encode import Text
 from hyperrt.training.run import device
+from hyperrt.training.run.batches import Batch
 from hyperrt.training.run.config import to_json
-
-if TYPE_CHECKING:
-    from hyperrt.training.train import Trainer
+from hyperrt.training.run.trainer import LOSSES, Trainer
 
 MB = 1e6
 
 
-def measure(trainer: Trainer, losses: Sequence[str]) -> dict[str, Any]:
-    """Takes the steps and tells of them; the trainer's weights have moved then.
-
-    Args:
-        losses: names of what `Trainer.step` returns.
+def measure(trainer: Trainer) -> dict[str, Any]:
+    """Takes two steps, which change the trainer's weights, and describes them.
 
     Returns:
-        A JSON object: "base" and "decoder" with parameter counts, "lora", "batch" with shapes as one process
-        sees them, "memory_mb" of one process, "step".
+        A JSON object: "base" and "decoder" with parameter counts, "lora", "batch" with the shapes of one
+        process, "memory_mb" of one process, "step".
     """
     memory = device.Memory(trainer.device)
     for step in range(2):
         began = time.perf_counter()
         figures = trainer.step(step)
         seconds = time.perf_counter() - began
-    batch, layout = trainer.batches.at(1), trainer.layout
-    rows = len(batch.latents)
+    batch, layout = trainer.batches.at(1), trainer.decoder.layout
     peak, growth = memory.peak / MB, memory.growth / MB
     return {
         "base": {name: _parameters(part) for name, part in _networks(trainer)},
@@ -52,14 +47,14 @@ def measure(trainer: Trainer, losses: Sequence[str]) -> dict[str, Any]:
             "numbers": {name: layout.size(name) for name in ("lora_q", "lora_kv")},
             "layout_hash": layout.hash,
         },
-        "batch": {name: _shape(value) for name, value in vars(batch).items() if isinstance(value, Tensor)},
+        "batch": _shapes(batch),
         "processes": trainer.accelerator.num_processes,
         "device": str(trainer.device),
-        "memory_mb": {"before": peak - growth, "peak": peak, "per_sample": growth / rows},
+        "memory_mb": {"before": peak - growth, "peak": peak, "per_sample": growth / len(batch.latents)},
         "step": {
             "seconds": seconds,
-            "rows_per_s": trainer.config.batch / seconds,
-            **dict(zip(losses, figures.tolist(), strict=True)),
+            "rows_per_s": trainer.config.batch_size / seconds,
+            **dict(zip(LOSSES, figures.tolist(), strict=True)),
         },
     }
 
@@ -70,6 +65,17 @@ def _networks(trainer: Trainer) -> list[tuple[str, nn.Module]]:
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _shapes(batch: Batch) -> dict[str, str]:
+    """Shape and type of every tensor of a batch."""
+    shapes = {}
+    for name, value in vars(batch).items():
+        tensors = {name: value}
+        if isinstance(value, Text):
+            tensors = {name: value.hidden_states, f"{name}_pooled": value.pooled}
+        shapes |= {key: _shape(tensor) for key, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return shapes
 
 
 def _shape(tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 Settings = dict[str, Any]
 
 PAPER: Settings = {
-    "steps": 4000, "batch": 64, "photos": 1, "weight_decay": 1e-4, "warmup": 500, "final_lr": 1.0,
+    "steps": 4000, "batch_size": 64, "photos": 1, "weight_decay": 1e-4, "warmup": 500, "final_lr": 1.0,
     "dim": 512, "layers": 4, "head_dim": 0, "noise_shift": 1.0,
 }  # fmt: skip
 # Stable Diffusion 1.5, ViT-B/16: 223,488 numbers of LoRA
@@ -28,7 +28,7 @@ PRESETS: dict[str, Settings] = {
     # held-out gap 0.079 and gain 0.022 (docs/log.md, "The hypernetwork")
     "tiny": {},
     # For tests: is the script in order?
-    "smoke": {"steps": 20, "batch": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16},
+    "smoke": {"steps": 20, "batch_size": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16},
     # CelebA-HQ, guidance 7.5: DINO 0.639, CLIP-I 0.653, faces 0.250, CLIP-T 0.269
     "celeba": {**CLOSED, "steps": 30_000, "lambda_": 0.15, "reduction": "matrix_fro_mean"},
     # With table 6's weight of R(h), for which no scores are printed, as celeba: 0.639, 0.653, 0.250, 0.269

@@ -11,12 +11,13 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from hyperrt.errors import Incompatible, NumericError
-from hyperrt.training import prepare, train
+from hyperrt.training import prepare
 from hyperrt.training.data import features
 from hyperrt.training.data.cache import PictureCache
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.model import model_config
 from hyperrt.training.run.config import TrainConfig
+from hyperrt.training.run.trainer import Trainer
 from tests.export import small_models
 from tests.training import data_sets
 
@@ -39,9 +40,9 @@ def test_a_training_step_of_a_small_sd15_can_be_made(tmp_path, settings):
     )
     assert cache.images.shape == (4, 1, 32, 32, 3)
     assert cache.latents.shape == (4, 1, 4, 16, 16)
-    folders = {"model": str(tmp_path / "base"), "data": str(cache.path)}
-    trainer = train.Trainer(TrainConfig(**{**settings, **folders, "holdout": 1, "photos": 1, "batch": 2}))
-    assert trainer.features.shape == (4, 1, 5, 16)
+    folders = {"base": str(tmp_path / "base"), "data": str(cache.path)}
+    trainer = Trainer(TrainConfig(**{**settings, **folders, "holdout": 1, "photos": 1, "batch_size": 2}))
+    assert trainer.data.features.shape == (4, 1, 5, 16)
     assert torch.isfinite(trainer.step(0)).all()
 
 
@@ -53,11 +54,11 @@ def test_the_text_of_an_sdxl_is_what_its_pipeline_in_diffusers_makes(sdxl):
         hidden, empty, pooled, empty_pooled = pipeline.encode_prompt(prompt, device="cpu")
         rows = np.array([0, row])
         for found, expected in (
-            (sdxl.table.text(rows), torch.cat([empty, hidden])),
-            (sdxl.table.pooled_text(rows), torch.cat([empty_pooled, pooled])),
+            (sdxl.table.text(rows).hidden_states, torch.cat([empty, hidden])),
+            (sdxl.table.text(rows).pooled, torch.cat([empty_pooled, pooled])),
         ):
             torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
-    assert not sdxl.table.text(np.array([0])).any()
+    assert not sdxl.table.text(np.array([0])).hidden_states.any()
     assert sdxl.table.hidden.shape[1:] == (PADDED, 16 + 24)
 
 
@@ -65,8 +66,9 @@ def test_a_cache_holds_all_that_the_unet_of_an_sdxl_reads(sdxl):
     latents = torch.from_numpy(sdxl.cache.latents[:2, 0].astype(np.float32)).requires_grad_()
     rows = sdxl.table.subject[:2, 0]
     sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
-    added = {"text_embeds": sdxl.table.pooled_text(rows), "time_ids": sizes}
-    predicted = sdxl.base.unet(latents, 10, sdxl.table.text(rows), added_cond_kwargs=added).sample
+    text = sdxl.table.text(rows)
+    added = {"text_embeds": text.pooled, "time_ids": sizes}
+    predicted = sdxl.base.unet(latents, 10, text.hidden_states, added_cond_kwargs=added).sample
     predicted.square().mean().backward()
     assert latents.grad.abs().sum() > 0
 

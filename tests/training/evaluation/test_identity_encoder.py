@@ -10,7 +10,7 @@ from hyperrt.training.data import scenes
 from hyperrt.training.evaluation import drawn, drawn_scorers, identity_encoder, prompt_packs
 from hyperrt.training.evaluation.protocols import EvaluationSubject
 from hyperrt.training.run import contrastive
-from hyperrt.training.run.loop import Schedule
+from hyperrt.training.run.optimizer import Schedule
 
 SCHEDULE = Schedule(steps=12, lr=3e-3, warmup=2, ema=0.8, report_every=6)
 

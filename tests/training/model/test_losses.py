@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.training.model.lora_layers import layout_of, unpack
-from hyperrt.training.model.losses import REDUCTIONS, REGULARISED, Noising, Regulariser, row_loss
+from hyperrt.training.model.losses import REDUCTIONS, REGULARISED, NoiseScheduler, Regulariser, row_loss
 from tests.training import full_size
 
 TIMESTEPS = torch.tensor([0, 300, 999])
@@ -31,10 +31,10 @@ def noise():
     return torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def test_noising_and_velocity_agree_with_diffusers(latents, noise):
-    ours, theirs = Noising(scheduler()), scheduler()
+def test_noise_and_velocity_agree_with_diffusers(latents, noise):
+    ours, theirs = NoiseScheduler(scheduler()), scheduler()
     torch.testing.assert_close(
-        ours.noised(latents, noise, TIMESTEPS), theirs.add_noise(latents, noise, TIMESTEPS)
+        ours.add_noise(latents, noise, TIMESTEPS), theirs.add_noise(latents, noise, TIMESTEPS)
     )
     torch.testing.assert_close(
         ours.target(latents, noise, TIMESTEPS), theirs.get_velocity(latents, noise, TIMESTEPS)
@@ -43,7 +43,7 @@ def test_noising_and_velocity_agree_with_diffusers(latents, noise):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
 def test_the_target_is_what_the_scheduler_says_the_model_predicts(prediction_type, latents, noise):
-    target = Noising(scheduler(prediction_type)).target(latents, noise, TIMESTEPS)
+    target = NoiseScheduler(scheduler(prediction_type)).target(latents, noise, TIMESTEPS)
     assert target is (noise if prediction_type == "epsilon" else latents)
 
 
@@ -51,23 +51,23 @@ def test_an_unknown_prediction_type_is_refused():
     strange = scheduler()
     strange.register_to_config(prediction_type="flow")
     with pytest.raises(ValueError, match="'flow' is not supported"):
-        Noising(strange)
+        NoiseScheduler(strange)
 
 
 def test_min_snr_weighs_the_three_targets_alike(latents, noise):
     """An error of size 1 in x0 has the same weighted loss in each parametrisation."""
     losses = []
     for prediction_type in ("epsilon", "v_prediction", "sample"):
-        noising = Noising(scheduler(prediction_type))
-        snr = noising.snr[TIMESTEPS]
+        scheduler_ = NoiseScheduler(scheduler(prediction_type))
+        snr = scheduler_.snr[TIMESTEPS]
         error = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-        losses.append(noising.weights(TIMESTEPS, 5.0) * error)
+        losses.append(scheduler_.min_snr_weights(TIMESTEPS, 5.0) * error)
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[0], losses[2])
 
 
 def test_without_min_snr_every_row_counts_the_same():
-    assert torch.equal(Noising(scheduler()).weights(TIMESTEPS, 0.0), torch.ones(3))
+    assert torch.equal(NoiseScheduler(scheduler()).min_snr_weights(TIMESTEPS, 0.0), torch.ones(3))
 
 
 def test_the_row_loss_is_the_mean_over_a_row(latents, noise):

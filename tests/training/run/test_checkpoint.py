@@ -128,9 +128,9 @@ def test_the_step_is_that_of_the_weights_where_a_run_died_between_the_two_files(
 def test_settings_that_had_other_names_have_their_present_ones(saved):
     _, folder = saved
     about = json.loads((folder / "hypernet.json").read_text())
-    about["training"]["base"] = about["training"].pop("model")
+    about["training"]["model"] = about["training"].pop("base")
     (folder / "hypernet.json").write_text(json.dumps(about))
-    assert checkpoint.load_hypernet(folder)[1]["training"]["model"] == about["training"]["base"]
+    assert checkpoint.load_hypernet(folder)[1]["training"]["base"] == about["training"]["model"]
 
 
 def test_large_base_models_are_told_apart_at_half_precision(parts):

@@ -16,7 +16,7 @@ from hyperrt.training.run.config import (
 )
 from hyperrt.training.run.presets import PRESETS
 
-PATHS = {"model": "b", "data": "c", "output": "o"}
+PATHS = {"base": "b", "data": "c", "output": "o"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -28,6 +28,13 @@ def test_the_file_may_begin_with_a_byte_order_mark(tmp_path):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"steps": 7}), encoding="utf-8-sig")
     assert resolve(PATHS, file=file).steps == 7
+
+
+def test_a_file_may_have_former_names(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"model": "b", "batch": 6}))
+    config = resolve({"data": "c", "output": "o"}, file=file)
+    assert (config.base, config.batch_size) == ("b", 6)
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
@@ -46,7 +53,7 @@ def test_an_unknown_setting_is_named(tmp_path):
 
 def test_missing_folders_are_named_as_flags():
     with pytest.raises(ValueError, match="missing: --data, --output"):
-        resolve({"model": "b"})
+        resolve({"base": "b"})
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,7 @@ def test_missing_folders_are_named_as_flags():
         {"reduction": "median"},
         {"regularised": "weights"},
         {"prior": "none"},
-        {"batch": 6, "targets": 4},
+        {"batch_size": 6, "targets": 4},
         {"lr": 0},
         {"seed": -1},
         {"precision": "fp16"},
@@ -77,12 +84,12 @@ def test_a_number_out_of_range_is_refused_by_name(wrong):
 
 def test_the_papers_presets_have_its_numbers():
     """Tables 6 and 8; the rate is constant after the warm-up."""
-    from hyperrt.training.run.loop import Schedule
+    from hyperrt.training.run.optimizer import Schedule
 
     known = {"celeba": (3, 1e-5, 30_000), "afhq": (3, 1e-5, 4000), "open": (2, 1e-6, 4000)}
     for name, (rank, lr, steps) in known.items():
         config = resolve(PATHS, name)
-        assert (config.rank, config.lr, config.steps, config.batch) == (rank, lr, steps, 64)
+        assert (config.rank, config.lr, config.steps, config.batch_size) == (rank, lr, steps, 64)
         assert (config.weight_decay, config.warmup) == (1e-4, 500)
         schedule = Schedule(steps, lr, config.warmup, config.final_lr)
         assert schedule.rate(500) == schedule.rate(steps - 1) == lr

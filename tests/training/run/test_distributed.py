@@ -22,7 +22,7 @@ from hyperrt.errors import UsageError
 from hyperrt.training import train
 from hyperrt.training.run import checkpoint, distributed, preview
 from hyperrt.training.run.config import TrainConfig
-from hyperrt.training.run.loop import Descent
+from hyperrt.training.run.optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def exact(short_run) -> dict:
     """fp32: of bf16 products, the sum of two halves is another than that of the whole in the third digit."""
-    return {**short_run, "precision": "fp32", "log_every": 1, "gamma": 0.5, "targets": 2, "batch": 8}
+    return {**short_run, "precision": "fp32", "log_every": 1, "gamma": 0.5, "targets": 2, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +102,16 @@ def test_steps_are_put_back_where_a_fused_adamw_reads_them():
             self.state[weight] = values
             self.optim.state[weight] = {k: v if v.dim() == 0 else v.to("meta") for k, v in values.items()}
 
-    descent = Descent.__new__(Descent)
-    descent.named, descent.optimizer = {"weight": weight}, Sharded()
-    descent.restore({"weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}})
-    found = descent.optimizer.optim.state[weight]
+    optimizer = Optimizer.__new__(Optimizer)
+    optimizer.named, optimizer.adamw = {"weight": weight}, Sharded()
+    optimizer._restore_moments({"weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}})
+    found = optimizer.adamw.optim.state[weight]
     assert {tensor.device.type for tensor in found.values()} == {"meta"}
-    assert not descent.optimizer.state
+    assert not optimizer.adamw.state
 
 
 def test_processes_that_find_another_state_are_refused_together(exact, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "said", lambda accelerator, number: [3, number])
+    monkeypatch.setattr(distributed, "gather", lambda accelerator, number: [3, number])
     config = TrainConfig(**exact, output=str(tmp_path / "run"))
     with pytest.raises(UsageError, match=r"different steps\n.* finds step 3, process 1 step 0\n.*share"):
         train.run(config, resume=True)
@@ -126,7 +126,7 @@ def test_gradients_travel_as_they_were_asked_to(compress, hook):
 
 def test_processors_that_cannot_compress_gradients_say_so(monkeypatch):
     monkeypatch.setattr(distributed.Accelerator, "num_processes", 2)
-    with pytest.raises(UsageError, match="these processes compute on cpu"):
+    with pytest.raises(UsageError, match="these processes use cpu"):
         distributed.start(True, compress=True)
 
 
@@ -165,7 +165,7 @@ def test_two_processes_have_the_curve_of_one(exact, alone, tmp_path, entries):
 
 
 def test_subjects_that_cannot_be_shared_equally_are_refused():
-    with pytest.raises(UsageError, match="5 subjects cannot be shared by 2 processes"):
+    with pytest.raises(UsageError, match="5 subjects cannot be divided among 2 processes"):
         distributed.share(5, SimpleNamespace(num_processes=2, process_index=0))
 
 

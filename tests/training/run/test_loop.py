@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from hyperrt.errors import IntegrityError, NumericError
+from hyperrt.errors import Incompatible, IntegrityError, NumericError
 from hyperrt.training.messages import first_line
-from hyperrt.training.run.loop import Descent, Schedule, fit
+from hyperrt.training.run import checkpoint
+from hyperrt.training.run.loop import fit
+from hyperrt.training.run.optimizer import Optimizer, Schedule
 
 SCHEDULE = Schedule(steps=12, lr=0.1, warmup=2, log_every=1, report_every=4)
 
@@ -65,31 +67,31 @@ def test_the_log_has_the_rate_of_the_step_that_it_logs(tmp_path):
 
 
 def test_vectors_and_named_matrices_do_not_decay():
-    groups = Descent(
+    groups = Optimizer(
         nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), SCHEDULE, ("1.weight",)
-    ).optimizer.param_groups
+    ).adamw.param_groups
     assert [len(group["params"]) for group in groups] == [1, 3]
     assert [group["weight_decay"] for group in groups] == [SCHEDULE.weight_decay, 0.0]
 
 
 def test_the_average_follows_the_weights(tmp_path):
     net = model()
-    descent = Descent(net, Schedule(steps=1, lr=0.1, warmup=0, ema=0.5))
+    optimizer = Optimizer(net, Schedule(steps=1, lr=0.1, warmup=0, ema=0.5))
     before = net.weight.detach().clone()
-    descent.step(100, {"loss": net.weight.sum()})
-    torch.testing.assert_close(descent.ema.weight, (before + net.weight) / 2)
+    optimizer.step(100, {"loss": net.weight.sum()})
+    torch.testing.assert_close(optimizer.ema.weight, (before + net.weight) / 2)
     assert not torch.equal(before, net.weight)
 
 
 def test_the_average_of_a_short_run_is_not_its_beginning():
     """With 0.999 from the first step on, 98 % of it would be the fresh weights after these 20."""
     net = model()
-    descent = Descent(net, Schedule(steps=20, lr=0.1, warmup=0, final_lr=1.0))
+    optimizer = Optimizer(net, Schedule(steps=20, lr=0.1, warmup=0, final_lr=1.0))
     before = net.weight.detach().clone()
     for step in range(20):
-        descent.step(step, {"loss": net.weight.sum()})
-    left_behind = (descent.ema.weight - net.weight).norm() / (before - net.weight).norm()
-    assert descent.schedule.ema == 0.999
+        optimizer.step(step, {"loss": net.weight.sum()})
+    left_behind = (optimizer.ema.weight - net.weight).norm() / (before - net.weight).norm()
+    assert optimizer.schedule.ema == 0.999
     assert 0 < left_behind < 0.2
 
 
@@ -111,7 +113,7 @@ def test_a_signal_saves_before_it_ends_the_run(tmp_path, number):
     with pytest.raises(SystemExit) as end:
         train(stopped, at=6, action=lambda: os.kill(os.getpid(), number))
     assert end.value.code == 128 + number
-    assert torch.load(stopped / "state.pt", weights_only=True)["step"] == 7
+    assert checkpoint.read_state(stopped)[1]["step"] == "7"
     train(stopped)
     assert curve(stopped) == curve(straight)
 
@@ -144,20 +146,43 @@ def test_a_loss_that_is_not_a_number_stops_and_leaves_the_weights(tmp_path):
     with pytest.raises(NumericError, match=r"step 0: the loss is not a finite number\n.*loss nan"):
         fit(tmp_path, net, lambda step, generator: {"loss": net.weight.sum() * float("nan")}, SCHEDULE)
     assert torch.equal(net.weight, before)
-    assert not (tmp_path / "state.pt").exists()
+    assert not (tmp_path / checkpoint.STATE).exists()
 
 
 @pytest.mark.parametrize("length", [0, 5, 300])
 def test_a_truncated_state_is_refused_by_name(tmp_path, length):
     train(tmp_path)
-    os.truncate(tmp_path / "state.pt", length)
-    with pytest.raises(IntegrityError, match=r"state\.pt cannot be resumed"):
+    os.truncate(tmp_path / checkpoint.STATE, length)
+    with pytest.raises(IntegrityError, match=r"state\.safetensors is damaged"):
         train(tmp_path)
+
+
+def test_a_state_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"a pickle")
+    with pytest.raises(Incompatible, match=r"state\.pt cannot be resumed\n.*state\.safetensors\n.*remove"):
+        train(tmp_path)
+
+
+def test_moments_keep_the_memory_layout_of_their_parameters(tmp_path):
+    """AdamW's fused kernel reads a parameter and its moments in the order of their memory."""
+
+    def loss(step, generator):
+        return {"loss": net(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()}
+
+    curves = []
+    for stops in ([8], [3, 8]):
+        for steps in stops:
+            torch.manual_seed(0)
+            net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+            schedule = Schedule(steps=steps, lr=0.1, warmup=0, final_lr=1.0, log_every=1)
+            fit(tmp_path / str(len(stops)), net, loss, schedule)
+        curves.append(curve(tmp_path / str(len(stops))))
+    assert curves[0] == curves[1]
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):
     train(tmp_path)
-    with pytest.raises(IntegrityError, match="cannot be resumed"):
+    with pytest.raises(IntegrityError, match="is another model's"):
         fit(tmp_path, nn.Linear(4, 4), lambda step, generator: {}, SCHEDULE)
 
 
