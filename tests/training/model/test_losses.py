@@ -34,7 +34,7 @@ def noise():
 def test_noise_and_velocity_agree_with_diffusers(latents, noise):
     ours, theirs = NoiseScheduler(scheduler()), scheduler()
     torch.testing.assert_close(
-        ours.noised(latents, noise, TIMESTEPS), theirs.add_noise(latents, noise, TIMESTEPS)
+        ours.add_noise(latents, noise, TIMESTEPS), theirs.add_noise(latents, noise, TIMESTEPS)
     )
     torch.testing.assert_close(
         ours.target(latents, noise, TIMESTEPS), theirs.get_velocity(latents, noise, TIMESTEPS)
@@ -67,7 +67,7 @@ def test_min_snr_weighs_the_three_targets_alike(latents, noise):
 
 
 def test_without_min_snr_every_row_counts_the_same():
-    assert torch.equal(NoiseScheduler(scheduler()).weights(TIMESTEPS, 0.0), torch.ones(3))
+    assert torch.equal(NoiseScheduler(scheduler()).min_snr_weights(TIMESTEPS, 0.0), torch.ones(3))
 
 
 def test_the_row_loss_is_the_mean_over_a_row(latents, noise):
