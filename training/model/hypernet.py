@@ -30,8 +30,9 @@ shared heads with an embedding of the layer: arXiv 2506.06105 (Text-to-LoRA).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ EMBEDDING_STD = 0.02  # of a layer in front of shared heads; the tokens have uni
 
 @dataclass(frozen=True)
 class Factor:
-    """One A or B: its packed vector, its size, the site that it is of, and d_in if it is an A."""
+    """One A or B: its packed vector, its size, its site, and d_in for an A."""
 
     vector: str
     numel: int
@@ -118,46 +119,68 @@ class Block(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
 
 
-class FactorHeads(nn.Module):
-    """One linear head per factor, all of one size as one batched product; or one head per kind of factor.
+@dataclass(frozen=True)
+class Grouping:
+    """The order of tokens, in which the factors of one group are neighbours, and the way back.
 
-    tokens [B, M, d] in group order (or [B, sites, d], one for the A and the B of a site) to one vector [B, N]
-    per name in packed order.
+    >>> grouping = Grouping.by([8, 2, 8, 4])
+    >>> grouping.groups          # factors of each group, by their number in packed order
+    [[1], [3], [0, 2]]
+    >>> grouping.factor_of_token
+    [1, 3, 0, 2]
+    >>> grouping.token_of_factor
+    [2, 0, 3, 1]
+    """
+
+    groups: list[list[int]]
+
+    @classmethod
+    def by(cls, keys: Sequence[Any]) -> Grouping:
+        """Groups factors with equal keys; the groups are in the order of their keys."""
+        return cls([[k for k, other in enumerate(keys) if other == key] for key in sorted(set(keys))])
+
+    @property
+    def factor_of_token(self) -> list[int]:
+        return [factor for group in self.groups for factor in group]
+
+    @property
+    def token_of_factor(self) -> list[int]:
+        tokens = self.factor_of_token
+        return sorted(range(len(tokens)), key=tokens.__getitem__)
+
+
+class FactorHeads(nn.Module):
+    """One linear head per factor, those of one size as one batched product; or one head per kind of factor.
+
+    tokens [B, M, d] in the order of a `Grouping` (or [B, sites, d], one for the A and the B of a site) to one
+    vector [B, N] per name in packed order.
     """
 
     def __init__(self, layout: LoraLayout, dim: int, config: DecoderConfig) -> None:
         super().__init__()
         factors = factors_of(layout)
         self.shared = config.shared_heads
-        key = attrgetter("kind" if self.shared else "numel")
-        groups = sorted({key(factor) for factor in factors})
-        members = [[k for k, factor in enumerate(factors) if key(factor) == group] for group in groups]
-        in_order = [k for group in members for k in group]
-        self.counts = [len(group) for group in members]
-        place = {factor: token for token, factor in enumerate(in_order)}
-        # for each vector, the tokens whose outputs make it up
+        grouping = Grouping.by([factor.kind if self.shared else factor.numel for factor in factors])
+        factor_of, token_of = grouping.factor_of_token, grouping.token_of_factor
+        self.counts = [len(group) for group in grouping.groups]
+        # For each vector, the tokens whose outputs it consists of.
         self.order = {
-            name: [place[k] for k, factor in enumerate(factors) if factor.vector == name] for name in VECTORS
+            name: [token_of[k] for k, factor in enumerate(factors) if factor.vector == name]
+            for name in VECTORS
         }
-        # for each factor in group order, the token that it reads, if not its own; A and B are neighbours
-        self.reads = [k // 2 for k in in_order] if config.queries == "site" else None
+        # For each head the token that it reads, if a site has one token: A and B are neighbours.
+        self.reads = [factor // 2 for factor in factor_of] if config.queries == "site" else None
         if self.shared:
             layers = [factor.site.path.rpartition(".")[0] for factor in factors]
             number = {layer: n for n, layer in enumerate(dict.fromkeys(layers))}
-            self.layer_of = [number[layers[k]] for k in in_order]
+            self.layer_of = [number[layers[factor]] for factor in factor_of]
             self.layer = nn.Parameter(EMBEDDING_STD * torch.randn(len(number), dim))
         width = config.head_dim or dim
         self.squeeze = nn.Linear(dim, width, bias=False) if config.head_dim else nn.Identity()
         if config.head_dim:
             nn.init.normal_(self.squeeze.weight, std=dim**-0.5)
-        self.weights = nn.ParameterList(
-            torch.zeros(1 if self.shared else len(group), width, factors[group[0]].numel) for group in members
-        )
-        with torch.no_grad():
-            for weight, group in zip(self.weights, members, strict=True):
-                for slot, k in zip(weight, group, strict=False):  # a shared head has one slot
-                    if (d_in := factors[k].d_in) is not None:
-                        slot.normal_(std=A_HEAD_SHARE / math.sqrt(d_in * width))
+        members = [[factors[k] for k in group] for group in grouping.groups]
+        self.weights = nn.ParameterList(_head_weights(group, width, self.shared) for group in members)
 
     def forward(self, tokens: Tensor) -> Packed:
         if self.reads is not None:
@@ -182,10 +205,20 @@ class FactorHeads(nn.Module):
         return (group.flatten(0, 1) @ weight[0]).unflatten(0, (group.shape[0], -1))
 
 
-class Decoder(nn.Module):
-    """features [B, T, F] to {"lora_q": [B, Nq], "lora_kv": [B, Nkv]}; what both kinds have in common.
+def _head_weights(group: Sequence[Factor], width: int, shared: bool) -> Tensor:
+    """Fresh weights of a group's heads [G, width, n], or [1, width, n] if shared; 0 for B."""
+    heads = group[:1] if shared else group
+    weights = torch.zeros(len(heads), width, heads[0].numel)
+    for weight, factor in zip(weights, heads, strict=True):
+        if factor.d_in is not None:
+            weight.normal_(std=A_HEAD_SHARE / math.sqrt(factor.d_in * width))
+    return weights
 
-    A kind makes its own parts, then calls `_add_heads`; its `encode` makes the tokens that the heads read.
+
+class Decoder(nn.Module):
+    """features [B, T, F] to {"lora_q": [B, Nq], "lora_kv": [B, Nkv]}; the base of both kinds.
+
+    A subclass makes its parts, then calls `_add_heads`; its `encode` makes the tokens that the heads read.
     """
 
     def __init__(self, layout: LoraLayout, feature_dim: int, config: DecoderConfig) -> None:
@@ -212,7 +245,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def normalised(self, features: Tensor) -> Tensor:
-        """Features [B, T, F] with the mean and deviation of the training's taken out."""
+        """Features [B, T, F], normalised by the statistics of the training data."""
         return (features - self.feature_mean) / self.feature_std
 
     def forward(self, features: Tensor) -> Packed:
@@ -221,7 +254,7 @@ class Decoder(nn.Module):
         }
 
     def deltas(self, packed: Packed) -> Packed:
-        """What R(h) weighs: the predicted LoRA without the static A0, shapes as `packed`."""
+        """The predicted LoRA without the static A0, in the shapes of `packed`; R(h) is computed on it."""
         return {
             name: vector - self.offsets[name] * self.get_buffer(f"{name}_is_a")
             for name, vector in packed.items()
@@ -229,7 +262,7 @@ class Decoder(nn.Module):
 
 
 class WeightDecoder(Decoder):
-    """The closed category's; see the module."""
+    """The decoder of the closed category; see the module."""
 
     def __init__(self, layout: LoraLayout, feature_dim: int, config: DecoderConfig) -> None:
         super().__init__(layout, feature_dim, config)
@@ -259,7 +292,7 @@ class WeightDecoder(Decoder):
 
 
 class ResamplerDecoder(Decoder):
-    """The open category's: a resampler with one query per factor, or per site; see the module."""
+    """The decoder of the open category: a resampler with one query per factor or site."""
 
     def __init__(self, layout: LoraLayout, feature_dim: int, config: DecoderConfig) -> None:
         super().__init__(layout, feature_dim, config)
@@ -295,7 +328,7 @@ def _offsets(layout: LoraLayout) -> dict[str, nn.Parameter]:
 def _a_masks(layout: LoraLayout) -> Packed:
     """1 where an A lies in a packed vector, 0 where a B lies.
 
-    In memory even where a decoder is built without any (on "meta"): no checkpoint holds them.
+    On the CPU even if the decoder is built on "meta", because no checkpoint holds them.
     """
     masks = {}
     for name in VECTORS:

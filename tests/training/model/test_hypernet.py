@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 
 from hyperrt.lora.layout import LoraLayout, Site
+from hyperrt.training.model import hypernet
 from hyperrt.training.model.decoder_config import FULL_CLOSED, FULL_OPEN, OPEN_VARIANTS, DecoderConfig
 from hyperrt.training.model.hypernet import ResamplerDecoder, WeightDecoder, decoder_of
 from hyperrt.training.model.lora_layers import layout_of, unpack
@@ -214,3 +217,8 @@ def test_the_closed_decoder_of_sd15_is_hyperdreambooths_at_rank_three():
     assert millions(model.heads) == pytest.approx(512 * 0.223488)
     lora = model(torch.empty(2, 197, 768, device="meta"))
     assert sum(vector.shape[1] for vector in lora.values()) == 223_488
+
+
+def test_the_examples_of_the_module_hold():
+    results = doctest.testmod(hypernet)
+    assert (results.attempted > 0, results.failed) == (True, 0)
