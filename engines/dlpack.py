@@ -1,6 +1,6 @@
-"""Arrays on a device, and DLPack, by which another program takes them without a copy.
+"""Arrays on a device, and DLPack, through which other libraries borrow them without a copy.
 
-The structures are those of dlpack.h, version 0.8, whose capsule is called "dltensor": every reader takes it.
+The structures are those of dlpack.h, version 0.8, with the capsule "dltensor" that every reader accepts.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ NAME = b"dltensor"
 
 
 class DeviceArray(ABC):
-    """An array in a device's memory, as an engine there returns it; `run`, `bind` and `refit` take it there.
+    """A C-contiguous array in device memory: a result of an engine there, or an argument of its methods.
 
-    Nothing writes to it again, nor may whoever reads it by DLPack: an engine that was refitted with it keeps
-    it, to go back to.  `numpy.asarray` copies it to the host.
+    It is read-only, also for those who borrow it by DLPack: an engine that was refitted with it keeps it, to
+    restore it when a later refit fails.  `numpy.asarray` copies it to the host.
 
     Attributes:
-        shape, dtype: as of a NumPy array; C-contiguous.
+        shape, dtype: as in NumPy.
         pointer: address on the device.
     """
 
@@ -35,34 +35,34 @@ class DeviceArray(ABC):
 
     @abstractmethod
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """A copy on the host; waits for what computes it."""
+        """Copy to the host; waits until the array is computed."""
 
     @abstractmethod
     def __getitem__(self, part: slice) -> DeviceArray:
-        """Some entries of the first axis, one after the other; a view, as in NumPy."""
+        """A contiguous range of the first axis; a view, as in NumPy."""
 
     @abstractmethod
     def reshape(self, shape: tuple[int, ...]) -> DeviceArray:
-        """The same numbers in another shape; a view, as in NumPy."""
+        """The array in another shape; a view, as in NumPy."""
 
     @abstractmethod
     def concatenated(self, arrays: Sequence[NDArray[Any] | DeviceArray]) -> DeviceArray:
-        """A new array on this one's device: `concatenate`."""
+        """A new array on this array's device: `arrays` joined along the first axis."""
 
     def repeat(self, count: int, axis: int = 0) -> DeviceArray:
-        """A new array with each entry of the first axis `count` times, as NumPy's."""
+        """A new array with each entry of the first axis `count` times, as in NumPy."""
         return self.concatenated([self[k : k + 1] for k in range(self.shape[0]) for _ in range(count)])
 
-    def __reduce__(self) -> Any:  # what is pickled is a NumPy array
+    def __reduce__(self) -> Any:  # pickles a NumPy array
         return np.asarray, (np.asarray(self),)
 
 
 def concatenate(arrays: Sequence[NDArray[Any] | DeviceArray]) -> NDArray[Any] | DeviceArray:
-    """Arrays one after the other along the first axis, on a device if one is there; one alone is itself."""
+    """Join arrays along the first axis, on a device if any of them is on one; a single array is returned."""
     if len(arrays) == 1:
         return arrays[0]
-    there = next((array for array in arrays if isinstance(array, DeviceArray)), None)
-    return np.concatenate(arrays) if there is None else there.concatenated(arrays)
+    on_device = next((array for array in arrays if isinstance(array, DeviceArray)), None)
+    return np.concatenate(arrays) if on_device is None else on_device.concatenated(arrays)
 
 
 class _Tensor(ctypes.Structure):
@@ -83,32 +83,32 @@ class _Managed(ctypes.Structure):
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
 _Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
-# What other programs still hold: address of its structure -> the structure, and the array that it is of.
-_held: dict[int, tuple[Any, ...]] = {}
+# What other libraries still borrow: address of its structure -> the structure, and the array behind it.
+_borrowed: dict[int, tuple[Any, ...]] = {}
 
 
 def _free(managed: Any) -> None:
-    _held.pop(ctypes.addressof(managed.contents), None)
+    _borrowed.pop(ctypes.addressof(managed.contents), None)
 
 
 def _free_unread(capsule: int) -> None:
-    """A capsule that nobody took goes: what was taken has another name, and is freed by whoever took it."""
+    """Free the array of a capsule that nobody consumed; a consumed one has another name and another owner."""
     if ctypes.pythonapi.PyCapsule_IsValid(ctypes.c_void_p(capsule), NAME):
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype = ctypes.c_void_p
-        _held.pop(pointer(ctypes.c_void_p(capsule), NAME), None)
+        _borrowed.pop(pointer(ctypes.c_void_p(capsule), NAME), None)
 
 
-# What C calls; kept here for as long as it may.
+# Called from C; they must live as long as this module.
 _FREE, _FREE_UNREAD = _Deleter(_free), ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_free_unread)
 
 
 def capsule(array: DeviceArray, pointer: int, device: tuple[int, int]) -> Any:
-    """A capsule for `__dlpack__`; `array` is kept until its reader lets go.
+    """A capsule for `__dlpack__`; `array` is kept alive until its reader frees it.
 
     Args:
-        array: C-contiguous, of a type that NumPy has.
-        pointer: where its first number is.
+        array: C-contiguous, with a dtype of NumPy's.
+        pointer: address of its first number.
         device: (DLDeviceType, index).
     """
     shape = (ctypes.c_int64 * len(array.shape))(*array.shape)
@@ -116,7 +116,7 @@ def capsule(array: DeviceArray, pointer: int, device: tuple[int, int]) -> Any:
     tensor = _Tensor(pointer, *device, len(array.shape), code, bits, 1, shape, None, 0)
     managed = _Managed(tensor, None, _FREE)
     address = ctypes.addressof(managed)
-    _held[address] = managed, shape, array
+    _borrowed[address] = managed, shape, array
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
     return new(address, NAME, ctypes.cast(_FREE_UNREAD, ctypes.c_void_p))

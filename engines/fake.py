@@ -1,15 +1,15 @@
-"""The fake backend: a Python function in place of a graph, for tests of everything above an engine.
+"""The fake backend runs a Python function instead of a graph, to test everything above an engine.
 
-In a test, either build the engine:
+A test either creates the engine:
 
     FakeEngine(lambda t: {"y": t["x"] * t["gain"]}, inputs=(...), outputs=(...))
 
-or open a file, where the code under test does the opening.  The file is JSON: `inputs` and `outputs` as lists
-of {name, shape, dtype}, and `function`, a key of `FUNCTIONS`, where the test puts it (a file holds no code).
-There may be `weights`, too, of zeros or of a number that each has as its `value`.
+or writes a file that the code under test opens.  The file is JSON: `inputs` and `outputs` are lists of
+{name, shape, dtype}, and `function` is a key of `FUNCTIONS`, where the test puts the function: files hold no
+code.  It may have `weights`, filled with zeros or with their number `value`.
 
-A function gets every input (and weight) by name and returns every output.  It may raise an `EngineError` or
-return NaN: that is how faults are staged; those of a refit by `refit_faults`.
+A function gets every input and weight by name and returns every output.  To stage a fault it raises an
+`EngineError` or returns NaN; `refit_faults` stages those of a refit.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class FakeEngine(Engine):
         function: all inputs and weights by name -> all outputs by name.
         inputs: what the function takes.
         outputs: what it returns; its results are checked against these.
-        weights: constants that it gets too, and that `refit` can replace.
+        weights: constants that the function gets as well, and that `refit` can replace.
 
     Attributes:
-        uploads: names of the inputs that were bound, in order, one entry an upload.
-        refit_faults: for each of the next times that constants are written, by a refit or back after one, how
-            many it replaces before it fails; None: it succeeds.
+        uploads: name of every input that was bound, in order.
+        refit_faults: for each of the next writes of constants (refits and write-backs), how many constants
+            are replaced before it fails; None if it succeeds.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class FakeEngine(Engine):
         self._function = function
         self.refit_faults: list[int | None] = []
         self._constants = {name: np.array(weight) for name, weight in (weights or {}).items()}
-        self._held = dict(self._constants)  # what the graph computes with
-        self.weights = tuple(TensorSpec(n, w.shape, w.dtype.name) for n, w in self._held.items())
+        self._current = dict(self._constants)  # what the function gets
+        self.weights = tuple(TensorSpec(n, w.shape, w.dtype.name) for n, w in self._current.items())
 
     def _run(self, arrays: dict[str, Array], resident: Mapping[str, Any]) -> dict[str, Array]:
-        # Copies in and out: what a function keeps, returns or changes must not be the caller's array.
-        tensors = {n: np.array(a) for n, a in (self._held | dict(resident) | arrays).items()}
+        # Copies in and out: a function must not keep, return or change the caller's arrays.
+        tensors = {n: np.array(a) for n, a in (self._current | dict(resident) | arrays).items()}
         results = self._function(tensors)
         missing = [spec.name for spec in self.outputs if spec.name not in results]
         if missing:
@@ -76,38 +76,38 @@ class FakeEngine(Engine):
         self.uploads.extend(arrays)
         return {name: np.array(array) for name, array in arrays.items()}
 
-    def _lent(self, arrays: dict[str, Array]) -> dict[str, Array]:
+    def _borrow(self, arrays: dict[str, Array]) -> dict[str, Array]:
         self.uploads.extend(arrays)
         return arrays
 
     def _refit(self, arrays: dict[str, Array]) -> None:
-        done = self.refit_faults.pop(0) if self.refit_faults else None
-        self._held = self._held | {name: np.array(arrays[name]) for name in list(arrays)[:done]}
-        if done is not None:
-            raise EngineError("the fake refit failed", f"{done} of {len(arrays)} constants were written")
+        written = self.refit_faults.pop(0) if self.refit_faults else None
+        self._current = self._current | {name: np.array(arrays[name]) for name in list(arrays)[:written]}
+        if written is not None:
+            raise EngineError("the fake refit failed", f"{written} of {len(arrays)} constants were written")
 
     def _release(self) -> None:
-        """Nothing to give up: a run that has started still needs the constants."""
+        """Nothing to free: a run that has started still needs the constants."""
 
 
 def open(path: Path, threads: int | None = None, sizes: Mapping[str, int] | None = None) -> FakeEngine:
-    """Open a recipe; `threads` is checked, as in every backend, and not used; `sizes` enter its shapes.
+    """Open a file of the fake backend; `sizes` enter its shapes, `threads` is checked and ignored.
 
     Raises:
         EngineInputError: `threads` is less than 1.
-        EngineLoadError: the file is not a recipe, or names a function that is not in `FUNCTIONS`.
+        EngineLoadError: the file is malformed, or its function is not in `FUNCTIONS`.
     """
     thread_count(threads)
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-        sides = (recipe[side] for side in ("inputs", "outputs"))
+        graph = json.loads(path.read_text(encoding="utf-8"))
+        sides = (graph[side] for side in ("inputs", "outputs"))
         inputs, outputs = ([_spec(entry, sizes or {}) for entry in side] for side in sides)
-        weights = {entry["name"]: _weight(entry) for entry in recipe.get("weights", [])}
-        function = FUNCTIONS[recipe["function"]]
+        weights = {entry["name"]: _weight(entry) for entry in graph.get("weights", [])}
+        function = FUNCTIONS[graph["function"]]
     except (ValueError, TypeError, KeyError) as error:
         raise EngineLoadError(
             f"cannot open the graph {path}",
-            f"it is not a recipe of the fake backend: {error!r}",
+            f"it is not a graph of the fake backend: {error!r}",
             f"see engines/fake.py; functions are: {listed(FUNCTIONS)}",
         ) from error
     return FakeEngine(function, inputs, outputs, weights)

@@ -1,8 +1,8 @@
-"""Engines in a process that was forked, which has none of the threads that compute: waiting for one hangs.
+"""Refuses engines in a forked process: a fork copies no threads, so a run would wait for one forever.
 
-So an engine from before the fork is refused with an error that says "spawn".  It is not freed either, since
-vendors wait for their threads when they free a graph.  A forked process can open graphs of its own with ONNX
-Runtime, and with OpenVINO unless that was used before the fork.
+The error advises to spawn processes instead.  The engine is not freed there either, because vendors wait for
+their threads when they free a graph.  A forked process can open new graphs with ONNX Runtime, and with
+OpenVINO unless that was used before the fork.
 """
 
 from __future__ import annotations
@@ -15,43 +15,44 @@ from typing import TypeVar
 
 from hyperrt.engines.errors import EngineForked
 
-Held = TypeVar("Held")
+T = TypeVar("T")
 
 _OPEN: weakref.WeakSet[object] = weakref.WeakSet()
-_HELD: list[object] = []  # of vendors, for as long as the process lives
+_KEPT: list[object] = []  # until the process ends
 
 
 def watch(engine: object) -> int:
-    """Note an engine that is being opened; returns the process that it belongs to, for `check`."""
+    """Register an engine; returns the id of its process, for `check`."""
     _OPEN.add(engine)
     return os.getpid()
 
 
-def hold(vendors: Held) -> Held:
-    """Keep something of a vendor's until the process ends, in a forked one without freeing it then."""
-    _HELD.append(vendors)
-    return vendors
+def keep(thing: T) -> T:
+    """Keep an object of a vendor's until the process ends; a forked process does not free it even then."""
+    _KEPT.append(thing)
+    return thing
 
 
 def check(process: int) -> None:
     """Refuse what was opened in another process.
 
     Args:
-        process: what `watch` returned, or `os.getpid()`, when it was opened.
+        process: id of the process that opened it: what `watch` returned, or `os.getpid()`.
 
     Raises:
-        EngineForked: this process was forked since.
+        EngineForked: this process was forked from that one.
     """
-    if process != (here := os.getpid()):
-        why = f"it was opened in process {process}; this is {here}, and a fork copies no threads"
+    if process != (this := os.getpid()):
+        why = f"it was opened in process {process}; this is {this}, and a fork copies no threads"
         do = "start processes by spawn, multiprocessing.get_context('spawn'), and open it in each of them"
         raise EngineForked("the engine cannot be used in a forked process", why, do)
 
 
 class Lock:
-    """A re-entrant lock that a forked process does not wait for if a thread held it that stayed behind.
+    """A re-entrant lock that is safe to use after a fork.
 
-    `with` raises EngineForked there.
+    If another thread held it during the fork, nobody releases it in the forked process: there `with` raises
+    EngineForked instead of waiting.
     """
 
     def __init__(self) -> None:
@@ -70,11 +71,11 @@ class Lock:
         self._lock.release()
 
 
-def _keep() -> None:
-    """Hold what the engines hold until the process ends, whatever else is freed."""
-    for kept in (*map(vars, _OPEN), *_HELD):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+def _never_free() -> None:
+    """In a forked process: add a reference to what engines hold, so that it is never freed."""
+    for thing in (*map(vars, _OPEN), *_KEPT):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_keep)
+    os.register_at_fork(after_in_child=_never_free)

@@ -1,4 +1,4 @@
-"""What memory this process uses, as Linux tells it; 0 on other systems."""
+"""The memory that this process uses, as Linux reports it; 0 on other systems."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_bytes() -> int:
-    """The most so far.
+    """The peak so far.
 
-    Not `getrusage`: what that says begins with the memory of whoever started the process.
+    Not from `getrusage`, whose peak starts with the memory of the parent process.
     """
     return _field("VmHWM:")
 
 
 def resident_bytes() -> int:
-    """Now."""
+    """The memory in use now."""
     return _field("VmRSS:")
 
 
 def give_back() -> None:
-    """Return to the system what was freed.
+    """Return freed memory to the system; does nothing without glibc.
 
-    glibc keeps it for this process: half of a graph's weights, where ONNX Runtime holds them in pieces below
-    32 MB. Elsewhere this does nothing.
+    glibc keeps freed pieces below 32 MB: half of a graph's weights, if ONNX Runtime allocated such pieces.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl

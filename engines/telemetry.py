@@ -1,16 +1,14 @@
-"""Packages of vendors that report how they are used: switched off here, before any of them is imported.
+"""Switches off the telemetry of vendors' packages before any of them is imported.
 
-What each does when nobody stops it (seen with strace; docs/log.md has the calls):
+What each does by default (observed with strace; docs/log.md has the calls):
 
-    onnxruntime      writes an id of the device and a database to ~/.cache/Microsoft; a process that lives for
-                     15 seconds looks up a host of Microsoft.  ORT_DISABLE_TELEMETRY=1 stops both, if it is
-                     set before the import.
-    openvino         imports openvino_telemetry, which writes an id and a counter to ~/intel, and looks up a
-                     host of Google.  OPENVINO_TELEMETRY_DISABLE stops neither.  Where that package cannot be
-                     imported, OpenVINO works without it.
-    huggingface_hub  names the libraries in each download.  HF_HUB_DISABLE_TELEMETRY=1 stops that.
+    onnxruntime      writes a device id and a database to ~/.cache/Microsoft; after 15 seconds it looks up a
+                     host of Microsoft.  ORT_DISABLE_TELEMETRY=1 stops both, if it is set before the import.
+    openvino         imports openvino_telemetry, which writes an id and a counter to ~/intel and looks up a
+                     host of Google.  OPENVINO_TELEMETRY_DISABLE stops neither.  OpenVINO works without it.
+    huggingface_hub  sends the names of libraries with each download.  HF_HUB_DISABLE_TELEMETRY=1 stops that.
 
-A program that imports one of them itself, before HyperRT opens an engine, has started its telemetry already.
+A program that imports one of them before HyperRT opens an engine has already started its telemetry.
 """
 
 from __future__ import annotations
@@ -29,38 +27,38 @@ OPENVINO = "openvino_telemetry"
 
 
 def switch_off() -> None:
-    """Set the variables that ONNX Runtime and Hugging Face's hub read when they are imported."""
+    """Set the environment variables that ONNX Runtime and huggingface_hub read when they are imported."""
     os.environ.update(VARIABLES)
 
 
-# Two imports at once would undo each other's hiding; and a forked process must not wait for a half-done one.
+# Two imports at once would undo each other's hiding; a forked process must not wait for an unfinished one.
 IMPORTING = forks.Lock()
 
 
 def import_vendor(name: str) -> ModuleType:
-    """The module of a vendor, imported without its telemetry.
+    """Import a vendor's module without its telemetry.
 
     Raises:
-        ImportError, OSError: as the import does.
-        EngineForked: this process was forked while a thread imported one.
+        ImportError, OSError: the import failed.
+        EngineForked: this process was forked while another thread imported a vendor's module.
     """
     with IMPORTING, _hidden(OPENVINO):
         return importlib.import_module(name)
 
 
 def left_on() -> list[str]:
-    """The telemetry that another part of this process has on: a variable that was changed, or a module."""
-    now = {name: os.environ.get(name) for name in VARIABLES}
-    found = [f"{name}={text}" for name, text in now.items() if text != VARIABLES[name]]
-    return found + ([OPENVINO] if OPENVINO in sys.modules else [])
+    """Telemetry that another part of this process switched on: changed variables and imported modules."""
+    values = {name: os.environ.get(name) for name in VARIABLES}
+    changed = [f"{name}={value}" for name, value in values.items() if value != VARIABLES[name]]
+    return changed + ([OPENVINO] if OPENVINO in sys.modules else [])
 
 
 @contextmanager
 def _hidden(package: str) -> Iterator[None]:
-    """Make `import package` fail for a while; what was imported of it is there again afterwards."""
-    inside = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
-    before = {name: sys.modules.pop(name) for name in inside}
-    sys.modules[package] = None  # type: ignore[assignment]  # Python's own way to say so
+    """Make `import package` fail inside the block; modules imported before are restored after it."""
+    names = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
+    before = {name: sys.modules.pop(name) for name in names}
+    sys.modules[package] = None  # type: ignore[assignment]  # makes Python raise ImportError
     try:
         yield
     finally:

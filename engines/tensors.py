@@ -1,4 +1,4 @@
-"""Tensors of a graph: what it takes, and the one check that every feed goes through.
+"""Specs of a graph's tensors, and the check that every feed passes.
 
 Arrays are NumPy arrays on the host, or `DeviceArray` where an engine runs on a device.
 """
@@ -24,8 +24,8 @@ class TensorSpec:
     """A tensor of a graph.
 
     Attributes:
-        name: in the graph.
-        shape: a number is a fixed size, a name any size.
+        name: its name in the graph.
+        shape: a number is a fixed size, a name stands for any size.
         dtype: NumPy's name, such as "float32".
     """
 
@@ -35,27 +35,27 @@ class TensorSpec:
 
 
 def checked(specs: Iterable[TensorSpec], arrays: Tensors, role: str) -> dict[str, Any]:
-    """`arrays` as C-contiguous aligned arrays; the one check that every backend's feeds go through.
+    """`arrays`, checked against `specs`, as C-contiguous aligned arrays.
 
-    Names that stand for sizes are not compared with one another: one may be 1 where the graph broadcasts.
+    Two dims of the same name need not have the same size: one may be 1 where the graph broadcasts.
 
     Args:
-        specs: what is taken.
-        arrays: some or all of it.
+        specs: the tensors that are accepted.
+        arrays: some or all of them.
         role: "input" or "weight", for the message.
 
     Raises:
         EngineInputError: a name is not among the specs, or a value is not an array of that shape and type.
     """
-    known = {spec.name: spec for spec in specs}
+    by_name = {spec.name: spec for spec in specs}
     for name in arrays:
-        if name not in known:
+        if name not in by_name:
             raise EngineInputError(
                 f"the graph has no {role} {name!r}",
-                f"its {role}s are: {listed(known)}",
-                nearest(name, known),
+                f"its {role}s are: {listed(by_name)}",
+                nearest(name, by_name),
             )
-    return {name: _checked(known[name], array, role) for name, array in arrays.items()}
+    return {name: _checked(by_name[name], array, role) for name, array in arrays.items()}
 
 
 def _checked(spec: TensorSpec, array: Any, role: str) -> Any:
@@ -64,7 +64,7 @@ def _checked(spec: TensorSpec, array: Any, role: str) -> Any:
             f"{role} {spec.name!r} is a {type(array).__name__}", "the graph takes NumPy arrays"
         )
     fits = len(array.shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
+        isinstance(dim, str) or dim == size for dim, size in zip(spec.shape, array.shape, strict=True)
     )
     if not fits:
         raise EngineInputError(

@@ -77,6 +77,6 @@ def opened(backend, files=FILES, **options):
         vendor = engines.BACKENDS[backend].vendor
         names = tuple(spec.name for spec in weights)
         tensorrt_build.build(
-            tensorrt_build.Recipe(str(path), str(plan), vendor, "current", fixed, RANGES, names)
+            tensorrt_build.BuildRequest(str(path), str(plan), vendor, "current", fixed, RANGES, names)
         )
         return engines.open(path, backend, plan=plan, weights=weights, **options)

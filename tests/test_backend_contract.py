@@ -180,7 +180,7 @@ def test_an_input_that_was_unbound_is_fed_again(engine):
 
 def test_unbinding_what_is_not_bound_is_refused_and_frees_nothing(engine):
     engine.bind({"lora": LORA})
-    with pytest.raises(EngineInputError, match=r"'step' is not bound\n.*bound are: lora"):
+    with pytest.raises(EngineInputError, match=r"'step' is not bound\n.*inputs are bound: lora"):
         engine.unbind(["lora", "step"])
     np.testing.assert_array_equal(engine.run({"x": X, "step": STEP})["y"], Y)
 

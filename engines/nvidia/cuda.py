@@ -1,8 +1,7 @@
-"""Device memory, a stream and graphs of CUDA: all that an engine on a GPU needs, by way of cuda-bindings.
+"""CUDA streams, device buffers and captured graphs, through cuda-bindings.
 
-Everything of an engine is enqueued on its own stream, so nothing has to wait but what leaves the device.  A
-stream is of one GPU.  CUDA calls go to the calling thread's current GPU, so whoever calls makes that the
-stream's first.
+An engine enqueues everything on one stream, so only copies to the host synchronise.  A stream belongs to one
+GPU, and CUDA calls use the calling thread's current GPU: callers first make the stream's GPU the current one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,43 +22,30 @@ from hyperrt.engines.tensors import Array
 
 NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
 NO_TIMING = 2  # cudaEventDisableTiming
-FAILED, FULL = "CUDA failed", "the GPU has no memory left"
+FAILED, OUT_OF_MEMORY = "CUDA failed", "the GPU has no memory left"
 
 
-@dataclass(frozen=True)
-class Device:
-    """A GPU.
-
-    Attributes:
-        name: the vendor's, "NVIDIA H200".
-        sm: compute capability, "sm90".
-    """
-
-    name: str
-    sm: str
-
-
-def device(index: int = 0) -> Device:
-    """The GPU of that number among those that CUDA shows this process.
+def gpu(index: int = 0) -> driver.Gpu:
+    """A GPU, by its number among those that CUDA shows this process.
 
     Raises:
-        EngineError: there is none, or no driver.
+        EngineError: there is no such GPU, or no driver.
     """
     with explained("no NVIDIA GPU can be used"):
         try:
             properties = _call(cudart.cudaGetDeviceProperties, index)
         except EngineError:
-            driver.check_device(driver.driver(), index)  # if one of the two is missing, it says so
+            driver.check_device(driver.driver(), index)  # a better error, if one of these is missing
             raise
     name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
-    return Device(name, f"sm{properties.major}{properties.minor}")
+    return driver.Gpu(name, (properties.major, properties.minor), properties.totalGlobalMem)
 
 
 class Stream:
-    """A stream, and the memory that is used on it and keeps it; freed when nothing refers to it.
+    """A stream; its buffers keep it alive, and it is destroyed when nothing refers to it.
 
     Args:
-        device: the number of its GPU.
+        device: number of its GPU.
     """
 
     def __init__(self, device: int = 0) -> None:
@@ -71,69 +56,69 @@ class Stream:
     def use(self) -> None:
         """Make its GPU the calling thread's current one.
 
-        It stays that: to go back to one that was not used before would take memory there.
+        The previous one is not restored: if it was not used before, that would take memory on it.
         """
         _call(cudart.cudaSetDevice, self.device)
 
     def call(self, function: Any, *arguments: Any) -> Any:
-        """A function of CUDA, on its GPU: the results.
+        """Call a function of CUDA on the stream's GPU, and return its results.
 
         Raises:
-            EngineError: CUDA says that it failed.
+            EngineError: the call failed.
         """
         self.use()
         return _call(function, *arguments)
 
     def wait(self) -> None:
-        """Until everything that was enqueued is done."""
+        """Wait until everything that was enqueued is done."""
         self.call(cudart.cudaStreamSynchronize, self.handle)
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
-        """New memory, its contents undefined.
+        """A new buffer with undefined content.
 
         Raises:
-            EngineMemoryError: the device has no more.
+            EngineMemoryError: the device is out of memory.
         """
         return Buffer(self, shape, np.dtype(dtype))
 
     def upload(self, pairs: Iterable[tuple[Array | DeviceArray, Buffer]]) -> None:
-        """Enqueue copies, from the host or from anywhere on a GPU, each into a buffer of the same size.
+        """Enqueue copies of arrays, on the host or on any GPU, each into a buffer of the same size.
 
-        A host array can be changed when this returns: CUDA has read it, as it is not page-locked.
+        The caller may change a host array after this returns: it is not page-locked, so CUDA has read it.
         """
-        pairs = [(self._within_reach(array), into) for array, into in pairs]
+        pairs = [(self._readable(array), buffer) for array, buffer in pairs]
         others = {array.stream for array, _ in pairs if isinstance(array, Buffer)} - {self}
         for other in others:
-            self._follow(other)  # which may still be computing them
-        for array, into in pairs:
+            self._wait_for(other)  # it may still compute the arrays
+        for array, buffer in pairs:
             if isinstance(array, DeviceArray):
-                self._copy(into.pointer, array.pointer, into.nbytes, "cudaMemcpyDeviceToDevice")
+                self._copy(buffer.pointer, array.pointer, buffer.nbytes, "cudaMemcpyDeviceToDevice")
             else:
-                self._copy(into.pointer, array.ctypes.data, into.nbytes, "cudaMemcpyHostToDevice")
+                self._copy(buffer.pointer, array.ctypes.data, buffer.nbytes, "cudaMemcpyHostToDevice")
         for other in others:
-            other._follow(self)  # where they may be freed at once
+            other._wait_for(self)  # it may free the arrays next
 
-    def _within_reach(self, array: Array | DeviceArray) -> Array | DeviceArray:
-        """The array, on the host if it is on another GPU: not every one can read another's memory."""
+    def _readable(self, array: Array | DeviceArray) -> Array | DeviceArray:
+        """The array, copied to the host if it is on another GPU, whose memory may not be accessible."""
         if isinstance(array, Buffer) and array.stream.device != self.device:
             return np.asarray(array)
         return array
 
     def download(self, buffer: DeviceArray) -> Array:
-        """A copy on the host; waits."""
+        """Copy a buffer to the host; waits for it."""
         array = np.empty(buffer.shape, buffer.dtype)
         self._copy(array.ctypes.data, buffer.pointer, array.nbytes, "cudaMemcpyDeviceToHost")
         self.wait()
         return array
 
     def copy(self, buffer: Buffer) -> Buffer:
-        """Enqueue a copy of a buffer into memory of its own."""
+        """Enqueue a copy into a new buffer."""
         new = self.allocate(buffer.shape, buffer.dtype)
         self._copy(new.pointer, buffer.pointer, buffer.nbytes, "cudaMemcpyDeviceToDevice")
         return new
 
-    def record(self, enqueue: Callable[[], object]) -> Recorded:
-        """What `enqueue` enqueues on this stream, as one launch; nothing is run now."""
+    def capture(self, enqueue: Callable[[], object]) -> CapturedGraph:
+        """Capture what `enqueue` enqueues on this stream as a CUDA graph, without running it."""
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call(cudart.cudaStreamBeginCapture, self.handle, mode)
         try:
@@ -142,33 +127,33 @@ class Stream:
             graph = self.call(cudart.cudaStreamEndCapture, self.handle)
         executable = self.call(cudart.cudaGraphInstantiate, graph, 0)
         self.call(cudart.cudaGraphDestroy, graph)
-        return Recorded(self, executable)
+        return CapturedGraph(self, executable)
 
-    def _follow(self, other: Stream) -> None:
-        """Let what is enqueued here from now on wait for what is enqueued there; the host does not wait."""
+    def _wait_for(self, other: Stream) -> None:
+        """Make later work on this stream wait for the work enqueued on `other`; the host does not wait."""
         event = self.call(cudart.cudaEventCreateWithFlags, NO_TIMING)
         self.call(cudart.cudaEventRecord, event, other.handle)
         self.call(cudart.cudaStreamWaitEvent, self.handle, event, 0)
-        self.call(cudart.cudaEventDestroy, event)  # as soon as it was reached
+        self.call(cudart.cudaEventDestroy, event)  # CUDA destroys it when it was reached
 
     def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
-        which = getattr(cudart.cudaMemcpyKind, kind)
-        self.call(cudart.cudaMemcpyAsync, to, source, nbytes, which, self.handle)
+        direction = getattr(cudart.cudaMemcpyKind, kind)
+        self.call(cudart.cudaMemcpyAsync, to, source, nbytes, direction, self.handle)
 
 
 class _Memory:
-    """Memory on the device; freed, in the stream's order, when nothing refers to it."""
+    """Device memory; freed, in stream order, when nothing refers to it."""
 
     def __init__(self, stream: Stream, nbytes: int) -> None:
-        self.stream = stream  # which must not go before it
+        self.stream = stream  # keeps the stream alive
         self.pointer = int(stream.call(cudart.cudaMallocAsync, max(1, nbytes), stream.handle))
         weakref.finalize(self, cudart.cudaFreeAsync, self.pointer, stream.handle)
 
 
 class Buffer(DeviceArray):
-    """An array on the device, in memory of its own or in a part of another's.
+    """An array on the device, or a view of a part of one.
 
-    `numpy.asarray` makes a copy on the host; other programs take it by DLPack.
+    `numpy.asarray` copies it to the host; other libraries borrow it by DLPack.
     """
 
     def __init__(
@@ -197,61 +182,61 @@ class Buffer(DeviceArray):
     def concatenated(self, arrays: Sequence[Array | DeviceArray]) -> Buffer:
         ends = np.cumsum([array.shape[0] for array in arrays]).tolist()
         new = self.stream.allocate((ends[-1], *self.shape[1:]), self.dtype)
-        places = [new[end - array.shape[0] : end] for array, end in zip(arrays, ends, strict=True)]
-        self.stream.upload(zip(arrays, places, strict=True))
+        parts = [new[end - array.shape[0] : end] for array, end in zip(arrays, ends, strict=True)]
+        self.stream.upload(zip(arrays, parts, strict=True))
         return new
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         if copy is False:
-            raise ValueError("an array on the device cannot be had on the host without a copy")
+            raise ValueError("an array on the device must be copied to the host")
         return self.stream.download(self).astype(dtype or self.dtype, copy=False)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return dlpack.CUDA, self.stream.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        if stream != self.stream.handle:  # the reader's own stream knows nothing of what is enqueued here
+        if stream != self.stream.handle:  # the reader's stream does not wait for this one
             self.stream.wait()
         return dlpack.capsule(self, self.pointer, self.__dlpack_device__())
 
 
-class Recorded:
-    """A CUDA graph: addresses are those of when it was recorded, contents those of when it is launched."""
+class CapturedGraph:
+    """A CUDA graph: it uses the addresses of its capture, with their content at each launch."""
 
     def __init__(self, stream: Stream, executable: Any) -> None:
         self._stream, self._executable = stream, executable
         weakref.finalize(self, cudart.cudaGraphExecDestroy, executable)
 
     def launch(self) -> None:
-        """Enqueue it."""
+        """Enqueue the graph."""
         self._stream.call(cudart.cudaGraphLaunch, self._executable, self._stream.handle)
 
 
 def memory_free() -> int:
-    """Bytes that the current device could still give."""
+    """Free bytes on the current device."""
     free, _ = _call(cudart.cudaMemGetInfo)
     return int(free)
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Say of CUDA's errors what was being done."""
+    """Replace the first line of CUDA's errors by `what`: what was being done."""
     try:
         yield
     except EngineError as error:
-        if error.what not in (FAILED, FULL):
+        if error.what not in (FAILED, OUT_OF_MEMORY):
             raise
         raise type(error)(what, error.why, error.do) from error
 
 
 def _call(function: Any, *arguments: Any) -> Any:
-    """A function of CUDA: its results without the error code, which is raised where it says so."""
+    """Call a function of CUDA; returns its results without the error code, and raises on failure."""
     code, *results = function(*arguments)
     if int(code):
         _, text = cudart.cudaGetErrorString(code)
         why = f"CUDA: {text.decode(errors='replace')} ({code.name})"
         if code == cudart.cudaError_t.cudaErrorMemoryAllocation:
-            do = "use a smaller batch, --low-memory, or end other programs on the GPU"
-            raise EngineMemoryError(FULL, why, do)
-        raise EngineError(FAILED, why, "see what is missing: hyperrt doctor")
+            do = "use a smaller batch or --low-memory, or end other programs on the GPU"
+            raise EngineMemoryError(OUT_OF_MEMORY, why, do)
+        raise EngineError(FAILED, why, "check the installation: hyperrt doctor")
     return results[0] if len(results) == 1 else tuple(results)

@@ -1,9 +1,8 @@
-"""The TensorRT backends: `tensorrt` and `tensorrt-rtx`, whose packages differ in little, run a compiled plan.
+"""The TensorRT backends, `tensorrt` and `tensorrt-rtx`: run a compiled plan.
 
-A plan comes from engines/nvidia/tensorrt_build.py. Every tensor has a place of its own on the device, whose
-address never changes: inputs are copied there, so a step that was recorded as a CUDA graph stays right when
-the subject, the prompt or the picture is another. Nothing waits but `run` with results for the host.
-Facts about both packages: docs/log.md.
+A plan comes from engines/nvidia/tensorrt_build.py.  Every input and output has a device buffer with a fixed
+address, into which inputs are copied, so that a captured CUDA graph stays valid when the subject, the prompt
+or the picture changes.  Only `run` with results on the host waits for the device.  Measurements: docs/log.md.
 """
 
 from __future__ import annotations
@@ -22,59 +21,24 @@ from hyperrt.engines.base import Engine, closed
 from hyperrt.engines.dlpack import DeviceArray
 from hyperrt.engines.errors import EngineError, EngineLoadError, EngineMemoryError
 from hyperrt.engines.nvidia import cuda
+from hyperrt.engines.nvidia.tensorrt_log import RTX, Log
 from hyperrt.engines.tensors import Array, TensorSpec
 
-RTX = "tensorrt_rtx"
-# In what TensorRT says
-OTHER_GPU = "does not support this compute capability"
-OUT_OF_MEMORY = ("out of memory", "outofmemory", "could not be allocated", "memory allocation failed")
-WARM_UP = 2  # runs before a CUDA graph is recorded: the first ones allocate, and compile kernels
-
-
-class Log:
-    """A logger for TensorRT that keeps what it says of errors, which the functions themselves do not tell."""
-
-    def __init__(self, trt: Any) -> None:
-        errors = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
-
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.errors: list[str] = []
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in errors:
-                    self.errors.append(message)
-
-        self.logger = Logger()
-
-    def last(self) -> str:
-        """What was said since it was asked last: the first error, which is the cause of the others."""
-        said, self.logger.errors = self.logger.errors, []
-        return " ".join(said[0].split()) if said else "TensorRT does not say why"
-
-    def error(self, what: str, kind: type[EngineError] = EngineError, do: str = "") -> EngineError:
-        """The error of a function that has failed: of that kind; where memory or the GPU is why, of that."""
-        why = self.last()
-        if any(sign in why.lower() for sign in OUT_OF_MEMORY):
-            return EngineMemoryError(what, why, "use --low-memory, or end other programs on the GPU")
-        if OTHER_GPU in why:  # TensorRT-RTX 1.7.1 on an H100; no plan would load
-            return EngineError(what, why, "use a backend that does: --backend onnxruntime-cuda")
-        return kind(what, why, do)
+WARM_UP = 2  # runs before a CUDA graph is captured: the first ones allocate, and compile kernels
 
 
 class TensorRTEngine(Engine):
-    """A plan that was deserialised.
+    """A deserialised plan.
 
-    What is bound lies in the places of the inputs: `resident` names it, and is not read.
+    Bound inputs lie in the buffers of the inputs; the values of `resident` are not read.
 
     Args:
         trt: the vendor's module.
-        log: what the engine was made with.
-        engine: its ICudaEngine.
+        log: the logger of `engine`.
+        engine: TensorRT's ICudaEngine.
         weights: those that can be refitted, zeros in the plan.
-        recording: whether steps are recorded as a CUDA graph; a plan of open sizes never is.
-        stream: on the GPU that the plan was deserialised for.
+        cuda_graph: whether to capture a run as a CUDA graph; ignored if the plan has open sizes.
+        stream: on the GPU on which the plan was deserialised.
     """
 
     def __init__(
@@ -83,57 +47,57 @@ class TensorRTEngine(Engine):
         log: Log,
         engine: Any,
         weights: Sequence[TensorSpec],
-        recording: bool,
+        cuda_graph: bool,
         stream: cuda.Stream,
     ) -> None:
         super().__init__()
         self._log, self._engine, self._stream = log, engine, stream
-        self._device = threading.Lock()  # one run, or one change of what is resident, at a time
+        self._device = threading.Lock()  # one run, bind or refit at a time
         specs = [_spec(trt, engine, engine.get_tensor_name(k)) for k in range(engine.num_io_tensors)]
-        is_input = [engine.get_tensor_mode(spec.name) == trt.TensorIOMode.INPUT for spec in specs]
-        self.inputs = tuple(spec for spec, read in zip(specs, is_input, strict=True) if read)
-        self.outputs = tuple(spec for spec, read in zip(specs, is_input, strict=True) if not read)
-        # TensorRT-RTX records by itself, and cannot be told to do it again after a refit.
-        self._context = _context(trt, log, engine, recording and not weights)
-        self._places: dict[str, cuda.Buffer] = {}
+        modes = {spec.name: engine.get_tensor_mode(spec.name) for spec in specs}
+        self.inputs = tuple(spec for spec in specs if modes[spec.name] == trt.TensorIOMode.INPUT)
+        self.outputs = tuple(spec for spec in specs if modes[spec.name] != trt.TensorIOMode.INPUT)
+        # TensorRT-RTX captures by itself, and cannot be asked to capture again after a refit.
+        self._context = _context(trt, log, engine, cuda_graph and not weights)
+        self._buffers: dict[str, cuda.Buffer] = {}
         self._open_inputs = {
             spec.name for spec in self.inputs if any(isinstance(dim, str) for dim in spec.shape)
         }
-        self._recording = recording and not self._open_inputs and trt.__name__ != RTX
-        self._recorded: cuda.Recorded | None = None
+        self._captures = cuda_graph and not self._open_inputs and trt.__name__ != RTX
+        self._captured: cuda.CapturedGraph | None = None
         self._runs = 0
         self._weights: _Weights | None = None
         if engine.refittable or weights:
             self._weights = _Weights(trt, log, engine, self._stream, weights)
             self.weights = tuple(weights)
-            # TensorRT may leave a part of them replaced: what to go back to is kept.
+            # A failed refit may have replaced some of them, so they are kept to be restored.
             self._constants = {spec.name: _zeros(spec) for spec in weights}
 
     def _run(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Array]:
         with self._running(arrays) as outputs:
-            return {name: self._stream.download(place) for name, place in outputs.items()}
+            return {name: self._stream.download(buffer) for name, buffer in outputs.items()}
 
-    def _run_there(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Any]:
+    def _run_on_device(self, arrays: dict[str, Any], resident: Mapping[str, Any]) -> dict[str, Any]:
         with self._running(arrays) as outputs:
-            # In memory of their own: the next run writes to the same places.
-            return {name: self._stream.copy(place) for name, place in outputs.items()}
+            # Copies: the next run writes to the same buffers.
+            return {name: self._stream.copy(buffer) for name, buffer in outputs.items()}
 
     @contextlib.contextmanager
     def _turn(self, what: str) -> Iterator[None]:
-        """The engine's GPU for this thread alone; `what` begins an error of CUDA."""
+        """Let only this thread use the engine, on its GPU; `what` is the first line of CUDA's errors."""
         with self._device, cuda.explained(what):
-            self._stream.use()  # TensorRT, too, works on the thread's current one
+            self._stream.use()  # TensorRT uses the thread's current GPU
             yield
 
     @contextlib.contextmanager
     def _running(self, arrays: Mapping[str, Any]) -> Iterator[dict[str, cuda.Buffer]]:
-        """Enqueue a run; the places of its outputs, for as long as no other run writes there."""
+        """Enqueue a run; inside the block no other run writes to the buffers of its outputs."""
         with self._turn("running the graph failed"):
-            if self._closed:  # by another thread, after the check
+            if self._closed:  # another thread closed it after the check
                 raise closed()
-            self._put(arrays)
+            self._copy_to_buffers(arrays)
             outputs = {
-                spec.name: self._place(spec.name, tuple(self._context.get_tensor_shape(spec.name)))
+                spec.name: self._buffer(spec.name, tuple(self._context.get_tensor_shape(spec.name)))
                 for spec in self.outputs
             }
             self._enqueue()
@@ -141,53 +105,53 @@ class TensorRTEngine(Engine):
 
     def _upload(self, arrays: dict[str, Any]) -> dict[str, Any]:
         with self._turn("binding an input failed"):
-            before = dict(self._places)
-            try:  # what can fail comes first
+            before = dict(self._buffers)
+            try:  # allocate all buffers before anything is copied
                 for name, array in arrays.items():
-                    self._place(name, array.shape)
+                    self._buffer(name, array.shape)
             except EngineError:
                 for name in arrays.keys() & before.keys():
-                    self._take(name, before[name])
+                    self._set_buffer(name, before[name])
                 raise
-            self._put(arrays)
-        return {name: self._places[name] for name in arrays}
+            self._copy_to_buffers(arrays)
+        return {name: self._buffers[name] for name in arrays}
 
     def _refit(self, arrays: dict[str, Any]) -> None:
         if self._weights is None:
             raise EngineError("this plan cannot be refitted", "it was compiled without refittable weights")
         with self._turn("refitting the graph failed"):
-            self._recorded = None  # nothing says that a recording holds for other weights; another takes ms
+            self._captured = None  # it may hold old weights, and a new capture takes milliseconds
             self._weights.write(arrays)
 
-    def _put(self, arrays: Mapping[str, Array | DeviceArray]) -> None:
-        self._stream.upload([(array, self._place(name, array.shape)) for name, array in arrays.items()])
+    def _copy_to_buffers(self, arrays: Mapping[str, Array | DeviceArray]) -> None:
+        self._stream.upload([(array, self._buffer(name, array.shape)) for name, array in arrays.items()])
 
-    def _place(self, name: str, shape: tuple[int, ...]) -> cuda.Buffer:
-        """Where a tensor lies; another place only where a plan of open sizes is run with other ones."""
-        place = self._places.get(name)
-        if place is None or place.shape != shape:
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> cuda.Buffer:
+        """The buffer of an input or output; a new one only if its shape changes, in a plan of open sizes."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shape:
             dtype = next(spec.dtype for spec in (*self.inputs, *self.outputs) if spec.name == name)
-            place = self._stream.allocate(shape, dtype)
-            self._take(name, place)
-        return place
+            buffer = self._stream.allocate(shape, dtype)
+            self._set_buffer(name, buffer)
+        return buffer
 
-    def _take(self, name: str, place: cuda.Buffer) -> None:
-        """Let the plan have a tensor in a place, of the place's shape."""
-        if name in self._open_inputs and not self._context.set_input_shape(name, place.shape):
-            why = self._log.last()
-            raise EngineError(f"the plan does not take {name!r} of shape {list(place.shape)}", why)
-        self._context.set_tensor_address(name, place.pointer)
-        self._places[name] = place
+    def _set_buffer(self, name: str, buffer: cuda.Buffer) -> None:
+        """Set the shape and address of an input or output."""
+        if name in self._open_inputs and not self._context.set_input_shape(name, buffer.shape):
+            why = self._log.cause()
+            raise EngineError(f"the plan does not accept {name!r} of shape {list(buffer.shape)}", why)
+        self._context.set_tensor_address(name, buffer.pointer)
+        self._buffers[name] = buffer
 
     def _enqueue(self) -> None:
-        """Run on the stream: the recorded graph, where there is one."""
-        if self._recorded is None and self._recording and self._runs >= WARM_UP:
+        """Enqueue a run: launch the captured graph, or execute and perhaps capture it."""
+        if self._captured is None and self._captures and self._runs >= WARM_UP:
             try:
-                self._recorded = self._stream.record(self._execute)
-            except EngineError:  # a plan that cannot be recorded runs all the same
-                self._recording = False
-        if self._recorded is not None:
-            self._recorded.launch()
+                self._captured = self._stream.capture(self._execute)
+            except EngineError:  # a plan that cannot be captured still runs
+                self._captures = False
+        if self._captured is not None:
+            self._captured.launch()
         else:
             self._execute()
         self._runs += 1
@@ -199,71 +163,73 @@ class TensorRTEngine(Engine):
     def _release(self) -> None:
         with self._device:
             self._stream.wait()
-            self._recorded = self._weights = self._context = self._engine = None
-            self._places = {}
+            self._captured = self._weights = self._context = self._engine = None
+            self._buffers = {}
 
 
 class _Weights:
-    """The refittable weights of an engine, each with a place on the device.
+    """The refittable weights of an engine, each in a device buffer.
 
-    TensorRT is told of names and places once; a refit writes there and enqueues one call.
+    TensorRT gets names and addresses once; a refit copies into the buffers and enqueues one call.
 
     Args:
-        wanted: what the bundle says that they are.
+        specs: the weights, as the bundle lists them.
 
     Raises:
-        EngineLoadError: they are others.
+        EngineLoadError: the plan has other weights.
     """
 
     def __init__(
-        self, trt: Any, log: Log, engine: Any, stream: cuda.Stream, wanted: Sequence[TensorSpec]
+        self, trt: Any, log: Log, engine: Any, stream: cuda.Stream, specs: Sequence[TensorSpec]
     ) -> None:
         self._log, self._stream = log, stream
         self._refitter = trt.Refitter(engine, log.logger)
-        self._refitter.weights_validation = False  # hyperrt.engines.base has checked names, shapes and types
-        self._places: dict[str, cuda.Buffer] = {}
-        differing = {spec.name for spec in wanted} ^ set(self._refitter.get_all_weights())
+        self._refitter.weights_validation = False  # Engine.refit checks names, shapes and types
+        self._buffers: dict[str, cuda.Buffer] = {}
+        differing = {spec.name for spec in specs} ^ set(self._refitter.get_all_weights())
         if differing:
             why = f"the bundle and the plan differ in {len(differing)} weights, such as {min(differing)!r}"
             raise EngineLoadError("the plan is of another graph", why, "compile the bundle again")
-        for spec in wanted:
-            self._tell(trt, spec)
-        # A refit reads all places, also of weights that it does not replace.
-        stream.upload([(_zeros(spec), self._places[spec.name]) for spec in wanted])
+        for spec in specs:
+            self._add_buffer(trt, spec)
+        # A refit reads all buffers, also of weights that it does not replace.
+        stream.upload([(_zeros(spec), self._buffers[spec.name]) for spec in specs])
         missing = self._refitter.get_missing_weights()
         if missing:
-            why = f"TensorRT wants {missing[0]!r} with them, which was folded into them"
+            why = f"TensorRT also needs {missing[0]!r}, which was folded into them"
             raise EngineLoadError("the plan cannot be refitted", why, "compile the bundle again")
 
-    def _tell(self, trt: Any, spec: TensorSpec) -> None:
-        """Give a weight its place."""
-        place = self._stream.allocate(tuple(int(size) for size in spec.shape), spec.dtype)
-        count = place.nbytes // place.dtype.itemsize
+    def _add_buffer(self, trt: Any, spec: TensorSpec) -> None:
+        """Allocate the buffer of a weight, and set it as the weight's source."""
+        buffer = self._stream.allocate(tuple(int(size) for size in spec.shape), spec.dtype)
+        count = buffer.nbytes // buffer.dtype.itemsize
         prototype = self._refitter.get_weights_prototype(spec.name)
-        found = prototype.size, np.dtype(trt.nptype(prototype.dtype))
-        if found != (count, place.dtype):
-            why = f"the plan has {found[0]} {found[1]} numbers, the bundle {count} {place.dtype}"
-            raise EngineLoadError(f"the weight {spec.name!r} does not fit", why, "compile it again")
-        weights = trt.Weights(prototype.dtype, place.pointer, count)
+        size, dtype = prototype.size, np.dtype(trt.nptype(prototype.dtype))
+        if (size, dtype) != (count, buffer.dtype):
+            why = f"the plan has {size} {dtype} numbers, the bundle {count} {buffer.dtype}"
+            raise EngineLoadError(f"the weight {spec.name!r} does not fit", why, "compile the bundle again")
+        weights = trt.Weights(prototype.dtype, buffer.pointer, count)
         if not self._refitter.set_named_weights(spec.name, weights, trt.TensorLocation.DEVICE):
-            raise EngineLoadError(f"the weight {spec.name!r} cannot be refitted", self._log.last())
-        self._places[spec.name] = place
+            raise EngineLoadError(f"the weight {spec.name!r} cannot be refitted", self._log.cause())
+        self._buffers[spec.name] = buffer
 
     def write(self, arrays: Mapping[str, Any]) -> None:
-        """Replace weights; on an error a part of them may have been replaced."""
-        self._stream.upload([(array, self._places[name]) for name, array in arrays.items()])
+        """Replace weights; after an error some of them may have been replaced."""
+        self._stream.upload([(array, self._buffers[name]) for name, array in arrays.items()])
         if not self._refitter.refit_cuda_engine_async(self._stream.handle):
             raise self._log.error("refitting the graph failed")
 
 
 def target(vendor: str, device: int = 0) -> str:
-    """What a plan for a GPU of this machine is for: TensorRT-RTX's runs on all of one capability.
+    """What plans are compiled for to run on a GPU of this machine.
+
+    That is its compute capability for TensorRT-RTX, such as "sm90", and also its name for TensorRT.
 
     Raises:
         EngineError: there is no such GPU, or no driver.
     """
-    found = cuda.device(device)
-    return found.sm if vendor == RTX else f"{found.sm} {found.name}"
+    gpu = cuda.gpu(device)
+    return gpu.sm if vendor == RTX else f"{gpu.sm} {gpu.name}"
 
 
 def open(
@@ -274,43 +240,43 @@ def open(
     vendor: str,
     plan: Path | None = None,
     weights: Sequence[TensorSpec] = (),
-    recording: bool = True,
+    cuda_graph: bool = True,
     device: int = 0,
 ) -> TensorRTEngine:
     """Open the plan of a graph.
 
     Args:
         path: the graph, for messages.
-        threads, sizes: not used; the plan was compiled for its sizes.
+        threads, sizes: ignored; the plan was compiled for its sizes.
         vendor: "tensorrt" or "tensorrt_rtx".
-        plan: what `tensorrt_build.build` wrote, and nobody else: it is executable code.
+        plan: a file that `tensorrt_build.build` wrote, from a trusted folder: it contains executable code.
         weights: those that can be refitted, zeros in the plan.
-        recording: replay a step as a CUDA graph.
+        cuda_graph: capture a run as a CUDA graph and replay it.
         device: which GPU.
 
     Raises:
-        EngineLoadError: there is no plan, it is of another version or card, or has other weights.
-        EngineMemoryError: the GPU has no room for it.
+        EngineLoadError: there is no plan, it is for another version or GPU, or it has other weights.
+        EngineMemoryError: the GPU is out of memory.
         EngineError: there is no such GPU, or no driver, or TensorRT does not support it.
     """
     if plan is None:
         why = "TensorRT runs compiled plans"
         raise EngineLoadError(f"there is no plan of {path}", why, _compile(path))
     trt = importlib.import_module(vendor)
-    cuda.device(device)  # without it, what TensorRT says is hard to read
+    cuda.gpu(device)  # raises a clearer error than TensorRT
     with cuda.explained(f"the graph {path} cannot be opened"):
-        stream = cuda.Stream(device)  # on its GPU TensorRT works from here on
+        stream = cuda.Stream(device)  # TensorRT uses its GPU from now on
     log = Log(trt)
-    runtime = trt.Runtime(log.logger)  # code of the host inside a plan stays forbidden: the default
+    runtime = trt.Runtime(log.logger)  # host code in plans stays forbidden, the default
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
         what = f"{vendor} {trt.__version__} does not load the plan of {path.name}"
         raise log.error(what, EngineLoadError, _compile(path))
     try:
-        return TensorRTEngine(trt, log, engine, weights, recording, stream)
+        return TensorRTEngine(trt, log, engine, weights, cuda_graph, stream)
     except EngineError:
         raise
-    except Exception as error:  # pybind11 turns C++ exceptions into any of Python's
+    except Exception as error:  # pybind11 maps C++ exceptions to various of Python's
         raise EngineLoadError(f"the plan of {path.name} cannot be used", str(error)) from error
 
 
@@ -319,17 +285,21 @@ def _compile(path: Path) -> str:
     return f"compile it: {shlex.join(['hyperrt', 'compile', str(path.parent)])}"
 
 
-def _context(trt: Any, log: Log, engine: Any, recording: bool) -> Any:
-    """An execution context; None, as TensorRT returns it, means that the device is full."""
+def _context(trt: Any, log: Log, engine: Any, cuda_graph: bool) -> Any:
+    """An execution context.
+
+    Raises:
+        EngineMemoryError: TensorRT returned None, which means that the device is out of memory.
+    """
     if trt.__name__ == RTX:
         config = engine.create_runtime_config()
         whole, none = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE, trt.CudaGraphStrategy.DISABLED
-        config.cuda_graph_strategy = whole if recording else none
+        config.cuda_graph_strategy = whole if cuda_graph else none
         context = engine.create_execution_context(config)
     else:
         context = engine.create_execution_context()
     if context is None:
-        why = f"{log.last()}; it takes {engine.device_memory_size_v2 / 1e6:.0f} MB"
+        why = f"{log.cause()}; it takes {engine.device_memory_size_v2 / 1e6:.0f} MB"
         with contextlib.suppress(EngineError):
             why += f", {cuda.memory_free() / 1e6:.0f} MB are free"
         do = "use --low-memory, or a smaller batch"

@@ -20,7 +20,7 @@ from hyperrt.engines.backends import BACKENDS
 from hyperrt.engines.backends import names as backend_names
 from hyperrt.engines.base import Engine
 from hyperrt.engines.nvidia import tensorrt_build
-from hyperrt.engines.nvidia.tensorrt_build import CURRENT, Built, Recipe
+from hyperrt.engines.nvidia.tensorrt_build import CURRENT, BuildRequest, Built
 from hyperrt.errors import HyperRTError, UsageError
 from hyperrt.plans import check
 from hyperrt.plans.cache import Plan, PlanCache, PlanKey, graph_hash
@@ -47,7 +47,7 @@ def key_of(bundle: Bundle, name: str, backend: str, target: str, sizes: Sizes) -
     """The key of a graph's plan.
 
     Args:
-        target: as `tensorrt_build.Recipe` has it, or `hyperrt.engines.nvidia.tensorrt.target`.
+        target: as `tensorrt_build.BuildRequest` has it, or `hyperrt.engines.nvidia.tensorrt.target`.
         sizes: of the call; those that the plan of this graph does not fix are left out.
     """
     graph = bundle.graphs[name]
@@ -206,12 +206,12 @@ def _compile(
     compared: list[Parity | None] = []
 
     def write(output: Path) -> None:
-        recipe = Recipe(
+        request = BuildRequest(
             str(path), str(output), vendor, target, dict(key.sizes), RANGES, weights,
             str(cache.folder.parent / f"{backend}.timing"),
         )  # fmt: skip
         tell = progress or (lambda *_: None)
-        built.append(tensorrt_build.build(recipe, lambda share: tell(name, target, share)))
+        built.append(tensorrt_build.build(request, lambda share: tell(name, target, share)))
         if not own:
             return  # what is for another GPU is compared when it is opened there
         with engines.open(path, backend, plan=output, weights=graph.weights) as engine:

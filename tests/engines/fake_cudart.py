@@ -100,7 +100,7 @@ class Cuda(ModuleType):
 
     def cudaGetDeviceProperties(self, index):
         code = self.no_gpu if index < self.devices else Code.cudaErrorInvalidDevice
-        return code, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9)
+        return code, SimpleNamespace(name=b"Fake RTX\0\0", major=8, minor=9, totalGlobalMem=8_000_000)
 
     def cudaSetDevice(self, index):
         if index >= self.devices:

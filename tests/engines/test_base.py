@@ -82,5 +82,6 @@ def test_an_option_that_a_backend_does_not_have_is_refused_by_name(monkeypatch, 
 
 def test_a_device_beside_the_processor_is_refused_and_not_ignored(tmp_path):
     (tmp_path / "graph").touch()
-    with pytest.raises(EngineInputError, match=r"the device is 1\n.*'fake' runs on no GPU\n.*leave it out"):
+    message = r"the device is 1\n.*'fake' does not run on a GPU\n.*leave device out"
+    with pytest.raises(EngineInputError, match=message):
         engines.open(tmp_path / "graph", "fake", device=1)

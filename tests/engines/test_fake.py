@@ -113,11 +113,12 @@ def test_the_first_refit_that_fails_leaves_the_constants_of_the_graph():
 
 
 def broken():
-    """An engine that holds constants of two sets: gain 4 of the new one, and the old spare."""
+    """An engine that holds mixture of old and new constants: gain 4 of the new one, and the old spare."""
     engine = refittable()
     engine.refit({"gain": 2 * ONES, "spare": 2 * ONES})
     engine.refit_faults = [1, 0]
-    with pytest.raises(EngineUnusable, match=r"constants of two sets\n.*1 of 2(?s:.*)0 of 2(?s:.*)again"):
+    message = r"mixture of old and new constants\n.*1 of 2(?s:.*)0 of 2(?s:.*)again"
+    with pytest.raises(EngineUnusable, match=message):
         engine.refit({"gain": 4 * ONES, "spare": 4 * ONES})
     return engine
 

@@ -273,7 +273,8 @@ def graph():
     session = ort.InferenceSession(GRAPH, options, providers=[backend.CPU])
     engine = backend.CudaGraphEngine(session, "cpu")
     engine.copies = []
-    engine._into = {name: Watched(name, buffer, engine.copies) for name, buffer in engine._into.items()}
+    buffers = engine._input_buffers
+    engine._input_buffers = {name: Watched(name, buffers[name], engine.copies) for name in buffers}
     with engine:
         yield engine
 
@@ -357,10 +358,10 @@ def test_a_copy_that_fails_is_an_engine_error_and_is_made_again(graph):
     graph.bind({"lora": LORA, "step": STEP})
     graph.run({"x": X})
     graph.bind({"lora": LORA + 1})
-    graph._into["lora"].broken = True
+    graph._input_buffers["lora"].broken = True
     with pytest.raises(EngineError, match="illegal memory access"):
         graph.run({"x": X})
-    graph._into["lora"].broken = False
+    graph._input_buffers["lora"].broken = False
     np.testing.assert_array_equal(graph.run({"x": X})["y"], X @ W + 2 * (LORA + 1))
 
 
@@ -389,6 +390,6 @@ def test_closing_frees_the_buffers_and_ends_runs(graph):
     graph.bind(FEEDS)
     graph.close()
     graph.close()
-    assert not graph._into and not graph._out_of and not graph._held
+    assert not graph._input_buffers and not graph._output_buffers and not graph._in_buffers
     with pytest.raises(EngineClosed):
         graph.run({})

@@ -118,7 +118,7 @@ def test_a_cache_in_the_folder_of_the_graph_is_refused(save):
 def test_a_cache_that_others_can_reach_is_refused(tmp_path):
     (tmp_path / "cache").mkdir(mode=0o755)
     (tmp_path / "cache").chmod(0o755)
-    with pytest.raises(EngineLoadError, match=r"not this user's alone\n.*\n.*chmod 700"):
+    with pytest.raises(EngineLoadError, match=r"others can access the cache .*\n.*\n.*chmod 700"):
         open_(AFFINE, cache=tmp_path / "cache")
 
 
@@ -241,7 +241,7 @@ def test_a_run_that_runs_out_of_memory_says_how_much_it_wanted_and_the_next_one_
     path = save(nodes, [("one", 1, [1]), ("n", 7, [1])], [("y", 1, ["k"])])
     command = [sys.executable, "-c", OUT_OF_MEMORY, path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["(1000,)", "no 400 MB could be had at once", "(1000,)"]
+    assert result.stdout.splitlines() == ["(1000,)", "could not allocate 400 MB in one block", "(1000,)"]
     assert EngineMemoryError.code == 6
 
 

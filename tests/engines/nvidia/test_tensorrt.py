@@ -133,7 +133,7 @@ def test_open_sizes_are_those_of_the_call(opened, nvidia):
         for count in (2, 5, 2):
             x = np.arange(count, dtype=np.float32)
             np.testing.assert_array_equal(engine.run({"x": x, "gain": GAIN})["y"], 10 * x)
-        with pytest.raises(EngineError, match=r"does not take 'x' of shape \[9\](?s:.*)not in the profile"):
+        with pytest.raises(EngineError, match=r"does not accept 'x' of shape \[9\](?s:.*)not in the profile"):
             engine.run({"x": np.zeros(9, np.float32), "gain": GAIN})
     assert nvidia[0].launches == 0
 
@@ -188,10 +188,10 @@ def test_a_step_is_recorded_again_after_a_refit(opened, nvidia):
     with opened(REFITTABLE, weights=WEIGHTS) as engine:
         for _ in range(4):
             engine.run({"x": X, "gain": GAIN})
-        first = engine._recorded
+        first = engine._captured
         engine.refit({"w": np.full((1, 2), 3, np.float32)})
         np.testing.assert_array_equal(engine.run({"x": X, "gain": GAIN})["y"], 10 * X + 3)
-        assert cuda.launches == 3 and engine._recorded is not first
+        assert cuda.launches == 3 and engine._captured is not first
 
 
 def test_a_refit_that_stops_half_way_leaves_the_old_weights(opened, nvidia):

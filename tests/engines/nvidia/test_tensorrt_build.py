@@ -12,15 +12,15 @@ import pytest
 
 from hyperrt.engines import EngineError, EngineInputError, EngineLoadError, EngineMemoryError
 from hyperrt.engines.nvidia import tensorrt_build
-from hyperrt.engines.nvidia.tensorrt_build import Recipe
+from hyperrt.engines.nvidia.tensorrt_build import BuildRequest
 
 HERE = Path(__file__).parents[1] / "graphs"
 SIZES = {"rows": 2, "subjects": 1}
 
 
-def recipe(tmp_path, **changes):
-    known = {"onnx": str(HERE / "affine.onnx"), "output": str(tmp_path / "plan")}
-    return Recipe(**{**known, "vendor": "tensorrt_rtx", "target": "sm89", "sizes": SIZES, **changes})
+def request(tmp_path, **changes):
+    usual = {"onnx": str(HERE / "affine.onnx"), "output": str(tmp_path / "plan")}
+    return BuildRequest(**{**usual, "vendor": "tensorrt_rtx", "target": "sm89", "sizes": SIZES, **changes})
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def child(tmp_path, monkeypatch):
 @pytest.mark.parametrize("reads", [True, False])
 def test_a_compiler_that_the_system_kills_ran_out_of_memory(child, tmp_path, reads):
     child(f"{'cat > /dev/null; ' if reads else ''}kill -9 $$")
-    with pytest.raises(EngineMemoryError, match=r"affine.onnx failed(?s:.*)want of memory(?s:.*)same target"):
-        tensorrt_build.build(recipe(tmp_path))
+    with pytest.raises(EngineMemoryError, match=r"affine.onnx failed(?s:.*)memory ran out(?s:.*)same target"):
+        tensorrt_build.build(request(tmp_path))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -49,7 +49,7 @@ def test_a_compiler_that_the_system_kills_ran_out_of_memory(child, tmp_path, rea
 def test_a_compiler_that_crashes_is_told_of(child, tmp_path, end, said):
     child(f"cat > /dev/null; {end}")
     with pytest.raises(EngineError, match=f"the compiler ended with {said}"):
-        tensorrt_build.build(recipe(tmp_path))
+        tensorrt_build.build(request(tmp_path))
 
 
 def test_progress_and_errors_come_from_the_child(child, tmp_path):
@@ -57,16 +57,15 @@ def test_progress_and_errors_come_from_the_child(child, tmp_path):
     child(f"""cat > /dev/null; echo '{{"done": 0.5}}'; echo '{error}'""")
     shares = []
     with pytest.raises(EngineLoadError) as raised:
-        tensorrt_build.build(recipe(tmp_path), shares.append)
+        tensorrt_build.build(request(tmp_path), shares.append)
     assert (shares, raised.value.args) == ([0.5], ("no", "because", "this"))
 
 
 def test_tensorrt_11_3_is_not_used_for_refitting(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.3.0.99"))
-    monkeypatch.setitem(sys.modules, "hyperrt.engines.nvidia.tensorrt", SimpleNamespace(Log=None))
-    asked = recipe(tmp_path, vendor="tensorrt", target="current", refit=("w",))
+    asked = request(tmp_path, vendor="tensorrt", target="current", refit=("w",))
     with pytest.raises(EngineLoadError, match=r"11.3.0.99(?s:.*)may lack a bias"):
-        tensorrt_build._compiled(asked, lambda **_: None)
+        tensorrt_build._compile(asked, lambda **_: None)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def rtx():
 @pytest.mark.parametrize("target", ["sm86", "sm89", "sm120"])
 def test_a_graph_is_compiled_for_a_gpu_that_is_not_here(rtx, tmp_path, target):
     shares = []
-    built = tensorrt_build.build(recipe(tmp_path, target=target), shares.append)
+    built = tensorrt_build.build(request(tmp_path, target=target), shares.append)
     assert (tmp_path / "plan").stat().st_size == built.plan_bytes > 0
     assert set(built.inputs) == {"x", "lora", "step"}
     assert shares == sorted(shares) and built.peak_bytes > 1e6
@@ -85,11 +84,11 @@ def test_a_graph_is_compiled_for_a_gpu_that_is_not_here(rtx, tmp_path, target):
 
 def test_open_sizes_are_given_a_range(rtx, tmp_path):
     ranges = {"rows": (1, 2, 8), "subjects": (1, 1, 8)}
-    assert tensorrt_build.build(recipe(tmp_path, sizes={}, ranges=ranges)).plan_bytes > 0
+    assert tensorrt_build.build(request(tmp_path, sizes={}, ranges=ranges)).plan_bytes > 0
     with pytest.raises(EngineInputError, match=r"the size 'rows' is open"):
-        tensorrt_build.build(recipe(tmp_path, sizes={}))
+        tensorrt_build.build(request(tmp_path, sizes={}))
     with pytest.raises(EngineInputError, match="has no open sizes"):
-        tensorrt_build.build(recipe(tmp_path, sizes={}, ranges=ranges, refit=("w",)))
+        tensorrt_build.build(request(tmp_path, sizes={}, ranges=ranges, refit=("w",)))
 
 
 @pytest.mark.parametrize(
@@ -105,14 +104,14 @@ def test_open_sizes_are_given_a_range(rtx, tmp_path):
 )
 def test_what_cannot_be_compiled_is_said_by_name(rtx, tmp_path, changes, said):
     with pytest.raises(EngineLoadError, match=said):
-        tensorrt_build.build(recipe(tmp_path, **changes))
+        tensorrt_build.build(request(tmp_path, **changes))
     assert not (tmp_path / "plan").exists()
 
 
 def test_tensorrt_compiles_for_its_own_gpu_alone(tmp_path):
     config = SimpleNamespace()
-    with pytest.raises(EngineLoadError, match="the GPU of this machine alone"):
-        tensorrt_build._set_target(None, config, dataclasses.replace(recipe(tmp_path), vendor="tensorrt"))
+    with pytest.raises(EngineLoadError, match="only for the GPU of this machine"):
+        tensorrt_build._set_target(None, config, dataclasses.replace(request(tmp_path), vendor="tensorrt"))
 
 
 def test_a_timing_cache_is_replaced_whole_or_stays(tmp_path, monkeypatch):
