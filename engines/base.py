@@ -95,7 +95,9 @@ class Engine(ABC):
             raise EngineInputError(
                 f"input {missing[0]!r} is missing", f"the graph also needs {', '.join(missing)}"
             )
-        return self._run(arrays, resident) if host else self._run_on_device(arrays, resident)
+        if self.on_device and not host:
+            return self._run_on_device(arrays, resident)
+        return self._run(arrays, resident)
 
     def bind(self, tensors: Tensors, copy: bool = True) -> None:
         """Copy inputs to where the graph reads them and keep them there; binding again replaces.
