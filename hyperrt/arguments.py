@@ -1,8 +1,8 @@
-"""The types of arguments: one rule for every config and public function, read from the annotations.
+"""Checks arguments of configs and public functions: their types by the annotations, ranges and choices.
 
-None stands for the default, where there is one. NumPy's numbers, and arrays without axes, become Python's.
-A bool is not a number, and a float is not a whole number. Any other type than the annotated one is refused,
-and the error names both. Sequences and callables are left to the function itself.
+None stands for the default if there is one. NumPy's numbers, and arrays without axes, become Python's. A bool
+is not a number, and a float is not an integer. An error names the given type and the annotated one. Sequences
+and callables are checked by the function itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hyperrt.text import short_repr
 P = ParamSpec("P")
 T = TypeVar("T")
 SCALARS = (bool, int, float, str)
-UNCHECKED = (Sequence, Iterable, Callable)  # of what they hold or take only the function itself knows
+UNCHECKED = (Sequence, Iterable, Callable)  # the function itself checks their items or arguments
 _REQUIRED = inspect.Parameter.empty
 
 
@@ -30,9 +30,9 @@ class _Unfit(Exception):
     """The value is not of the annotated type."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # what is compared, and how, is its subclass's
+@dataclasses.dataclass(frozen=True, eq=False)  # subclasses choose how they are compared
 class Checked:
-    """Base of a dataclass whose fields have the annotated types once it is made.
+    """Base of a dataclass that converts its fields to the annotated types.
 
     Raises:
         UsageError: a value has another type.
@@ -48,7 +48,7 @@ class Checked:
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, whose arguments have the annotated types when it runs; else it raises UsageError."""
+    """Decorator: converts arguments to the annotated types, or raises UsageError."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -63,7 +63,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def taken(name: str, value: object, hint: Any, default: Any = _REQUIRED) -> Any:
-    """The value as the annotation has it: Python's own numbers, the default for None.
+    """The value, converted to the annotated type; the default for None.
 
     Args:
         name: of the argument, for the message.
@@ -80,7 +80,7 @@ def taken(name: str, value: object, hint: Any, default: Any = _REQUIRED) -> Any:
     except _Unfit:
         raise UsageError(
             f"{name.replace('_', ' ')} is {short_repr(value)}",
-            f"it is of the type {type(value).__name__}; it must be {_named(hint)}",
+            f"its type is {type(value).__name__}; it must be {_in_words(hint)}",
             "correct it" if default is _REQUIRED else "correct it, or leave it out for the default",
         ) from None
 
@@ -149,7 +149,7 @@ def _first(hints: tuple[Any, ...], value: object) -> Any:
 
 
 def _mapping(hints: tuple[Any, ...], value: Any) -> Any:
-    """The mapping, its keys checked, and its values where they are scalars: others may be on a GPU."""
+    """The mapping, with keys and scalar values checked; other values may be on a GPU."""
     for key in value:
         _converted(hints[0], key)
     return {key: _converted(hints[1], value[key]) for key in value} if hints[1] in SCALARS else value
@@ -173,11 +173,11 @@ def _scalar(kind: type, value: Any) -> Any:
     raise _Unfit
 
 
-def _named(hint: Any) -> str:
+def _in_words(hint: Any) -> str:
     """The annotation in words: "int or None"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_named, args))
+        return " or ".join(map(_in_words, args))
     if origin is tuple:
-        return f"a tuple of {_named(args[0])}"
+        return f"a tuple of {_in_words(args[0])}"
     return "None" if hint is type(None) else str(getattr(origin or hint, "__name__", hint))

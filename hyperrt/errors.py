@@ -38,13 +38,13 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class UsageError(HyperRTError, ValueError):
-    """An argument is outside what the function or the command takes."""
+    """An argument of a function or command is wrong."""
 
     code: ClassVar[int] = 2
 
 
 class BadInput(HyperRTError):
-    """Something the user gave (photos, prompt, subject file) cannot be used."""
+    """An input of the user (photos, prompt, subject file) cannot be used."""
 
     code: ClassVar[int] = 3
 
@@ -53,26 +53,26 @@ class BadImage(BadInput):
     """A photo cannot be used.
 
     Args:
-        name: file name or position of the photo, as the user knows it.
-        reason: why it was refused.
-        do: the next step for the reader.
+        name: file name or position of the photo.
+        reason: why it cannot be used.
+        do: the remedy.
     """
 
     def __init__(self, name: str, reason: str, do: str = "") -> None:
         super().__init__(f"cannot use the image {name!r}", reason, do)
-        # BadImage takes other arguments than its base: keep these for pickling.
+        # For pickling: the arguments differ from the base class's.
         self.args = (name, reason, do)
         self.name = name
         self.reason = reason
 
 
 class LinkedPhotos(BadInput):
-    """A folder of photos holds links, which are not followed there.
+    """A folder of photos holds links, which are not followed in a folder.
 
     Args:
         what, why, do: as in every error.
-        folder: the folder, as it was named.
-        files: its photos, each of which may be named, and is then followed.
+        folder: as it was named.
+        files: its photos; a link is followed if it is named itself.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class LinkedPhotos(BadInput):
 
 
 class BadPrompt(BadInput):
-    """The prompt is empty, malformed, or lacks the placeholder of the subject."""
+    """The prompt is empty, malformed, or lacks the subject's placeholder."""
 
 
 class LoraError(BadInput):
@@ -93,19 +93,19 @@ class LoraError(BadInput):
 
 
 class LoraMismatch(LoraError):
-    """A subject file is sound, but made for another base model or layout."""
+    """A subject file is valid, but made for another base model or layout."""
 
     code: ClassVar[int] = 5
 
 
 class NotFound(HyperRTError):
-    """A file, folder, bundle or backend that was named does not exist."""
+    """A file, folder, bundle or backend does not exist."""
 
     code: ClassVar[int] = 4
 
 
 class Incompatible(HyperRTError):
-    """Two things that are each sound do not fit together."""
+    """Two valid things do not fit together."""
 
     code: ClassVar[int] = 5
 
@@ -123,29 +123,29 @@ class IntegrityError(HyperRTError):
 
 
 class BundleError(IntegrityError):
-    """A bundle is damaged: a file is missing, unreadable, or has another hash than its manifest says."""
+    """A bundle is damaged: a file is missing, unreadable, or does not have the hash in the manifest."""
 
 
 class BundleMismatch(BundleError):
-    """A bundle is sound, but of a format or layout that this version cannot run."""
+    """A bundle is valid, but this version cannot run its format or layout."""
 
     code: ClassVar[int] = 5
 
 
 class NumericError(HyperRTError):
-    """A result holds NaN or infinity, or left the range it must keep."""
+    """A result holds NaN or infinity, or is out of range."""
 
     code: ClassVar[int] = 9
 
 
 @contextlib.contextmanager
 def explained(target: Path) -> Iterator[None]:
-    """The system's errors about `target` become ours; others, about a file that `write` reads, pass."""
+    """Turn the system's errors about `target` into ours; errors about files elsewhere pass."""
     try:
         yield
     except OSError as error:
-        named = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else target
-        if error.errno is None or target.parent not in (named, *named.parents):
+        path = Path(error.filename) if isinstance(error.filename, (str, os.PathLike)) else target
+        if error.errno is None or target.parent not in (path, *path.parents):
             raise
         raise _explain(error.errno, os.strerror(error.errno), target) from error
 
@@ -156,7 +156,8 @@ def _explain(number: int, text: str, target: Path) -> HyperRTError:
     if number in EXISTS:
         return already(target)
     if number in _MISSING:
-        return NotFound(f"{target} is not there", "it, or a folder above it, was removed", "make it again")
+        why = "it, or a folder above it, was removed"
+        return NotFound(f"{target} does not exist", why, "make it again")
     if number == errno.ENAMETOOLONG:
         return UsageError(f"the name {target.name[:40]}… is too long", text, "choose a shorter one")
     what = f"{target} could not be written"
@@ -168,12 +169,12 @@ def _explain(number: int, text: str, target: Path) -> HyperRTError:
 
 
 def already(target: Path) -> UsageError:
-    """The error of a name that is taken."""
+    """The error if the name is taken."""
     why = "nothing is overwritten unasked"
     return UsageError(f"{target} exists", why, "add --force (in Python force=True), or choose another name")
 
 
 def not_writable(target: Path) -> UsageError:
-    """The error of a folder that is not open to this user."""
-    why = f"the folder {target.parent} is not writable for you"
+    """The error if this user may not write to the folder."""
+    why = f"the folder {target.parent} is not writable"
     return UsageError(f"{target} cannot be written", why, "choose another folder")

@@ -1,9 +1,9 @@
-"""Publishing: a file or a folder appears under its name whole, or not at all.
+"""Publishes files and folders: they appear under their names whole, or not at all.
 
-Everything is written aside in the same folder, flushed to the disk, and then renamed; a run that is killed at
-any moment leaves the old contents, the new, or (folders only, for an instant) none.  What a killed run leaves
-aside is a hidden `.hyperrt-*.tmp`, which the next publish into that folder removes: a writer holds a lock
-(flock) on what it writes, so one that can be locked has no writer.  Systems without flock sweep nothing.
+Everything is written under a temporary name in the same folder, flushed to disk, and renamed.  A run that is
+killed at any moment leaves the old contents, the new, or (folders only, for an instant) neither.  It may
+leave a hidden `.hyperrt-*.tmp`, which the next publish into that folder removes: a writer holds a lock
+(flock) on what it writes, so a file that can be locked has no writer.  Systems without flock never sweep.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if _POSIX:
     import fcntl
 
 PREFIX, SUFFIX = ".hyperrt-", ".tmp"
-ATTEMPTS = 10  # two runs that replace one folder at once take turns; more than this is a fault
+ATTEMPTS = 10  # to replace a folder, while other runs replace it, too
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
@@ -37,14 +37,14 @@ def publish(
     """Write one file; returns its absolute path.
 
     Args:
-        path: where it is to appear; its folder must exist.
-        write: gets an empty binary file, open for writing, and fills it.
-        force: replace a file of that name.
+        path: its name; the folder must exist.
+        write: fills an empty binary file that is open for writing.
+        force: replace an existing file.
 
     Raises:
         UsageError, NotFound: as `check_file`.
         ResourceError: the disk is full or broken.
-        Whatever `write` raises; nothing is left behind then, nor on KeyboardInterrupt.
+        Errors of `write` pass.  Nothing is left behind then, nor on KeyboardInterrupt.
     """
     target = check_file(path, force)
     sweep(target.parent)
@@ -69,15 +69,15 @@ def publish_folder(
     """Write one folder; returns its absolute path.
 
     Args:
-        path: where it is to appear; its parent must exist.
-        write: gets an empty folder beside `path` and fills it.
-        marker: the file by which a folder of this kind is known ("bundle.json"); no other kind is replaced.
-        force: replace a folder of that name.
+        path: its name; the parent folder must exist.
+        write: fills an empty folder beside `path`.
+        marker: a file that every folder of this kind has ("bundle.json"); other folders are not replaced.
+        force: replace an existing folder.
 
     Raises:
         UsageError, NotFound: as `check_folder`.
         ResourceError: the disk is full or broken.
-        Whatever `write` raises; nothing is left behind then, nor on KeyboardInterrupt.
+        Errors of `write` pass.  Nothing is left behind then, nor on KeyboardInterrupt.
     """
     target = check_folder(path, marker, force)
     sweep(target.parent)
@@ -98,10 +98,10 @@ def publish_folder(
 
 
 def check_file(path: str | os.PathLike[str], force: bool = False) -> Path:
-    """The absolute path, if `publish` can write there: known before the work starts, not after.
+    """The absolute path, if `publish` can write there; called before long work starts.
 
     Raises:
-        UsageError: it exists and `force` is off, it is no plain file, or its folder is not writable.
+        UsageError: it exists and `force` is off, it is not a regular file, or its folder is not writable.
         NotFound: its folder does not exist.
     """
     target = Path(os.path.abspath(path))
@@ -112,31 +112,31 @@ def check_file(path: str | os.PathLike[str], force: bool = False) -> Path:
         if _is_taken(target):
             if not target.is_file():
                 why = "only plain files are replaced"
-                raise UsageError(f"{target} is no plain file", why, "choose another name")
+                raise UsageError(f"{target} is not a plain file", why, "choose another name")
             if not force:
                 raise already(target)
     return target
 
 
 def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False) -> Path:
-    """The absolute path, if `publish_folder` can write there; an empty folder is free.
+    """The absolute path, if `publish_folder` can write there; an empty folder may be replaced.
 
     Raises:
-        UsageError: it exists and `force` is off; its parent is not writable; or, forced or not, it is a file,
-            the current folder, or one without the marker (else a slip of the hand replaces a home directory).
+        UsageError: it exists and `force` is off; its parent is not writable; or, even with `force`, it is a
+            file, the current folder, or lacks the marker (or a typing error could replace a home directory).
         NotFound: its parent does not exist.
     """
     target = Path(os.path.abspath(path))
     with explained(target):
         _check_parent(target)
         try:
-            found = target.lstat()
-            if not stat.S_ISDIR(found.st_mode):
-                raise UsageError(f"{target} is no plain folder", "a folder is to be written", "name another")
+            info = target.lstat()
+            if not stat.S_ISDIR(info.st_mode):
+                raise UsageError(f"{target} is not a folder", "a folder is to be written", "name another")
             current, contents = target.samefile(os.curdir), os.listdir(target)
-            if not os.path.samestat(found, target.lstat()):
-                return target  # what was listed may be half removed
-        except FileNotFoundError:  # it is free, or another run is replacing it
+            if not os.path.samestat(info, target.lstat()):
+                return target  # replaced meanwhile: the listing may be of a half-removed folder
+        except FileNotFoundError:  # the name is free, or another run is replacing the folder
             return target
         if current:
             raise UsageError(f"{target} is the current folder", "it would be replaced", "name a new one")
@@ -151,11 +151,12 @@ def check_folder(path: str | os.PathLike[str], marker: str, force: bool = False)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Remove a file, a link or a folder with all that is in it; its name is free at once.
+    """Remove a file, a link, or a folder with its contents; its name is free at once.
 
     Raises:
-        NotFound, UsageError: it is not there; its folder is not writable.
-        ResourceError: the disk is broken, or part of it could not be removed.
+        NotFound: it does not exist.
+        UsageError: its folder is not writable.
+        ResourceError: the disk is broken, or a part could not be removed.
     """
     target = Path(os.path.abspath(path))
     with explained(target):
@@ -163,27 +164,30 @@ def remove(path: str | os.PathLike[str]) -> None:
             target.unlink()
             return
         old = _new_name(target.parent)
-        with _locked(target):  # so that no sweep of another run removes it, too
+        with _locked(target):  # so that another run's sweep does not remove it as well
             os.rename(target, old)
             shutil.rmtree(old, ignore_errors=True)
         if os.path.lexists(old):
             do = shlex.join(["rm", "-r", str(old)])
-            raise ResourceError(f"{target} was not wholly removed", f"the rest is {old}", do)
+            raise ResourceError(f"{target} was removed in part", f"the rest is {old}", do)
 
 
 def sweep(folder: Path, dry_run: bool = False) -> list[Path]:
-    """Remove what killed runs left in `folder`; leave what another run is writing.  Never raises OSError.
+    """Remove the leftovers of killed runs from `folder`, but no file that a run is writing.
 
-    Returns what was removed, or with `dry_run` would be.
+    Never raises OSError.
+
+    Returns:
+        The paths that were removed, or would be with `dry_run`.
     """
-    found: list[Path] = []
+    removed: list[Path] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in list(entries):
             if entry.name.startswith(PREFIX) and entry.name.endswith(SUFFIX):
                 path = Path(entry.path)
                 with contextlib.suppress(OSError):
-                    found += [path] if _remove_stale(path, dry_run) else []
-    return found
+                    removed += [path] if _remove_stale(path, dry_run) else []
+    return removed
 
 
 def _remove_stale(path: Path, dry_run: bool) -> bool:
@@ -200,12 +204,12 @@ def _remove_stale(path: Path, dry_run: bool) -> bool:
 
 
 def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
-    """A new file or folder aside, open and locked; its mode follows the umask, as that of any new one.
+    """A new temporary file or folder, open and locked, with a mode that follows the umask.
 
-    The descriptor of a folder is -1 where the system opens no folders.
+    The descriptor of a folder is -1 if the system cannot open folders.
     """
     while True:
-        # Not made from the target's name: that may already have the 255 bytes that a name can have.
+        # Not derived from the target's name, which may be 255 bytes long already, the limit.
         aside = _new_name(folder)
         if as_folder:
             aside.mkdir()
@@ -214,11 +218,11 @@ def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
         if as_folder and not _POSIX:
             return aside, -1
-        # Another run may sweep it between its creation and its lock: then it is gone, and a new one is made.
+        # Another run may sweep it before it is locked: then make a new one.
         try:
             descriptor = os.open(aside, flags, 0o666)
         except FileNotFoundError:
-            if not as_folder:  # a file is made by the opening: it was not swept, it cannot be made (/proc)
+            if not as_folder:  # opening creates a file, so it was not swept: it cannot be created (/proc)
                 raise
             continue
         if _is_locked_at(descriptor, aside):
@@ -227,7 +231,7 @@ def _create(folder: Path, as_folder: bool) -> tuple[Path, int]:
 
 
 def _is_locked_at(descriptor: int, path: Path) -> bool:
-    """Lock what is open; whether it still has its name."""
+    """Lock an open file or folder; whether it still has its name."""
     if not _POSIX:
         return True
     _lock(descriptor, wait=True)
@@ -243,7 +247,7 @@ def _new_name(folder: Path) -> Path:
 
 def _name_file(aside: Path, target: Path, force: bool) -> None:
     if not force:
-        # A link, unlike a rename, fails where the name is taken: two runs cannot overwrite each other.
+        # A link, unlike a rename, fails if the name is taken: two runs cannot overwrite each other.
         try:
             os.link(aside, target)
         except OSError as error:
@@ -258,7 +262,7 @@ def _name_file(aside: Path, target: Path, force: bool) -> None:
 
 def _name_folder(aside: Path, target: Path, marker: str, force: bool) -> None:
     if not force:
-        os.rename(aside, target)  # fails where the name is taken, unless by an empty folder
+        os.rename(aside, target)  # fails if the name is taken, unless by an empty folder
         return
     for _ in range(ATTEMPTS):
         check_folder(target, marker, force)
@@ -268,16 +272,16 @@ def _name_folder(aside: Path, target: Path, marker: str, force: bool) -> None:
             except OSError as error:
                 if error.errno not in EXISTS:
                     raise
-                continue  # another run was quicker: now its folder is the one to replace
+                continue  # another run was faster: replace its folder
             return
     raise ResourceError(f"{target} could not be replaced", "other runs keep writing it", "try again later")
 
 
 @contextlib.contextmanager
 def _moved_away(target: Path) -> Iterator[None]:
-    """`target` under another name; afterwards removed, or put back where nothing has taken its place."""
+    """Rename `target`; afterwards remove it, or put it back if its name is still free."""
     old = _new_name(target.parent)
-    with _locked(target):  # the lock follows the folder, so that no sweep takes what may have to come back
+    with _locked(target):  # the lock follows the folder: no sweep removes it before it is put back
         moved = True
         try:
             os.rename(target, old)
@@ -295,17 +299,17 @@ def _put_back(old: Path, target: Path) -> None:
     try:
         os.rename(old, target)
     except OSError as error:
-        if error.errno not in EXISTS:  # another run has just taken the place
+        if error.errno not in EXISTS:  # another run has just taken the name
             raise
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of a file or folder; yields False where another has it, or there is none to be had."""
+    """Hold the lock of a file or folder; yields False if it cannot be locked."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
-    except OSError:  # absent; or a folder, on a system that opens none
+    except OSError:  # absent; or a folder, on a system that cannot open folders
         yield False
         return
     try:
@@ -319,7 +323,7 @@ def _lock(descriptor: int, wait: bool = False) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # another has it, or the file system knows no locks
+    except OSError:  # another process has it, or the file system has no locks
         return False
     return True
 
@@ -338,7 +342,7 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems cannot sync a folder; the rename itself stands
+    except OSError as error:  # some network file systems cannot sync a folder
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -359,14 +363,14 @@ def _check_parent(target: Path) -> None:
 def _check_name(target: Path) -> None:
     try:
         os.lstat(target)
-    except ValueError as error:  # NUL, or a character that the file system has no bytes for
-        raise UsageError(f"{str(target)!r} is no name", str(error), "choose another name") from error
-    except OSError:  # which whoever uses the name will hear of
+    except ValueError as error:  # NUL, or a character that the file system cannot encode
+        raise UsageError(f"{str(target)!r} is not a file name", str(error), "choose another") from error
+    except OSError:  # raised again when the name is used
         pass
 
 
 def _is_taken(target: Path) -> bool:
-    """Whether something has this name, if only a dangling link; unlike `lexists` it raises where none can."""
+    """Whether the name exists, if only as a dangling link; unlike `lexists`, raises if it cannot exist."""
     try:
         target.lstat()
     except FileNotFoundError:

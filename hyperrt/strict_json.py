@@ -1,6 +1,6 @@
-"""JSON into frozen dataclasses and back, strictly: nothing undeclared, and everything declared.
+"""Reads JSON into frozen dataclasses and back, without undeclared or missing keys.
 
-The dataclass is the schema.  Understood: str, int, float, bool, Literal, `X | Y`, tuple[X, ...],
+The dataclass is the schema.  Supported types: str, int, float, bool, Literal, `X | Y`, tuple[X, ...],
 tuple[X, Y, Z], Mapping[str, X] and dataclasses of these.  A field with a default may be absent.  An error
 names the place: `graphs.denoiser.inputs[2].shape[0] is true; it must be a whole number or a text`.
 """
@@ -25,11 +25,11 @@ SCALARS: Mapping[Any, str] = {str: "a text", int: "a whole number", float: "a nu
 
 
 class StrictError(ValueError):
-    """The JSON is not what the dataclass declares; the message names the place."""
+    """The JSON does not fit the dataclass; the message names the place."""
 
 
 def loads(text: bytes) -> Any:
-    """JSON without its loopholes: UTF-8 only, maybe with a byte order mark, no key twice, no NaN or Infinity.
+    """Parse strict JSON: UTF-8, perhaps with a byte order mark, no duplicate keys, no NaN or Infinity.
 
     Raises:
         StrictError: it is not JSON.
@@ -43,7 +43,7 @@ def loads(text: bytes) -> Any:
 
 
 def read(kind: Callable[..., T], data: object, where: str = "") -> T:
-    """`data` (as `loads` gives it) as an instance of the dataclass `kind`.
+    """`data`, from `loads`, as an instance of the dataclass `kind`.
 
     Raises:
         StrictError: a key is missing or unknown, a value has the wrong type, or `kind` itself refuses it.
@@ -67,7 +67,7 @@ def read(kind: Callable[..., T], data: object, where: str = "") -> T:
 
 
 def dump(value: object) -> Any:
-    """The inverse of `read`, for `json.dumps`; fields that hold their default are left out."""
+    """The inverse of `read`, for `json.dumps`; fields equal to their defaults are left out."""
     if dataclasses.is_dataclass(value):
         pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {field.name: dump(item) for field, item in pairs if item is not None and item != field.default}
@@ -91,7 +91,7 @@ def check_sha256(**hashes: str) -> None:
 
 @functools.cache
 def _schema(kind: Any) -> tuple[dict[str, dataclasses.Field[Any]], dict[str, Any]]:
-    """Fields and types of a dataclass; kept, as resolving types is slow and a manifest has many sites."""
+    """Fields and types of a dataclass; cached: resolving types is slow and a manifest has many sites."""
     return {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
 
 
@@ -153,12 +153,12 @@ def _join(where: str, name: str) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
         raise StrictError(f"the key {shortened(twice)} occurs twice")
-    return found
+    return unique
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise StrictError(f"{text} is no JSON number")
+    raise StrictError(f"{text} is not a JSON number")

@@ -107,7 +107,7 @@ def _origin(file: LoraFile) -> Check:
         made = f"made by another program{f' for {base}' if base else ''}; the base model cannot be compared"
         return Check("origin", "warn", made, "draw a picture with it, and look")
     if fault := metadata.fault(file.origin):
-        raise LoraError(f"{file.name} does not say what it is", fault, REMAKE)
+        raise LoraError(f"{file.name} has unusable metadata", fault, REMAKE)
     noun, base = file.origin["class_noun"], file.origin["base_model"]
     return Check("origin", "ok", f"a {noun} of {file.origin['photos']} photos, base model {base[:12]}")
 

@@ -1,16 +1,16 @@
-"""Several photos of a subject, and a LoRA of each, to one LoRA.
+"""Combines the LoRAs of several photos into one.
 
-A projection feels the product A B alone, and the mean of products is not the product of means:
+A projection depends on the product A B alone, and the mean of products is not the product of means:
 
     mean(A_i B_i) = mean(A_i) mean(B_i) + Cov(A_i, B_i)
 
 mean     A = mean(A_i), B = mean(B_i): the paper's (arXiv 2511.03156, several reference images)
-product  A B is the best approximation of mean(A_i B_i) of the layout's rank r (hyperrt/lora/low_rank.py)
+product  A B is the best approximation of mean(A_i B_i) with the layout's rank r (hyperrt/lora/low_rank.py)
 concat   A B is mean(A_i B_i), exactly: A = [A_1 ... A_n], B = [B_1; ...; B_n] / n, of rank n r
 
-The first is taken while photos are decoded (hyperrt/session/personalizer.py), with one in memory at a time;
-the others need all, and are here. No product of size d_in x d_out is ever made. LoRAs are packed as
-`LoraLayout` says, i = 1 ... n photos.
+"mean" is computed while photos are decoded (hyperrt/session/personalizer.py), with one LoRA in memory at a
+time.  The others need all LoRAs at once, and are here.  No product of size d_in x d_out is ever made.  LoRAs
+are packed as in `LoraLayout`; i = 1 ... n photos.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def check_way(way: str) -> None:
 def product_mean(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
     """The LoRA of the layout's rank whose products are closest to mean(A_i B_i).
 
-    Scale is shared evenly by A and B, and rank that is not needed is zero.
+    A and B have the same scale; unused rank is zero.
 
     Raises:
-        LoraMismatch: a photo does not fit the layout.
+        LoraMismatch: a photo's LoRA does not fit the layout.
     """
     return layout.pack({path: truncated(a, b, layout.rank) for path, a, b in _side_by_side(photos, layout)})
 
 
 def concatenated(photos: Sequence[Packed], layout: LoraLayout) -> dict[str, Vector]:
-    """mean(A_i B_i) itself, packed as `combined_layout` says.
+    """The exact mean(A_i B_i), packed for `combined_layout`.
 
     Raises:
-        LoraMismatch: a photo does not fit the layout.
-        UsageError: the layout becomes too large.
+        LoraMismatch: a photo's LoRA does not fit the layout.
+        UsageError: the combined layout is too large.
     """
     return combined_layout(layout, "concat", len(photos)).pack(
         {path: (a, b) for path, a, b in _side_by_side(photos, layout)}

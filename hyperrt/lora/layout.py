@@ -45,7 +45,7 @@ class Site:
     d_out: int
 
     def numel(self, rank: int) -> int:
-        """How many numbers A and B hold together."""
+        """Number of weights in A and B."""
         return rank * (self.d_in + self.d_out)
 
     @property
@@ -56,22 +56,22 @@ class Site:
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """The adapted sites in UNet module order, and the rank: all that is needed to pack and unpack.
+    """The adapted sites in UNet module order, and the rank: enough to pack and unpack.
 
     Raises:
-        UsageError: a size is below 1, a path occurs twice or ends in something else than to_q, to_k, to_v,
-            or there are more than MAX_WEIGHTS weights.
+        UsageError: a size is below 1, a path occurs twice or does not end in to_q, to_k or to_v, or there are
+            more than MAX_WEIGHTS weights.
     """
 
     sites: tuple[Site, ...]
     rank: int
 
     def __post_init__(self) -> None:
-        known = [projection for projections in VECTORS.values() for projection in projections]
+        projections = [projection for names in VECTORS.values() for projection in names]
         seen: set[str] = set()
         for site in self.sites:
-            if site.path in seen or site.projection not in known:
-                why = "it occurs twice" if site.path in seen else f"a path ends in {', '.join(known)}"
+            if site.path in seen or site.projection not in projections:
+                why = "it occurs twice" if site.path in seen else f"a path ends in {', '.join(projections)}"
                 raise UsageError(f"the LoRA layout cannot hold the site {site.path!r}", why)
             if min(site.d_in, site.d_out, self.rank) < 1:
                 why = f"d_in {site.d_in}, d_out {site.d_out}, rank {self.rank}; each must be at least 1"
@@ -92,7 +92,7 @@ class LoraLayout:
         """The sites of one packed vector, "lora_q" or "lora_kv", in order.
 
         Raises:
-            UsageError: there is no such vector.
+            UsageError: the name is another.
         """
         if name not in VECTORS:
             raise UsageError(f"there is no packed vector {name!r}", f"there are {', '.join(VECTORS)}")
@@ -103,15 +103,15 @@ class LoraLayout:
         return sum(site.numel(self.rank) for site in self.sites_of(name))
 
     def slices(self, name: str) -> list[tuple[Site, slice, slice]]:
-        """Where A and B of each site lie in the packed vector "lora_q" or "lora_kv"."""
-        found = []
+        """The slices of A and B of each site in the packed vector "lora_q" or "lora_kv"."""
+        slices = []
         start = 0
         for site in self.sites_of(name):
             middle = start + site.d_in * self.rank
             end = middle + self.rank * site.d_out
-            found.append((site, slice(start, middle), slice(middle, end)))
+            slices.append((site, slice(start, middle), slice(middle, end)))
             start = end
-        return found
+        return slices
 
     def pack(self, factors: PathFactors) -> dict[str, Vector]:
         """Factors of every site to {"lora_q": [Nq], "lora_kv": [Nkv]}, float32.
@@ -126,14 +126,15 @@ class LoraLayout:
             vector = np.empty(self.size(name), np.float32)
             for site, part_a, part_b in self.slices(name):
                 a, b = factors[site.path]
-                if (found := (np.shape(a), np.shape(b))) != (shapes := self._shapes(site)):
-                    raise LoraMismatch(f"the factors of {site.path} are {found}", f"the layout says {shapes}")
+                if (shapes := (np.shape(a), np.shape(b))) != (expected := self._shapes(site)):
+                    what = f"the factors of {site.path} are {shapes}"
+                    raise LoraMismatch(what, f"the layout says {expected}")
                 vector[part_a], vector[part_b] = np.ravel(a), np.ravel(b)
             packed[name] = vector
         return packed
 
     def unpack(self, packed: Mapping[str, A]) -> dict[str, tuple[A, A]]:
-        """Packed vectors (both or one) to {path: (A [d_in, r], B [r, d_out])}; views, no copies.
+        """One or both packed vectors to {path: (A [d_in, r], B [r, d_out])}; views, no copies.
 
         Raises:
             LoraMismatch: a vector has the wrong length.
@@ -148,7 +149,7 @@ class LoraLayout:
         return {site.path: factors[site.path] for site in self.sites if site.path in factors}
 
     def named(self, packed: Mapping[str, A]) -> dict[str, A]:
-        """`unpack`, as a graph names its constants: PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out]."""
+        """`unpack` with a graph's names of constants: PATH.lora_A [1, d_in, r], PATH.lora_B [1, r, d_out]."""
         named: dict[str, A] = {}
         for path, (a, b) in self.unpack(packed).items():
             named[f"{path}.lora_A"] = a.reshape((1, a.shape[0], a.shape[1]))
@@ -164,22 +165,22 @@ class LoraLayout:
         return (site.d_in, self.rank), (self.rank, site.d_out)
 
     def to_json(self) -> dict[str, Any]:
-        """`rank`, `sites` and `hash`, as the manifest of a bundle holds them."""
+        """`rank`, `sites` and `hash`, as in the manifest of a bundle."""
         sites = [dataclasses.asdict(site) for site in self.sites]
         return {"rank": self.rank, "sites": sites, "hash": self.hash}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LoraLayout:
-        """The inverse of `to_json`.  Types and `hash` are for the reader of the manifest to check."""
+        """The inverse of `to_json`; the reader of the manifest checks types and `hash`."""
         return cls(tuple(Site(**site) for site in data["sites"]), data["rank"])
 
 
-def difference(found: set[str], expected: set[str]) -> str:
-    """What is missing from `found` and what is too much: counts and the first three names; "" if nothing."""
+def difference(names: set[str], expected: set[str]) -> str:
+    """Missing and unknown names: how many, and the first three; "" if the sets are equal."""
     parts = []
-    for word, names in (("missing", expected - found), ("unknown", found - expected)):
-        if names:
-            first = ", ".join(shortened(name) for name in sorted(names)[:3])
-            more = ", ..." if len(names) > 3 else ""
-            parts.append(f"{len(names)} {word} ({len(expected)} expected): {first}{more}")
+    for word, different in (("missing", expected - names), ("unknown", names - expected)):
+        if different:
+            first = ", ".join(shortened(name) for name in sorted(different)[:3])
+            more = ", ..." if len(different) > 3 else ""
+            parts.append(f"{len(different)} {word} ({len(expected)} expected): {first}{more}")
     return "; ".join(parts)

@@ -1,7 +1,7 @@
-"""The product of two factors, brought to a smaller rank (Eckart and Young, 1936).
+"""Reduces the rank of a product of two factors (Eckart and Young, 1936).
 
-Only matrices of k x k are decomposed, where k is the inner size of the product.  A QR decomposition of the
-tall factors takes four times as long, and far longer on several threads while other programs run.
+Only k x k matrices are decomposed, where k is the inner size of the product.  A QR decomposition of the tall
+factors takes four times as long, and far longer on several threads while other programs run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Matrix = NDArray[np.floating[Any]]
 def truncated(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix]:
     """A [d_in, rank] and B [rank, d_out], float64, whose product is closest to a b in the Frobenius norm.
 
-    Scale is shared evenly by A and B, and rank that is not needed is zero.  With square roots of the Gram
+    A and B have the same scale; unused rank is zero.  With square roots of the Gram
     matrices, R_a^T R_a = a^T a and R_b^T R_b = b b^T, the singular values of a b are those of R_a R_b^T =
     U S V^T.  Its left vectors are a R_b^T V / S, its right ones b^T R_a^T U / S.
 
@@ -25,7 +25,7 @@ def truncated(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix]:
         a, b: [d_in, k] and [k, d_out], finite.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
-    if a.shape[1] > max(len(a), b.shape[1]):  # then the product is smaller than a Gram matrix
+    if a.shape[1] > max(len(a), b.shape[1]):  # the product is smaller than a Gram matrix
         a, b = a @ b, np.eye(b.shape[1])
     a, b = _balanced(a, b)
     root_a, root_b = _root(a.T @ a), _root(b @ b.T)
@@ -39,7 +39,7 @@ def truncated(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix]:
 
 
 def _balanced(a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:
-    """The same product; a column of a is as long as the row of b that it meets, or both are zero."""
+    """The same product, with each column of a as long as the matching row of b, or both zero."""
     length_a, length_b = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
     both = (length_a > 0) & (length_b > 0)
     ratio = np.sqrt(np.divide(length_b, length_a, out=np.ones_like(length_a), where=both))
@@ -47,7 +47,7 @@ def _balanced(a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:
 
 
 def _root(gram: Matrix) -> Matrix:
-    """R with R^T R = gram, which is positive semidefinite."""
+    """R with R^T R = gram; gram is positive semidefinite."""
     values, vectors = np.linalg.eigh(gram)
     root: Matrix = np.sqrt(np.maximum(values, 0))[:, np.newaxis] * vectors.T
     return root

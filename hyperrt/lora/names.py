@@ -1,12 +1,12 @@
-"""How other programs name the tensors of a LoRA, and which projection of the UNet a name means.
+"""Names of a LoRA's tensors in other programs, and the site in the UNet that a name belongs to.
 
     diffusers  unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight
     peft       base_model.model.down_blocks.1.attentions.0. ... .attn2.to_k.lora_A.weight
     kohya      lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight, .alpha
     kohya XL   lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight, .alpha
 
-For SDXL kohya's trainer has the blocks of the model's first publication.  With n layers per block (2 in every
-published model) down_blocks.i.attentions.j is input_blocks.k.1 with k = 1 + i (n + 1) + j, and
+For SDXL kohya's trainer uses the block names of the model's first publication.  With n layers per block (2
+in every published model) down_blocks.i.attentions.j is input_blocks.k.1 with k = 1 + i (n + 1) + j, and
 up_blocks.i.attentions.j is output_blocks.k.1 with k = i (n + 1) + j.
 """
 
@@ -16,9 +16,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-# What the tensor names of each format begin with; diffusers' models alone save without a prefix.
+# Prefix of the tensor names in each format; a diffusers model saved by itself has none.
 FORMATS: Mapping[str, str] = {"diffusers": "unet.", "peft": "base_model.model.", "kohya": "lora_unet_"}
-# How several photos become one LoRA (hyperrt/lora/combine.py): of the bundle's rank, or of a higher one too.
+# Ways to combine photos (hyperrt/lora/combine.py); only the first two keep the bundle's rank.
 COMBINED = ("mean", "product")
 COMBINED_TO_SAVE = (*COMBINED, "concat")
 LAYERS = 2  # per block, in every published Stable Diffusion
@@ -26,7 +26,7 @@ SITE = re.compile(  # the path of a site in a Stable Diffusion UNet
     r"(?:(?:down|up)_blocks\.\d{1,3}|mid_block)\.attentions\.\d{1,3}\.transformer_blocks\.\d{1,3}\.attn2\.to_[qkv]"
 )
 
-# What follows the path of a projection.  A: down, lora_A.  B: up, lora_B.
+# Suffix after the path of a projection -> role.
 _ROLES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_down.weight": "A", ".lora_up.weight": "B",
     ".lora.down.weight": "A", ".lora.up.weight": "B", "_lora.down.weight": "A", "_lora.up.weight": "B",
@@ -40,7 +40,7 @@ _STEM = re.compile(
     r"mid_block_attentions_0|middle_block_1)_transformer_blocks_(\d{1,3})_attn2_(to_[qkv])"
 )
 _OF_FIRST_PUBLICATION = re.compile(r"lora_unet_(?:input_blocks|middle_block|output_blocks)_")
-_KINDS = (  # what else a LoRA may adapt, and how its name tells
+_KINDS = (  # other modules that a LoRA may adapt, by their names
     ("the text encoder", re.compile(r"lora_te|text_encoder")),
     ("self-attention", re.compile(r"attn1")),
     ("the output of the cross-attention", re.compile(r"attn2[._](?:processor\.)?to_out")),
@@ -48,7 +48,7 @@ _KINDS = (  # what else a LoRA may adapt, and how its name tells
     ("convolutions and layers beside them", re.compile(r"resnets|conv|in_layers|out_layers|emb|proj_|_op")),
 )
 
-_METHODS = (  # other ways of adapting a model, and how their tensors tell
+_METHODS = (  # other ways of adapting a model, by the names of their tensors
     ("DoRA", re.compile(r"lora_magnitude_vector|dora_scale")),
     ("LoHa", re.compile(r"hada_")),
     ("LoKr", re.compile(r"lokr_")),
@@ -105,52 +105,52 @@ class SiteNames:
 
 
 def keys(format: str, path: str, layers: int | None = None) -> tuple[str, str]:
-    """Names of A and B of the site `path`; `layers` as in `stem`."""
+    """Names of the site's A and B; `layers` as in `stem`."""
     if format == "kohya":
         return f"{stem(path, layers)}.lora_down.weight", f"{stem(path, layers)}.lora_up.weight"
     return f"{FORMATS[format]}{path}.lora_A.weight", f"{FORMATS[format]}{path}.lora_B.weight"
 
 
 def alpha_key(path: str, layers: int | None = None) -> str:
-    """Name of kohya's alpha of the site `path`; the scale that it applies is alpha / rank."""
+    """Name of the site's alpha in kohya's format; its scale is alpha / rank."""
     return f"{stem(path, layers)}.alpha"
 
 
 def names_of(format: str, paths: Iterable[str], layers: int | None = None) -> dict[str, tuple[str, str]]:
-    """Names of all tensors of these sites -> (path, role), in the order of a file; `layers` as in `stem`."""
-    found: dict[str, tuple[str, str]] = {}
+    """Tensor name -> (path, role), in the order of a file; `layers` as in `stem`."""
+    names: dict[str, tuple[str, str]] = {}
     for path in paths:
         key_a, key_b = keys(format, path, layers)
-        found |= {key_a: (path, "A"), key_b: (path, "B")}
+        names |= {key_a: (path, "A"), key_b: (path, "B")}
         if format == "kohya":
-            found[alpha_key(path, layers)] = (path, "alpha")
-    return found
+            names[alpha_key(path, layers)] = (path, "alpha")
+    return names
 
 
 def stem(path: str, layers: int | None = None) -> str:
-    """kohya's name of the site `path`; with `layers` per block in the blocks of the first publication."""
+    """kohya's name of a site; with `layers` per block, its name in the first publication."""
     return FORMATS["kohya"] + (_first_published(path, layers) if layers else path).replace(".", "_")
 
 
 def layers_of(paths: Collection[str]) -> int:
-    """Layers per block of a UNet, told from the paths of its sites."""
-    found = [match.groups() for match in map(_DOWN_OR_UP.match, paths) if match]
-    counts = [int(number) + (side == "down") for side, _, number, _ in found]
+    """Layers per block of a UNet, from the paths of its sites."""
+    matches = [match.groups() for match in map(_DOWN_OR_UP.match, paths) if match]
+    counts = [int(number) + (side == "down") for side, _, number, _ in matches]
     return max([count for count in counts if count], default=LAYERS)
 
 
 def is_first_published(names: Collection[str]) -> bool:
-    """Whether kohya's names are those of the first publication's blocks."""
+    """Whether kohya's names are those of the first publication."""
     return any(_OF_FIRST_PUBLICATION.match(name) for name in names)
 
 
 def kind_of(name: str) -> str:
-    """What a tensor outside the cross-attention's projections belongs to, for people."""
+    """The kind of module that a tensor belongs to, in words."""
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other modules")
 
 
 def method_of(name: str) -> str:
-    """Which way of adapting a model a tensor at a site belongs to, if it is a known one; else ""."""
+    """The way of adapting a model that a tensor belongs to, such as "DoRA"; "" if unknown."""
     return next((method for method, pattern in _METHODS if pattern.search(name)), "")
 
 
@@ -167,7 +167,7 @@ def _first_published(path: str, layers: int) -> str:
 
 
 def _path_of(module: str, layers: int) -> str:
-    """The path that kohya's name stands for; "" if it is no cross-attention's projection."""
+    """The path for kohya's name of a module; "" if it is not a projection of a cross-attention."""
     match = _STEM.fullmatch(module)
     if match is None:
         return ""

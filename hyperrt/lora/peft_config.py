@@ -1,8 +1,8 @@
-"""PEFT's configuration of a LoRA: where a file has it, alpha, and what it says that B A does not.
+"""PEFT's configuration of a LoRA: reads it, finds alpha, and names methods that are not a plain LoRA.
 
 PEFT writes it beside the weights (`adapter_config.json`), diffusers into the header of the file.  HyperRT
 adds alpha / r times B A to the weights of the base model.  Some configurations mean something else: `methods`
-names them.  What PEFT computes was tried for each option (PEFT 0.21, tests/export/test_peft_config.py).
+names them.  Each option was tried with PEFT 0.21 (tests/export/test_peft_config.py).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from hyperrt.errors import LoraError
 from hyperrt.text import shortened
 
 Config = Mapping[str, Any]
-Patterns = Mapping[str, tuple[int, Any]]  # a key of alpha_pattern -> its place among the keys, and its value
+Patterns = Mapping[str, tuple[int, Any]]  # key of alpha_pattern -> its position and value
 
 MAX_ALPHA = 1e6
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what PEFT looks for in a folder
-CONFIG = "lora_adapter_metadata"  # where diffusers keeps the configuration
-MAX_CONFIG = 2**20  # bytes of PEFT's file of it
-ALPHA = 8  # PEFT's lora_alpha where a configuration has none
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names in a folder
+CONFIG = "lora_adapter_metadata"  # key of the configuration in diffusers' metadata
+MAX_CONFIG = 2**20  # bytes of adapter_config.json
+ALPHA = 8  # PEFT's default of lora_alpha
 CORRECT = "correct it where the file came from"
 
-# `init_lora_weights` that changes the base model's weights before the training, and that does not.
+# Values of `init_lora_weights` that change the base model's weights before the training, and that do not.
 _CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
 _KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_OTHER_METHODS = {  # an option that is set -> the method, and what it does
+_OTHER_METHODS = {  # option -> method, and why it is not a plain LoRA
     "use_dora": ("DoRA", "it scales the weights to a length that was trained"),
     "kasa_config": ("KaSA", "it takes small parts out of the base model's weights"),
     "alora_invocation_tokens": ("aLoRA", "it acts on a part of the prompt only"),
@@ -46,7 +46,7 @@ _OTHER_METHODS = {  # an option that is set -> the method, and what it does
     "megatron_config": ("LoRA of Megatron's layers", "they are not those of Stable Diffusion"),
 }
 _UNSET: tuple[Any, ...] = (None, False, [])
-# These change nothing in what is added to a weight.  What else they put into a file, its tensors tell.
+# These do not change what is added to a weight.  If they add tensors to a file, the reader sees those.
 _WITHOUT_EFFECT = frozenset(
     (
         "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "init_lora_weights",
@@ -63,9 +63,9 @@ class Method(NamedTuple):
     """A way of adapting a model that alpha / r times B A does not express.
 
     Attributes:
-        name: "PiSSA".
-        why: what the configuration says, and what that means.
-        do: the next step for the reader.
+        name: such as "PiSSA".
+        why: the option and its meaning, for a message.
+        do: the remedy, for a message.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Method(NamedTuple):
 
 
 def read(source: Path, format: str, metadata: Mapping[str, str]) -> Config | None:
-    """The configuration of the UNet's LoRA in the header or beside the file; None where there is none.
+    """The configuration of the UNet's LoRA, from the header or beside the file; None if it has none.
 
     Raises:
         LoraError: it is not JSON, or cannot be read.
@@ -100,17 +100,17 @@ def alpha_patterns(config: Config, name: str) -> Patterns:
         name: of the file, for messages.
 
     Raises:
-        LoraError: a key is more than the name of a module.
+        LoraError: a key is not the name of a module.
     """
-    patterns = config.get("alpha_pattern") or {}
-    found: dict[str, tuple[int, Any]] = {}
-    for place, (pattern, value) in enumerate(patterns.items() if isinstance(patterns, dict) else ()):
-        found.setdefault(_module_of(pattern, name), (place, value))
-    return found
+    values = config.get("alpha_pattern") or {}
+    patterns: dict[str, tuple[int, Any]] = {}
+    for position, (pattern, value) in enumerate(values.items() if isinstance(values, dict) else ()):
+        patterns.setdefault(_module_of(pattern, name), (position, value))
+    return patterns
 
 
 def alpha(config: Config, patterns: Patterns, name: str, site: str, rank: int) -> float:
-    """The alpha of a site; what is added to its weight is alpha / rank times B A.
+    """The alpha of a site: alpha / rank times B A is added to its weight.
 
     Args:
         patterns: of `alpha_patterns`.
@@ -120,45 +120,44 @@ def alpha(config: Config, patterns: Patterns, name: str, site: str, rank: int) -
     Raises:
         LoraError: it is not a number.
     """
-    # A key means the modules whose path ends in it; the first one counts.  Looked up, since a file may have
-    # thousands of keys and of sites.
+    # The first key counts that the path ends with.  Looked up: a file may have thousands of keys and sites.
     parts = site.split(".")
     keys = [f"^{site}", *(".".join(parts[start:]) for start in range(len(parts)))]
-    meant = [patterns[key] for key in keys if key in patterns]
-    found = min(meant, key=itemgetter(0))[1] if meant else config.get("lora_alpha", ALPHA)
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or abs(found) > MAX_ALPHA:
+    matches = [patterns[key] for key in keys if key in patterns]
+    value = min(matches, key=itemgetter(0))[1] if matches else config.get("lora_alpha", ALPHA)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > MAX_ALPHA:
         why = f"it must be a number above 0, and at most {MAX_ALPHA:g}"
-        raise LoraError(f"{name}: alpha is {shortened(repr(found))}", why, CORRECT)
-    return float(found) * math.sqrt(rank) if config.get("use_rslora") else float(found)
+        raise LoraError(f"{name}: alpha is {shortened(repr(value))}", why, CORRECT)
+    return float(value) * math.sqrt(rank) if config.get("use_rslora") else float(value)
 
 
 def methods(config: Config) -> tuple[Method, ...]:
-    """Everything for which PEFT computes something else than W + alpha / r B A; () for a plain LoRA."""
+    """The methods for which PEFT does not compute W + alpha / r B A; () for a plain LoRA."""
     kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights")
     if kind != "LORA":
         return (Method(shortened(str(kind)), f"peft_type is {shortened(repr(kind))}, not 'LORA'"),)
-    found = []
+    methods = []
     if (start.lower() if isinstance(start, str) else start) not in _KEPT_BASE:
-        found.append(_of_changed_base(start))
+        methods.append(_of_changed_base(start))
     for option, (name, why) in _OTHER_METHODS.items():
         if config.get(option) not in _UNSET:
-            found.append(Method(name, f"{option} is set: {why}"))
-    return tuple(found)
+            methods.append(Method(name, f"{option} is set: {why}"))
+    return tuple(methods)
 
 
 def unknown(config: Config) -> list[str]:
-    """Names of options that are set, and that this version does not know."""
+    """Names of options that are set but unknown to this version."""
     known = _WITHOUT_EFFECT | _OTHER_METHODS.keys()
     is_set = [name for name, value in config.items() if value not in (*_UNSET, {})]
     return [shortened(name) for name in is_set if name not in known]
 
 
 def _of_changed_base(start: Any) -> Method:
-    said = f"init_lora_weights is {shortened(repr(start))}"
+    option = f"init_lora_weights is {shortened(repr(start))}"
     key = next((key for key in _CHANGED_BASE if str(start).lower().startswith(key)), "")
     if not key:
-        return Method("LoRA of an unknown start", f"{said}, which PEFT 0.21 does not have")
-    why = f"{said}: it belongs to base weights that its training changed, and not to those of the base model"
+        return Method("LoRA of an unknown start", f"{option}, which PEFT 0.21 does not have")
+    why = f"{option}: it fits base weights that its training changed, and not those of the base model"
     if key == "loftq":
         return Method("LoftQ", why, "train it without LoftQ, or use another file")
     do = "save it as a plain LoRA where it was trained: PEFT's save_pretrained does that if it is given "
@@ -166,9 +165,12 @@ def _of_changed_base(start: Any) -> Method:
 
 
 def _module_of(pattern: str, name: str) -> str:
-    """A key of `alpha_pattern`, "^" first where it is a whole path; to PEFT it is a regular expression."""
+    """The module that a key of `alpha_pattern` names, after "^" if it is a whole path.
+
+    To PEFT the key is a regular expression.
+    """
     ending = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not re.fullmatch(r"[\w.]+", ending):  # never run: it may take for ever
+    if not re.fullmatch(r"[\w.]+", ending):  # never run: it may take forever
         why = f"its key {shortened(pattern)} is a pattern, not the name of a module"
         raise LoraError(f"the alpha_pattern of {name} is not understood", why, CORRECT)
     return f"^{ending}" if pattern.startswith("^") else ending
@@ -176,9 +178,9 @@ def _module_of(pattern: str, name: str) -> str:
 
 def _object(name: str, text: bytes) -> Config:
     try:
-        found = strict_json.loads(text)
+        config = strict_json.loads(text)
     except strict_json.StrictError as error:
         raise LoraError(f"the configuration in {name} is damaged", shortened(str(error)), CORRECT) from error
-    if not isinstance(found, dict):
-        raise LoraError(f"the configuration in {name} is damaged", "it is no JSON object", CORRECT)
-    return found
+    if not isinstance(config, dict):
+        raise LoraError(f"the configuration in {name} is damaged", "it is not a JSON object", CORRECT)
+    return config

@@ -1,8 +1,8 @@
-"""A file of a LoRA, opened: what is in it, whichever of three programs wrote it.
+"""Opens a LoRA file of diffusers, PEFT or kohya, and checks it.
 
-`lora.load_subject` is built on it; which sites a bundle has is known there.
-Per site: A as [r, d_in] and B as [d_out, r] (transposed against `lora.py`), and alpha: what the LoRA adds to
-the projection's weight is alpha / r times B A.
+`subject_file.load_subject` compares it with a bundle.
+A site has A [r, d_in] and B [d_out, r] (transposed against `LoraLayout`), and alpha: alpha / r times B A is
+added to the projection's weight.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
@@ -30,16 +31,16 @@ from hyperrt.text import advice, shortened
 Array = NDArray[np.float32]
 
 FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # PEFT's name, and diffusers'
-# The open category's tensor, [1, tokens, width].  diffusers loads a file only if "lora" is in every name.
+# Image tokens [1, tokens, width] of the open category.  diffusers needs "lora" in every name of a file.
 IMAGE_TOKENS = "hyperrt.lora_image_tokens"
 ORIGIN = "hyperrt."  # prefix of our metadata
-LAYERS = "hyperrt.layers_per_block"  # beside kohya's names of the first publication
+LAYERS = "hyperrt.layers_per_block"  # only with kohya's names of the first publication
 MAX_WEIGHT = 1e4  # trained factors stay below 10; a file beyond this is damaged or hostile
 NOT_USABLE = f"it holds NaN, infinity or values beyond {MAX_WEIGHT:g}"
 
 
 class Factors(NamedTuple):
-    """The LoRA of one site, as a file has it."""
+    """The LoRA of one site, as stored in a file."""
 
     a: Stored  # [r, d_in]
     b: Stored  # [d_out, r]
@@ -47,7 +48,7 @@ class Factors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The r of both."""
+        """The rank r of A and B."""
         return self.a.shape[0]
 
     def numbers(self) -> tuple[Array, Array]:
@@ -60,7 +61,7 @@ class Factors(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The same before it is read: names of the tensors."""
+    """Names of a site's tensors A and B, before they are read; alpha and the rank."""
 
     a: str
     b: str
@@ -70,18 +71,18 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """An opened file of a LoRA; made by `open_lora`.
+    """An open LoRA file; made by `open_lora`.
 
     Attributes:
-        format: whose tensor names it has: "diffusers", "peft" or "kohya".
-        layers: per block, where kohya's names are those of the first publication; else None.
-        metadata: all of the header's.
+        format: of the tensor names: "diffusers", "peft" or "kohya".
+        layers: layers per block if kohya's names are those of the first publication; else None.
+        metadata: of the header, all.
         entries: every tensor, in the order of the file.
         pairs: path of a site -> its tensors, in the order of the file.
-        odd: tensors at a site that A, B and alpha do not express: DoRA, LoHa, LoKr, biases, halves of a pair.
-        methods: what PEFT's configuration says that A, B and alpha do not express.
+        odd: other tensors at a site: DoRA, LoHa, LoKr, biases, halves of a pair.
+        methods: methods in PEFT's configuration that are not a plain LoRA.
         unused: tensors of other modules.
-        notes: what had to be assumed, for people.
+        notes: assumptions that were made, as messages.
     """
 
     path: Path
@@ -97,26 +98,26 @@ class LoraFile:
 
     @property
     def name(self) -> str:
-        """Of the file, for messages."""
+        """File name, for messages."""
         return self.path.name
 
     @property
     def origin(self) -> dict[str, str]:
-        """Our own metadata, without its prefix; empty if another program made the file."""
+        """Our metadata, without its prefix; empty if another program made the file."""
         return _origin(self.metadata)
 
     @property
     def rank(self) -> int:
-        """The largest of its sites; 0 where there is no site."""
+        """The largest rank of a site; 0 without sites."""
         return max((pair.rank for pair in self.pairs.values()), default=0)
 
     @property
     def redo(self) -> str:
-        """What to do about a fault in the file."""
+        """The remedy for a fault in the file."""
         return _redo(self.metadata)
 
     def stored(self, name: str) -> Stored:
-        """The tensor `name`; errors as `safetensors_file.read_tensor`."""
+        """The tensor `name`; raises as `safetensors_file.read_tensor`."""
         return safetensors_file.read_tensor(self.path, name, self.entries[name])
 
     def factors(self, path: str) -> Factors:
@@ -126,14 +127,14 @@ class LoraFile:
             LoraError: as `stored`, or a number is NaN, infinite or beyond MAX_WEIGHT.
         """
         pair = self.pairs[path]
-        found = Factors(self.stored(pair.a), self.stored(pair.b), pair.alpha)
-        for key, numbers in zip((pair.a, pair.b), found.numbers(), strict=True):
+        factors = Factors(self.stored(pair.a), self.stored(pair.b), pair.alpha)
+        for key, numbers in zip((pair.a, pair.b), factors.numbers(), strict=True):
             if not usable(numbers):
                 raise LoraError(f"{self.name}: {shortened(key)} cannot be used", NOT_USABLE, self.redo)
-        return found
+        return factors
 
     def tokens(self) -> Stored | None:
-        """The image tokens of the open category, if there are any; errors as `stored`."""
+        """The image tokens of the open category, or None; raises as `stored`."""
         return self.stored(IMAGE_TOKENS) if IMAGE_TOKENS in self.entries else None
 
 
@@ -185,52 +186,52 @@ def open_lora(path: str | os.PathLike[str], paths: Collection[str] = ()) -> Lora
 
 
 def check_plain(file: LoraFile) -> None:
-    """Refuse a file whose configuration says more than alpha / r times B A.
+    """Refuse a file that its configuration says is not a plain LoRA.
 
     Raises:
-        LoraError: it does, as for PiSSA or DoRA.
+        LoraError: it is PiSSA or DoRA, for example.
     """
     for method in file.methods:
         raise LoraError(f"{file.name} is {method.name}, not a plain LoRA", method.why, method.do)
 
 
 def check_used(file: LoraFile, partial: bool = False) -> None:
-    """Refuse a file that is more than a LoRA of the cross-attention's q, k and v.
+    """Refuse a file that is not a plain LoRA of the cross-attention's q, k and v alone.
 
     Args:
-        partial: other modules may be there, unless in a file of ours, and are left out.
+        partial: leave out other modules, unless the file is ours.
 
     Raises:
-        LoraError: as `check_plain`, a site has more than A, B and alpha, or there is no site.
-        LoraMismatch: there are other modules, and `partial` is off.
+        LoraError: as `check_plain`; a site has other tensors than A, B and alpha; or it has no sites.
+        LoraMismatch: it adapts other modules, and `partial` is off.
     """
     check_plain(file)
     if file.odd:
-        method_name = lora_names.method_of(file.odd[0])
-        is_that = f"is {method_name} and not" if method_name else "is not"
-        why = f"{len(file.odd)} tensors of its sites are no such pair, first: {shortened(file.odd[0])}"
+        method = lora_names.method_of(file.odd[0])
+        is_not = f"is {method} and not" if method else "is not"
+        why = f"{len(file.odd)} tensors of its sites are not such a pair, first: {shortened(file.odd[0])}"
         convert = "convert it to a plain LoRA where it came from, or use another file"
         do = REMAKE if file.origin else convert
-        raise LoraError(f"{file.name} {is_that} a LoRA of pairs A and B", why, do)
+        raise LoraError(f"{file.name} {is_not} a LoRA of pairs A and B", why, do)
     if not file.pairs:
         first = f"; its first tensor is {shortened(next(iter(file.entries)))}" if file.entries else ""
-        why = f"it has no cross-attention q, k or v of a Stable Diffusion UNet{first}"
+        why = f"it does not adapt cross-attention q, k or v of a Stable Diffusion UNet{first}"
         inspect = ("hyperrt", "lora", "inspect", file.path)
         do = advice("use another file; to see what this one holds, run", *inspect)
-        raise LoraError(f"{file.name} adapts nothing that HyperRT adapts", why, do)
+        raise LoraError(f"{file.name} has no layer that HyperRT can use", why, do)
     if file.unused and (file.origin or not partial):
         what = f"{file.name} adapts more than q, k and v of the cross-attention"
-        found = ", ".join(f"{count} tensors of {kind}" for kind, count in unused_kinds(file).items())
-        leave_out = "add --partial (in Python partial=True), which leaves these out and so draws otherwise"
-        raise LoraMismatch(what, f"not used would be {found}", REMAKE if file.origin else leave_out)
+        kinds = ", ".join(f"{count} tensors of {kind}" for kind, count in unused_kinds(file).items())
+        leave_out = "add --partial (in Python partial=True) to leave these out, which changes the pictures"
+        raise LoraMismatch(what, f"it also has {kinds}", REMAKE if file.origin else leave_out)
 
 
 def how_to_reduce(file: LoraFile, rank: int, partial: bool, bundle: str) -> str:
-    """The advice to bring a file to a smaller rank, with the command for it.
+    """The advice to reduce a file's rank, with the command.
 
     Args:
-        partial: other modules are left out.
-        bundle: what `--bundle` takes; "": none.
+        partial: leave out other modules.
+        bundle: value of `--bundle`; "": leave the option out.
     """
     stem = f"{file.path.stem[:60]}-rank{rank}"
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
@@ -238,18 +239,18 @@ def how_to_reduce(file: LoraFile, rank: int, partial: bool, bundle: str) -> str:
     target = next(path for path in paths if not os.path.lexists(path))
     options = ["--rank", str(rank), *["--partial"] * partial, *(["--bundle", bundle] if bundle else [])]
     convert = ("hyperrt", "lora", "convert")
-    return advice("reduce it, which loses a part of it", *convert, file.path, target, *options)
+    return advice("reduce its rank, which loses part of the LoRA", *convert, file.path, target, *options)
 
 
 def unused_kinds(file: LoraFile) -> dict[str, int]:
-    """What the tensors of other modules belong to, and how many they are: {"self-attention": 128}."""
+    """Tensors of other modules, by kind of module: {"self-attention": 128}."""
     return counted(map(lora_names.kind_of, file.unused))
 
 
 def check_tokens(name: str, tokens: Array | DeviceArray | None, shape: tuple[int, ...] | None) -> None:
-    """Refuse image tokens [1 or photos, tokens, width] that a bundle does not take; None fits every bundle.
+    """Refuse image tokens [1 or photos, tokens, width] that do not fit a bundle; None always fits.
 
-    Of those on a device only the shape is looked at.
+    Only the shape is checked if they are on a device.
 
     Args:
         name: of the file or subject, for the message.
@@ -270,26 +271,23 @@ def check_tokens(name: str, tokens: Array | DeviceArray | None, shape: tuple[int
 
 
 def usable(array: Array) -> bool:
-    """Whether all numbers are finite, and within MAX_WEIGHT."""
+    """Whether all numbers are finite and within MAX_WEIGHT."""
     return bool(np.all(np.abs(array) <= MAX_WEIGHT))  # False for NaN too
 
 
 def counted(items: Iterable[Any]) -> dict[Any, int]:
     """How often each item occurs, the most frequent first."""
-    found: dict[Any, int] = {}
-    for item in items:
-        found[item] = found.get(item, 0) + 1
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+    return dict(Counter(items).most_common())
 
 
 def _file_of(path: Path) -> Path:
-    """The file itself, or the one in a folder of PEFT or diffusers."""
+    """The file itself, or the LoRA file in a folder of PEFT or diffusers."""
     if not os.path.isdir(path):
         return path
     for name in FOLDER_FILES:
         if os.path.exists(path / name):
             return path / name
-    why = f"it holds no {' and no '.join(FOLDER_FILES)}"
+    why = f"it holds neither {' nor '.join(FOLDER_FILES)}"
     raise NotFound(f"there is no subject file in the folder {path}", why, "name the file itself")
 
 

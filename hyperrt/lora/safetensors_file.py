@@ -1,8 +1,8 @@
-"""Safetensors files without trust: the header is checked whole, and numbers are read when asked for.
+"""Reads and writes safetensors files, without trust in what it reads.
 
-The library checks what a header says of the file: no gap, no overlap, nothing beyond the end.  What it maps
-into memory is let go again, and numbers are read by plain reads: a file that is cut meanwhile is an error and
-not a crash.
+The library checks the header against the file: no gap, no overlap, nothing beyond the end.  Tensors are read
+with plain reads instead of the library's memory map, so that a file that is cut meanwhile is an error and not
+a crash.  Plain reads need offsets, which the library does not return: the header is parsed here as well.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hyperrt.errors import LoraError, NotFound
 from hyperrt.text import advice, shortened
 
 MAX_HEADER = 2**24  # bytes; kohya's trainer writes its statistics there
-TYPES = ("F32", "F16", "BF16")  # that a LoRA is stored as
-# As NumPy has them; of these alpha may be any: diffusers writes it as a whole number.
+TYPES = ("F32", "F16", "BF16")  # types of a LoRA's factors
+# Safetensors type -> NumPy's; alpha may have any of them, as diffusers writes an integer.
 NUMBERS: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"
 }  # fmt: skip
@@ -45,7 +45,7 @@ _INSTEAD = {  # first bytes in lower case -> kind of file, and what to do
 
 
 class Stored(NamedTuple):
-    """A tensor as a file has it."""
+    """A tensor as stored in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,21 +53,21 @@ class Stored(NamedTuple):
 
     @classmethod
     def of(cls, array: NDArray[Any]) -> Stored:
-        """An array, as float32."""
+        """The array, converted to float32."""
         return cls("F32", array.shape, array.astype("<f4").tobytes())
 
     def array(self) -> NDArray[np.float32]:
-        """The numbers, as float32, which holds all of a LoRA's types exactly."""
+        """The numbers as float32, which represents all of `TYPES` exactly."""
         if self.dtype == "BF16":
             wide = np.frombuffer(self.data, "<u2").astype("<u4") << 16
             return wide.view("<f4").astype(np.float32, copy=False).reshape(self.shape)
-        found = np.frombuffer(self.data, NUMBERS[self.dtype])
+        numbers = np.frombuffer(self.data, NUMBERS[self.dtype])
         with np.errstate(over="ignore"):
-            return found.astype(np.float32, copy=False).reshape(self.shape)
+            return numbers.astype(np.float32, copy=False).reshape(self.shape)
 
 
 class Entry(NamedTuple):
-    """What a header says of a tensor; it lies in bytes `start` to `end` of the file."""
+    """The header's entry of a tensor, which lies in bytes `start` to `end` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -76,15 +76,15 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    """The metadata, and every tensor in the order of the file.
+    """The metadata, and the entry of every tensor in the order of the file.
 
     Raises:
-        NotFound: there is no such file.
-        LoraError: it is no plain file, a pickle, no safetensors file, not whole, or its header is too large.
+        NotFound: the file does not exist.
+        LoraError: it is not a regular file, a pickle, not safetensors, truncated, or its header is too large.
     """
     from safetensors import safe_open
 
-    if not os.path.exists(path):  # unlike Path.exists it says False of a name that is too long or holds NUL
+    if not os.path.exists(path):  # Path.exists raises if the name is too long or holds NUL
         how = ("hyperrt", "personalize", "--help")
         do = advice("check the name; to see how photos become a subject, run", *how)
         raise NotFound(f"there is no subject file {str(path)[:200]!r}", "", do)
@@ -95,10 +95,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     try:
         with safe_open(path, framework="np") as file:
             metadata, names = file.metadata() or {}, file.offset_keys()
-        said = json.loads(text)  # the library has checked it
-        entries = {name: _entry(said[name], 8 + len(text)) for name in names}
-    except Exception as error:  # SafetensorError, and whatever else hostile bytes provoke in the parser
-        raise _damaged(path, _what_is_missing(path, text) or str(error)) from error
+        header = json.loads(text)  # the library has checked it
+        entries = {name: _entry(header[name], 8 + len(text)) for name in names}
+    except Exception as error:  # SafetensorError, and anything that hostile bytes provoke in the parser
+        raise _damaged(path, _missing_bytes(path, text) or str(error)) from error
     return dict(sorted(metadata.items())), entries
 
 
@@ -106,7 +106,7 @@ def read_tensor(path: Path, name: str, entry: Entry, types: Collection[str] = TY
     """One tensor.
 
     Raises:
-        LoraError: it has another type than `types`, or the file is no longer what its header was.
+        LoraError: its type is not one of `types`, or the file changed after its header was read.
     """
     check_type(path, name, entry, types)
     try:
@@ -124,7 +124,7 @@ def check_type(path: Path, name: str, entry: Entry, types: Collection[str] = TYP
     """Refuse a tensor of another type.
 
     Raises:
-        LoraError: it is one.
+        LoraError: its type is not one of `types`.
     """
     if entry.dtype not in types:
         why = f"it must be one of {', '.join(types)}"
@@ -133,14 +133,14 @@ def check_type(path: Path, name: str, entry: Entry, types: Collection[str] = TYP
 
 
 def encode(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
-    """A file's bytes.  Same contents, same bytes: the library's own writer shuffles the metadata."""
+    """The bytes of a file, the same for the same contents: the library's writer shuffles the metadata."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + len(tensor.data)
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin on a multiple of 8
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     return b"".join([len(text).to_bytes(8, "little"), text, *(tensor.data for tensor in tensors.values())])
 
 
@@ -151,7 +151,7 @@ def _header_of(path: Path) -> bytes:
             _check_start(path, start)
             length = int.from_bytes(start[:8], "little")
             if len(start) < 9 or length > size - 8:
-                raise _damaged(path, f"it has {size} bytes, fewer than it says")
+                raise _damaged(path, f"it has {size} bytes, fewer than its header says")
             if length > MAX_HEADER:
                 why = f"it has {length} bytes; at most {MAX_HEADER} are read"
                 raise LoraError(f"the header of {path.name} is too large", why, REDO)
@@ -162,33 +162,33 @@ def _header_of(path: Path) -> bytes:
 
 
 def _check_start(path: Path, start: bytes) -> None:
-    """Refuse what is not a safetensors file by how it begins."""
-    if start[8:9] == b"{":  # the length of a header, which may look like anything, and the header
+    """Refuse other kinds of files by their first bytes."""
+    if start[8:9] == b"{":  # a safetensors header; the length before it may look like anything
         return
     if start.startswith(PICKLES):
         do = "unpack an archive; convert a pickle to safetensors where it came from"
         raise LoraError(f"{path.name} is a pickle or an archive", "those can run code when they are read", do)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for known, (what, do) in _INSTEAD.items():
-        if text.startswith(known):
+    for signature, (what, do) in _INSTEAD.items():
+        if text.startswith(signature):
             why = f"it begins with {shortened(repr(start))}"
             raise LoraError(f"{path.name} is {what}, not a LoRA", why, do)
 
 
-def _what_is_missing(path: Path, header: bytes) -> str:
-    """How much of a file is there, if it is cut; else ""."""
+def _missing_bytes(path: Path, header: bytes) -> str:
+    """How many bytes of a truncated file there are, in words; "" if it is not truncated."""
     with contextlib.suppress(Exception):  # the header may be anything
-        tensors = [said for name, said in json.loads(header).items() if name != "__metadata__"]
-        end = 8 + len(header) + max(said["data_offsets"][1] for said in tensors)
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        end = 8 + len(header) + max(entry["data_offsets"][1] for entry in tensors)
         if (size := path.stat().st_size) < end:
             return f"it has {size:,} of {end:,} bytes: a download or a copy was not finished"
     return ""
 
 
-def _entry(said: Any, data: int) -> Entry:
-    start, end = said["data_offsets"]
-    return Entry(said["dtype"], tuple(said["shape"]), data + start, data + end)
+def _entry(tensor: Any, data: int) -> Entry:
+    start, end = tensor["data_offsets"]
+    return Entry(tensor["dtype"], tuple(tensor["shape"]), data + start, data + end)
 
 
 def _damaged(path: Path, why: str) -> LoraError:
-    return LoraError(f"{path.name} is damaged, or no safetensors file", shortened(why), REDO)
+    return LoraError(f"{path.name} is damaged or not a safetensors file", shortened(why), REDO)

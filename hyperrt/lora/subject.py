@@ -1,4 +1,4 @@
-"""A subject: the LoRA that was made of photos, on the host or still on the device that computed it."""
+"""A subject: its LoRA, on the host or still on the device that computed it, and how it is saved."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SUBJECT_VERSION = "1"  # of the format of a subject file
 
 @dataclass(frozen=True, eq=False)
 class Subject(Checked):
-    """One person, animal or thing as the runtime uses it; compared by identity.
+    """One person, animal or thing; subjects are compared by identity.
 
     Attributes:
         lora: the packed vectors "lora_q" [Nq] and "lora_kv" [Nkv] (`hyperrt.lora.layout`), on the host.
-        class_noun: what it is.
-        photos: how many it was made of.
-        metadata: where it comes from: the names in `lora.metadata.REQUIRED`, and those in OPTIONAL if known.
-        image_tokens: [1 or photos, tokens, width], of the open category: what the image prompt made of the
+        class_noun: what the subject is: "mug".
+        photos: number of photos that it was made from.
+        metadata: its origin: the names in `lora.metadata.REQUIRED`, and those in OPTIONAL if known.
+        image_tokens: [1 or photos, tokens, width], of the open category: the image prompt's output for the
             photos; None: the LoRA alone.  They may be on a device: `numpy.asarray` copies them to the host.
         layout: of the packed vectors; None: unknown, and the subject cannot be saved.
 
@@ -97,42 +97,42 @@ class Subject(Checked):
 
 
 class LoraOnDevice(Mapping[str, Vector]):
-    """The `lora` of a subject that a device made; whoever reads a vector gets a copy on the host, made once.
+    """The `lora` of a subject on a device; reading a vector copies it to the host, once.
 
     Args:
-        there: the packed vectors on the device, by name.
+        on_device: the packed vectors on the device, by name.
     """
 
-    def __init__(self, there: Mapping[str, DeviceArray]) -> None:
-        self.there = there
-        self._here: dict[str, Vector] = {}
+    def __init__(self, on_device: Mapping[str, DeviceArray]) -> None:
+        self.on_device = on_device
+        self._on_host: dict[str, Vector] = {}
 
     def __getitem__(self, name: str) -> Vector:
-        if name not in self._here:
-            self._here[name] = np.asarray(self.there[name])
-        return self._here[name]
+        if name not in self._on_host:
+            self._on_host[name] = np.asarray(self.on_device[name])
+        return self._on_host[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.there)
+        return iter(self.on_device)
 
     def __len__(self) -> int:
-        return len(self.there)
+        return len(self.on_device)
 
-    def __reduce__(self) -> Any:  # what is pickled is on the host
+    def __reduce__(self) -> Any:  # pickled as a dict on the host
         return dict, (dict(self),)
 
 
 def only_subject(subjects: Iterable[Subject | None]) -> Subject | None:
-    """The subject of a call whose rows share one LoRA; None if all are the base model, whose gate is 0.
+    """The one subject of a call, for a bundle with a single LoRA for all rows; None for the base model.
 
     Raises:
-        UsageError: there are several.
+        UsageError: the subjects differ.
     """
     different = [*dict.fromkeys(subject for subject in subjects if subject is not None)]
     if len(different) > 1:
         raise UsageError(
             f"{len(different)} subjects cannot share a call of this bundle",
-            "its LoRA is part of the graph, one for all rows (adapt is 'refit')",
+            "its LoRA is part of the graph, the same for all rows (adapt is 'refit')",
             "draw them one after the other, or export the bundle with --adapt inputs",
         )
     return different[0] if different else None
@@ -142,7 +142,7 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
     """The packed vector [size] of a subject; zeros for the base model.
 
     Args:
-        there: leave it on the device, where it is on one.
+        there: leave the vector on the device if it is on one.
 
     Raises:
         LoraMismatch: the subject has another number of weights.
@@ -150,7 +150,7 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
     if subject is None:
         return np.zeros(size, np.float32)
     if there and isinstance(subject.lora, LoraOnDevice):
-        vector: Vector | DeviceArray = subject.lora.there[name]
+        vector: Vector | DeviceArray = subject.lora.on_device[name]
     else:
         vector = _on_host(subject, name)
     if vector.shape != (size,):
@@ -163,15 +163,15 @@ def packed(subject: Subject | None, name: str, size: int, there: bool = False) -
 
 
 def _on_host(subject: Subject, name: str) -> Vector:
-    """A vector of the subject as float32; what is too large becomes infinite.
+    """A vector of the subject as float32; a number that is too large becomes infinity.
 
     Raises:
-        LoraMismatch: it is no array of floats.
+        LoraMismatch: it is not an array of floats.
     """
     try:
-        found = np.asarray(subject.lora.get(name))
+        vector = np.asarray(subject.lora.get(name))
         with np.errstate(over="ignore"):
-            return found.astype(np.float32, casting="same_kind", copy=False)
+            return vector.astype(np.float32, casting="same_kind", copy=False)
     except (TypeError, ValueError) as error:
-        why = f"its {name} is no array of floats: {error}"
+        why = f"its {name} is not an array of floats: {error}"
         raise LoraMismatch("the subject cannot be used", why, REMAKE) from error

@@ -36,23 +36,23 @@ def load_subject(
     partial: bool = False,
     bundle: str = "",
 ) -> Subject:
-    """Read a LoRA file of any of the three formats (or a folder with one), trusting nothing in it.
+    """Read a LoRA file of any of the three formats, or a folder that holds one, trusting nothing in it.
 
-    A file of ours must fit the bundle in everything.  One of another program may have other ranks, up to the
-    bundle's, a scale, and fewer sites: what is not there is zero.
+    A file of ours must fit the bundle exactly.  Another program's file may have ranks up to the bundle's, a
+    scale, and fewer sites; missing sites and ranks are zero.
 
     Args:
         layout, base_model_hash: of the bundle.
-        token_shape: the bundle's (tokens, width) of image tokens, if it takes any; the file may have none.
-        partial: of another program's file, leave out what adapts other modules than the bundle's sites.
-        bundle: what `--bundle` takes for it, for the command in a message.
+        token_shape: the bundle's (tokens, width) of image tokens; None if it takes none.
+        partial: leave out tensors of other modules in another program's file.
+        bundle: value of `--bundle`, for the command in a message.
 
     Raises:
-        NotFound: there is no such file.
+        NotFound: the file does not exist.
         LoraMismatch: it was made for another base model or LoRA layout, its rank is too large, it adapts
             other modules, or its image tokens do not fit.
-        LoraError: it is no safetensors file, truncated, or a tensor is missing, unknown, of another type or
-            shape, or holds NaN or infinity.  Nothing else is ever loaded in part.
+        LoraError: it is not safetensors, truncated, or a tensor is missing, unknown, of another type or
+            shape, or holds NaN or infinity.
     """
     file = reader.open_lora(path, [site.path for site in layout.sites])
     return load_file(file, layout, base_model_hash, token_shape, partial=partial, bundle=bundle)
@@ -67,7 +67,7 @@ def load_file(
     partial: bool = False,
     bundle: str = "",
 ) -> Subject:
-    """`load_subject` of a file that was opened with the paths of the layout; the same errors."""
+    """`load_subject` for a file that was opened with the paths of the layout; raises the same errors."""
     if file.origin:
         reader.check_plain(file)
         _check_origin(file.name, file.origin, layout, base_model_hash)
@@ -85,22 +85,22 @@ def load_file(
 
 
 def _factors(file: LoraFile, site: Site, rank: int) -> tuple[Vector, Vector]:
-    """A [d_in, rank] and B [rank, d_out] with the scale folded in; zeros where the file has less."""
+    """A [d_in, rank] and B [rank, d_out] with the scale folded in, padded with zeros."""
     a, b = np.zeros((site.d_in, rank), np.float32), np.zeros((rank, site.d_out), np.float32)
     if site.path in file.pairs:
-        found = file.factors(site.path)
-        found_a, found_b = found.numbers()
-        a[:, : found.rank], b[: found.rank] = found_a.T, found_b.T
+        factors = file.factors(site.path)
+        file_a, file_b = factors.numbers()
+        a[:, : factors.rank], b[: factors.rank] = file_a.T, file_b.T
     return a, b
 
 
 def _check_origin(name: str, metadata: Mapping[str, str], layout: LoraLayout, base_model_hash: str) -> None:
     version = metadata.get("version", "")
     if version not in ("", SUBJECT_VERSION):
-        why = f"it is of format {version[:12]!r}; this version reads {SUBJECT_VERSION!r}"
-        raise LoraMismatch(f"{name} is of another format", why, REMAKE)
+        why = f"its format is {version[:12]!r}; this version reads {SUBJECT_VERSION!r}"
+        raise LoraMismatch(f"{name} has another format", why, REMAKE)
     if fault := lora_metadata.fault(metadata):
-        raise LoraError(f"{name} does not say what it is", fault, REMAKE)
+        raise LoraError(f"{name} has unusable metadata", fault, REMAKE)
     if metadata.get("combine") == "concat" and metadata.get("layout") != layout.hash:
         why = f"its rank is {shortened(metadata.get('rank', ''))}, the bundle's is {layout.rank}"
         do = f"{REMAKE}, with --combine product"
@@ -116,7 +116,7 @@ def _check_origin(name: str, metadata: Mapping[str, str], layout: LoraLayout, ba
 
 
 def _check_whole(file: LoraFile, layout: LoraLayout) -> None:
-    """A file of ours has every tensor of the layout and no other, unscaled."""
+    """A file of ours has all tensors of the layout and no others, with alpha equal to the rank."""
     expected = names.names_of(file.format, [site.path for site in layout.sites], file.layers)
     if wrong := difference(set(file.entries) - {IMAGE_TOKENS}, set(expected)):
         raise LoraError(f"{file.name} does not hold the tensors of a subject", wrong, REMAKE)
@@ -131,9 +131,9 @@ def _check_whole(file: LoraFile, layout: LoraLayout) -> None:
 def _check_foreign(file: LoraFile, layout: LoraLayout, partial: bool, bundle: str) -> None:
     """Another program's file adapts sites of the bundle and, unless `partial`, nothing else."""
     reader.check_used(file, partial)
-    here = {site.path for site in layout.sites}
-    if strange := [path for path in file.pairs if path not in here]:
-        why = f"{len(strange)} of its {len(file.pairs)} sites are not in the bundle, first: {strange[0]}"
+    sites = {site.path for site in layout.sites}
+    if unknown := [path for path in file.pairs if path not in sites]:
+        why = f"{len(unknown)} of its {len(file.pairs)} sites are not in the bundle, first: {unknown[0]}"
         raise LoraMismatch(f"{file.name} was made for another model", why, OTHER_BUNDLE)
     for site in layout.sites:
         if site.path in file.pairs:
@@ -145,7 +145,7 @@ def _check_foreign(file: LoraFile, layout: LoraLayout, partial: bool, bundle: st
         log.warning("%s", note)
     base = lora_metadata.base_of(file.metadata)
     log.warning(
-        "%s was made by another program%s; whether it is for this base model is not known",
+        "%s was made by another program%s; it may be for another base model",
         file.name, f" for {base}" if base else "",
     )  # fmt: skip
 
@@ -153,6 +153,6 @@ def _check_foreign(file: LoraFile, layout: LoraLayout, partial: bool, bundle: st
 def _check_shape(file: LoraFile, site: Site, kind: type[LoraError]) -> None:
     pair = file.pairs[site.path]
     for key, shape in ((pair.a, (pair.rank, site.d_in)), (pair.b, (site.d_out, pair.rank))):
-        if (found := file.entries[key].shape) != shape:
+        if (actual := file.entries[key].shape) != shape:
             do = REMAKE if file.origin else OTHER_BUNDLE
-            raise kind(f"{file.name}: {key} is {found}", f"the bundle's layout says {shape}", do)
+            raise kind(f"{file.name}: {key} is {actual}", f"the bundle's layout says {shape}", do)

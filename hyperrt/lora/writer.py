@@ -1,7 +1,7 @@
-"""A LoRA into a file of one of three formats, and from one format into another.
+"""Writes a LoRA to a file of one of three formats, and converts between them.
 
-A conversion moves the bits of A and B, and says alpha in the way of the new format: a tensor per site
-(kohya), or PEFT's configuration, which is in the header (diffusers) or in a file of its own (PEFT's folder).
+A conversion copies the bits of A and B and writes alpha as the new format has it: a tensor per site (kohya),
+or PEFT's configuration in the header (diffusers) or in a separate file (PEFT's folder).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("hyperrt")
 
 Sites = Mapping[str, Factors]  # path of a site -> its LoRA, in the order of the file
 
-_ONLY_IN_FOLDERS = ("peft_type", "bias", "inference_mode")  # PEFT's defaults: diffusers need not be told
+_ONLY_IN_FOLDERS = ("peft_type", "bias", "inference_mode")  # PEFT's defaults, which diffusers does not need
 _OF_A_FORMAT = ("format", CONFIG, LAYERS)
 
 
@@ -47,7 +47,7 @@ def write_ours(
     tokens: Stored | None = None,
     force: bool = False,
 ) -> None:
-    """Write a subject of ours; the same in another format is the same file but for names.
+    """Write a subject of ours; files of two formats differ in the names alone.
 
     Args:
         origin: our metadata, without prefix.
@@ -57,9 +57,9 @@ def write_ours(
         UsageError, NotFound, ResourceError: it cannot be written there (`files.publish`).
     """
     layers = _layers(format, sites, origin.get("family", ""))
-    said = lora_metadata.for_others(format, origin, peft_config(sites), text_width(sites), layers)
+    for_others = lora_metadata.for_others(format, origin, peft_config(sites), text_width(sites), layers)
     ours = {ORIGIN + name: str(text) for name, text in origin.items()}
-    _write(path, format, sites, ours | said, layers, tokens, force)
+    _write(path, format, sites, ours | for_others, layers, tokens, force)
 
 
 def convert(
@@ -72,56 +72,62 @@ def convert(
     force: bool = False,
     advance_to: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Write the sites of an opened file in another format; other modules are left out.
+    """Write the sites of an open file in another format, without other modules.
 
     Args:
-        family: of the bundle that it is for; "": as the file itself tells.
-        rank: the largest rank; a site with more keeps the part that a LoRA of this rank can hold.
-        advance_to: told how many sites are done.
+        family: of the bundle that it is for; "": from the file itself.
+        rank: the largest rank; a site of a higher rank is reduced to the nearest LoRA of this rank.
+        advance_to: called with the number of sites that are done.
 
     Returns:
-        How much of the LoRA is lost by `rank`: the Frobenius norm of what is missing over that of the whole.
+        The part of the LoRA that `rank` discards: its Frobenius norm over that of the whole LoRA.
 
     Raises:
-        LoraError: a number is NaN, infinite or too large, or our metadata is not usable.
+        LoraError: a number is NaN, infinite or too large, or metadata of ours is unusable.
         UsageError, NotFound, ResourceError: it cannot be written there (`files.publish`).
     """
     if file.origin and (fault := lora_metadata.fault(file.origin)):
-        raise LoraError(f"{file.name} does not say what it is", fault, REMAKE)
-    found, sites = {}, {}
+        raise LoraError(f"{file.name} has unusable metadata", fault, REMAKE)
+    whole, sites = {}, {}
     for done, site in enumerate(file.pairs, 1):
-        found[site] = file.factors(site)
-        sites[site] = reduced(found[site], rank) if rank else found[site]
+        whole[site] = file.factors(site)
+        sites[site] = reduced(whole[site], rank) if rank else whole[site]
         advance_to(done)
-    as_it_was = all(sites[site] is one for site, one in found.items())
-    if file.origin and as_it_was:
+    is_whole = all(sites[site] is factors for site, factors in whole.items())
+    if file.origin and is_whole:
         write_ours(path, format, sites, file.origin, file.tokens(), force)
-        return 0.0
+    else:  # a subject of another rank is not what the hypernetwork made: it becomes a LoRA like any other
+        _write_foreign(file, path, format, sites, family, force)
+    return 0.0 if is_whole else _lost(whole.values(), sites.values())
+
+
+def _write_foreign(
+    file: LoraFile, path: str | os.PathLike[str], format: str, sites: Sites, family: str, force: bool
+) -> None:
+    """Write the sites with the file's metadata, but without ours and the old format's."""
     width = text_width(sites)
     family = family or lora_metadata.family_of(file.metadata, width)
     layers = _layers(format, sites, family)
-    # With another rank it is no longer the subject that a hypernetwork made: it goes as any other LoRA.
     dropped = (*_OF_A_FORMAT, *(key for key in file.metadata if key.startswith(ORIGIN)))
     metadata = {key: text for key, text in file.metadata.items() if key not in dropped}
     if format == "kohya":
         config = peft_config(sites)
         metadata |= lora_metadata.kohya(config, family, width)
         if "alpha_pattern" in config:
-            log.warning("alpha differs between sites: diffusers, unlike others, takes one from a kohya file")
+            log.warning("alpha differs between sites, but diffusers reads only one alpha from a kohya file")
     if "modelspec.implementation" in metadata:
         metadata["modelspec.implementation"] = lora_metadata.SGM if layers else "diffusers"
     _write(path, format, sites, metadata, layers, file.tokens(), force)
-    return 0.0 if as_it_was else _lost(found.values(), sites.values())
 
 
 def _lost(whole: Iterable[Factors], kept: Iterable[Factors]) -> float:
-    """Norm of what is missing over that of the whole; the nearest of a rank is orthogonal to the rest."""
-    before, after = (sum(norm(one) ** 2 for one in many) for many in (whole, kept))
+    """Norm of the discarded part over that of the whole; the nearest LoRA is orthogonal to the rest."""
+    before, after = (sum(norm(factors) ** 2 for factors in sites) for sites in (whole, kept))
     return float(np.sqrt(max(before - after, 0) / before)) if before else 0.0
 
 
 def reduced(factors: Factors, rank: int) -> Factors:
-    """The nearest LoRA of at most that rank (Eckart-Young), alpha being its rank."""
+    """The nearest LoRA of at most this rank (Eckart-Young), with alpha equal to the rank."""
     if factors.rank <= rank:
         return factors
     a, b = factors.numbers()
@@ -130,9 +136,9 @@ def reduced(factors: Factors, rank: int) -> Factors:
 
 
 def norm(factors: Factors) -> float:
-    """Frobenius norm of what is added to the weight, alpha / r times B A.
+    """Frobenius norm of alpha / r times B A, which is added to the weight.
 
-    No matrix is larger than the factors: a file may have a rank of many thousands.
+    No matrix is larger than the factors, even if a file has a rank of many thousands.
     """
     a, b = (array.astype(np.float64) for array in factors.numbers())
     if factors.rank > max(a.shape[1], len(b)):
@@ -141,7 +147,7 @@ def norm(factors: Factors) -> float:
 
 
 def peft_config(sites: Sites) -> dict[str, Any]:
-    """PEFT's configuration: rank and alpha that most sites have, and those of the others by path."""
+    """PEFT's configuration: the most frequent rank and alpha, and those of the other sites by path."""
     ranks = {site: factors.rank for site, factors in sites.items()}
     alphas = {site: _number(factors.alpha) for site, factors in sites.items()}
     rank, alpha = (next(iter(counted(values.values())), 1) for values in (ranks, alphas))
@@ -167,14 +173,14 @@ def _write(
         factors = sites[site]
         tensors[name] = {"A": factors.a, "B": factors.b, "alpha": _alpha_tensor(factors)}[role]
     if tokens is not None and format == "kohya":
-        # With one tensor of another name diffusers takes the file for its own format, and applies nothing.
-        log.warning("a kohya file holds no image tokens: the subject will be drawn by its LoRA alone")
+        # With one tensor of another name diffusers takes the file for its own format and applies nothing.
+        log.warning("a kohya file cannot hold image tokens: the subject will be drawn with its LoRA alone")
     elif tokens is not None:
         tensors[IMAGE_TOKENS] = tokens
     config, own = peft_config(sites), {"format": "pt"}
-    if format == "diffusers":  # without it diffusers would tell the rank from the shapes, but not alpha
-        said = {f"unet.{key}": value for key, value in config.items() if key not in _ONLY_IN_FOLDERS}
-        own[CONFIG] = json.dumps(said, sort_keys=True)
+    if format == "diffusers":  # diffusers could find the rank without it, but not alpha
+        options = {f"unet.{key}": value for key, value in config.items() if key not in _ONLY_IN_FOLDERS}
+        own[CONFIG] = json.dumps(options, sort_keys=True)
     if layers:
         own[LAYERS] = str(layers)
     data = safetensors_file.encode(tensors, {**metadata, **own})
@@ -191,20 +197,20 @@ def _fill_folder(folder: Path, data: bytes, config: Mapping[str, Any]) -> None:
 
 
 def _layers(format: str, sites: Sites, family: str) -> int | None:
-    """Layers per block, if the names are to be those of the first publication: of SDXL, in kohya's format.
+    """Layers per block if the names are those of the first publication: SDXL in kohya's format.
 
-    So writes kohya's trainer, which of the earlier models has diffusers' names.
+    kohya's trainer does the same; for SD 1.x it uses diffusers' block names.
     """
     return names.layers_of(sites) if format == "kohya" and family == "sdxl" else None
 
 
 def text_width(sites: Sites) -> int:
-    """Width of the text that keys are made of; 0 where no site tells."""
+    """Width of the text's hidden states, from d_in of a to_k; 0 if there is none."""
     return next((factors.a.shape[1] for site, factors in sites.items() if site.endswith("to_k")), 0)
 
 
 def _alpha_tensor(factors: Factors) -> Stored:
-    """Of the type of the weights, as kohya's trainer writes it, where that holds it exactly."""
+    """alpha in the type of the weights, as kohya's trainer writes it, if that is exact; else float32."""
     if factors.a.dtype == "F16" and factors.alpha < 1024 and np.float16(factors.alpha) == factors.alpha:
         return Stored("F16", (), np.array(factors.alpha, "<f2").tobytes())
     return Stored.of(np.array(factors.alpha))

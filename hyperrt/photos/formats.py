@@ -1,7 +1,7 @@
-"""Which kind of image file it is, told by its contents, and its picture, opened within the limits of size.
+"""Recognises image files by their contents, and opens their pictures within size limits.
 
-Camera raw is refused by name: most of these files are TIFF inside, and what a reader of TIFF finds first in
-them is a thumbnail of 160 x 120 pixels.
+Camera raw is refused: most of these files are TIFF inside, and a TIFF reader finds a thumbnail of 160 x 120
+pixels first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
 MAX_PIXELS = 64_000_000
-MAX_JPEG_PIXELS = 16_384 * 12_288  # of a JPEG that is decoded at a half or less: phones' 200 megapixels
+MAX_JPEG_PIXELS = 16_384 * 12_288  # of a JPEG decoded at half size or less: phones' 200 megapixels
 MIN_SIDE, MAX_SIDE = 32, 16_384  # pixels
-MAX_ASPECT = 20  # longer side over shorter; beyond it a square picture shows nothing of the subject
-MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each costs a pass over all pixels
+MAX_ASPECT = 20  # longer side over shorter; in a square picture the subject of a narrower photo is lost
+MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each is a pass over all pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of Pillow
 HEIC = "HEIC"
@@ -35,12 +35,12 @@ RAW_SUFFIXES = (
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".mrw",
     ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srw", ".x3f",
 )  # fmt: skip
-# Names by which a file that cannot be read is still a photo that the user meant.
+# A file with one of these names is meant as a photo, even if it cannot be read.
 SUFFIXES = (
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".ico", ".jfif", ".jp2", ".jpe",
     ".jpeg", ".jpg", ".jxl", ".mpo", ".png", ".psd", ".tif", ".tiff", ".webp", *RAW_SUFFIXES,
 )  # fmt: skip
-SIGNATURES = (  # offset, bytes, what the file is
+SIGNATURES = (  # offset, bytes, kind of file
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (8, b"WEBP", "WEBP"), (0, b"GIF8", "GIF"),
     (0, b"BM", "BMP"), (8, b"CR\2\0", f"{RAW} (CR2)"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
     (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"), (0, b"II\0*", "TIFF"), (0, b"MM*\0", "TIFF"),
@@ -60,39 +60,39 @@ HEAD_BYTES = 128
 # Tags of TIFF 6.0, and of DNG 1.7, chapter 4
 NEW_SUBFILE, SUBFILE, PHOTOMETRIC, SUB_DIRECTORIES, DNG_VERSION = 254, 255, 262, 330, 50706
 SENSOR_DATA = (32803, 34892)  # photometric interpretations: colour filter array, linear raw
-MAX_DIRECTORIES = 8  # of a TIFF, that are looked at
+MAX_DIRECTORIES = 8  # of a TIFF that are read
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is that begins with these `HEAD_BYTES`: one of `FORMATS`, `HEIC`, or a kind not read."""
+    """The kind of a file from its first `HEAD_BYTES`: of `FORMATS`, `HEIC`, one that is not read, or None."""
     if head[4:8] == b"ftyp":
         end = min(int.from_bytes(head[:4]), len(head))
         brands = {head[8:12], *(head[at : at + 4] for at in range(16, end, 4))}
-        return next((kind for kind, known in BRANDS if brands & known), None)
+        return next((kind for kind, of_kind in BRANDS if brands & of_kind), None)
     return next((kind for at, magic, kind in SIGNATURES if head[at:].startswith(magic)), None)
 
 
 def is_photo(head: bytes) -> bool:
-    """Whether a file that begins so is a photo, whatever its name: of a kind that is read, or camera raw."""
+    """Whether a file with these first `HEAD_BYTES` is a photo: of a kind that is read, or camera raw."""
     kind = kind_of(head) or ""
     return kind in (*FORMATS, HEIC) or kind.startswith(RAW)
 
 
 @contextlib.contextmanager
 def opened(file: BinaryIO, name: str, keep_side: int) -> Iterator[PilImage]:
-    """The picture in a file, its size checked and its pixels not yet decoded.
+    """The picture in a file, with its size checked and its pixels not yet decoded.
 
-    Of several pictures it is the first; in a TIFF the first that is not marked as a thumbnail, in HEIC the
-    primary one.  A large JPEG is set to be decoded at a half, fourth or eighth of its size.
+    If a file holds several pictures, this is the first; in a TIFF the first that is not marked as a
+    thumbnail, in HEIC the primary one.  A large JPEG will be decoded at a half, fourth or eighth of its size.
 
     Args:
         file: at its beginning.
-        name: for the errors.
-        keep_side: pixels that are wanted on the longer side.
+        name: for errors.
+        keep_side: the longer side keeps at least this many pixels.
 
     Raises:
-        BadImage: it cannot be read, or its size is outside the limits; also in place of whatever a decoder
-            raises inside the `with`.
+        BadImage: it cannot be read, or its size is outside the limits; also replaces any error of a decoder
+            inside the `with`.
     """
     head = file.read(HEAD_BYTES)
     file.seek(0)
@@ -156,11 +156,11 @@ def check_size(size: tuple[int, int], name: str, most: int = MAX_PIXELS) -> None
 
 @contextlib.contextmanager
 def damage_as_bad_image(name: str, kind: str | None = None) -> Iterator[None]:
-    """Whatever a decoder raises on a malformed file becomes a BadImage; its warnings are dropped.
+    """Turn any error of a decoder into a BadImage, and drop its warnings.
 
     Args:
-        name: for the errors.
-        kind: what the file begins like.
+        name: for errors.
+        kind: of the file, from its first bytes.
     """
     try:
         with warnings.catch_warnings():
@@ -185,14 +185,14 @@ def _bad_image(name: str, kind: str | None, error: Exception) -> BadImage:
 
 
 def _open(file: BinaryIO, name: str, kind: str | None) -> PilImage:
-    # Readers imported here: for one that is missing, Pillow would import all its forty.
+    # Import the readers: if one is missing, Pillow imports all forty.
     from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
     if kind == "TIFF" and (name.lower().endswith(RAW_SUFFIXES) or _is_raw(file)):
         kind = RAW
     if kind is not None and kind not in (*FORMATS, HEIC):
         do = DEVELOP if kind.startswith(RAW) else CONVERT
-        raise BadImage(name, f"it is {kind}; readable are {READABLE}", do)
+        raise BadImage(name, f"it is {kind}; HyperRT reads {READABLE}", do)
     if kind == "AVIF" and not AvifImagePlugin.SUPPORTED:
         raise BadImage(name, "it is AVIF, which this Pillow cannot read", "pip install --upgrade pillow")
     if kind == "JPEG":
@@ -206,7 +206,7 @@ def _open(file: BinaryIO, name: str, kind: str | None) -> PilImage:
 
 
 def _jpeg(file: BinaryIO) -> PilImage:
-    """Not by `Image.open`: it refuses 200 megapixels, even those that are decoded at an eighth."""
+    """Open a JPEG without `Image.open`, which refuses 200 megapixels even if decoded at an eighth."""
     from PIL.JpegImagePlugin import JpegImageFile
 
     class Jpeg(JpegImageFile):
@@ -214,7 +214,7 @@ def _jpeg(file: BinaryIO) -> PilImage:
 
         def load_read(self, read_bytes: int) -> bytes:
             content = super().load_read(read_bytes)
-            # The marker of a scan is never in coded pixels, and rarely in metadata.
+            # The marker of a scan never occurs in coded pixels, and rarely in metadata.
             self.scans += (self.last + content).count(b"\xff\xda")
             self.last = content[-1:]
             if self.scans > MAX_SCANS:
@@ -225,18 +225,18 @@ def _jpeg(file: BinaryIO) -> PilImage:
 
 
 def _heic(file: BinaryIO, name: str) -> PilImage:
-    """By pillow-heif's class, which leaves the Pillow of the whole process as it is."""
+    """Open HEIC with pillow-heif's class, without registering it in Pillow for the whole process."""
     try:
         import pillow_heif
 
-        # The first whose libheif (1.23) holds a file to the size that it declares.
+        # The first with libheif 1.23, which checks a file against the size that it declares.
         if tuple(map(int, pillow_heif.__version__.split(".")[:2])) < (1, 4):
             raise ImportError(f"pillow-heif {pillow_heif.__version__} is too old")
         reader: Any = pillow_heif.HeifImageFile
         image: PilImage = reader(file)
         return image
     except ImportError as error:
-        why = f"it is {HEIC}, which is read where pillow-heif 1.4 or later is installed ({error})"
+        why = f"it is {HEIC}, which needs pillow-heif 1.4 or later ({error})"
         raise BadImage(name, why, "pip install 'pillow-heif>=1.4'") from error
 
 
@@ -247,18 +247,18 @@ def _is_raw(file: BinaryIO) -> bool:
     head = file.read(8)
     head += file.read(8) if head[2] == 43 else b""  # BigTIFF
     waiting = [ImageFileDirectory_v2(head).next]
-    found: list[ImageFileDirectory_v2] = []
-    with contextlib.suppress(Exception):  # of a damaged one, Pillow says so
-        while waiting and len(found) < MAX_DIRECTORIES:
+    directories: list[ImageFileDirectory_v2] = []
+    with contextlib.suppress(Exception):  # Pillow will report the damage
+        while waiting and len(directories) < MAX_DIRECTORIES:
             file.seek(waiting.pop(0))
             directory = ImageFileDirectory_v2(head)
             directory.load(file)
-            found.append(directory)
+            directories.append(directory)
             below: Any = directory.get(SUB_DIRECTORIES, ())
             waiting += below if isinstance(below, tuple) else [below]
             waiting += [directory.next] if directory.next else []
     file.seek(0)
-    return any(DNG_VERSION in each or each.get(PHOTOMETRIC) in SENSOR_DATA for each in found)
+    return any(DNG_VERSION in each or each.get(PHOTOMETRIC) in SENSOR_DATA for each in directories)
 
 
 def _skip_thumbnails(image: Any, name: str) -> None:
@@ -269,5 +269,5 @@ def _skip_thumbnails(image: Any, name: str) -> None:
             image.seek(page)
             if not image.tag_v2.get(NEW_SUBFILE, 0) & 1 and image.tag_v2.get(SUBFILE) != 2:
                 return
-    why = f"it holds a thumbnail of {width} x {height} pixels, and the photo itself in no form that is read"
+    why = f"it holds a thumbnail of {width} x {height} pixels, and HyperRT cannot read the photo itself"
     raise BadImage(name, f"{why}, as {RAW} files do", DEVELOP)

@@ -1,8 +1,8 @@
-"""Photos in: untrusted files => [H, W, 3] uint8 pictures => pixels [n, 3, S, S] for the image encoder.
+"""Loads photos: untrusted files => [H, W, 3] uint8 pictures => pixels [n, 3, S, S] for the image encoder.
 
-Pictures are upright (EXIF orientation applied), in sRGB, 8 bits, transparency composited on white; at most
-`KEEP_SIDE` pixels on the longer side, which bounds memory.  Nothing of a file's metadata is kept.  What kinds
-of files are read, and of which size: hyperrt/photos/formats.py.
+Pictures are upright (EXIF orientation applied), 8-bit sRGB, composited on white, with at most `KEEP_SIDE`
+pixels on the longer side, which bounds memory.  No metadata is kept.  hyperrt/photos/formats.py
+says which kinds and sizes of files are read.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from hyperrt.text import advice, printable
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
-MAX_PHOTOS = 16  # of one folder; more add nothing to the mean, and each takes time
-MAX_ENTRIES = 100_000  # of one folder; more is no folder of photos
+MAX_PHOTOS = 16  # of one folder; more hardly change the mean, and each takes time
+MAX_ENTRIES = 100_000  # of one folder
 MAX_FILE_BYTES = 128 << 20
-KEEP_SIDE = 1024  # pixels; several times what an image encoder sees
+KEEP_SIDE = 1024  # pixels; several times the size of an image encoder's input
 WANTED = "give a file name, an open binary file, bytes, an array or a PIL image"
 BINARY = "open it for reading, with mode 'rb'"
-BLANK = 8  # levels of 255, a channel's standard deviation over the photo in 32 x 32 pixels
-CROPS = {"pad": max, "center": min}  # side of the square, of height and width
+BLANK = 8  # levels of 255; smallest standard deviation of a channel of the photo at 32 x 32 pixels
+CROPS = {"pad": max, "center": min}  # side of the square from height and width
 
 
 class Preprocess(Protocol):
-    """How pixels for an image encoder are made; the manifest's `preprocess`."""
+    """Options of `preprocess`, from the manifest."""
 
     @property
     def size(self) -> int: ...  # S, pixels
@@ -66,12 +66,12 @@ class Preprocess(Protocol):
 
 @dataclass
 class Photos:
-    """What a folder gave, in natural order of the file names (2 before 10)."""
+    """The photos of a folder, in natural order of the file names (2 before 10)."""
 
     images: list[Picture] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # of images, safe to print
-    rejected: list[tuple[str, str]] = field(default_factory=list)  # photos left out: name, reason
-    ignored: list[tuple[str, str]] = field(default_factory=list)  # what is no photo: name, kind
+    rejected: list[tuple[str, str]] = field(default_factory=list)  # unusable photos: name, reason
+    ignored: list[tuple[str, str]] = field(default_factory=list)  # other files and folders: name, kind
 
 
 def load_image(
@@ -81,18 +81,18 @@ def load_image(
     follow: bool = True,
     name: str = "image",
 ) -> Picture:
-    """One photo => [H, W, 3] uint8.
+    """One photo as [H, W, 3] uint8.
 
     Args:
         source: a file's name, its contents, an open binary file (read from its beginning), an array [H, W],
-            [H, W, 3] or [H, W, 4] of uint8, or a PIL image (left as it is).
-        keep_side: of a file, pixels that are kept on the longer side.
-        follow: read a file that is reached by a link.
-        name: what errors call a photo that has no file name.
+            [H, W, 3] or [H, W, 4] of uint8, or a PIL image (not changed).
+        keep_side: pixels to keep on the longer side of a file's picture.
+        follow: follow a symbolic link.
+        name: for errors, if the photo has no file name.
 
     Raises:
         BadImage: it cannot be read, or is too small, too large or too narrow.
-        NotFound: there is no such file.
+        NotFound: the file does not exist.
     """
     if isinstance(source, (str, os.PathLike)):
         path = os.fsdecode(source)
@@ -110,9 +110,9 @@ def load_image(
 
 
 def is_blank(picture: Picture) -> bool:
-    """Whether [H, W, 3] is nearly one colour, as behind a lens cap: `BLANK` says what is nearly.
+    """Whether [H, W, 3] is nearly one colour, as behind a lens cap.
 
-    Reduced to 32 x 32 pixels, which removes a sensor's noise, no channel deviates by `BLANK` levels.
+    At 32 x 32 pixels, without a sensor's noise, each channel's standard deviation is below `BLANK`.
     """
     from PIL import Image
 
@@ -121,10 +121,10 @@ def is_blank(picture: Picture) -> bool:
 
 
 def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
-    """The first `MAX_PHOTOS` usable photos of a folder; what else there is, is said in the result.
+    """The first `MAX_PHOTOS` usable photos of a folder; the result lists the other files, too.
 
-    Sub-folders are not entered, links not followed, pipes, sockets and devices not opened, hidden files not
-    seen.  The same picture twice is used once.
+    Sub-folders are not entered, links not followed, pipes, sockets and devices not opened, hidden files
+    skipped.  A picture that occurs twice is used once.
 
     Args:
         path: the folder.
@@ -132,29 +132,29 @@ def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
 
     Raises:
         BadImage: a photo cannot be read and `strict` is on.
-        LinkedPhotos: as the next, or with `strict`; the reason is that photos are links.
-        BadInput: no photo is left, or it is no folder of photos.
-        NotFound: there is no such folder.
+        LinkedPhotos: no photo is usable, or one with `strict`, because photos are links.
+        BadInput: no photo is usable, or the folder cannot be read.
+        NotFound: the folder does not exist.
     """
     folder = Path(path)
     photos = Photos()
     seen: dict[bytes, str] = {}  # hash of a picture -> its name
-    found = entries(folder)
-    for position, entry in enumerate(found):
+    listed = entries(folder)
+    for position, entry in enumerate(listed):
         if len(photos.images) == MAX_PHOTOS:
-            _count_rest(photos, found[position:])
+            _count_rest(photos, listed[position:])
             break
         name = printable(entry.name)
         try:
             if not _is_photo(entry):
-                kind = "a folder" if entry.is_dir(follow_symlinks=False) else "no picture"
+                kind = "a folder" if entry.is_dir(follow_symlinks=False) else "not a picture"
                 photos.ignored.append((name, kind))
                 continue
             with _open_regular(Path(entry.path), name, follow=False) as file:
                 picture = _decode(file, name, KEEP_SIDE)
         except (BadImage, NotFound) as error:  # NotFound: removed since it was listed
             if strict:
-                linked = entry.is_symlink() and _linked(folder, found, error.what, error.why)
+                linked = entry.is_symlink() and _linked(folder, listed, error.what, error.why)
                 raise (linked or error) from None
             photos.rejected.append((name, error.why))
             continue
@@ -166,17 +166,17 @@ def load_folder(path: str | os.PathLike[str], strict: bool = False) -> Photos:
         photos.images.append(picture)
         photos.names.append(name)
     if not photos.images:
-        raise _no_photos(folder, photos, found)
+        raise _no_photos(folder, photos, listed)
     return photos
 
 
 def preprocess(images: Sequence[Picture], spec: Preprocess) -> NDArray[np.float32]:
-    """Pictures [H, W, 3] uint8 => pixels [n, 3, S, S]: square, resized (antialiased), (x / 255 - mean) / std.
+    """Pictures [H, W, 3] uint8 to pixels [n, 3, S, S]: square, resized (antialiased), (x / 255 - mean) / std.
 
     `crop` makes them square: "pad" adds white to the shorter side, "center" cuts the ends of the longer.
 
     Raises:
-        BundleMismatch: the spec names a way that this version does not know.
+        BundleMismatch: this version does not know `resample` or `crop`.
     """
     if spec.resample != "bicubic" or spec.crop not in CROPS:
         why = f"resample {spec.resample!r}, crop {spec.crop!r}; known are 'bicubic' and 'pad', 'center'"
@@ -190,7 +190,7 @@ def preprocess(images: Sequence[Picture], spec: Preprocess) -> NDArray[np.float3
 
 
 def square(picture: Picture, size: int, crop: str = "center") -> Picture:
-    """[H, W, 3] => [size, size, 3]; `crop` as in `preprocess`."""
+    """[H, W, 3] to [size, size, 3]; `crop` as in `preprocess`."""
     from PIL import Image
 
     height, width = picture.shape[:2]
@@ -201,26 +201,27 @@ def square(picture: Picture, size: int, crop: str = "center") -> Picture:
 
 
 def natural_key(name: str) -> tuple[Any, ...]:
-    """Sort key by which 2.png comes before 10.png."""
+    """Sort key that puts 2.png before 10.png."""
     parts = re.split(r"([0-9]+)", name.casefold())
     return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, in natural order, without hidden files.
+    """The files and folders in a folder, in natural order, without hidden ones.
 
     Raises:
-        NotFound, BadInput: there is no such folder; it cannot be read, or holds more than `MAX_ENTRIES`.
+        NotFound: the folder does not exist.
+        BadInput: it cannot be read, or holds more than `MAX_ENTRIES`.
     """
     listed = []
     try:
-        with os.scandir(folder) as found:
-            for entry in found:
+        with os.scandir(folder) as scan:
+            for entry in scan:
                 if not entry.name.startswith("."):
                     listed.append(entry)
                 if len(listed) > MAX_ENTRIES:
                     why = f"it holds more than {MAX_ENTRIES:,} files"
-                    raise BadInput(f"{folder} is no folder of photos", why, "name one with photos")
+                    raise BadInput(f"{folder} is not a folder of photos", why, "name one with photos")
     except FileNotFoundError as error:
         raise NotFound(f"the folder {folder} does not exist", "", "name a folder of photos") from error
     except OSError as error:
@@ -229,7 +230,7 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_photo(entry: os.DirEntry[str]) -> bool:
-    """Whether the user may have meant it as a photo: by its name, or by how its contents begin."""
+    """Whether it may be meant as a photo, by its name or its first bytes."""
     if Path(entry.name).suffix.lower() in SUFFIXES:
         return not entry.is_dir(follow_symlinks=False)
     if not entry.is_file(follow_symlinks=False):
@@ -248,20 +249,20 @@ def _count_rest(photos: Photos, rest: Sequence[os.DirEntry[str]]) -> None:
         photos.rejected.append((name, f"only the first {MAX_PHOTOS} photos of a folder are used"))
 
 
-def _no_photos(folder: Path, photos: Photos, found: Sequence[os.DirEntry[str]]) -> BadInput:
+def _no_photos(folder: Path, photos: Photos, listed: Sequence[os.DirEntry[str]]) -> BadInput:
     if not photos.rejected:
         why = f"it holds {len(photos.ignored):,} files or folders of other kinds"
         return BadInput(f"{folder} holds no photos", why, f"name a folder that itself holds {READABLE}")
     first = "; ".join(f"{name}: {reason}" for name, reason in photos.rejected[:3])
     more = f"; and {len(photos.rejected) - 3:,} more" if len(photos.rejected) > 3 else ""
     what = f"none of the {len(photos.rejected):,} photos in {folder} can be used"
-    linked = _linked(folder, found, what, first + more)
+    linked = _linked(folder, listed, what, first + more)
     return linked or BadInput(what, first + more, "add others, as PNG or JPEG")
 
 
-def _linked(folder: Path, found: Sequence[os.DirEntry[str]], what: str, why: str) -> LinkedPhotos | None:
-    """An error that names the files themselves, if the reason may be that they are links."""
-    photos = [e for e in found if Path(e.name).suffix.lower() in SUFFIXES and os.path.isfile(e.path)]
+def _linked(folder: Path, listed: Sequence[os.DirEntry[str]], what: str, why: str) -> LinkedPhotos | None:
+    """An error that names the files, if links may be the reason; else None."""
+    photos = [e for e in listed if Path(e.name).suffix.lower() in SUFFIXES and os.path.isfile(e.path)]
     if not any(entry.is_symlink() for entry in photos):
         return None
     files = tuple(entry.path for entry in photos[:MAX_PHOTOS])
@@ -276,15 +277,15 @@ def _decode(file: BinaryIO, name: str, keep_side: int) -> Picture:
 
 @contextlib.contextmanager
 def _open_regular(path: Path, name: str, follow: bool) -> Iterator[io.BufferedReader]:
-    """A plain file, open; anything else is refused before it is opened: opening a pipe waits for its writer.
+    """Open a regular file; refuse anything else before opening it, as opening a pipe waits for its writer.
 
     Raises:
-        BadImage: it is no plain file, is empty or too large, or may not be read.
+        BadImage: it is not a regular file, is empty or too large, or cannot be read.
         NotFound: it does not exist.
     """
     try:
         _check_regular(os.stat(path, follow_symlinks=follow), name)
-        # In the meantime it may have become a pipe, so open without waiting, and look again.
+        # It may be a pipe by now: open without waiting, and check again.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
         with os.fdopen(descriptor, "rb") as file:
@@ -319,7 +320,7 @@ def _kind(mode: int) -> str:
 
 
 def _contents(source: Any, name: str) -> bytes | None:
-    """What is in an open file, as far as its size is allowed; None for other things."""
+    """The bytes of an open file, at most one more than allowed; None if the source has none."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if not hasattr(source, "read"):
@@ -343,6 +344,6 @@ def _image_in_memory(source: object, name: str) -> PilImage:
     if not isinstance(source, np.ndarray):
         raise BadImage(name, f"it is of type {type(source).__name__}", WANTED)
     if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:
-        why = f"it is an array {list(source.shape)} of {source.dtype}; wanted is [height, width, 3] of uint8"
+        why = f"it is an array {list(source.shape)} of {source.dtype}; it must be [height, width, 3] of uint8"
         raise BadImage(name, why, "convert it")
     return Image.fromarray(np.ascontiguousarray(source))

@@ -1,4 +1,4 @@
-"""An image of any mode, profile and orientation => an upright picture in sRGB, 8 bits, on white."""
+"""Converts an image of any mode, profile and orientation to an upright picture in 8-bit sRGB, on white."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _TEST_COLOURS = (np.indices((9, 9, 9)).reshape(3, 81, 9).transpose(1, 2, 0) * 31
 
 
 def upright_srgb(image: PilImage, keep_side: int) -> Picture:
-    """A loaded image => [H, W, 3] uint8 of at most `keep_side` pixels on the longer side.
+    """A loaded image to [H, W, 3] uint8 with at most `keep_side` pixels on the longer side.
 
-    Raises whatever Pillow raises on a damaged one; ValueError: its samples have 32 bits.
+    Raises:
+        ValueError: its samples have 32 bits.  Pillow's errors pass.
     """
     from PIL import Image
 
-    # TIFF is turned while it loads, which also clears its tag: so the tag is read here, and not before.
+    # Read the tag after loading: Pillow turns a TIFF while it loads, and clears the tag.
     turn = _turn(image)
     colour, alpha = _colour_and_alpha(image)
     colour = _to_srgb(colour, image.info.get("icc_profile"))
@@ -39,12 +40,12 @@ def upright_srgb(image: PilImage, keep_side: int) -> Picture:
 
 
 def _colour_and_alpha(image: PilImage) -> tuple[PilImage, PilImage | None]:
-    """Colour in a mode that colour profiles are made for, RGB, L or CMYK; transparency as L."""
+    """Colour in a mode that colour profiles support (RGB, L or CMYK), and transparency as L."""
     from PIL import Image
 
     if image.mode in ("I", "F"):
-        raise ValueError("its samples are of 32 bits, in an unknown range")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts everything above 255 to white
+        raise ValueError("its samples have 32 bits, and an unknown range")
+    if image.mode.startswith("I;16"):  # Pillow's conversion would make everything above 255 white
         samples = np.asarray(image)
         clear = image.info.get("transparency")
         alpha = None if clear is None else Image.fromarray(np.uint8(255) * (samples != clear))
@@ -57,7 +58,7 @@ def _colour_and_alpha(image: PilImage) -> tuple[PilImage, PilImage | None]:
 
 
 def _to_srgb(image: PilImage, profile: bytes | None) -> PilImage:
-    """RGB; a profile that cannot be read or does not fit is ignored."""
+    """The image in sRGB; a profile that cannot be read or does not fit is ignored."""
     if profile:
         with contextlib.suppress(Exception):
             from PIL import ImageCms
@@ -70,7 +71,7 @@ def _to_srgb(image: PilImage, profile: bytes | None) -> PilImage:
 
 
 def _changes_nothing(convert: Callable[[PilImage], PilImage], mode: str) -> bool:
-    """Whether a profile is sRGB, whatever it calls itself: the way there and back would cost exactness."""
+    """Whether the profile is sRGB, whatever its name: converting would only round the colours."""
     from PIL import Image
 
     colours = Image.fromarray(_TEST_COLOURS).convert(mode)
@@ -79,7 +80,10 @@ def _changes_nothing(convert: Callable[[PilImage], PilImage], mode: str) -> bool
 
 
 def _turn(image: PilImage) -> Transpose | None:
-    """The transposition that makes it upright; None where there is none, or the EXIF block is damaged."""
+    """The transposition that makes it upright, or None; a damaged EXIF block is ignored.
+
+    Not `ImageOps.exif_transpose`: it would copy the image at full size, before `thumbnail`.
+    """
     from PIL.Image import Transpose
 
     turns = {

@@ -228,7 +228,7 @@ def output_is_a_file(base, hypernet, new):
         (of_another_rank, 8, "the hypernetwork"),
         (of_other_sites, 5, "their LoRA layouts differ"),
         (bundle_exists, 2, "exists"),
-        (output_is_a_file, 2, "is no plain folder"),
+        (output_is_a_file, 2, "is not a folder"),
     ],
     ids=lambda value: getattr(value, "__name__", "").replace("_", " "),
 )

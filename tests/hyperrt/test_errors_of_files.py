@@ -13,7 +13,7 @@ from hyperrt.errors import NotFound, UsageError
 @pytest.mark.parametrize("name", ["a\0b", "\ud800.png"], ids=["NUL", "half of a surrogate pair"])
 def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
     for check in (files.check_file, lambda path: files.check_folder(path, "bundle.json")):
-        with pytest.raises(UsageError, match="is no name"):
+        with pytest.raises(UsageError, match="is not a file name"):
             check(tmp_path / name)
 
 

@@ -161,7 +161,7 @@ def test_what_is_no_plain_file_is_refused_even_when_forced(special, tmp_path):
         path.symlink_to("nowhere")
     else:
         path = Path(os.devnull)
-    with pytest.raises(UsageError, match=r"is a folder|no plain file"):
+    with pytest.raises(UsageError, match=r"is a folder|not a plain file"):
         files.publish(path, text("x"), force=True)
 
 
@@ -184,7 +184,7 @@ def test_a_parent_that_is_a_file_is_refused(kind, tmp_path):
 @either
 def test_a_parent_without_write_permission_is_refused_before_the_work(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(UsageError, match=r"cannot be written\n.*not writable for you"):
+    with pytest.raises(UsageError, match=r"cannot be written\n.*is not writable"):
         publish_either(kind, tmp_path / "out", stop(AssertionError("the work began")))
 
 
@@ -353,7 +353,7 @@ def test_what_is_no_plain_folder_is_refused_even_when_forced(special, tmp_path):
     files.publish_folder(tmp_path / "real", bundle("old"), marker=MARKER)
     path = tmp_path / "robot"
     path.symlink_to("real") if special == "link" else path.write_text("")
-    with pytest.raises(UsageError, match="no plain folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         files.publish_folder(path, bundle("new"), marker=MARKER, force=True)
     assert read_bundle(tmp_path / "real") == ("old", "old")
 
@@ -396,5 +396,5 @@ def test_a_removed_file_link_or_folder_is_gone_and_what_a_link_leads_to_is_not(t
     files.remove(tmp_path / "file")
     files.remove(tmp_path / "robot")
     assert os.listdir(tmp_path) == []
-    with pytest.raises(NotFound, match="robot is not there"):
+    with pytest.raises(NotFound, match="robot does not exist"):
         files.remove(tmp_path / "robot")

@@ -176,7 +176,7 @@ FAULTS = {
         lambda path: write_kohya(path, random_pairs(RANKS), dict.fromkeys(RANKS, 0)),
         "alpha is 0", "get a correct file from where this one came from",
     ),
-    "text": (holds(b'{"error": "Invalid username or password."}'), "no safetensors file", "get a correct"),
+    "text": (holds(b'{"error": "Invalid username or password."}'), "not a safetensors file", "get a correct"),
 }  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def test_without_pillow_heif_the_error_says_what_to_install(missing, monkeypatch
         monkeypatch.setitem(sys.modules, "pillow_heif", None)
     else:
         monkeypatch.setattr(pytest.importorskip("pillow_heif"), "__version__", "1.3.0")
-    do = refused(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC, which is read where pillow-heif")
+    do = refused(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC, which needs pillow-heif")
     assert do == "pip install 'pillow-heif>=1.4'"
 
 

@@ -169,7 +169,7 @@ def test_arrays_and_pil_images_are_taken_and_left_as_they_are():
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (np.zeros((64, 64, 3), np.float32), "float32; wanted"),
+        (np.zeros((64, 64, 3), np.float32), "float32; it must be"),
         (np.zeros((3, 64, 64), np.uint8), r"\[3, 64, 64\] of uint8"),
         (np.zeros(64, np.uint8), r"\[64\]"),
         (np.zeros((4, 64, 64, 3), np.uint8), r"\[4, 64, 64, 3\]"),

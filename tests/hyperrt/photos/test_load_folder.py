@@ -54,7 +54,7 @@ def test_strict_is_content_with_good_photos_beside_other_things(subject_folder):
     (subject_folder / ".DS_Store").write_bytes(b"\0")
     photos = load.load_folder(subject_folder, strict=True)
     assert len(photos.images) == 4
-    assert photos.ignored == [("notes.txt", "no picture"), ("raw", "a folder")]
+    assert photos.ignored == [("notes.txt", "not a picture"), ("raw", "a folder")]
     assert photos.rejected == []
 
 
