@@ -39,18 +39,18 @@ class GenerateConfig(SamplingOptions):
     """
 
     prompt: str
-    recipe: Mapping[str, Any] | None = None  # what is drawn again
+    recipe: Mapping[str, Any] | None = None  # the recipe to draw again
     images: tuple[str, ...] = ()  # photos: a folder, or files
     subject: str | None = None  # a subject file, instead of photos
-    partial: bool = False  # of a LoRA that adapts other modules, too: leave these out
+    partial: bool = False  # ignore what a LoRA adapts beside the cross-attention
     bundle: str = "tiny"  # name or folder
     class_noun: str | None = None  # None: the noun of the prompt, else the subject file's, else the bundle's
     backend: str = "auto"
     threads: int | None = None  # None: the backend decides
-    device: int = 0  # which GPU, of a backend that runs on one
+    device: int = 0  # number of the GPU
     low_memory: bool = False  # close graphs that are no longer needed; decode large pictures in tiles
-    strict_images: bool = False  # one bad photo stops the command
-    combine: str = "mean"  # what becomes of several photos
+    strict_images: bool = False  # stop at a photo that cannot be used
+    combine: str = "mean"  # how several photos become one LoRA
     output: str | None = None  # FILE.png, folder, "-" for stdout; None: the current folder
     force: bool = False  # overwrite
 
@@ -71,12 +71,12 @@ class GenerateConfig(SamplingOptions):
         not_empty("images", *self.images)
         not_empty("subject", self.subject)
         if self.partial and not self.subject:
-            why = "it leaves out part of a subject file, and none was named"
+            why = "it ignores part of a subject file, and no file was given"
             do = "leave it out, or name the file with --subject"
             raise UsageError("--partial was given without --subject", why, do)
         check_needs_subject(bool(self.images or self.subject), self)
         if self.combine != "mean" and not self.images:
-            why = "it says what becomes of several photos, and would change nothing"
+            why = "it selects how several photos become one LoRA, so it would have no effect"
             raise UsageError(f"combine is {self.combine!r}, but there are no photos", why, "leave it out")
 
     def sampling(self, **changes: Any) -> SamplingOptions:
@@ -122,7 +122,7 @@ class ExportConfig(Checked):
     """One `hyperrt export`; the `export` package reads it.
 
     Raises:
-        UsageError: a value is not one of those known.
+        UsageError: a value is not allowed.
     """
 
     model: str  # a family, or the folder of a base model
@@ -130,18 +130,18 @@ class ExportConfig(Checked):
     base: str | None = (
         None  # folder, file or hub id of the base model; None: that of the hypernetwork's training
     )
-    vae: str | None = None  # folder, file or hub id of a VAE in place of the base model's
+    vae: str | None = None  # folder, file or hub id of a VAE that replaces the base model's
     hypernet: str | None = None  # checkpoint of the weight decoder
-    random_weights: int | None = None  # seed: random weights in place of both
+    random_weights: int | None = None  # seed of random weights for everything
     image_encoder: str | None = None  # folder of the ViT that the hypernetwork reads
     image_prompt: str | None = None  # IP-Adapter-Plus file
-    like: str | None = None  # folder or hub id whose configuration a single file has
+    like: str | None = None  # folder or hub id with the configuration of a single file
     offline: bool = False
-    size: int | None = None  # pixels; None: what the base model was trained for
-    precision: str = "fp32"  # of the arithmetic
+    size: int | None = None  # pixels; None: the size that the base model was trained for
+    precision: str = "fp32"  # precision of the arithmetic
     quantize: str = "none"  # how weights are stored
     adapt: str = "inputs"  # how a LoRA enters the denoiser
-    verify: str | None = None  # how much is compared with PyTorch; None: what suits the family
+    verify: str | None = None  # how much is compared with PyTorch; None: the family's default
     dry_run: bool = False
     force: bool = False
 

@@ -1,7 +1,7 @@
-"""Is this machine all right?  Checks of the installation, the backends, a bundle's files, and a test run.
+"""Checks the installation, the backends and a bundle's files, and draws a test picture.
 
-Each check is independent of the others: one that fails does not hide the next.  Nothing is changed, nothing
-is sent, and no value of the environment is shown.
+The checks are independent: all run, even if one fails. They change nothing, send nothing, and show no value
+of the environment.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from hyperrt.engines import telemetry
 from hyperrt.engines.backends import DEFAULT
 from hyperrt.engines.nvidia import driver as nvidia
 from hyperrt.errors import Incompatible, IntegrityError
+from hyperrt.text import advice
 from hyperrt.version import VERSION
 
 
 def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
-    """Every check in turn, as it is done.
+    """Run every check, and yield its result.
 
     Args:
-        bundle: name or folder of the bundle to check and to run.
-        backend: which backend is to run it; "auto" for the one that suits this machine.
+        bundle: name or folder of the bundle to check and run.
+        backend: the backend that runs it; "auto" selects the best for this machine.
 
     Raises:
-        BackendMissing: there is no such backend.
+        BackendMissing: the backend does not exist.
     """
     asked, backend = backend, engines.resolve(backend)
     yield Check(
@@ -53,9 +54,9 @@ def run(bundle: str = "tiny", backend: str = "auto") -> Iterator[Check]:
 
 
 def _dependencies() -> Check:
-    """Every dependency of the distribution is installed."""
+    """Check that every dependency of the distribution is installed."""
     try:
-        wanted = importlib.metadata.requires("hyperrt") or []
+        requirements = importlib.metadata.requires("hyperrt") or []
     except importlib.metadata.PackageNotFoundError:
         return Check(
             "dependencies",
@@ -63,7 +64,7 @@ def _dependencies() -> Check:
             "HyperRT runs from a folder and is not installed",
             shlex.join(["pip", "install", f"{Path(__file__).parents[2]}[cpu]"]),
         )
-    names = [re.split(r"[^A-Za-z0-9._-]", entry)[0] for entry in wanted if "extra ==" not in entry]
+    names = [re.split(r"[^A-Za-z0-9._-]", entry)[0] for entry in requirements if "extra ==" not in entry]
     versions = {name: _version(name) for name in names}
     missing = [name for name, version in versions.items() if not version]
     if missing:
@@ -85,7 +86,7 @@ def _version(distribution: str) -> str:
 
 
 def _gpu(wanted: bool) -> Check:
-    """The driver runs and shows a GPU; only a backend that needs one may fail for want of it."""
+    """Check that the driver works and finds a GPU; a missing GPU fails only if the backend needs it."""
     try:
         driver = nvidia.driver()
     except engines.EngineError as error:
@@ -102,19 +103,19 @@ def _gpu(wanted: bool) -> Check:
 
 
 def _backend(name: str, wanted: bool) -> Check:
-    """The vendor's package is installed, and starts; only a backend that was asked for may fail."""
+    """Check that the vendor's package is installed and works; only the requested backend can fail."""
     about = engines.BACKENDS[name]
     title = f"backend {name}"
     if not importlib.util.find_spec(about.vendor):
         status, code = ("fail", engines.BackendMissing.code) if wanted else ("ok", 0)
         return Check(title, status, "not installed", about.install, code)
-    found = [version for package in about.packages if (version := _version(package))]
-    detail = " ".join([about.vendor, *found[:1]])
+    versions = [version for package in about.packages if (version := _version(package))]
+    detail = " ".join([about.vendor, *versions[:1]])
     status = "warn"
     try:
         if about.nvidia:
             module = engines.load(name)
-            status = "ok"  # a machine without a GPU may have what needs one
+            status = "ok"  # a machine without a GPU may have such a package
             _check_device(module, name)
     except engines.EngineError as error:
         if wanted:
@@ -124,7 +125,7 @@ def _backend(name: str, wanted: bool) -> Check:
 
 
 def _check_device(module: Any, name: str) -> None:
-    """Refuse a driver, a GPU or a build of the package that the backend cannot use."""
+    """Raise if the backend cannot use the driver, the GPU or this build of the package."""
     about = engines.BACKENDS[name]
     if hasattr(module, "check"):
         module.check(**about.options)
@@ -133,36 +134,36 @@ def _check_device(module: Any, name: str) -> None:
 
 
 def _cuda_of(distribution: str) -> int | None:
-    """Major version of the CUDA that a package is for: it is in the name of what the package asks for."""
+    """Major version of CUDA that a package is built for, read from the names of its requirements."""
     try:
-        wanted = importlib.metadata.requires(distribution) or []
+        requirements = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = re.search(r"[_-]cu(\d\d)", " ".join(wanted))
-    return int(found[1]) if found else None
+    match = re.search(r"[_-]cu(\d\d)", " ".join(requirements))
+    return int(match[1]) if match else None
 
 
 def _one_onnxruntime() -> Check:
-    found = [name for name in engines.BACKENDS[DEFAULT].packages if _version(name)]
-    if len(found) < 2:
-        return Check("one ONNX Runtime", "ok", ", ".join(found) or "none")
+    installed = [name for name in engines.BACKENDS[DEFAULT].packages if _version(name)]
+    if len(installed) < 2:
+        return Check("one ONNX Runtime", "ok", ", ".join(installed) or "none")
     raise Incompatible(
         "two ONNX Runtimes are installed",
-        f"{' and '.join(found)} overwrite each other's files",
-        f"remove both, then install the one you need: {shlex.join(['pip', 'uninstall', '--yes', *found])}",
+        f"{' and '.join(installed)} overwrite each other's files",
+        advice("remove both, then install the one you need", "pip", "uninstall", "--yes", *installed),
     )
 
 
 def _telemetry() -> Check:
-    """The vendors' packages report nothing; after the backends, which load them."""
+    """Check that the vendors' telemetry is off; runs after the backends, which load the packages."""
     if left := telemetry.left_on():
-        do = "start hyperrt by itself: another program in this process has switched it on"
+        do = "run hyperrt in its own process: another program in this process switched it on"
         return Check("telemetry", "warn", f"on: {', '.join(left)}", do)
     return Check("telemetry", "ok", f"off: {', '.join([*telemetry.VARIABLES, telemetry.OPENVINO])}")
 
 
 def _bundle(name: str) -> Check:
-    """Every file of the bundle has the hash that the manifest names."""
+    """Check that every file of the bundle has the hash in the manifest."""
     from hyperrt.bundle.bundle import Bundle
 
     bundle = Bundle.open(name)
@@ -177,7 +178,7 @@ def _bundle(name: str) -> Check:
 
 
 def _test_run(name: str, backend: str) -> Check:
-    """Two steps of the whole line with a made-up photo; the base model must come back bit for bit."""
+    """Draw with a random photo, two steps; afterwards the base model must give the same bits as before."""
     import numpy as np
 
     from hyperrt.runtime import Runtime

@@ -1,4 +1,4 @@
-"""The option `--images` as a shell fills it: of `-i photos/*.jpg` it makes several names after one option."""
+"""Parses `--images` followed by several names, as a shell expands `-i photos/*.jpg`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class PhotosCommand(click.Command):
     """A command whose `--images` takes all names that follow it, up to the next option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does it; the error for an argument that belongs to no option says what to write.
+        """Parse as click does; the error of a stray argument has the right command.
 
         Raises:
-            UsageError: there is such an argument.
+            UsageError: an argument belongs to no option, or a prompt or subject is given twice.
         """
         args = ctx.meta[OPTION] = one_name_each(args)
         try:
@@ -41,7 +41,7 @@ class PhotosCommand(click.Command):
         return rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does it; the error for a folder of links gives the command that names the files.
+        """Invoke as click does; the error of a folder of links has the command that names the files.
 
         Raises:
             BadInput: the photos in a folder are links.
@@ -55,7 +55,7 @@ class PhotosCommand(click.Command):
 
 def one_name_each(args: Sequence[str]) -> list[str]:
     """`-i a.jpg b.jpg -n 2` => `--images a.jpg --images b.jpg -n 2`."""
-    found, rest = [], list(args)
+    words, rest = [], list(args)
     while rest and rest[0] != "--":
         arg = rest.pop(0)
         if arg in (OPTION, SHORT):
@@ -64,12 +64,12 @@ def one_name_each(args: Sequence[str]) -> list[str]:
         elif arg.startswith(f"{OPTION}=") or arg.startswith(SHORT):
             names = [arg.partition("=")[2] if arg.startswith(OPTION) else arg.removeprefix(SHORT)]
         else:
-            found.append(arg)
+            words.append(arg)
             continue
         while rest and not rest[0].startswith("-"):
             names.append(rest.pop(0))
-        found += [word for name in names for word in (OPTION, name)] or [arg]
-    return found + rest
+        words += [word for name in names for word in (OPTION, name)] or [arg]
+    return words + rest
 
 
 def _repeated(option: click.Parameter, count: int) -> UsageError:
@@ -86,7 +86,7 @@ def _stray_arguments(command: str, args: list[str], stray: list[str]) -> UsageEr
 
 
 def _with_quotes(args: list[str], stray: list[str]) -> list[str]:
-    """The arguments, if those that are stray are the rest of a prompt without quotes; else none."""
+    """The arguments with the prompt in quotes, if the stray ones are the rest of a prompt; else empty."""
     for at, arg in enumerate(args):
         end = at + 2 + len(stray)
         if arg in ("--prompt", "-p") and args[at + 2 : end] == stray:
@@ -95,7 +95,7 @@ def _with_quotes(args: list[str], stray: list[str]) -> list[str]:
 
 
 def _as_photos(args: list[str], stray: list[str]) -> list[str]:
-    """The arguments, if those that are stray are files; else, or if options have them for values, none."""
+    """The arguments with the stray ones as photos, if all are files and no option has them; else empty."""
     others = [arg for arg in args if arg not in stray]
     if len(others) + len(stray) == len(args) and all(map(os.path.exists, stray)):
         return [OPTION, *stray, *others]
@@ -103,7 +103,7 @@ def _as_photos(args: list[str], stray: list[str]) -> list[str]:
 
 
 def _with_files(args: list[str], error: LinkedPhotos) -> list[str]:
-    """The arguments with the files of the folder in its place."""
+    """The arguments, with the folder replaced by its files."""
     for at, arg in enumerate(args[1:], start=1):
         if args[at - 1] == OPTION and Path(arg) == Path(error.folder):
             return [*args[:at], *error.files, *args[at + 1 :]]

@@ -1,4 +1,4 @@
-"""What `hyperrt info` says: facts of a bundle, a picture, or a subject file. What it reads is untrusted."""
+"""Shows the facts of a bundle, a picture or a subject file, for `hyperrt info`. The files are untrusted."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ LONGEST = 400  # characters of one name or value, as text
 
 
 def describe(path: str) -> dict[str, Any]:
-    """The facts, as JSON values; `kind` is bundle, picture or subject.
+    """The facts of a file or folder, as JSON values; `kind` is bundle, picture or subject.
 
     Raises:
-        NotFound: there is no such file, folder or bundle.
-        BadInput: it is nothing that HyperRT reads, or is damaged.
+        NotFound: the file, folder or bundle does not exist.
+        BadInput: HyperRT does not read such files, or it is damaged.
         BundleError: the bundle is damaged.
     """
     target = Path(path)
-    if os.path.isfile(target):  # unlike Path.is_file it says False of a name that is too long
+    if os.path.isfile(target):  # Path.is_file raises if the name is too long
         head = _head(target)
         if head.startswith(PNG):
             return {"kind": "picture", "recipe": recipe.read(target)}
         if target.suffix == ".safetensors" or head[8:9] == b"{":
             return lora_report.facts(target)
         raise BadInput(
-            f"{path} is nothing that HyperRT reads",
-            "it is no PNG and no safetensors file",
+            f"HyperRT cannot read {path}",
+            "it is neither a PNG nor a safetensors file",
             "name a bundle, a picture that hyperrt generate wrote, or a subject file",
         )
     if os.path.exists(target) and not os.path.isdir(target):

@@ -51,8 +51,8 @@ def inspect(output: Output, file: str) -> None:
     from hyperrt.cli.info import text
     from hyperrt.cli.lora_report import facts
 
-    found = facts(file)
-    output.result(text(found), **found)
+    values = facts(file)
+    output.result(text(values), **values)
 
 
 @lora.command()

@@ -1,4 +1,4 @@
-"""What `hyperrt lora inspect` and `verify` say of a LoRA file.  What is read is untrusted."""
+"""The facts and checks of a LoRA file, for `hyperrt lora inspect` and `verify`. The file is untrusted."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hyperrt.lora.safetensors_file import REMAKE
 from hyperrt.lora.subject_file import load_file
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
-FEW = 3  # of what may be thousands
-OTHERS = ("modelspec.", "ss_network", "ss_base_model", "ss_sd_model", "ss_output_name")  # worth showing
+FEW = 3  # items shown of a list that may have thousands
+OTHERS = ("modelspec.", "ss_network", "ss_base_model", "ss_sd_model", "ss_output_name")  # keys shown
 
 
 def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file is, as JSON values; `kind` is subject.
+    """The facts of a LoRA file, as JSON values; `kind` is subject.
 
     Raises:
         NotFound, LoraError: as `subject_file.open_lora`.
@@ -39,8 +39,8 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "weights": sum(math.prod(file.entries[name].shape) for name in names),
         "rank": _one_or_counted([pair.rank for pair in file.pairs.values()]),
         "alpha": _one_or_counted([pair.alpha for pair in file.pairs.values()]),
-        "sites": {name: len(of) for name, of in _by_projection(file.pairs).items()},
-        "norms": {name: _norms(of) for name, of in _by_projection(sites).items() if of},
+        "sites": {name: len(pairs) for name, pairs in _by_projection(file.pairs).items()},
+        "norms": {name: _norms(group) for name, group in _by_projection(sites).items() if group},
         **({} if tokens is None else {"image_tokens": list(tokens.shape)}),
         "finite": not faults,
         "faults": [*(f"{method.name}: {method.why}" for method in file.methods), *faults, *file.notes],
@@ -48,8 +48,8 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "other_modules": reader.unused_kinds(file),
         "base_model": {
             "family": metadata.family_of(file.metadata, writer.text_width(sites)) or "unknown",
-            "sha256": file.origin.get("base_model", "not said"),
-            "in_words": metadata.base_of(file.metadata) or "not said",
+            "sha256": file.origin.get("base_model", "unknown"),
+            "in_words": metadata.base_of(file.metadata) or "unknown",
         },
         "origin": file.origin,
         "metadata": {key: text for key, text in file.metadata.items() if key.startswith(OTHERS)},
@@ -57,11 +57,11 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def checks(path: str | os.PathLike[str], bundle: str | None, partial: bool = False) -> Iterator[Check]:
-    """Every check in turn.
+    """Run every check, and yield its result.
 
     Args:
-        bundle: name or folder of the bundle that the file is to fit; None: the file alone.
-        partial: other modules than the sites are no fault.
+        bundle: name or folder of the bundle that the file must fit; None: only the file is checked.
+        partial: accept other modules than the sites.
 
     Raises:
         NotFound, LoraError: as `subject_file.open_lora`: there is nothing to check.
@@ -85,7 +85,7 @@ def checks(path: str | os.PathLike[str], bundle: str | None, partial: bool = Fal
 def _tensors(file: LoraFile, partial: bool) -> Check:
     reader.check_used(file, partial)
     ranks = counted(pair.rank for pair in file.pairs.values())
-    counts = ", ".join(f"{len(of)} {name}" for name, of in _by_projection(file.pairs).items())
+    counts = ", ".join(f"{len(pairs)} {name}" for name, pairs in _by_projection(file.pairs).items())
     detail = f"{len(file.pairs)} sites ({counts}), rank {' and '.join(map(str, ranks))}"
     if file.unused:
         return Check("tensors", "warn", f"{detail}; {len(file.unused)} tensors of other modules are left out")
@@ -105,7 +105,7 @@ def _origin(file: LoraFile) -> Check:
     if not file.origin:
         base = metadata.base_of(file.metadata)
         made = f"made by another program{f' for {base}' if base else ''}; the base model cannot be compared"
-        return Check("origin", "warn", made, "draw a picture with it, and look")
+        return Check("origin", "warn", made, "draw a picture with it and look at it")
     if fault := metadata.fault(file.origin):
         raise LoraError(f"{file.name} has unusable metadata", fault, REMAKE)
     noun, base = file.origin["class_noun"], file.origin["base_model"]
@@ -119,32 +119,32 @@ def _fits(file: LoraFile, bundle: Bundle, partial: bool) -> Check:
     missing = len(layout.sites) - len(file.pairs)
     detail = f"{len(file.pairs)} of {len(layout.sites)} sites"
     if missing:
-        return Check("bundle", "warn", f"{detail}; the others stay as they are in the base model")
+        return Check("bundle", "warn", f"{detail}; the others keep the base model's weights")
     return Check("bundle", "ok", f"{bundle.name}: {detail}")
 
 
 def _sites(file: LoraFile) -> tuple[dict[str, Factors], list[str]]:
-    """The sites that can be read, and why the others cannot."""
-    found, faults = {}, []
+    """The sites that can be read, and the errors of the others."""
+    factors, faults = {}, []
     for site in file.pairs:
         try:
-            found[site] = file.factors(site)
+            factors[site] = file.factors(site)
         except LoraError as error:
             faults.append(f"{error.what}: {error.why}")
-    return found, faults[:FEW]
+    return factors, faults[:FEW]
 
 
 def _by_projection(sites: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: [one for path, one in sites.items() if path.endswith(name)] for name in PROJECTIONS}
+    return {name: [site for path, site in sites.items() if path.endswith(name)] for name in PROJECTIONS}
 
 
 def _norms(sites: list[Factors]) -> dict[str, float]:
-    """Of what is added to the weights: mean and largest Frobenius norm."""
+    """Mean and largest Frobenius norm of the products B A that are added to the weights."""
     norms = [writer.norm(factors) for factors in sites]
     return {"mean": float(f"{sum(norms) / len(norms):.4g}"), "max": float(f"{max(norms):.4g}")}
 
 
 def _one_or_counted(values: list[Any]) -> Any:
-    """The value if all are equal, otherwise each with how often it occurs: {"4": 30, "8": 2}."""
+    """The value if all are equal, otherwise the count of each: {"4": 30, "8": 2}."""
     counts = counted(values)
     return next(iter(counts), None) if len(counts) < 2 else {f"{key:g}": n for key, n in counts.items()}

@@ -1,7 +1,7 @@
-"""What a command prints.
+"""Prints results, progress, warnings and errors of a command.
 
-stdout carries results only: lines of text, or with `--json` one JSON event a line, the last of them `result`
-or `error`. stderr carries progress, warnings and errors. Text that may come from a file is escaped.
+stdout carries results only: lines of text, or with `--json` one JSON event a line; the last is `result` or
+`error`. stderr carries progress, warnings and errors. Text that may come from a file is escaped.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Output:
         self.json = json
         self._stopped = stopped
         for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by who started us: "hyperrt ... >&-"
+            if getattr(sys, name) is None:  # closed by the caller: "hyperrt ... >&-"
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
             if hasattr(getattr(sys, name), "reconfigure"):
                 getattr(sys, name).reconfigure(errors="backslashreplace")
         self._logger = logging.getLogger("hyperrt")
         self._before = self._logger.handlers, self._logger.propagate
         self._logger.handlers, self._logger.propagate = [_ToOutput(self)], False
-        logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a photo, we say
+        logging.getLogger("PIL").addHandler(logging.NullHandler())  # photos/load.py reports bad photos
 
     def event(self, name: str, /, **fields: Any) -> None:
         """One line of JSON on stdout; nothing without `--json`."""
@@ -55,21 +55,21 @@ class Output:
         self.event("result", **fields)
 
     def note(self, text: str, /, **fields: Any) -> None:
-        """Something worth a line on stderr, or an event `note`."""
+        """Print a line on stderr, or an event `note`."""
         if self.json:
             self.event("note", message=text, **fields)
         else:
             print(printable(text, lines=True), file=sys.stderr)
 
     def warning(self, text: str) -> None:
-        """A warning on stderr, or the event."""
+        """Print a warning on stderr, or the event."""
         if self.json:
             self.event("warning", message=text)
         else:
             print(f"warning: {printable(text, lines=True)}", file=sys.stderr)
 
     def error(self, error: Any) -> None:
-        """An error of three lines on stderr, or the event; `error` has what, why, do and code."""
+        """Print an error as three lines on stderr, or the event; `error` has what, why, do and code."""
         if self.json:
             fields = {"code": error.code, "type": type(error).__name__.lstrip("_")}
             self.event("error", **fields, what=error.what, why=error.why, do=error.do)
@@ -77,28 +77,28 @@ class Output:
         lines = [("error: ", error.what), ("  why: ", error.why), ("  do:  ", error.do)]
         for head, text in lines:
             if text:
-                # Spaces stay as they are: a name in a command may have two of them.
+                # Spaces are kept: a name in a command may have two of them.
                 print(head + printable(" ".join(line.strip() for line in text.splitlines())), file=sys.stderr)
 
     def bytes(self) -> BinaryIO:
-        """stdout for a file's content."""
+        """stdout as a binary file."""
         return sys.stdout.buffer
 
     def flush(self) -> None:
-        """Write out what is buffered, so that a full disk or a closed pipe is seen in time."""
+        """Flush stdout, so that a full disk or a closed pipe is an error of the command."""
         sys.stdout.flush()
 
     def release(self) -> None:
-        """Let the library log where it did before: a program that runs a command goes on after it."""
+        """Restore the library's log handlers, for a program that runs a command and continues."""
         self._logger.handlers, self._logger.propagate = self._before
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal, a line per 10 % elsewhere, events with `--json`; yields `advance_to(done)`."""
+        """Show progress: a bar on a terminal, else a line per 10 %, or events; yields `advance_to(done)`."""
         with _bar(label, total) if self._draws_bars() else self._lines(label, total) as show:
 
             def advance_to(done: int) -> None:
-                # A signal can be lost where Python cannot raise (a finaliser, a callback from C): look again.
+                # Python cannot raise in a finaliser or a callback from C: look for a signal here too.
                 if self._stopped():
                     raise KeyboardInterrupt
                 show(done)
@@ -148,7 +148,7 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _ToOutput(logging.Handler):
-    """The library's warnings become the command's, each said once; what a training tells becomes notes."""
+    """Prints each warning of the library once, and the log of a training as notes."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()
@@ -159,6 +159,6 @@ class _ToOutput(logging.Handler):
         text = record.getMessage()
         if record.levelno < logging.WARNING:
             self._output.note(text)
-        elif text not in self._warned:  # a command that draws in batches asks the library several times
+        elif text not in self._warned:  # the library may log it once per batch
             self._warned.add(text)
             self._output.warning(text)

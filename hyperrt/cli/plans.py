@@ -1,4 +1,4 @@
-"""The commands `hyperrt plans ...`: what lies in the cache of compiled plans, and whether it is sound."""
+"""The commands `hyperrt plans ...`: list, check and remove the plans in the cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 @click.group(invoke_without_command=True)
 @click.pass_context
 def plans(context: click.Context, /) -> None:
-    """List, check and remove compiled plans: engines that were built for one kind of GPU.
+    """List, check and remove compiled plans, each built for one kind of GPU.
 
     \b
     Examples:
@@ -31,7 +31,7 @@ def plans(context: click.Context, /) -> None:
       hyperrt plans rm 1a2b3c
       hyperrt plans prune --older-than 90 --dry-run
 
-    They are executable code, and lie in $HYPERRT_HOME/plans, by default in ~/.cache/hyperrt.
+    Plans are executable code. They are in $HYPERRT_HOME/plans, by default ~/.cache/hyperrt/plans.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -41,7 +41,7 @@ def plans(context: click.Context, /) -> None:
 @with_json
 @click.pass_obj
 def list_(output: Output) -> None:
-    """List the plans: what each is for, its size, its age, when it was last used, and what all take together.
+    """List the plans: what each is for, its size, age and last use, and the total size.
 
     \b
     Examples:
@@ -52,16 +52,16 @@ def list_(output: Output) -> None:
 
     cache = PlanCache()
     entries = list(cache.entries())
-    found = [plan for _, plan in entries if isinstance(plan, Plan)]
+    sound = [plan for _, plan in entries if isinstance(plan, Plan)]
     damaged = [path for path, plan in entries if not isinstance(plan, Plan)]
     if damaged:
         output.warning(f"{_count(len(damaged), 'more plan')} cannot be read; see: hyperrt plans verify")
     if not entries:
-        output.note(f"there are no plans in {cache.folder}; hyperrt compile builds them")
-    total = sum(plan.bytes for plan in found)
-    facts = [_facts(plan) for plan in found]
+        output.note(f"no plans in {cache.folder}; hyperrt compile builds them")
+    total = sum(plan.bytes for plan in sound)
+    facts = [_facts(plan) for plan in sound]
     output.result(
-        f"{_table(found)}\n{_count(len(found), 'plan')}, {total / 1e6:.1f} MB" if found else "",
+        f"{_table(sound)}\n{_count(len(sound), 'plan')}, {total / 1e6:.1f} MB" if sound else "",
         folder=str(cache.folder), plans=facts, bytes=total, damaged=list(map(str, damaged)),
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def list_(output: Output) -> None:
 @with_json
 @click.pass_obj
 def verify(output: Output) -> None:
-    """Compare every plan with the hash that it was built with, and see whether only you could write it.
+    """Check that every plan still has the hash it was built with, and that only you can write it.
 
     \b
     Examples:
@@ -80,13 +80,13 @@ def verify(output: Output) -> None:
 
     count = 0
     bad: list[tuple[str, HyperRTError]] = []
-    for found, error in PlanCache().verify():
+    for entry, error in PlanCache().verify():
         count += 1
-        output.event("plan", **_named(found), ok=error is None, why=_why(error))
+        output.event("plan", **_named(entry), ok=error is None, why=_why(error))
         if not output.json:
-            output.result(f"{'FAIL' if error else 'ok  '}  {_line(found)}{_explained(error)}")
+            output.result(f"{'FAIL' if error else 'ok  '}  {_line(entry)}{_explained(error)}")
         if error:
-            bad.append((_id(found), error))
+            bad.append((_id(entry), error))
     if bad:
         what = f"{_count(len(bad), 'plan')} of {count} cannot be used: {', '.join(id for id, _ in bad[:8])}"
         raise IntegrityError(what, _why(bad[0][1]), bad[0][1].do if len(bad) == 1 else "hyperrt plans prune")
@@ -99,7 +99,7 @@ def verify(output: Output) -> None:
 @with_json
 @click.pass_obj
 def rm(output: Output, ids: tuple[str, ...], everything: bool) -> None:
-    """Remove plans, by ids or how these begin.
+    """Remove plans by id, or by the beginning of an id.
 
     \b
     Examples:
@@ -109,20 +109,22 @@ def rm(output: Output, ids: tuple[str, ...], everything: bool) -> None:
     from hyperrt.plans.cache import PlanCache
 
     if everything == bool(ids):
-        what = "ids and --all were given" if ids else "no plan was named"
-        raise UsageError(what, "it takes ids, or --all", "hyperrt plans list")
+        what = "ids and --all were given" if ids else "no plan was given"
+        raise UsageError(what, "the command takes ids or --all", "hyperrt plans list")
     removed = PlanCache().remove(None if everything else ids)
-    lines = [f"removed {_line(found)}" for found in removed]
-    output.result("\n".join(lines), removed=[_named(found) for found in removed])
+    lines = [f"removed {_line(entry)}" for entry in removed]
+    output.result("\n".join(lines), removed=[_named(entry) for entry in removed])
 
 
 @plans.command()
-@click.option("--older-than", type=click.IntRange(min=0), metavar="DAYS", help="Also those built before.")
-@click.option("--dry-run", is_flag=True, help="Remove nothing, only say what would be removed.")
+@click.option(
+    "--older-than", type=click.IntRange(min=0), metavar="DAYS", help="Also remove plans older than this."
+)
+@click.option("--dry-run", is_flag=True, help="Remove nothing; show what would be removed.")
 @with_json
 @click.pass_obj
 def prune(output: Output, older_than: int | None, dry_run: bool) -> None:
-    """Remove plans that are damaged or not of their backend's newest version, and what killed runs left.
+    """Remove plans that are damaged or not of the newest version, and leftovers of killed runs.
 
     \b
     Examples:
@@ -131,18 +133,18 @@ def prune(output: Output, older_than: int | None, dry_run: bool) -> None:
     """
     from hyperrt.plans.cache import PlanCache
 
-    gone = PlanCache().prune(older_than=older_than, dry_run=dry_run)
+    removed = PlanCache().prune(older_than=older_than, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
-    lines = [f"{verb} {_line(found)}: {why}" for found, why in gone]
-    if not gone:
+    lines = [f"{verb} {_line(entry)}: {why}" for entry, why in removed]
+    if not removed:
         output.note("there is nothing to remove")
     output.result(
-        "\n".join(lines), removed=[_named(found) | {"why": why} for found, why in gone], dry_run=dry_run
+        "\n".join(lines), removed=[_named(entry) | {"why": why} for entry, why in removed], dry_run=dry_run
     )
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    """What is known of a plan; times are Unix seconds."""
+    """The facts of a plan, as JSON values; times are Unix seconds."""
     key = plan.key
     return {
         "id": key.id,
@@ -164,24 +166,24 @@ def _facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _named(found: Plan | Path) -> dict[str, Any]:
-    """An entry in an event; of one that cannot be read only its folder."""
-    return {"path": str(found)} if isinstance(found, Path) else _facts(found)
+def _named(entry: Plan | Path) -> dict[str, Any]:
+    """An entry in an event; only its folder if it cannot be read."""
+    return {"path": str(entry)} if isinstance(entry, Path) else _facts(entry)
 
 
-def _id(found: Plan | Path) -> str:
+def _id(entry: Plan | Path) -> str:
     from hyperrt.plans.messages import SHOWN
 
-    return (found if isinstance(found, Path) else found.folder).name[:SHOWN]
+    return (entry if isinstance(entry, Path) else entry.folder).name[:SHOWN]
 
 
-def _line(found: Plan | Path) -> str:
+def _line(entry: Plan | Path) -> str:
     from hyperrt.plans.messages import builder
 
-    if isinstance(found, Path):
-        return str(found)
-    megabytes = f"{found.bytes / 1e6:.1f} MB"
-    return f"{_id(found)}  {found.graph_name} of {found.bundle}, {builder(found.key)}, {megabytes}"
+    if isinstance(entry, Path):
+        return str(entry)
+    megabytes = f"{entry.bytes / 1e6:.1f} MB"
+    return f"{_id(entry)}  {entry.graph_name} of {entry.bundle}, {builder(entry.key)}, {megabytes}"
 
 
 def _why(error: HyperRTError | None) -> str:
@@ -196,12 +198,12 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _table(found: Sequence[Plan]) -> str:
-    """One plan a line, in columns."""
+def _table(plans: Sequence[Plan]) -> str:
+    """The plans as a table, one a line."""
     from hyperrt.plans.messages import sizes
 
     rows = [HEAD]
-    for plan in found:
+    for plan in plans:
         key, used = plan.key, plan.last_use
         rows.append(
             (

@@ -1,7 +1,7 @@
 """The commands that need PyTorch: `hyperrt pretrain`, `prepare`, `train` and `evaluate`.
 
-Each is the command `main` of a module of `hyperrt.training`.  That module is imported when the command is
-called, so that `hyperrt --help` and everything else works without PyTorch, and need not wait for it.
+Each is the command `main` of a module of `hyperrt.training`, which is imported when the command is called. So
+`hyperrt --help` and the other commands work without PyTorch and do not wait for it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from hyperrt.errors import Incompatible
 
 TRAINING_NEEDS = ("accelerate", "diffusers", "matplotlib", "peft", "scipy", "torch", "transformers")
 COMMANDS = {
-    "pretrain": "Train the small base model from nothing (needs PyTorch).",
-    "prepare": "Turn a data set into the cache that training reads (needs PyTorch).",
+    "pretrain": "Train the small base model from scratch (needs PyTorch).",
+    "prepare": "Convert a data set to the cache that training reads (needs PyTorch).",
     "train": "Train a hypernetwork on a frozen base model (needs PyTorch).",
     "evaluate": "Draw and score pictures of many subjects (needs PyTorch).",
 }
 
 
 class TrainingCommand(click.Command):
-    """A command that is known by name and summary until it is called.
+    """A command whose module is imported when it is called; until then it has a name and a summary.
 
     Args:
         name: of the command, and of its module in `hyperrt.training`.
@@ -38,7 +38,7 @@ class TrainingCommand(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """The context of the module's own command, whose options and help are used from here on.
+        """Import the module, and make the context of its command.
 
         Raises:
             Incompatible: PyTorch or another package of the extra `train` is not installed.
@@ -52,16 +52,16 @@ class TrainingCommand(click.Command):
 
 
 def require(what: str, extra: str, packages: tuple[str, ...]) -> None:
-    """Refuse to start what needs packages that are not installed.
+    """Check that the packages of an extra are installed.
 
     Args:
-        what: the work, for the message.
-        extra: of the distribution, which installs them.
+        what: what needs them, for the message.
+        extra: the extra of the distribution that installs them.
 
     Raises:
         Incompatible: one is missing.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        why = f"{what} needs packages that are not installed: {', '.join(missing)}"
+        why = f"these packages are missing: {', '.join(missing)}"
         raise Incompatible(f"{what} is not installed", why, f"pip install 'hyperrt[{extra}]'")

@@ -1,11 +1,11 @@
-"""The user's config file: defaults of the command line's options, in TOML, a table per command.
+"""Reads the user's config file: defaults of the options, in TOML, a table per command.
 
     [generate]
     steps = 20
     backend = "onnxruntime"
 
-It is `--config FILE`, else `$XDG_CONFIG_HOME/hyperrt/config.toml` (`~/.config`). Nothing is read from the
-current folder, where somebody else may have put it.
+The file is `--config FILE`, else `$XDG_CONFIG_HOME/hyperrt/config.toml` (`~/.config`). No config file is read
+from the current folder, because somebody else may have put it there.
 """
 
 from __future__ import annotations
@@ -23,62 +23,62 @@ MAX_BYTES = 2**20  # of a config file
 
 
 def user_config() -> Path | None:
-    """The user's config file, if there is one."""
+    """Path of the user's config file, or None."""
     try:
         path = xdg_folder("config") / "hyperrt" / "config.toml"
         return path if path.is_file() else None
-    except (OSError, RuntimeError):  # no home folder, or one that may not be read
+    except (OSError, RuntimeError):  # no home folder, or it is not readable
         return None
 
 
 def default_map(path: Path, group: click.Group) -> dict[str, dict[str, Any]]:
-    """The file's tables as click's defaults.
+    """Read a config file as click's defaults.
 
     Raises:
-        NotFound: there is no such file.
-        UsageError: it is not TOML, or sets something that the commands do not have.
+        NotFound: the file does not exist.
+        UsageError: it is not TOML, too large, or sets an unknown option.
     """
     return _defaults(path, _read(path), group, "")
 
 
 def _defaults(path: Path, tables: dict[str, Any], group: click.Group, above: str) -> dict[str, Any]:
-    """A table of tables, one per command of the group; `above` is "plans." for [plans.prune]."""
-    found: dict[str, Any] = {}
+    """The defaults of a group's commands; `above` is "plans." for [plans.prune]."""
+    defaults: dict[str, Any] = {}
     for name, table in tables.items():
         command = group.commands.get(name)
         if command is None or not isinstance(table, dict):
             where = f"in [{above[:-1]}]" if above else "at its top"
-            known = ", ".join(f"[{above}{name}]" for name in group.commands)
-            raise UsageError(f"the config file {path} has {name!r} {where}", f"it takes the tables {known}")
+            allowed = ", ".join(f"[{above}{name}]" for name in group.commands)
+            raise UsageError(f"the config file {path} has {name!r} {where}", f"its tables are {allowed}")
         if isinstance(command, click.Group):
-            found[name] = _defaults(path, table, command, f"{above}{name}.")
+            defaults[name] = _defaults(path, table, command, f"{above}{name}.")
             continue
-        found[name] = {key.replace("-", "_"): value for key, value in table.items()}
-        if command.params:  # those of the training commands are not known before PyTorch is loaded
+        defaults[name] = {key.replace("-", "_"): value for key, value in table.items()}
+        if command.params:  # a training command has none before PyTorch is loaded
             _check(path, table, command, above + name)
-    return found
+    return defaults
 
 
 def check_options(group: click.Context, command: click.Command, name: str) -> None:
-    """Refuse what the config file sets of a training command, once its options are known.
+    """Check the config file's table of a training command, after its module was imported.
 
     Args:
         group: the context of `hyperrt`.
-        command: the command as its module has it.
+        command: the command of the module.
         name: of the command, and of its table.
 
     Raises:
-        UsageError: the table sets something that is no option of the command.
+        UsageError: the table sets an unknown option.
     """
     table = (group.default_map or {}).get(name, {})
     _check(Path(group.meta.get("hyperrt.config", "")), table, command, name)
 
 
 def _check(path: Path, table: Mapping[str, Any], command: click.Command, where: str) -> None:
-    known = {option.name for option in command.params}
+    names = {option.name for option in command.params}
     for key in table:
-        if key.replace("-", "_") not in known:
-            options = ", ".join(sorted(str(option) for option in known))
+        if key.replace("-", "_") not in names:
+            options = ", ".join(sorted(map(str, names)))
             raise UsageError(
                 f"the config file {path} sets {key!r} in [{where}]", f"its options are {options}"
             )

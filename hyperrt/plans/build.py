@@ -1,8 +1,8 @@
-"""The plans of a bundle for TensorRT: which there must be, made ahead of time, and found again.
+"""Builds the TensorRT plans of a bundle ahead of time and looks them up at run time.
 
-The two large graphs have a plan for fixed sizes, which is the fastest: the denoiser for so many pictures
-and branches, the decoder for one picture or a tile. The others are run once per subject or prompt, and have
-one plan for all sizes.
+The two large graphs have plans of fixed sizes, which are the fastest: the denoiser for a number of pictures
+and branches, the decoder for one picture or a tile. The other graphs run once per subject or prompt, and
+have one plan for all sizes.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from hyperrt.plans.messages import rebuild_command
 
 log = logging.getLogger("hyperrt")
 
-FIXED = ("denoiser", "vae_decoder")  # graphs whose plans have fixed sizes
+FIXED = ("denoiser", "vae_decoder")  # graphs with plans of fixed sizes
 RANGES = {"photos": (1, 1, 16), "prompts": (1, 3, 48), "rows": (1, 3, 48), "subjects": (1, 1, 48)}
 Sizes = Mapping[str, int]
-Progress = Callable[[str, str, float], None]  # graph, target, share that is done
+Progress = Callable[[str, str, float], None]  # graph, target, fraction done
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan in the cache; `built` is None where it was there already."""
+    """A plan in the cache; `built` is None if it was there before."""
 
     plan: Plan
     built: Built | None
 
 
 def key_of(bundle: Bundle, name: str, backend: str, target: str, sizes: Sizes) -> PlanKey:
-    """The key of a graph's plan.
+    """The key of a graph's plan in the cache.
 
     Args:
         target: as `tensorrt_build.BuildRequest` has it, or `hyperrt.engines.nvidia.tensorrt.target`.
-        sizes: of the call; those that the plan of this graph does not fix are left out.
+        sizes: sizes of the call; the key has those that the plan fixes.
     """
     graph = bundle.graphs[name]
     fixed = {
@@ -62,14 +62,14 @@ def key_of(bundle: Bundle, name: str, backend: str, target: str, sizes: Sizes) -
 
 
 def version(backend: str) -> str:
-    """Of the vendor's package.
+    """Version of the vendor's package.
 
     Raises:
-        engines.BackendMissing: it is not installed.
+        engines.BackendMissing: the package is not installed.
     """
     try:
         return metadata.version(BACKENDS[backend].vendor)
-    except metadata.PackageNotFoundError:  # a system's own, without pip's records
+    except metadata.PackageNotFoundError:  # installed by the system, without pip's records
         engines.load(backend)
         return str(import_module(BACKENDS[backend].vendor).__version__)
 
@@ -82,51 +82,51 @@ def find(
     cache: PlanCache | None = None,
     device: int = 0,
 ) -> Plan:
-    """The plan of a graph for a GPU of this machine, checked to the last bit.
+    """Look up the plan of a graph for a GPU of this machine, and check its hash.
 
     Args:
-        device: which GPU.
+        device: number of the GPU.
 
     Raises:
-        NotFound: there is none.
-        Incompatible: there are others, of another version, card or size.
-        IntegrityError: it is damaged, or others may have written it.
-        engines.EngineError: there is no such GPU.
+        NotFound: nothing was compiled for the graph.
+        Incompatible: plans exist, for another version, GPU or size.
+        IntegrityError: the plan is damaged, or others could have written it.
+        engines.EngineError: the GPU does not exist.
     """
     target = engines.load(backend).target(BACKENDS[backend].vendor, device)
     key = key_of(bundle, name, backend, target, sizes)
     try:
         return (cache or PlanCache()).load(key, bundle=bundle.reference, graph_name=name)
     except HyperRTError as error:
-        if dict(key.sizes).get("h") not in (None, bundle.latent.size):  # a key does not say that it is a tile
+        if dict(key.sizes).get("h") not in (None, bundle.latent.size):  # a tile
             raise type(error)(error.what, error.why, f"{error.do} --low-memory") from error
         raise
 
 
 def compare_once(bundle: Bundle, name: str, plan: Plan, engine: Engine) -> None:
-    """Refuse a plan that computes something else than its graph; one that was compared is not again.
+    """Compare a plan with its graph, unless that was done before.
 
     Args:
-        engine: of the plan, as it was opened.
+        engine: the open plan.
 
     Raises:
-        NumericError: with the command that builds the plan again.
+        NumericError: the results differ; `do` is the command that builds the plan again.
     """
     if check.known(plan) is None:
         log.info("comparing the plan of %s with its graph, once", name)
         do = rebuild_command(plan.key, bundle.reference)
-        if found := check.check(bundle, name, engine, _usual(plan.key), do):
-            check.keep(plan, found)
+        if parity := check.check(bundle, name, engine, _opt_sizes(plan.key), do):
+            check.keep(plan, parity)
 
 
 def unusable(bundle: Bundle, plan: Plan, error: engines.EngineLoadError) -> engines.EngineLoadError:
-    """The error of a plan that is whole and does not load, with the command that builds it again."""
+    """The error for a plan that is whole but does not load; `do` is the command that builds it again."""
     return engines.EngineLoadError(error.what, error.why, rebuild_command(plan.key, bundle.reference))
 
 
-def _usual(key: PlanKey) -> dict[str, int]:
-    """Sizes to compare a plan with: those that it has, and the usual ones of its ranges."""
-    return {size: usual for size, (_, usual, _) in RANGES.items()} | dict(key.sizes)
+def _opt_sizes(key: PlanKey) -> dict[str, int]:
+    """Sizes to compare a plan with: its fixed sizes, and the opt sizes of its ranges."""
+    return {name: opt for name, (_, opt, _) in RANGES.items()} | dict(key.sizes)
 
 
 def sizes_of(
@@ -135,9 +135,9 @@ def sizes_of(
     """The sizes of a call, by name.
 
     Args:
-        images: pictures, of all subjects together.
-        branches: of the guidance.
-        several: whether they have different subjects.
+        images: number of pictures, of all subjects together.
+        branches: number of guidance branches.
+        several: whether the pictures show different subjects.
         low_memory: whether large pictures are decoded in tiles.
     """
     side = (tile_of(bundle) if low_memory else None) or bundle.latent.size
@@ -157,19 +157,19 @@ def compile_bundle(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Compiled]:
-    """Compile graphs of a bundle for some targets, one by one; each is yielded when it is in the cache.
+    """Compile graphs of a bundle for some targets; yields each plan once it is in the cache.
 
     Args:
         backend: one that `runs_plans`.
-        targets: "sm89", ...; "current" is the GPU of this machine, and the only one that TensorRT knows.
+        targets: "sm89", ...; "current" is the GPU of this machine, the only target of TensorRT.
         sizes: as `sizes_of`.
-        names: of the graphs; none means all.
-        force: compile what is in the cache, too.
+        names: names of the graphs; empty for all.
+        force: compile again what is in the cache.
 
     Raises:
-        UsageError: no such backend or graph.
-        NumericError: a plan computes something else than its graph.
-        engines.EngineError: a graph cannot be compiled for a target; what was done before stays.
+        UsageError: the backend or a graph does not exist.
+        NumericError: a plan does not compute the same as its graph.
+        engines.EngineError: a graph cannot be compiled for a target; earlier plans are kept.
     """
     if backend not in (planned := backend_names("runs_plans")):
         why = f"plans are compiled for {', '.join(planned)}"
@@ -198,8 +198,8 @@ def _compile(
     if name == "vae_decoder":
         sizes = {**sizes, "images": 1}  # pictures are decoded one by one
     key = key_of(bundle, name, backend, own or target, sizes)
-    if not force and (known := cache.find(key)):
-        return Compiled(known, None)
+    if not force and (plan := cache.find(key)):
+        return Compiled(plan, None)
     graph, path = bundle.graphs[name], bundle.graph(name)
     weights = tuple(spec.name for spec in graph.weights)
     built: list[Built] = []
@@ -210,13 +210,13 @@ def _compile(
             str(path), str(output), vendor, target, dict(key.sizes), RANGES, weights,
             str(cache.folder.parent / f"{backend}.timing"),
         )  # fmt: skip
-        tell = progress or (lambda *_: None)
-        built.append(tensorrt_build.build(request, lambda share: tell(name, target, share)))
+        report = progress or (lambda *_: None)
+        built.append(tensorrt_build.build(request, lambda share: report(name, target, share)))
         if not own:
-            return  # what is for another GPU is compared when it is opened there
+            return  # a plan for another GPU is compared when it is first opened there
         with engines.open(path, backend, plan=output, weights=graph.weights) as engine:
             do = f"use another version of {vendor}"
-            compared.append(check.check(bundle, name, engine, _usual(key), do))
+            compared.append(check.check(bundle, name, engine, _opt_sizes(key), do))
 
     plan = cache.publish(key, write, bundle=bundle.path.name, graph_name=name, weights=weights)
     if compared and compared[0]:

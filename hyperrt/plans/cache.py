@@ -1,9 +1,8 @@
-"""The cache of plans: engines that a vendor's compiler made for one kind of device.
+"""Stores compiled plans in `$HYPERRT_HOME/plans/ID/`, and checks each before it is loaded.
 
-A plan is executable code, so it is built on this machine, or by this user for a named target, and never comes
-with a bundle.  It lies in `$HYPERRT_HOME/plans/ID/`.  An entry is published whole (`hyperrt/files.py`) and
-read with suspicion (`hyperrt/plans/private_folder.py`): a damaged plan may crash the process, a foreign one
-may own it.
+A plan is executable code, so this user builds it and it never comes with a bundle. An entry is published
+whole (`hyperrt/files.py`) and read only if nobody else could have written it
+(`hyperrt/plans/private_folder.py`): a damaged plan may crash the process, and a forged one may take it over.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "PlanCache", "PlanKey", "graph_hash"]
 
-USED = "used"  # file of an entry, of the time of its last use
-ATTEMPTS, PAUSE = 40, 0.005  # how often a reader looks again during a replacement, after how many seconds
+USED = "used"  # file of an entry; its time is that of the last use
+ATTEMPTS, PAUSE = 40, 0.005  # of a reader while an entry is replaced; the pause is in seconds
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ class Plan:
 
     Attributes:
         key: what it was built from and for.
-        path: the file.
+        path: the file of the plan.
         bytes: its size.
         sha256: its hash.
-        bundle: name of the bundle that the graph is of.
-        graph_name: such as "denoiser".
-        created: Unix seconds.
+        bundle: name of the graph's bundle.
+        graph_name: name of the graph, such as "denoiser".
+        created: when it was built, in Unix seconds.
         weights: names of the weights that can be refitted.
     """
 
@@ -60,12 +59,12 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """The entry, named for the id."""
+        """Folder of the entry; its name is the id."""
         return self.path.parent
 
     @property
     def last_use(self) -> float | None:
-        """When it was last loaded, in Unix seconds; None: never, or in a cache that is read-only."""
+        """When it was last loaded, in Unix seconds; None if never, or if the cache is read-only."""
         try:
             return (self.folder / USED).lstat().st_mtime
         except OSError:
@@ -73,23 +72,23 @@ class Plan:
 
 
 Plans = list[Plan]  # inside PlanCache `list` is a method
-Found = list[Plan | Path]
+Entries = list[Plan | Path]
 Reasons = list[tuple[Plan | Path, str]]
 
 
 def graph_hash(graph: Graph) -> str:
-    """sha256 (hex) over the sha256 of a graph's file and of its data file."""
+    """sha256 (hex) of the hashes of a graph's file and its data file."""
     return hashlib.sha256("\n".join(sha256 for _, sha256 in graph.files()).encode()).hexdigest()
 
 
 class PlanCache:
-    """The plans of a folder; other processes may write to it meanwhile.
+    """The plans in a folder, to which other processes may write at the same time.
 
-    Whatever reads raises IntegrityError where others may write to the folder itself.  The `do` of an
-    IntegrityError is a shell command that clears the way.
+    Every method that reads raises IntegrityError if other users can write to the folder. The `do` of an
+    IntegrityError is a shell command that removes the problem.
 
     Args:
-        folder: None for this user's.
+        folder: None for the folder of this user.
 
     Raises:
         NotFound: this user has no home folder.
@@ -107,20 +106,20 @@ class PlanCache:
         graph_name: str,
         weights: Sequence[str] = (),
     ) -> Plan:
-        """Keep a plan; one that the key has already is replaced.
+        """Add a plan, or replace the plan of that key.
 
         Args:
-            key: what it is built from and for.
-            write: gets the path of a file that is not there yet, and writes the plan to it.
+            key: what the plan is built from and for.
+            write: writes the plan to the path that it is given.
             bundle: name of the graph's bundle.
             graph_name: name of the graph in it.
             weights: names of the weights that can be refitted.
 
         Raises:
-            IntegrityError: others may write to the cache, or `write` wrote nothing.
+            IntegrityError: others can write to the cache, or `write` wrote nothing.
             ResourceError: the disk is full or broken.
             UsageError: the cache is not writable.
-            Whatever `write` raises; nothing is left behind then.
+            Whatever `write` raises; nothing is left behind.
         """
         record = plan_file.Record(
             plan_file.FORMAT, key, 0, "0" * 64, bundle, graph_name, time.time(), tuple(weights)
@@ -133,39 +132,36 @@ class PlanCache:
 
         target = self.folder / key.id
         private_folder.make_folder(self.folder)
-        with private_folder.open_folder(self.folder) as inside:  # judged before the work, not after it
+        with private_folder.open_folder(self.folder) as inside:  # checked before the work, not after it
             self._clear(target, inside)
         files.publish_folder(target, fill, marker=plan_file.RECORD, force=True)
         return _plan(target, record)
 
     def find(self, key: PlanKey) -> Plan | None:
-        """The plan of a key, as plan.json tells of it; None where there is none that can be read.
-
-        The plan itself is not looked at: that is `load`.
-        """
+        """The plan of a key by its record; None if no record can be read. `load` also checks the plan."""
         try:
             return self._read(key.id)
         except IntegrityError:
             return None
 
     def load(self, key: PlanKey, *, bundle: str = "", graph_name: str = "") -> Plan:
-        """The plan of a key, after everything about it was checked, its sha256 included.
+        """The plan of a key, after all checks, including its sha256.
 
         Args:
-            key: exactly what is wanted.
+            key: the exact key.
             bundle: name of the graph's bundle, for messages and for `nearest`.
             graph_name: name of the graph in it.
 
         Raises:
-            NotFound: there is none.
-            Incompatible: there is one of another version, target or bundle.
-            IntegrityError: it is damaged, or others may have written it.
+            NotFound: no such plan or similar one exists.
+            Incompatible: a plan of another version, target or bundle exists.
+            IntegrityError: it is damaged, or others could have written it.
         """
         try:
             plan = self._read(key.id, whole=True)
         except IntegrityError as error:
-            known = self.find(key)
-            raise _rebuild(error, key, bundle or (known.bundle if known else "")) from error
+            recorded = self.find(key)
+            raise _rebuild(error, key, bundle or (recorded.bundle if recorded else "")) from error
         if plan is None:
             raise self._missing(key, bundle, graph_name)
         with contextlib.suppress(OSError):
@@ -173,9 +169,9 @@ class PlanCache:
         return plan
 
     def nearest(self, key: PlanKey, *, bundle: str = "", graph_name: str = "") -> Plan | None:
-        """The plan that differs least from a key, among those of the same graph, or of one of that name.
+        """The plan that differs least from a key, among those of the same graph or graph name.
 
-        Where no name is given: of the same graph, or of another one that was built in the same way.
+        Without a name: of the same graph, or of another one that was built in the same way.
         """
 
         def is_near(plan: Plan) -> bool:
@@ -190,72 +186,71 @@ class PlanCache:
         return max(filter(is_near, self.list()), key=rank, default=None)
 
     def entries(self) -> Iterator[tuple[Path, Plan | IntegrityError]]:
-        """(folder, the plan as plan.json tells of it or what is wrong) of every entry, by their ids."""
+        """(folder, plan or error) of every entry, by id; the plans are not checked against their records."""
         for name in self._names():
             try:
                 plan = self._read(name)
             except IntegrityError as error:
                 yield self.folder / name, error
             else:
-                if plan is not None:  # else it was removed meanwhile
+                if plan is not None:  # else another process has removed it
                     yield self.folder / name, plan
 
     def list(self) -> Plans:
-        """The plans as plan.json tells of them, in order of their ids; without those it does not tell of."""
-        return [found for _, found in self.entries() if isinstance(found, Plan)]
+        """The plans with a readable record, by id; the plans themselves are not checked."""
+        return [plan for _, plan in self.entries() if isinstance(plan, Plan)]
 
     def verify(self) -> Iterator[tuple[Plan | Path, IntegrityError | None]]:
-        """Every entry in turn with what is wrong with it; its folder, where plan.json does not tell of it."""
-        for path, found in self.entries():
-            if isinstance(found, Plan):
-                yield found, self._damage(found)
+        """Check every entry: yields the plan, or its folder if the record is not readable, and the error."""
+        for path, entry in self.entries():
+            if isinstance(entry, Plan):
+                yield entry, self._damage(entry)
             else:
-                yield path, found
+                yield path, entry
 
-    def remove(self, ids: Iterable[str] | None) -> Found:
-        """Remove entries, sound or not; all ids are looked up before the first is removed.
+    def remove(self, ids: Iterable[str] | None) -> Entries:
+        """Remove entries, sound or not; looks up all ids before it removes the first.
 
         Args:
-            ids: ids, or beginnings that only one id has; None removes all.
+            ids: ids, or unique beginnings of ids; None removes all.
 
         Raises:
-            NotFound: no entry has it.
-            UsageError: several have it, or the cache is not writable.
+            NotFound: no entry has the id.
+            UsageError: several entries match, or the cache is not writable.
         """
         entries = dict(self.entries())
-        removed: Found = []
+        removed: Entries = []
         for path in entries if ids is None else dict.fromkeys([_only(prefix, entries) for prefix in ids]):
-            found = entries[path]
+            entry = entries[path]
             _remove(path)
-            removed.append(found if isinstance(found, Plan) else path)
+            removed.append(entry if isinstance(entry, Plan) else path)
         return removed
 
     def prune(self, *, older_than: float | None = None, dry_run: bool = False) -> Reasons:
-        """Remove what is of no use: what is damaged, what another than the newest version of a backend built,
-        and what killed runs left.
+        """Remove damaged plans, plans of older versions of their backend, and leftovers of killed runs.
 
         Args:
-            older_than: days; what was built before them is removed, too.
-            dry_run: remove nothing, only say it.
+            older_than: also remove plans built more than this many days ago.
+            dry_run: remove nothing.
 
         Returns:
-            (what was removed, why).
+            (entry, reason) of each that was removed, or would be.
         """
         chosen: Reasons = []
         plans = sorted(self.list(), key=lambda plan: _numbers(plan.key.version))
         newest = {plan.key.backend: plan.key for plan in plans}
-        for path, found in self.entries():
-            if not isinstance(found, Plan):
-                chosen.append((path, found.what))
-            elif why := _outdated(found, newest, older_than):
-                chosen.append((found, why))
-            elif damage := self._damage(found):
-                chosen.append((found, damage.what))
+        for path, entry in self.entries():
+            if not isinstance(entry, Plan):
+                chosen.append((path, entry.what))
+            elif why := _outdated(entry, newest, older_than):
+                chosen.append((entry, why))
+            elif damage := self._damage(entry):
+                chosen.append((entry, damage.what))
         if not dry_run:
-            for gone, _ in chosen:
-                _remove(gone.folder if isinstance(gone, Plan) else gone)
-        left = files.sweep(self.folder, dry_run)
-        return chosen + [(path, "left by a run that was killed") for path in left]
+            for item, _ in chosen:
+                _remove(item.folder if isinstance(item, Plan) else item)
+        leftovers = files.sweep(self.folder, dry_run)
+        return chosen + [(path, "left by a run that was killed") for path in leftovers]
 
     def _names(self) -> Sequence[str]:
         try:
@@ -266,7 +261,7 @@ class PlanCache:
         return sorted(name for name in names if re.fullmatch("[0-9a-f]{32}", name))
 
     def _read(self, name: str, whole: bool = False) -> Plan | None:
-        """The entry of that id; with `whole` the plan itself was checked, too.  None where there is none."""
+        """The entry of an id, or None; `whole` also checks the plan itself."""
         path = self.folder / name
         for _ in range(ATTEMPTS):
             try:
@@ -283,7 +278,7 @@ class PlanCache:
         return None
 
     def _may_return(self, name: str) -> bool:
-        """Whether an entry that was not there is there by now, or a writer may be putting it there."""
+        """Whether a missing entry exists by now, or a writer may be about to publish it."""
         with contextlib.suppress(OSError):
             return any(other == name or other.startswith(files.PREFIX) for other in os.listdir(self.folder))
         return False
@@ -296,7 +291,7 @@ class PlanCache:
         return None
 
     def _clear(self, target: Path, inside: int | None) -> None:
-        """Remove what has the name of an entry and is none, as publishing would refuse to replace it."""
+        """Remove what has the name of an entry but is not one: publishing would not replace it."""
         try:
             with private_folder.open_folder(target, inside) as entry:
                 names = os.listdir(target if entry is None else entry)
@@ -304,18 +299,18 @@ class PlanCache:
                     return
         except FileNotFoundError:
             return
-        except IntegrityError:  # not a folder, or not ours alone
+        except IntegrityError:  # not a folder, or others can write to it
             pass
         _remove(target)
 
     def _missing(self, key: PlanKey, bundle: str, graph_name: str) -> HyperRTError:
-        wanted = f"{graph_name or 'this graph'}{f' of {bundle}' if bundle else ''}"
-        what, do = f"there is no plan of {wanted} by {builder(key)}", compile_command(key, bundle)
+        graph = f"{graph_name or 'this graph'}{f' of {bundle}' if bundle else ''}"
+        what, do = f"there is no plan of {graph} by {builder(key)}", compile_command(key, bundle)
         near = self.nearest(key, bundle=bundle, graph_name=graph_name)
         if near is None:
             return NotFound(what, f"nothing was compiled for it, or it was removed from {self.folder}", do)
         why = f"that of {near.graph_name} of {near.bundle} was built by {differing(near.key, key)}"
-        why += f"; this is {wanted}, {differing(key, near.key)}"
+        why += f"; this is {graph}, {differing(key, near.key)}"
         do = compile_command(key, bundle or (near.bundle if near.key.graph == key.graph else ""))
         return Incompatible(what, why, do)
 
@@ -334,7 +329,7 @@ def _read_entry(path: Path, inside: int | None, whole: bool) -> Plan:
 
 
 def _is_at(path: Path, folder: int | None) -> bool:
-    """Whether the open folder still has this name; FileNotFoundError where nothing has it."""
+    """Whether the open folder still has this name; FileNotFoundError if nothing has it."""
     return folder is None or os.path.samestat(os.fstat(folder), path.lstat())
 
 
@@ -360,17 +355,19 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _only(prefix: str, entries: Iterable[Path]) -> Path:
-    """The one entry whose id begins so."""
-    shown = "hyperrt plans list"
-    found = [path for path in entries if prefix and path.name.startswith(prefix.lower())]
-    if not found:
-        raise NotFound(f"no plan has the id {prefix[:40]!r}", "an id, or how it begins, is wanted", shown)
-    if len(found) > 1:
-        why = "it could be " + ", ".join(path.name[:SHOWN] for path in found[:4])
-        raise UsageError(f"the id {prefix} is that of {len(found)} plans", why, f"give more of it: {shown}")
-    return found[0]
+    """The only entry with an id that begins with `prefix`."""
+    list_plans = "hyperrt plans list"
+    matches = [path for path in entries if prefix and path.name.startswith(prefix.lower())]
+    if not matches:
+        why = "give an id or the beginning of an id"
+        raise NotFound(f"no plan has the id {prefix[:40]!r}", why, list_plans)
+    if len(matches) > 1:
+        why = "it could be " + ", ".join(path.name[:SHOWN] for path in matches[:4])
+        what = f"{len(matches)} plans have ids that begin with {prefix}"
+        raise UsageError(what, why, f"give more digits: {list_plans}")
+    return matches[0]
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(NotFound):  # another run was quicker
+    with contextlib.suppress(NotFound):  # another run has removed it
         files.remove(path)

@@ -1,8 +1,8 @@
-"""A plan against its graph: does it compute the same?  Asked once, and noted beside the plan.
+"""Compares a plan with its graph once, and stores the result beside the plan.
 
-What is compiled for this machine is compared before it is published; what is for another one when it is first
-opened there.  The note is this user's alone, as the plan is.  Where it cannot be written, in a cache that is
-read-only, plans are compared again by the next process.
+A plan for this machine is compared before it is published, a plan for another one when it is first opened
+there. Only this user can write the result, as with the plan. In a read-only cache it is not stored, and each
+process compares again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from hyperrt.engines.base import Engine
 from hyperrt.engines.errors import EngineError
 from hyperrt.engines.tensors import Array
 from hyperrt.errors import HyperRTError, IntegrityError, NumericError
-from hyperrt.plans import compare as parity
-from hyperrt.plans import private_folder
+from hyperrt.plans import compare, private_folder
 from hyperrt.plans.cache import Plan
 
 log = logging.getLogger("hyperrt")
@@ -43,7 +42,7 @@ class Parity:
     """How a plan was compared.
 
     Attributes:
-        against: what ran the graph, "onnxruntime 1.32.0".
+        against: the backend that ran the graph, "onnxruntime 1.32.0".
         error: largest relative error.
     """
 
@@ -58,51 +57,51 @@ class _Note:
 
 
 def check(bundle: Bundle, name: str, engine: Engine, sizes: Mapping[str, int], do: str) -> Parity | None:
-    """Compare a plan with its graph, with random inputs, and refuse it if it computes something else.
+    """Run a plan and its graph on random inputs, and refuse the plan if the results differ.
 
     Args:
-        name: of the graph.
-        engine: of the plan; refitted or not, it holds zeros afterwards, as when it was opened.
+        name: name of the graph.
+        engine: the open plan; its refittable weights are zero afterwards, as when it was opened.
         sizes: of the inputs.
-        do: the next step where it is refused.
+        do: the next step if it is refused.
 
     Returns:
-        None where nothing here can run the graph: that is a warning.
+        None, after a warning, if no backend here can run the graph.
 
     Raises:
         NumericError: the error is larger than `TOLERANCE`.
         engines.EngineError: the plan cannot be run.
     """
     graph = bundle.graphs[name]
-    feeds = parity.random_feeds(graph.inputs, sizes, seed=0)
-    # For a refit, and strong: one that does nothing must be seen through the tolerance.
-    lora = {key: 4 * array for key, array in parity.random_feeds(graph.weights, {}, seed=1).items()}
+    feeds = compare.random_feeds(graph.inputs, sizes, seed=0)
+    # Weights for a refit, large enough that a refit without effect exceeds the tolerance.
+    lora = {key: 4 * array for key, array in compare.random_feeds(graph.weights, {}, seed=1).items()}
     reference = "onnxruntime" if bundle.precision == "fp32" else "openvino"
     try:
         expected = _expected(bundle, name, reference, feeds, lora)
     except EngineError as error:
         log.warning("the plan of %s is not compared with its graph: %s", name, error.what)
         return None
-    worst = parity.relative(engine.run(feeds), expected[0])
+    worst = compare.relative(engine.run(feeds), expected[0])
     if len(expected) > 1:
         engine.refit(lora)
-        worst = max(worst, parity.relative(engine.run(feeds), expected[1]))
+        worst = max(worst, compare.relative(engine.run(feeds), expected[1]))
         engine.refit({key: np.zeros_like(array) for key, array in lora.items()})
-    found = Parity(f"{reference} {_version(reference)}", worst)
+    parity = Parity(f"{reference} {_version(reference)}", worst)
     allowed = TOLERANCE[bundle.precision]
     if not worst <= allowed:
-        why = f"its relative error against {found.against} is {worst:.2g}; allowed is {allowed:g}"
+        why = f"its relative error against {parity.against} is {worst:.2g}; allowed is {allowed:g}"
         raise NumericError(f"the plan of {name} computes something else than the graph", why, do)
-    return found
+    return parity
 
 
 def _expected(
     bundle: Bundle, name: str, reference: str, feeds: Mapping[str, Array], lora: Mapping[str, Array]
 ) -> list[dict[str, Array]]:
-    """What a graph computes with the constants that it has, and with these if it takes any.
+    """The results of a graph with its own constants, and with `lora` if it can be refitted.
 
     Raises:
-        EngineError: it cannot be run here.
+        EngineError: the graph cannot be run here.
     """
     graph, left = bundle.graphs[name], memory.available()
     needed = graph.weight_bytes + graph.row_bytes * max(len(array) for array in feeds.values() if array.ndim)
@@ -121,7 +120,7 @@ def _version(reference: str) -> str:
 
 
 def known(plan: Plan) -> Parity | None:
-    """How the plan was compared; None where it was not, or where another one was in its place."""
+    """The stored result of a plan; None if this plan was not compared."""
     try:
         with private_folder.open_file(plan.folder / NOTE) as file:
             note = strict_json.read(_Note, strict_json.loads(file.read(MAX_NOTE)))
@@ -130,12 +129,12 @@ def known(plan: Plan) -> Parity | None:
     return note.parity if note.sha256 == plan.sha256 else None
 
 
-def keep(plan: Plan, found: Parity) -> None:
-    """Note how the plan was compared, if that can be written."""
-    content = json.dumps(strict_json.dump(_Note(plan.sha256, found))).encode()
+def keep(plan: Plan, parity: Parity) -> None:
+    """Store the result beside the plan, if the cache is writable."""
+    content = json.dumps(strict_json.dump(_Note(plan.sha256, parity))).encode()
 
     def write(file: BinaryIO) -> None:
-        if hasattr(os, "fchmod"):  # whatever the umask: what others may write is not believed
+        if hasattr(os, "fchmod"):  # whatever the umask is: `known` ignores a file that others can write
             os.fchmod(file.fileno(), 0o600)
         file.write(content)
 

@@ -1,4 +1,4 @@
-"""Do two ways to run a graph compute the same?  Random inputs for it, and how far results differ."""
+"""Random inputs for a graph, and the relative error of two results."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ UNIFORM = {
 def random_feeds(
     specs: Iterable[TensorSpec], sizes: Mapping[str, int], seed: int, integers: int = 2
 ) -> Arrays:
-    """Random inputs of a graph of a bundle.
+    """Random inputs for a graph of a bundle.
 
     Args:
-        specs: its inputs.
-        sizes: how large each size with a name is.
-        seed: other inputs for another seed.
-        integers: integer inputs are below this.
+        specs: the inputs of the graph.
+        sizes: value of each named size.
+        seed: seed of the random numbers.
+        integers: integer inputs are smaller than this.
     """
     rng = np.random.default_rng(seed)
     feeds: Arrays = {}
@@ -49,10 +49,10 @@ def random_feeds(
     return feeds
 
 
-def relative(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> float:
-    """Largest relative error, max |found - expected| / max |expected|; infinite where one is not finite."""
+def relative(actual: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> float:
+    """Largest relative error, max |actual - expected| / max |expected|; infinite if a value is not finite."""
     worst = 0.0
     for name, right in expected.items():
-        error = float(np.abs(found[name] - right).max()) / (float(np.abs(right).max()) or 1.0)
+        error = float(np.abs(actual[name] - right).max()) / (float(np.abs(right).max()) or 1.0)
         worst = max(worst, error if np.isfinite(error) else float("inf"))
     return worst

@@ -1,4 +1,4 @@
-"""Plans in messages: who built one and for what, how two differ, and the command that builds one again."""
+"""Texts about plans: who built a plan and for what, how two differ, and the command that builds it again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ OPTIONS = {"images": ("--pictures", 1), "branches": ("--branches", 3)}  # of `hy
 
 
 def compile_command(key: PlanKey, bundle: str = "") -> str:
-    """The command that builds the plan of a key; TensorRT's for the GPU of the machine where it is run.
-
-    Words in place of it where it is not known which bundle the plan is for.
-    """
+    """The command that builds the plan of a key, or words if the bundle is unknown."""
     if not bundle:
         return f"compile its bundle with --backend {key.backend}"
     words = ["hyperrt", "compile", bundle, "--backend", key.backend]
@@ -37,28 +34,28 @@ def rebuild_command(key: PlanKey, bundle: str = "") -> str:
 
 
 def again(first: str, key: PlanKey, bundle: str = "") -> str:
-    """A command, and then the one that builds the plan of a key."""
+    """A command followed by the command that builds the plan of a key."""
     return f"{first} && {compile_command(key, bundle)}" if bundle else first
 
 
 def maker(key: PlanKey) -> str:
-    """Who built a plan: "TensorRT 10.16"."""
+    """The compiler of a plan: "TensorRT 10.16"."""
     title = BACKENDS[key.backend].title if key.backend in BACKENDS else key.backend
     return f"{title} {key.version}"
 
 
 def builder(key: PlanKey) -> str:
-    """Who built a plan, and for what: "TensorRT 10.16 for sm89"."""
+    """Compiler and target of a plan: "TensorRT 10.16 for sm89"."""
     return f"{maker(key)} for {key.target}"
 
 
 def sizes(key: PlanKey) -> str:
-    """The sizes that a plan is for: "branches=3 images=1"."""
+    """The fixed sizes of a plan: "branches=3 images=1"."""
     return " ".join(f"{name}={value}" for name, value in key.sizes) or "any size"
 
 
 def differing(key: PlanKey, other: PlanKey) -> str:
-    """Who built a plan, for what, and how, as far as that is not the same for both."""
+    """Compiler and target of a plan, and its other parts that differ from those of another plan."""
     parts = [builder(key)]
     if key.sizes != other.sizes:
         parts.append(sizes(key))

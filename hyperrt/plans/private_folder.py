@@ -1,8 +1,8 @@
-"""This user's own folder, where compiled code is kept: nobody else may have written what is run from it.
+"""Opens folders and files of this user that nobody else could have written, such as compiled code.
 
-A file is judged by its open descriptor, and opened in the open descriptor of its folder, so that what was
-judged is what is read, whatever is renamed meanwhile.  Systems other than POSIX have neither; there the
-user's profile keeps others out.
+A file is checked by its open descriptor, and opened relative to the descriptor of its folder, so that the
+file that was checked is the file that is read, even if something is renamed meanwhile. Other systems than
+POSIX lack both; there the user's profile protects the files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hyperrt.errors import SCARCE, IntegrityError, NotFound, ResourceError, Usag
 _POSIX = os.name == "posix"
 _FULL = {errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-_CODE = "what lies there is executable code"
+_CODE = "it is for executable code"
 
 
 def xdg_folder(kind: str) -> Path:
@@ -51,23 +51,23 @@ def base_folder() -> Path:
         raise NotFound("there is no home folder", why, "set HYPERRT_HOME to a folder of yours") from error
 
 
-def distrust(found: os.stat_result) -> str:
-    """Why what has this status may hold another user's code; empty where only this user can write it."""
+def distrust(status: os.stat_result) -> str:
+    """Why another user could have written a file of this status; empty if only this user could."""
     if not _POSIX:
         return ""
-    if found.st_uid != os.geteuid():
-        return f"it belongs to user {found.st_uid}, and you are user {os.geteuid()}"
-    if found.st_mode & 0o022:
-        return f"others may write to it: its mode is {stat.S_IMODE(found.st_mode):o}"
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {status.st_uid}, and you are user {os.geteuid()}"
+    if status.st_mode & 0o022:
+        return f"others can write to it: its mode is {stat.S_IMODE(status.st_mode):o}"
     return ""
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder for this user alone, and those above it; one that is there stays as it is.
+    """Make a folder for this user alone, and its parents; an existing folder stays unchanged.
 
     Raises:
         ResourceError: the disk is full or broken.
-        UsageError: it cannot be made.
+        UsageError: it cannot be made for another reason.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,15 +80,15 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_folder(path: Path, inside: int | None = None) -> Iterator[int | None]:
-    """The descriptor of a folder that only this user can write; None where the system opens no folders.
+    """The descriptor of a folder that only this user can write; None if the system cannot open folders.
 
     Args:
-        path: the folder; its last part is no link.
-        inside: descriptor of the folder that it lies in.
+        path: the folder; its last part must not be a link.
+        inside: descriptor of its parent folder.
 
     Raises:
-        FileNotFoundError: it is not there.
-        IntegrityError: it is no folder, a link, or others may write to it; its `do` is a shell command.
+        FileNotFoundError: it does not exist.
+        IntegrityError: it is not a folder, a link, or others can write to it; `do` is a shell command.
     """
     if not _POSIX:
         if not path.is_dir():
@@ -105,13 +105,13 @@ def open_folder(path: Path, inside: int | None = None) -> Iterator[int | None]:
 
 @contextlib.contextmanager
 def open_file(path: Path, inside: int | None = None) -> Iterator[io.BufferedReader]:
-    """A plain file that only this user can write, open for reading; arguments and errors as `open_folder`."""
+    """Open a plain file that only this user can write, to read it; arguments and errors as `open_folder`."""
     descriptor = _open(path, inside)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise IntegrityError(f"{path} is no plain file", _CODE, shlex.join(["rm", "-r", str(path)]))
-        _judge(path, found)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(f"{path} is not a plain file", _CODE, shlex.join(["rm", "-r", str(path)]))
+        _judge(path, status)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
@@ -128,19 +128,19 @@ def _open(path: Path, inside: int | None, flags: int = 0) -> int:
     except OSError as error:
         if error.errno in SCARCE:
             raise
-        if not os.path.lexists(path):  # a file where a folder above it should be
+        if not os.path.lexists(path):  # a parent is a file
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
         fix = shlex.join(["rm", "-r", str(path)])
         if path.is_symlink():
-            raise IntegrityError(f"{path} is a link", f"{_CODE}, and no link is followed", fix) from error
+            raise IntegrityError(f"{path} is a link", f"{_CODE}, and links are not followed", fix) from error
         raise IntegrityError(f"{path} cannot be opened", error.strerror or str(error), fix) from error
 
 
-def _judge(path: Path, found: os.stat_result) -> None:
-    why = distrust(found)
+def _judge(path: Path, status: os.stat_result) -> None:
+    why = distrust(status)
     if not why:
         return
-    ours = not _POSIX or found.st_uid == os.geteuid()
+    ours = not _POSIX or status.st_uid == os.geteuid()
     remove = shlex.join(["rm", "-r", str(path)])
     fix = shlex.join(["chmod", "go-w", str(path)]) if ours else remove
-    raise IntegrityError(f"{path} is not yours alone", f"{why}; {_CODE}", fix)
+    raise IntegrityError(f"{path} is not private to you", f"{why}; {_CODE}", fix)

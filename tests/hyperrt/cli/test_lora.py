@@ -84,7 +84,7 @@ def test_a_lora_of_another_program_is_told_with_what_is_odd_in_it(lora, other):
     found = events(out)[-1]
     assert code == 0 and found["other_modules"] == {"self-attention": 1}
     assert not found["finite"] and name in found["faults"][0]
-    assert found["base_model"] == {"family": "unknown", "sha256": "not said", "in_words": "a mix"}
+    assert found["base_model"] == {"family": "unknown", "sha256": "unknown", "in_words": "a mix"}
 
 
 def test_mixed_ranks_and_alphas_are_counted(lora, tmp_path):
@@ -213,7 +213,7 @@ def test_a_lora_of_few_sites_fits_with_a_warning(lora, pretend, tmp_path):
     first = fake_bundle.LAYOUT.sites[0]
     pair = np.ones((1, first.d_in), np.float32), np.ones((first.d_out, 1), np.float32)
     code, out, _ = lora("verify", write(tmp_path / "x.s", {first.path: pair}), "--bundle", pretend)
-    assert code == 0 and "1 of 6 sites; the others stay" in out
+    assert code == 0 and "1 of 6 sites; the others keep" in out
 
 
 def test_a_lora_that_is_zero_is_warned_of(lora, tmp_path):

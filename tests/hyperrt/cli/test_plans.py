@@ -93,7 +93,7 @@ def test_the_list_in_json_has_every_fact(run, plans, cache):
 
 def test_an_empty_cache_is_no_error_and_prints_nothing_on_stdout(run):
     code, out, err = run("list")
-    assert (code, out) == (0, "") and "there are no plans" in err and "hyperrt compile" in err
+    assert (code, out) == (0, "") and "no plans" in err and "hyperrt compile" in err
     assert run("verify")[:2] == (0, "there are no plans\n")
     assert run("prune")[:2] == (0, "") and run("rm", "--all")[:2] == (0, "")
     assert events(run("list", "--json")[1])[-1]["plans"] == []
@@ -140,7 +140,7 @@ def test_several_damaged_plans_are_counted_and_prune_is_advised(run, plans):
 def test_a_cache_that_others_may_write_is_refused_by_every_command(run, plans, cache):
     cache.folder.chmod(0o777)
     for arguments in (["list"], ["verify"], ["rm", "--all"], ["prune"]):
-        assert is_error(run(*arguments), 8, "others may write", f"chmod go-w {cache.folder}")
+        assert is_error(run(*arguments), 8, "others can write", f"chmod go-w {cache.folder}")
     cache.folder.chmod(0o700)
     assert len(cache.list()) == 3
 
@@ -167,7 +167,7 @@ def test_all_plans_are_removed_on_request_damaged_ones_too(run, plans, cache):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "no plan was named"),
+        ([], 2, "no plan was given"),
         (["--all", KEY.id], 2, "ids and --all were given"),
         (["nothing"], 4, "no plan has the id 'nothing'"),
         ([KEY.id, "../home"], 4, "no plan has the id '../home'"),
@@ -189,7 +189,7 @@ def test_an_ambiguous_id_is_refused_with_what_it_could_be(run, cache):
 
 def test_the_environment_alone_removes_nothing(run, plans, cache, monkeypatch):
     monkeypatch.setenv("HYPERRT_PLANS_RM_ALL", "1")
-    assert is_error(run("rm"), 2, "no plan was named")
+    assert is_error(run("rm"), 2, "no plan was given")
 
 
 # prune

@@ -249,7 +249,7 @@ def test_a_plan_is_removed_by_the_beginning_of_its_id(cache, plan):
 @pytest.mark.parametrize(
     ("beginning", "error", "words"),
     [
-        ("0" * 6, UsageError, "that of 2 plans\n.*it could be .*\n.*hyperrt plans list"),
+        ("0" * 6, UsageError, "2 plans have ids .*\n.*it could be .*\n.*hyperrt plans list"),
         ("f", NotFound, "no plan has the id 'f'"),
         ("", NotFound, "no plan has the id ''"),
         ("../..", NotFound, "no plan has the id"),

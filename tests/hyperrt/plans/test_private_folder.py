@@ -57,7 +57,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
 def test_what_others_may_write_is_refused(cache, plan, place, bits):
     path = cache.folder / place
     path.chmod(stat.S_IMODE(path.stat().st_mode) | bits)
-    refused(cache, "not yours alone\n.*others may write to it: its mode is")
+    refused(cache, "not private to you\n.*others can write to it: its mode is")
     path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
     assert cache.load(KEY) == plan
 
@@ -74,7 +74,7 @@ def test_what_another_user_owns_is_refused(cache, plan, place, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", fstat)
-        refused(cache, "not yours alone\n.*it belongs to user")
+        refused(cache, "not private to you\n.*it belongs to user")
     assert cache.load(KEY) == plan
 
 
@@ -93,16 +93,16 @@ def test_what_is_no_plain_file_or_folder_of_its_place_is_refused(cache, plan, pl
         path.write_text("")
     else:
         path.mkdir()
-    refused(cache, r"is a link\n.*no link is followed|cannot be opened|no plain file")
+    refused(cache, r"is a link\n.*links are not followed|cannot be opened|not a plain file")
 
 
 @posix
 def test_a_cache_that_others_may_write_gets_no_plan_and_the_work_is_not_begun(cache, plan):
     cache.folder.chmod(0o777)
-    with pytest.raises(IntegrityError, match=r"others may write(.*\n)+.*chmod go-w"):
+    with pytest.raises(IntegrityError, match=r"others can write(.*\n)+.*chmod go-w"):
         cache.publish(KEY, lambda path: pytest.fail("it began"), bundle="tiny", graph_name="denoiser")
     for reading in (cache.list, cache.prune, lambda: cache.remove(None), lambda: list(cache.verify())):
-        with pytest.raises(IntegrityError, match=r"others may write(.*\n)+.*chmod go-w"):
+        with pytest.raises(IntegrityError, match=r"others can write(.*\n)+.*chmod go-w"):
             reading()
     assert cache.find(KEY) is None
 
