@@ -20,7 +20,7 @@ def warn(what: str, why: str, do: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, short enough for the line that says why."""
+    """The first line of another library's error, for the "why" of an error of ours."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or repr(error)).splitlines()[0]
@@ -28,7 +28,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """For a command: progress on stderr; an error raised on purpose is its message and its exit code."""
+    """Runs a command: logs progress to stderr, and turns expected errors into a message and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     log.setLevel(logging.INFO)
     try:

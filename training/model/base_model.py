@@ -2,8 +2,8 @@
 
     BASE/{unet,vae,text_encoder,tokenizer,scheduler,image_encoder}/ and model_index.json
 
-`image_encoder` is not part of Stable Diffusion: it is the frozen ViT that the hypernetwork reads. An SDXL has
-text_encoder_2/ and tokenizer_2/, too.
+`image_encoder` is not part of Stable Diffusion: it is the frozen ViT of the hypernetwork. SDXL also has
+text_encoder_2/ and tokenizer_2/.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ LATENT_CHANNELS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """The frozen parts that make of pictures and prompts what is trained on; fp32 and in eval mode.
+    """The frozen parts that encode pictures and prompts; fp32 and in eval mode.
 
     Attributes:
-        text_encoder_2, tokenizer_2: of an SDXL.
-        zero_empty: whether an empty prompt is all zeros and not encoded.
+        text_encoder_2, tokenizer_2: SDXL's, else None.
+        zero_empty: whether the empty prompt is all zeros instead of being encoded.
     """
 
     vae: AutoencoderKL | AutoencoderTiny
@@ -65,7 +65,7 @@ class Encoders:
 
     @property
     def latent_scale(self) -> LatentScale:
-        """What lies between the VAE's latents and the UNet's; errors as `LatentScale.of`."""
+        """The scale between the VAE's latents and the UNet's; errors as `LatentScale.of`."""
         return LatentScale.of(self.vae.config, self.is_sdxl)
 
 
@@ -133,7 +133,7 @@ def tiny_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-PARTS: dict[str, tuple[type[Any], ...]] = {  # classes that each may have
+PARTS: dict[str, tuple[type[Any], ...]] = {  # classes that each part may have
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderTiny, AutoencoderKL),
     "text_encoder": (CLIPTextModel,),
@@ -187,13 +187,13 @@ def parts_of(folder: Path) -> tuple[str, ...]:
     if missing := [name for name in names if not (folder / name).is_dir()]:
         what = f"{folder} is not a base model: it has no {', '.join(missing)}"
         if missing == ["image_encoder"]:  # a model of diffusers
-            what += "; put the folder of the ViT there that the hypernetwork is to read"
+            what += "; add the folder of the ViT that the hypernetwork is to read"
         raise FileNotFoundError(what)
     return names
 
 
 def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    disable_progress_bar()  # the parts of one model are not worth six bars
+    disable_progress_bar()  # six bars for one model
     parts = {name: read_part(folder / name, name) for name in names}
     if "text_encoder_2" not in parts:
         return parts
@@ -202,10 +202,10 @@ def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _checked(folder: Path, found: Any) -> Any:
-    """The parts, if each tokenizer fits its encoder, and the VAE's latents can be scaled.
+    """Returns the parts if each tokenizer fits its encoder and the VAE's latents can be scaled.
 
     Raises:
-        ValueError: one does not, they cannot.
+        ValueError: a tokenizer does not fit, or the latents cannot be scaled.
     """
     for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         tokenizer = getattr(found, name)
@@ -226,18 +226,18 @@ def opened(folder: Path | str) -> Base:
 
 @contextlib.contextmanager
 def readable(folder: Path | str, remedy: str) -> Iterator[None]:
-    """What a command says of a folder that cannot be read.
+    """Turns errors of reading a folder into errors of a command.
 
     Raises:
         NotFound: the folder, or a part of it, is missing.
-        IntegrityError: it cannot be used.
+        IntegrityError: the folder cannot be read.
     """
     try:
         yield
     except HyperRTError:
         raise
     except FileNotFoundError as error:
-        raise NotFound(f"{folder} is not what is needed", str(error), remedy) from error
+        raise NotFound(f"{folder} is incomplete", str(error), remedy) from error
     except (ValueError, EOFError, OSError, IndexError) as error:
         why = str(error) or type(error).__name__
         raise IntegrityError(f"{folder} cannot be read", why, remedy) from error
@@ -259,16 +259,16 @@ def read_part(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> An
         part, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     except MemoryError:
         raise
-    except Exception as error:  # diffusers, transformers and safetensors have no common one
+    except Exception as error:  # diffusers, transformers and safetensors share no base class
         raise ValueError(f"{folder} cannot be read: {(str(error).strip() or repr(error))}") from error
     if lacking := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
-        why = f"{len(lacking)} weights are absent or of another shape"
+        why = f"{len(lacking)} weights are missing or have another shape"
         raise ValueError(f"{folder}: {why}, the first is {lacking[0]}")
     return _as_pipelines_have_it(part, folder).to(dtype).eval().requires_grad_(False)
 
 
 def empty_part(folder: Path, name: str) -> nn.Module:
-    """The part as its config.json says, weights as they are made; errors as `load`."""
+    """The part that config.json describes, with fresh weights; errors as `load`."""
     try:
         cls = class_of(folder, name)
         if cls.__module__.startswith("diffusers"):
@@ -287,10 +287,10 @@ def _as_pipelines_have_it(part: Any, folder: Path) -> Any:
 
 
 def class_of(folder: Path, name: str) -> type[Any]:
-    """The class that config.json names; where it may not, the only one that the part may have.
+    """The class that config.json names; if it names none, the part's only possible class.
 
     Raises:
-        OSError, ValueError: it cannot be read, or names another.
+        OSError, ValueError: config.json cannot be read, or names another class.
     """
     classes = {cls.__name__: cls for cls in PARTS[name]}
     first = PARTS[name][0]
@@ -311,13 +311,13 @@ def class_of(folder: Path, name: str) -> type[Any]:
 
 
 def _variant(folder: Path, name: str) -> str | None:
-    """ "fp16" where the weights of a part are there in that variant alone."""
+    """ "fp16" if the folder has a part's weights in that variant only."""
     found = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
     return "fp16" if found and ".fp16" in found[0] else None
 
 
 def save(base: Base, folder: Path) -> None:
-    """Writes every part and the index that makes the folder one of diffusers'."""
+    """Writes every part, and model_index.json for diffusers."""
     library = dict.fromkeys(("unet", "vae", "scheduler"), "diffusers")
     index: dict[str, object] = {"_class_name": "StableDiffusionPipeline"}
     for name in OF_TINY:

@@ -31,7 +31,7 @@ from hyperrt.training.model.resampler import Resampler
 PARTS = ("image_proj.", "ip_adapter.")
 TOKENS = 16
 SCALE = 0.55  # of the paper
-DIM_HEAD = 64  # of every published adapter; the files do not say it
+DIM_HEAD = 64  # of every published adapter; it is not in the files
 PUBLISHED = "use ip-adapter-plus_sdxl_vit-h.safetensors, or the -plus file that fits the base model"
 
 
@@ -39,7 +39,7 @@ class ImagePrompt(nn.Module):
     """features [photos, T, F] to tokens [photos, I, D], and tokens to the K and V that every attn2 adds.
 
     Args:
-        unet: whose attn2 it is for; only their names and sizes are read.
+        unet: the UNet that it is for; only names and sizes of its attn2 are read.
         feature_dim: F of the image encoder, 1280 for ViT-H/14.
         tokens, dim, heads, depth: of the resampler; by default those of IP-Adapter-Plus for SDXL.
     """
@@ -79,16 +79,16 @@ class ImagePrompt(nn.Module):
     def zero_tokens(self, image_encoder: nn.Module) -> Tensor:
         """[1, I, D]: the tokens of zero pixels, which stand for "no image" in IP-Adapter's training.
 
-        image_encoder: the ViT whose features `tokens` takes.
+        image_encoder: the ViT that makes the features.
         """
         size = image_encoder.config.image_size
         like = next(image_encoder.parameters())
         pixels = torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device)
-        found = encode_pixels(image_encoder, pixels)
-        return self.tokens(found.to(self.image_proj.latents.dtype))
+        features = encode_pixels(image_encoder, pixels)
+        return self.tokens(features.to(self.image_proj.latents.dtype))
 
     def key_values(self, tokens: Tensor, scale: Tensor) -> KeyValues:
-        """tokens [rows, I, D] and scale [rows] to what `Rows.image` holds: (K, V times scale) per attn2."""
+        """tokens [rows, I, D] and scale [rows] to `Rows.image`: (K, V times scale) per attn2."""
         scale = scale.reshape(-1, 1, 1)
         return {
             path: (pair["to_k_ip"](tokens), pair["to_v_ip"](tokens) * scale)
@@ -105,23 +105,23 @@ def load(path: Path | str, unet: nn.Module, dtype: torch.dtype = torch.float32) 
     Args:
         path: safetensors with `image_proj.*` and `ip_adapter.*`.
         unet: the base model's; it may lie on the "meta" device.
-        dtype: what to make of the weights; 423.7 M for SDXL.
+        dtype: of the weights; SDXL has 423.7 M.
 
     Raises:
         NotFound: there is no such file.
-        BadInput: it is a pickle, or no IP-Adapter-Plus.
+        BadInput: it is a pickle, or not an IP-Adapter-Plus.
         IntegrityError: it is damaged.
-        Incompatible: it is made for another UNet.
+        Incompatible: it was made for another UNet.
     """
     path = Path(path)
     tensors = _read(path, dtype)
     with torch.device("meta"):
         prompt = ImagePrompt(unet, **_sizes(path, tensors))
     expected = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
         what = f"{path} does not fit the base model's UNet"
-        raise Incompatible(what, _first_difference(found, expected), PUBLISHED)
+        raise Incompatible(what, _first_difference(shapes, expected), PUBLISHED)
     prompt.load_state_dict(tensors, assign=True)
     return prompt.eval().requires_grad_(False)
 
@@ -129,7 +129,7 @@ def load(path: Path | str, unet: nn.Module, dtype: torch.dtype = torch.float32) 
 def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of the two parts; a published file has no others."""
     if not path.is_file():
-        raise NotFound(f"there is no image prompt {path}", "it is no file", PUBLISHED)
+        raise NotFound(f"there is no image prompt {path}", "there is no such file", PUBLISHED)
     if path.suffix != ".safetensors":
         why = "it is not .safetensors; pickles (.bin, .pt, .ckpt) can run code and are not read"
         raise BadInput(f"{path} cannot be read as an image prompt", why, PUBLISHED)
@@ -142,14 +142,14 @@ def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _sizes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """What `ImagePrompt` is told, read off the tensors."""
+    """The arguments of `ImagePrompt`, from the shapes of the tensors."""
     try:
         _, tokens, dim = tensors["image_proj.latents"].shape
         inner = tensors["image_proj.layers.0.0.to_q.weight"].shape[0]
         feature_dim = tensors["image_proj.proj_in.weight"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
-        why = f"an IP-Adapter-Plus has a resampler in image_proj.*; here it fails at {error}"
-        raise BadInput(f"{path} is no IP-Adapter-Plus", why, PUBLISHED) from error
+        why = f"its resampler, image_proj.*, cannot be read: {error}"
+        raise BadInput(f"{path} is not an IP-Adapter-Plus", why, PUBLISHED) from error
     depth = len({name.split(".")[2] for name in tensors if name.startswith("image_proj.layers.")})
     sizes = {"tokens": tokens, "dim": dim, "heads": max(1, inner // DIM_HEAD), "depth": depth}
     return {**sizes, "feature_dim": feature_dim}

@@ -1,4 +1,4 @@
-"""What lies between the latents of a VAE and those of a UNet, as diffusers' pipelines have it.
+"""Scales latents between the VAE and the UNet as diffusers' pipelines do.
 
     decode   z = x std / scaling_factor + mean        encode   x = (z - mean) scaling_factor / std
 
@@ -24,11 +24,11 @@ STATISTICS = ("latents_mean", "latents_std")
 
 @dataclass(frozen=True)
 class LatentScale:
-    """The settings of a VAE's configuration.
+    """The scale settings in a VAE's configuration.
 
     Attributes:
         factor: scaling_factor.
-        mean, std: of each channel [C]; both empty where the configuration has none.
+        mean, std: of each channel [C]; both empty if the configuration has none.
     """
 
     factor: float
@@ -37,10 +37,10 @@ class LatentScale:
 
     @classmethod
     def of(cls, config: Any, is_sdxl: bool) -> LatentScale:
-        """What a VAE's configuration (AutoencoderKL's or AutoencoderTiny's) says.
+        """Reads the configuration of an AutoencoderKL or AutoencoderTiny.
 
         Raises:
-            ValueError: a setting is no number, or diffusers' pipelines for such a model do not read it.
+            ValueError: a setting is not a number, or diffusers' pipelines for such a model do not read it.
         """
         factor = config.get("scaling_factor")
         if not _is_number(factor) or factor == 0:
@@ -84,9 +84,9 @@ class LatentScale:
 
 
 def _check(name: str, values: Any, channels: int) -> None:
-    wanted = f"it must be {channels} numbers, one for each channel"
+    expected = f"it must be {channels} numbers, one for each channel"
     if not isinstance(values, Sequence) or len(values) != channels or not all(map(_is_number, values)):
-        raise ValueError(f"its {name} is {values!r}; {wanted}")
+        raise ValueError(f"its {name} is {values!r}; {expected}")
 
 
 def _is_number(value: Any) -> bool:

@@ -5,10 +5,10 @@ UNet mixes subjects with the plain base model:
 
     y = x W^T + ((x A) m) B          A [1|rows, d_in, r], B [1|rows, r, d_out], gate m [rows, 1, 1]
 
-What a call needs travels as an argument (`cross_attention_kwargs={"rows": Rows(...)}`), never as an attribute
-of a module: an exporter would bake an attribute into the graph as a constant.
+LoRA and image prompt are passed as an argument (`cross_attention_kwargs={"rows": Rows(...)}`), never as an
+attribute of a module: an exporter would make that a constant of the graph.
 
-A row may also see an image prompt (training/model/image_prompt.py), by an attention of its own with the same
+A row may also have an image prompt (training/model/image_prompt.py), a second attention with the same
 query: out = Attn(q, K_text, V_text) + Attn(q, K_image, s V_image). The scale s of the row lies in V_image,
 so a row of scale 0 adds exact zeros.
 
@@ -39,11 +39,11 @@ UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "
 
 @dataclass(frozen=True)
 class Rows:
-    """What one call of the UNet knows about its rows.
+    """The arguments of one UNet call that differ by row.
 
     factors: path of a projection -> (A [1|rows, d_in, r], B [1|rows, r, d_out]); an absent path has no LoRA.
     gate:    LoRA strength of each row, [rows, 1, 1]; 0 makes it a row of the base model.
-    context: path of an attn2 -> (K, V), each [rows, L, inner]; where given, text is not projected again.
+    context: path of an attn2 -> (K, V), each [rows, L, inner]; replaces the projection of the text.
     image:   the same of the image prompt, [rows, I, inner], V times the scale of its row; an absent path has
              no image prompt.
     """
@@ -55,9 +55,9 @@ class Rows:
 
 
 def row_lora(x: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
-    """What the LoRA adds to a projection of x [rows, tokens, d_in]; returns [rows, tokens, d_out].
+    """The LoRA's part of a projection of x [rows, tokens, d_in]; returns [rows, tokens, d_out].
 
-    The gate acts in rank space, where it costs r multiplications a token and not d_out.
+    The gate is applied in rank space, where it costs r multiplications per token instead of d_out.
     """
     return ((x @ A) * gate) @ B
 
@@ -80,11 +80,11 @@ def project(linear: nn.Module, path: str, x: Tensor, rows: Rows | None) -> Tenso
 
 
 class RowAttention:
-    """Processor for `attn1` and `attn2`: plain attention, with LoRA, K/V and image prompt as `rows` says.
+    """Processor for `attn1` and `attn2`: attention with the LoRA, K/V and image prompt in `rows`.
 
     name:         path of the attention module in the UNet, the key into `Rows`.
     attend:       the attention operator; export passes one that becomes a single ONNX node.
-    attend_image: the same for the image prompt, with a query that `attend` has read; by default `attend`.
+    attend_image: the operator for the image prompt, called with the same query; by default `attend`.
     """
 
     def __init__(self, name: str, attend: Attend = attend, attend_image: Attend | None = None) -> None:
@@ -125,11 +125,12 @@ def attentions(unet: nn.Module, suffix: str = "") -> Iterator[tuple[str, Attenti
 
 
 def install(unet: nn.Module, attend: Attend = attend, attend_image: Attend | None = None) -> None:
-    """Make every attention of the UNet a `RowAttention`; without `rows` it computes what it did before.
+    """Makes every attention of the UNet a `RowAttention`; without `rows` its output does not change.
 
-    attend, attend_image: as `RowAttention` has them.
+    attend, attend_image: see `RowAttention`.
 
-    Raises ValueError for attention with options that a Stable Diffusion UNet does not use.
+    Raises:
+        ValueError: an attention has options that a Stable Diffusion UNet does not use.
     """
     for path, module in attentions(unet):
         used = [name for name in UNSUPPORTED if getattr(module, name, None)]
@@ -203,9 +204,9 @@ def split_context(unet: nn.Module, packed: Tensor) -> dict[str, tuple[Tensor, Te
 def split_text_and_image(
     unet: nn.Module, packed: Tensor, image_tokens: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
-    """[rows, L + I, W] to what `Rows.context` and `Rows.image` hold.
+    """[rows, L + I, W] to `Rows.context` and `Rows.image`.
 
-    image_tokens: I; 0 where there is no image prompt.
+    image_tokens: I; 0 without an image prompt.
     """
     if not image_tokens:
         return split_context(unet, packed), {}

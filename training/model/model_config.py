@@ -1,4 +1,4 @@
-"""The configurations of a base model's folder, read as diffusers' pipelines read them."""
+"""Reads the configurations in a base model's folder as diffusers' pipelines do."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ STEMS = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model") | dict.fromkey
 
 
 def misfit(tokenizer: CLIPTokenizer, config: Any) -> str:
-    """Why a tokenizer does not fit a text encoder of that configuration; "" where it does.
+    """Why a tokenizer does not fit a text encoder with this configuration; "" if it fits.
 
-    An empty folder makes a tokenizer, too, and one without tokenizer_config.json knows no length.
+    transformers also loads a tokenizer from an empty folder, or without a length from one that lacks
+    tokenizer_config.json.
     """
-    tokens, known = len(tokenizer), config.vocab_size
-    if not 3 <= tokens <= known:
-        return f"it knows {tokens} tokens, the text encoder {known}"
+    tokens, vocabulary = len(tokenizer), config.vocab_size
+    if not 3 <= tokens <= vocabulary:
+        return f"it knows {tokens} tokens, the text encoder {vocabulary}"
     length, most = tokenizer.model_max_length, config.max_position_embeddings
     if not 3 <= length <= most:
         return f"its model_max_length is {length:.4g}, and the text encoder has {most} positions"
@@ -34,14 +35,14 @@ def misfit(tokenizer: CLIPTokenizer, config: Any) -> str:
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """model_index.json; {} where there is none, or it holds no object.
+    """The content of model_index.json; {} if the file is missing or not a JSON object.
 
     Raises:
-        ValueError, OSError: it cannot be read.
+        ValueError, OSError: the file cannot be read.
     """
     path = folder / "model_index.json"
-    found = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    index = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    return index if isinstance(index, dict) else {}
 
 
 def class_in_index(index: dict[str, Any], name: str) -> str | None:
@@ -51,20 +52,20 @@ def class_in_index(index: dict[str, Any], name: str) -> str | None:
 
 
 def check_index(folder: Path, classes: Mapping[str, Sequence[type[Any]]], but: Sequence[str] = ()) -> None:
-    """Whether model_index.json names the classes that the parts are read as.
+    """Checks that model_index.json names the classes that the parts are read as.
 
     Args:
-        classes: that each part may have.
+        classes: those that each part may have.
         but: parts that are not read from the folder.
 
     Raises:
-        ValueError: it names another, or cannot be read.
+        ValueError: it names another class, or cannot be read.
     """
     index = index_of(folder)
     for name in classes.keys() - {*but, "scheduler"}:
-        found, known = class_in_index(index, name), [cls.__name__ for cls in classes[name]]
-        if found is not None and found.removesuffix("Fast") not in known:
-            why = f"{name} is of the class {found!r}; known are {', '.join(known)}"
+        named, known = class_in_index(index, name), [cls.__name__ for cls in classes[name]]
+        if named is not None and named.removesuffix("Fast") not in known:
+            why = f"{name} is of the class {named!r}; known are {', '.join(known)}"
             raise ValueError(f"{folder / 'model_index.json'}: {why}")
 
 
@@ -76,11 +77,11 @@ def is_sdxl(folder: Path) -> bool:
 def sample_size(config: Any, folder: Path) -> int:
     """Side of the latents that a UNet was trained for, in the base model's folder.
 
-    diffusers' pipeline of Stable Diffusion reads less than 64, in configurations of before 0.9, as 64.
+    In configurations from before diffusers 0.9, its pipeline for Stable Diffusion reads sizes below 64 as 64.
 
     Raises:
-        ValueError: the configuration says no size, or that of an oblong.
-        KeyError: it lacks it.
+        ValueError: sample_size is not one positive integer.
+        KeyError: the configuration lacks it.
     """
     size, written_by = config["sample_size"], str(config.get("_diffusers_version", "1"))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -90,7 +91,7 @@ def sample_size(config: Any, folder: Path) -> int:
 
 
 def picture_size(folder: Path) -> tuple[int, int]:
-    """Pixels that the UNet was trained for, and what the sides of a picture must be a multiple of.
+    """The side in pixels that the UNet was trained for, and the number that divides the sides of a picture.
 
     Raises:
         ValueError, OSError: a configuration cannot be read.
@@ -117,9 +118,9 @@ def scheduler(folder: Path) -> dict[str, Any]:
 
 
 def weights(names: Iterable[str], stem: str) -> list[str]:
-    """Which files of a part's folder are read: an index and its shards, or a safetensors file.
+    """The weight files of a part's folder: an index and its shards, or one safetensors file.
 
-    In full precision where they are there, else in the variant fp16. An index goes first, as in diffusers.
+    Full precision comes before the variant fp16, and an index before a single file, as in diffusers.
     """
     names = sorted(names)
     for variant in ("", ".fp16"):

@@ -1,4 +1,4 @@
-"""A base model's scheduler_config.json: what of it describes the model, and which models the solvers know.
+"""Reads what scheduler_config.json says of a base model, and checks that the solvers support it.
 
 HyperRT samples with solvers of its own (hyperrt/sampling/solvers.py). So a scheduler's configuration is read
 for what the model was trained with: the betas, the prediction type, the spacing of few-step models. How to
@@ -29,8 +29,8 @@ KNOWN = (
 # Settings of a process that betas do not describe, whichever scheduler reads them.
 OTHER_PROCESS = {"use_flow_sigmas": True, "timestep_type": "continuous", "rescale_betas_zero_snr": True}
 REASONS = {
-    "use_flow_sigmas": "a flow-matching model is told another noise",
-    "timestep_type": "the model is told ln(sigma) / 4 in place of a timestep",
+    "use_flow_sigmas": "a flow-matching model has other noise",
+    "timestep_type": "the model reads ln(sigma) / 4 in place of a timestep",
     "rescale_betas_zero_snr": "it leaves no signal at the last timestep, where solvers divide by it",
     "thresholding": "it changes the clean sample of every step, which no solver here does",
     "clip_sample": "it clips the clean sample of every step to [-1, 1], which no solver here does",
@@ -38,7 +38,7 @@ REASONS = {
 
 
 def with_defaults(config: Mapping[str, Any], named: str | None = None) -> dict[str, Any]:
-    """The configuration with the defaults of its class where it says nothing, as diffusers reads it.
+    """The configuration, completed with the defaults of its class as diffusers does.
 
     Args:
         config: of scheduler_config.json.
@@ -49,7 +49,7 @@ def with_defaults(config: Mapping[str, Any], named: str | None = None) -> dict[s
 
 
 def fault(config: Mapping[str, Any], named: str | None = None, *, is_sdxl: bool = False) -> str:
-    """Why the solvers do not describe what a model with this configuration was trained with; "" if they do.
+    """Why the solvers do not support a model with this configuration; "" if they do.
 
     Args:
         config, named: as `with_defaults`.
@@ -74,15 +74,15 @@ def fault(config: Mapping[str, Any], named: str | None = None, *, is_sdxl: bool 
 
 
 def _of_the_step(kind: str | None, is_sdxl: bool) -> dict[str, Any]:
-    """What a scheduler of that class, if it reads it, does to every step."""
+    """Settings of that class which would change every step."""
     names = ("thresholding", "clip_sample") if is_sdxl else ("thresholding",)
     read = _defaults(getattr(diffusers, kind, None)) if kind else dict.fromkeys(names)
     return {name: True for name in names if name in read}
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    """Parameters of a scheduler's class that have a default."""
+    """The parameters of a scheduler's class that have a default."""
     if kind is None:
         return {}
-    found = inspect.signature(kind).parameters.values()
-    return {one.name: one.default for one in found if one.default is not inspect.Parameter.empty}
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

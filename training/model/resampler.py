@@ -7,8 +7,8 @@
         Q = Q + Linear(GELU(Linear(LN Q)))             four times as wide inside         no biases
     tokens = LN(Linear(Q))                             bias                              [B, N, output]
 
-The image prompt and the weight decoder of the open category are both made of it. Parameters are named as in
-the files that IP-Adapter publishes (`image_proj.*`), so these load as they are.
+The image prompt and the weight decoder of the open category both use it. Parameters have the names in
+IP-Adapter's published files (`image_proj.*`), which therefore load unchanged.
 
 Shapes: B photos, T feature tokens, F feature width, N queries, d width.
 Source: arXiv 2308.06721 (IP-Adapter), arXiv 2204.14198 (Flamingo's resampler).
@@ -84,7 +84,7 @@ def _feed_forward(dim: int) -> nn.Sequential:
 
 
 def use_attention(module: nn.Module, attend: Attend) -> None:
-    """Make every resampler in `module` attend with this operator; export passes one that becomes one node."""
+    """Makes every resampler in `module` use this attention operator; export's becomes a single ONNX node."""
     for part in module.modules():
         if isinstance(part, PerceiverAttention):
             part.attend = attend

@@ -11,10 +11,10 @@ WIDE_TEXT = 768  # of Stable Diffusion 1.5; the tiny family's text is narrower
 
 
 def hash_of(module: nn.Module, half: bool = False) -> str:
-    """sha256 (hex) of a module's weights, names and values; tells one base model from another.
+    """sha256 (hex) of the names and values of a module's weights.
 
-    half: of the values rounded to fp16, which a model has whether it was loaded as fp32 or as fp16; for the
-        large families. Without it, of fp32 values, as in the checkpoints and bundles of the tiny family.
+    half: hash the values rounded to fp16, so that a model loaded as fp32 and as fp16 has one hash; for the
+        large families. Otherwise fp32 values, as in checkpoints and bundles of the tiny family.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -25,12 +25,12 @@ def hash_of(module: nn.Module, half: bool = False) -> str:
 
 
 def base_hash(unet: nn.Module) -> str:
-    """`hash_of` a base model as the bundles of its family hold it: of half precision for the large ones."""
+    """`hash_of` a base model's UNet as in its bundles: in half precision for the large families."""
     config = unet.config
-    of_sdxl = config.addition_embed_type is not None
-    return hash_of(unet, half=of_sdxl or config.cross_attention_dim >= WIDE_TEXT)
+    is_sdxl = config.addition_embed_type is not None
+    return hash_of(unet, half=is_sdxl or config.cross_attention_dim >= WIDE_TEXT)
 
 
 def prompt_hash(image_prompt: nn.Module) -> str:
-    """`hash_of` an image prompt: the published files are of half precision."""
+    """`hash_of` an image prompt, in half precision like the published files."""
     return hash_of(image_prompt, half=True)

@@ -1,6 +1,6 @@
-"""Where and how a training computes: device, precision, seeds, memory.
+"""Device, precision, seeds and memory of a training.
 
-bf16 autocast is used only where the hardware multiplies in bf16; on other processors it is slower than fp32.
+bf16 autocast is used only if the hardware multiplies in bf16; elsewhere it is slower than fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BF16_UNITS = ("avx512_bf16", "amx_bf16", "amx_tile")  # any of them
 
 
 def pick(name: str | None = None) -> torch.device:
-    """The device of that name; None: the GPU if there is one, else the processor."""
+    """The device of that name; None: the GPU if there is one, else the CPU."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -34,39 +34,38 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def computes_bf16(device: torch.device, precision: str | None = None) -> bool:
-    """Whether products are to be of bf16: if `precision` says so, or says nothing and that is fast."""
+    """Whether to multiply in bf16: if `precision` is "bf16", or None and the device has units for it."""
     return has_bf16(device) if precision is None else precision == "bf16"
 
 
 def autocast(device: torch.device, precision: str | None = None) -> AbstractContextManager[object]:
-    """bf16 or fp32, as `computes_bf16`."""
+    """A context that computes in bf16 or fp32, see `computes_bf16`."""
     if computes_bf16(device, precision):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def frozen_dtype(device: torch.device, precision: str | None = None) -> torch.dtype:
-    """What the weights of a frozen network are kept in: bf16 on a GPU that computes in it anyway.
+    """The type of a frozen network's weights: bf16 on a GPU that computes in bf16, else fp32.
 
-    On a processor they stay fp32: memory is not what is short there, and a base model that was trained beside
-    them goes on to give the same numbers.
+    On a CPU memory is not scarce, and fp32 keeps the numbers of earlier trainings.
     """
     half = device.type == "cuda" and computes_bf16(device, precision)
     return torch.bfloat16 if half else torch.float32
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global generators; what must be repeatable draws from generators of its own all the same."""
+    """Seeds the global generators, for the initial weights; batches have generators of their own."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def prepare(threads: int | None = None) -> None:
-    """Set up the process for a long run on a processor.
+    """Sets up the process for a long run on a CPU.
 
-    Denormal numbers (fresh Adam states) are slow, so they count as zero. glibc hands every large activation
-    back to the system and faults it in again at the next step; with higher thresholds it keeps them.
+    Denormal numbers (fresh Adam states) are slow, so they are flushed to zero. glibc returns every large
+    activation to the system, and page-faults it in the next step; higher thresholds make it keep them.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -78,9 +77,9 @@ def prepare(threads: int | None = None) -> None:
 
 
 class Memory:
-    """The most memory in use since this was made, in bytes: `peak`, and `growth` above what it began with.
+    """Peak memory in bytes since the object was made: `peak`, and `growth` over the use at that time.
 
-    Of a GPU PyTorch's own tensors, of a processor the whole process (0 where the system does not tell).
+    On a GPU it counts PyTorch's tensors, on a CPU the whole process (0 if the system does not report it).
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,12 +1,12 @@
-"""Settings by name: fields of `hyperrt.training.run.config.TrainConfig`, the rest are its defaults.
+"""Presets: fields of `hyperrt.training.run.config.TrainConfig`; the other fields have its defaults.
 
 The paper's (arXiv 2511.03156, tables 6 and 8) are the numbers that it prints. It prints two weights of R(h)
 for the closed category, 0.15 or 0.5 in the text and 100 in the table, and no reduction: 0.15 and 0.5 bind as
 a mean over factors, 100 as a mean over numbers, so each is a preset with its own. What it does not print
 (the EMA, the share of empty prompts) is the default.
 
-Beside each stands the score that it should reach: the paper's, on unseen subjects, without fine-tuning. None
-of the paper's was reached here yet: that takes the published base models.
+The comment on each is the score that it should reach: the paper's, on unseen subjects, without fine-tuning.
+None of the paper's has been reached here yet: that takes the published base models.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CLOSED: Settings = {**PAPER, "rank": 3, "iterations": 4, "lr": 1e-5}
 TABLE_6: Settings = {"lambda_": 100.0, "reduction": "mean"}
 
 PRESETS: dict[str, Settings] = {
-    # The base model of training/pretrain.py. Reached by the wheel's, which went on with batch 512 on a GPU:
+    # The base model of training/pretrain.py. Reached by the wheel's, which continued with batch 512 on a GPU:
     # held-out gap 0.079 and gain 0.022 (docs/log.md, "The hypernetwork")
     "tiny": {},
-    # For tests: is the script in order?
+    # For tests.
     "smoke": {"steps": 20, "batch_size": 8, "dim": 64, "layers": 1, "warmup": 5, "holdout": 16},
     # CelebA-HQ, guidance 7.5: DINO 0.639, CLIP-I 0.653, faces 0.250, CLIP-T 0.269
     "celeba": {**CLOSED, "steps": 30_000, "lambda_": 0.15, "reduction": "matrix_fro_mean"},

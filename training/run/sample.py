@@ -1,7 +1,7 @@
-"""Pictures from the base model in plain PyTorch: previews for both trainings, with a LoRA or without.
+"""Pictures from the base model in plain PyTorch, with or without a LoRA, as previews of a training.
 
-The loop, the solver tables, the noise and the guidance weights are the runtime's own, so a preview
-is the picture that the exported bundle makes.
+The loop, the solver tables, the noise and the guidance weights are the runtime's, so a preview equals
+the picture of the exported bundle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hyperrt.training.model.base_model import Base
 from hyperrt.training.model.encode import encode_text
 from hyperrt.training.model.lora_layers import Rows, install, layout_of, unpack
 
-GAP, ZOOM = 2, 2  # of a sheet: pixels between its pictures, and how much larger it is made
+GAP, ZOOM = 2, 2  # of a sheet: pixels between pictures, and magnification
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def sample(
     seed: int = 0,
     solver: str = "dpmpp_2m",
 ) -> np.ndarray:
-    """HM-CFG (paper eq. 20); image k has the noise of seed + k.
+    """Draws pictures with HM-CFG (paper eq. 20); image k has the noise of seed + k.
 
     Args:
         generic: prompts of the base branch.
@@ -63,10 +63,10 @@ def sample(
     def step(feeds: loop.Feeds) -> loop.Feeds:
         latents = torch.from_numpy(np.asarray(feeds["latents"]))
         output = predict(latents * float(feeds["coefficients"][0]), float(feeds["timestep"])).cpu().numpy()
-        following = solvers.apply(
+        outputs = solvers.apply(
             feeds["coefficients"], feeds["latents"], output, feeds["previous"], feeds["noise"]
         )
-        return dict(zip(("next_latents", "denoised"), following, strict=True))
+        return dict(zip(("next_latents", "denoised"), outputs, strict=True))
 
     unet = base.unet.config
     images = len(hidden["generic"])
@@ -87,7 +87,7 @@ def decode(base: Base, latents: Tensor) -> np.ndarray:
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Pictures of one size [H, W, 3], row by row, as one picture on grey."""
+    """Pictures of equal size [H, W, 3], arranged row by row on grey."""
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
     canvas = np.full((len(rows) * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 96, np.uint8)
@@ -99,7 +99,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
-    """Publishes the `sheet` of these pictures as a PNG, in place of one that is there."""
+    """Writes the `sheet` of these pictures as a PNG; replaces an existing file."""
     picture = Image.fromarray(sheet(rows))
     files.publish(path, lambda file: picture.save(file, "PNG"), force=True)
 
@@ -113,7 +113,7 @@ def _predictor(
 ) -> Callable[[Tensor, float], Tensor]:
     """The guided prediction as a function of (latents [images, C, h, w], timestep)."""
     install(base.unet)
-    device, dtype = base.unet.device, base.unet.dtype  # bf16 of a GPU's frozen weights, else fp32
+    device, dtype = base.unet.device, base.unet.dtype  # bf16 for frozen weights on a GPU, else fp32
     text = torch.cat([hidden[branch.name] for branch in branches]).to(device)
     images = len(hidden["generic"])
     options = None
@@ -137,5 +137,5 @@ def _predictor(
 
 
 def _rows(vector: Tensor, branches: int, images: int) -> Tensor:
-    """[1, N] stays, [images, N] is repeated for each branch; the gate keeps it out of the base's rows."""
+    """[1, N] stays, [images, N] is repeated for each branch; the gate switches it off in the base's rows."""
     return vector if len(vector) == 1 else vector.repeat(branches, 1)

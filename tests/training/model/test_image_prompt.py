@@ -143,7 +143,7 @@ def test_a_truncated_file_is_damaged(parts, file):
 def test_an_ip_adapter_without_a_resampler_is_refused(parts, tmp_path):
     path = tmp_path / "ip-adapter.safetensors"
     save_file({"image_proj.proj.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(BadInput, match="no IP-Adapter-Plus") as caught:
+    with pytest.raises(BadInput, match="not an IP-Adapter-Plus") as caught:
         image_prompt.load(path, parts.unet)
     assert is_three_lines(caught.value)
 
