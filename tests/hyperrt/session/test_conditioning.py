@@ -57,6 +57,18 @@ def test_the_second_text_encoder_has_its_own_padding(sdxl):
     assert seen["input_ids_2"].dtype == np.int64 and (seen["input_ids_2"] == PAD_2).any()
 
 
+def test_token_0_may_be_the_padding_of_the_second_text_encoder(tmp_path):
+    fake_bundle.register()
+    folder = fake_bundle.write(tmp_path / "b", sdxl=True)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["prompts"]["pad_2"] = 0
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    with Runtime.open(folder, "fake") as runtime:
+        seen = spy("text_encoder")
+        runtime.generate("a robot", steps=1)
+    assert (seen["input_ids_2"][:, -1] == 0).all()
+
+
 def test_the_only_text_encoder_may_have_a_padding_of_its_own(tmp_path):
     fake_bundle.register()
     folder = fake_bundle.write(tmp_path / "b")
