@@ -194,3 +194,14 @@ def test_after_a_subject_whose_keys_are_not_numbers_the_one_before_is_right(pret
         with pytest.raises(NumericError, match="what the prompt says"), np.errstate(invalid="ignore"):
             runtime.generate(PROMPT, broken)
         np.testing.assert_array_equal(runtime.generate(PROMPT, subject).latents, expected)
+
+
+def test_at_strength_0_another_subject_brings_its_own_image_tokens(open_category, photos):
+    grey = [np.full((40, 40, 3), 200, np.uint8)]
+    subjects = [open_category.personalize(images) for images in (photos, grey, photos)]
+    first, second, again = (
+        open_category.generate(PROMPT, subject, strength=0, image_scale=1, steps=1).latents
+        for subject in subjects
+    )
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(again, first)
