@@ -162,6 +162,30 @@ def test_the_tests_of_the_runtime_start_without_a_training_framework(path):
         assert not HEAVY & imports(path, at_import=True), 'write: torch = pytest.importorskip("torch")'
 
 
+TESTS_OF_SEVERAL_MODULES = {
+    "tests/export/test_lora_elsewhere.py": "hyperrt/lora against diffusers and PEFT",
+    "tests/export/test_peft_config.py": "hyperrt/lora/peft_config.py against PEFT",
+    "tests/export/test_small_models.py": "export, runtime and command line",
+    "tests/export/test_small_models_loop.py": "the same, against diffusers' loop",
+    "tests/export/test_subject_elsewhere.py": "subject files of the runtime in diffusers and PEFT",
+}
+
+
+def test_a_test_file_is_named_for_a_module_of_its_folder():
+    paths = [path for layer in LAYERS for path in sources(f"tests/{layer}") if path.name.startswith("test_")]
+    assert paths
+    others = {name(path) for path in paths if not tested_modules(path)}
+    assert others == TESTS_OF_SEVERAL_MODULES.keys()
+
+
+def tested_modules(path: Path) -> list[Path]:
+    """Of tests/hyperrt/lora/test_layout_foreign.py: hyperrt/lora/layout.py."""
+    words = path.stem.split("_")[1:]
+    folder = ROOT / path.parent.relative_to(ROOT / "tests")
+    modules = [folder / ("_".join(words[: k + 1]) + ".py") for k in range(len(words))]
+    return [module for module in modules if module.is_file()]
+
+
 @each(*LAYERS, "bench")
 def test_nothing_that_is_loaded_can_run_code(path):
     bad = [node for node in nodes(path) if runs_code(node)]

@@ -16,6 +16,7 @@ from hyperrt.sampling.options import SOLVER_NAMES
 def test_the_manifest_holds_the_error_of_every_check(exported):
     parity = json.loads((exported / "bundle.json").read_text())["parity"]
     assert parity.keys() == verify.TOLERANCE.keys() - {"image_prompt"}
+    assert parity["lora_zero"] == 0 < parity["denoiser"]  # measured: a graph of fp32 differs in a few bits
 
 
 def test_a_graph_that_differs_from_its_module_has_a_large_error(exported, source, parts, modules):

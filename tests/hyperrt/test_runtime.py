@@ -10,7 +10,6 @@ import pytest
 from hyperrt import engines
 from hyperrt.errors import BadPrompt, LoraMismatch, NumericError, UsageError
 from hyperrt.runtime import Runtime
-from hyperrt.sampling import guidance, loop, solvers
 from hyperrt.sampling.recipe import options_of
 from hyperrt.sampling.tokenizer import Tokenizer
 from hyperrt.session.decode import pictures_from_pixels
@@ -56,22 +55,30 @@ def test_a_result_is_pictures_seeds_recipe_and_latents(runtime, subject):
 
 
 def test_the_final_latents_are_those_of_the_formula_computed_by_hand(runtime, subject):
-    result = runtime.generate("a [V] robot on the beach", subject, kappa=0.4, guidance_scale=2.0, steps=3)
-    graphs = fake_bundle.GRAPHS
+    """HM-CFG (arXiv 2511.03156, eq. 20) and DDIM (arXiv 2010.02502, eq. 12) with fake_bundle's networks."""
+    s, kappa, strength, steps = 2.0, 0.4, 0.1, 3
+    result = runtime.generate(PROMPT, subject, kappa=kappa, guidance_scale=s, strength=strength, steps=steps)
     rules = runtime.bundle.prompts
     tokenizer = Tokenizer(runtime.bundle.tokenizer, rules.max_tokens, rules.pad)
-    tokens = [tokenizer.encode(t).ids for t in ("", "a sks robot on the beach", "a robot on the beach")]
-    hidden = graphs["text_encoder"]({"input_ids": np.stack(tokens)})["hidden_states"]
-    lora_q, lora_kv = subject.lora["lora_q"][None], subject.lora["lora_kv"][None]
-    gate = np.array([0, 1, 0], np.float32)
-    context = graphs["context"]({"hidden_states": hidden, "gate": gate, "lora_kv": lora_kv})["context"]
-    weights = np.array(guidance.hm_cfg_weights(2.0, 0.4), np.float32)
-    resident = {"context": context, "gate": gate, "lora_q": lora_q, "guidance": weights}
-    table = solvers.table("ddim", solvers.NoiseSchedule.named("scaled_linear", 0.00085, 0.012), 3, "epsilon")
-    noise = loop.initial_noise(0, (4, 4, 4), 1)
-    trajectory = loop.Trajectory(table, noise)
-    steps = list(loop.denoise(lambda feeds: graphs["denoiser"]({**feeds, **resident}), trajectory))
-    np.testing.assert_array_equal(result.latents, steps[-1].latents)
+    texts = {"uncond": "", "subject": "a sks robot on the beach", "generic": "a robot on the beach"}
+    factors = fake_bundle.LAYOUT.unpack(subject.lora)
+    to_kv = [factors[path] for path in factors if not path.endswith("to_q")]
+    row_values = {}
+    for branch, text in texts.items():
+        gate = strength if branch == "subject" else 0
+        hidden = np.outer(tokenizer.encode(text).ids, np.linspace(0.1, 1, fake_bundle.D))
+        added = np.concatenate([hidden @ a @ b for a, b in to_kv], axis=1)
+        context = hidden.sum(1, keepdims=True) + gate * added
+        row_values[branch] = np.tanh(context.mean() / 10) + gate * subject.lora["lora_q"].sum()
+    weights = {"uncond": 1 - 2 * s, "subject": kappa * s, "generic": (2 - kappa) * s}
+    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    x = np.random.Generator(np.random.Philox(0)).standard_normal((1, 4, 4, 4), np.float32)
+    for timestep in (667, 334, 1):
+        now, after = alphas[timestep], alphas[max(timestep - 1000 // steps, 0)]
+        noise = sum(w * (0.5 * x + row_values[branch] + timestep / 1000) for branch, w in weights.items())
+        clean = (x - np.sqrt(1 - now) * noise) / np.sqrt(now)
+        x = np.sqrt(after) * clean + np.sqrt(1 - after) * noise
+    np.testing.assert_allclose(result.latents, x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_picture_has_the_same_bits_alone_and_among_others(runtime, subject):

@@ -4,7 +4,7 @@ from hyperrt.lora.layout import LoraLayout, Site
 from hyperrt.session.adapter import TOKENS, write_context
 
 
-def test_the_lora_is_added_to_keys_and_values_as_the_graph_would():
+def test_the_product_of_each_site_is_added_to_its_keys_or_values_of_the_text():
     rng = np.random.default_rng(0)
     paths = ("a.attn2", "b.attn2")
     sites = tuple(

@@ -154,6 +154,14 @@ def test_a_step_binds_nothing_while_the_batch_stays_the_same(runtime, subject):
     assert runtime._graphs.engine("denoiser").uploads == uploads
 
 
+def test_the_rows_are_bound_before_the_first_step_alone(runtime, subject, monkeypatch):
+    batch = batch_of(runtime, runtime.request(PROMPT, subject, steps=3))
+    bind, calls = batch.bind, []
+    monkeypatch.setattr(batch, "bind", lambda: calls.append(batch.trajectory.index) or bind())
+    last(batch)
+    assert calls == [0]
+
+
 def test_after_another_batch_ran_the_first_binds_its_own_rows_again(runtime, subject, other):
     first, second = (runtime.request(PROMPT, one, steps=3) for one in (subject, other))
     expected = [drawn(runtime, request) for request in (first, second)]

@@ -57,6 +57,18 @@ def test_the_second_text_encoder_has_its_own_padding(sdxl):
     assert seen["input_ids_2"].dtype == np.int64 and (seen["input_ids_2"] == PAD_2).any()
 
 
+def test_token_0_may_be_the_padding_of_the_second_text_encoder(tmp_path):
+    fake_bundle.register()
+    folder = fake_bundle.write(tmp_path / "b", sdxl=True)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["prompts"]["pad_2"] = 0
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    with Runtime.open(folder, "fake") as runtime:
+        seen = spy("text_encoder")
+        runtime.generate("a robot", steps=1)
+    assert (seen["input_ids_2"][:, -1] == 0).all()
+
+
 def test_the_only_text_encoder_may_have_a_padding_of_its_own(tmp_path):
     fake_bundle.register()
     folder = fake_bundle.write(tmp_path / "b")
@@ -182,3 +194,14 @@ def test_after_a_subject_whose_keys_are_not_numbers_the_one_before_is_right(pret
         with pytest.raises(NumericError, match="what the prompt says"), np.errstate(invalid="ignore"):
             runtime.generate(PROMPT, broken)
         np.testing.assert_array_equal(runtime.generate(PROMPT, subject).latents, expected)
+
+
+def test_at_strength_0_another_subject_brings_its_own_image_tokens(open_category, photos):
+    grey = [np.full((40, 40, 3), 200, np.uint8)]
+    subjects = [open_category.personalize(images) for images in (photos, grey, photos)]
+    first, second, again = (
+        open_category.generate(PROMPT, subject, strength=0, image_scale=1, steps=1).latents
+        for subject in subjects
+    )
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(again, first)
