@@ -3,6 +3,7 @@ import torch
 
 from hyperrt.export import operators
 from hyperrt.sampling import guidance
+from hyperrt.training.model import lora_layers
 
 
 def test_rows_are_branch_major():
