@@ -1,4 +1,4 @@
-"""Data sets of every layout, made of drawn pictures: DIR => the folder that --source names."""
+"""Writes small data sets of every layout with drawn pictures; each function returns the folder."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def drawn(number: int = 8, size: int = SIZE) -> Iterator[np.ndarray]:
 
 
 def encoded(picture: np.ndarray, kind: str = "PNG") -> bytes:
-    """The picture as a file of that kind."""
+    """Encodes a picture as a file of this kind."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, kind)
     return file.getvalue()
 
 
 def write(folder: Path, names: Iterable[str]) -> Path:
-    """A different picture under each name."""
+    """Writes a different picture under each name."""
     names = list(names)
     for name, picture in zip(names, drawn(len(names)), strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write(folder: Path, names: Iterable[str]) -> Path:
 
 
 def tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
-    """A shard of these files."""
+    """Writes a tar shard of these files."""
     with tarfile.open(path, "w") as archive:
         for name, content in members:
             about = tarfile.TarInfo(name)
@@ -51,7 +51,7 @@ def tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def composite(left: np.ndarray, right: np.ndarray, padding: int = 8) -> np.ndarray:
-    """Two views as Subjects200K has them."""
+    """Two views in one picture, as in Subjects200K."""
     side = len(left)
     canvas = np.full((side + 2 * padding, 2 * side + 3 * padding, 3), 255, np.uint8)
     canvas[padding : padding + side, padding : padding + side] = left
@@ -60,7 +60,7 @@ def composite(left: np.ndarray, right: np.ndarray, padding: int = 8) -> np.ndarr
 
 
 def row(item: str, scores: int | None = 5, /, **description: object) -> dict[str, object]:
-    """The columns of a row of Subjects200K, but for its picture."""
+    """The columns of a row of Subjects200K, without its picture."""
     names = ("compositeStructure", "objectConsistency", "imageQuality")
     return {
         "collection": "collection_1",
@@ -77,7 +77,7 @@ def row(item: str, scores: int | None = 5, /, **description: object) -> dict[str
 
 
 def folders(path: Path) -> Path:
-    """Four subjects with 3, 1, 2 and 3 photos; each says in another way what it is."""
+    """Four subjects with 3, 1, 2 and 3 photos; each gives its class noun in another way."""
     numbers = {"a": (1, 2, 10), "b": (1,), "c": (1, 2), "d": (1, 2, 3)}
     write(path, [f"{subject}/{number}.png" for subject in numbers for number in numbers[subject]])
     (path / "a" / "class.txt").write_text("robot\n")
@@ -88,7 +88,7 @@ def folders(path: Path) -> Path:
 
 
 def celeba(path: Path) -> Path:
-    """Four faces of the training, one of the evaluation, one of neither."""
+    """Four faces of the training split, one of the evaluation split, one of neither."""
     return write(path, ["0.png", "7.png", "00012.png", "29799.png", "29850.png", "29950.png"])
 
 
@@ -99,7 +99,7 @@ def afhq(path: Path) -> Path:
 
 
 def subjects200k(path: Path) -> Path:
-    """Four good rows in a tar shard, and one that is not good enough."""
+    """Four good rows in a tar shard, and one below the quality filter."""
     path.mkdir()
     pictures = list(drawn(10))
     members = []

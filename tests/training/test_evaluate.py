@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -285,37 +284,6 @@ def test_an_impossible_evaluation_ends_with_a_message_and_a_code(
     actual, output = ended(*options, *wrong, "--output", tmp_path / "out")
     assert (actual, message in output) == (code, True), output
     assert "Traceback" not in output
-
-
-class Started(Exception):
-    """Carries the settings of an evaluation that was about to start."""
-
-
-@pytest.mark.parametrize(
-    ("former", "current"),
-    [
-        (["tiny", "--images-per-prompt", 3], ["tiny", "-n", 3]),
-        (["tiny", "--guidance", 2.5], ["tiny", "--guidance-scale", 2.5]),
-        (["tiny", "--batch", 7], ["tiny", "--batch-size", 7]),
-        (["tiny", "--judges", "folder"], ["tiny", "--encoders", "folder"]),
-        (["--pictures", "."], ["--score", "."]),
-    ],
-)
-def test_former_options_mean_the_same_and_are_not_in_the_help(monkeypatch, former, current):
-    def start(config):
-        raise Started(config)
-
-    monkeypatch.setattr(evaluate, "run", start)
-    configs = []
-    for options in (former, current):
-        with pytest.raises(Started) as started:
-            ended("--protocol", "drawn", "--output", "out", *options)
-        configs.append(started.value.args[0])
-    assert configs[0] == configs[1]
-    assert configs[0] != evaluate.EvaluateConfig(protocol="drawn", output=Path("out"), bundle="tiny")
-    code, text = ended("--help")
-    assert code == 0
-    assert not re.search(r"--(images-per-prompt|guidance|batch|judges)\s", text)
 
 
 def test_a_folder_that_is_not_a_bundle_is_refused(options, subjects, tmp_path):

@@ -1,4 +1,4 @@
-"""hyperrt prepare: every layout becomes a cache that a training step can be made of."""
+"""hyperrt prepare: a training step runs on the cache of every layout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHAPES = {  # layout -> subjects, views
 
 @pytest.fixture
 def config(world, tmp_path):
-    """A function: layout and settings => what to prepare."""
+    """A function: layout and options => PrepareConfig."""
 
     def config(layout: str, source: Path | None = None, **settings) -> PrepareConfig:
         source = source or getattr(data_sets, layout)(tmp_path / layout)
@@ -61,7 +61,7 @@ def skipped(cache: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("layout", SHAPES)
-def test_a_training_step_can_be_made_of_every_layout(layout, config, settings):
+def test_a_training_step_runs_on_every_layout(layout, config, settings):
     cache = prepare.prepare(config(layout, flip=layout == "celeba"))
     identities, views = SHAPES[layout]
     assert cache.images.shape == (identities, views, 64, 64, 3)
@@ -74,7 +74,7 @@ def test_a_training_step_can_be_made_of_every_layout(layout, config, settings):
     assert any(not torch.equal(*pair) for pair in zip(before, trainer.decoder.parameters(), strict=True))
 
 
-def test_what_is_prepared_is_what_the_parts_of_the_base_make(config, parts):
+def test_the_cache_holds_the_outputs_of_the_base_models_encoders(config, parts):
     cache = prepare.prepare(config("folders", flip=True))
     picture = np.array(cache.images[2, 1])[None]
     pixels = torch.from_numpy(picture).permute(0, 3, 1, 2) / 127.5 - 1
@@ -91,7 +91,7 @@ def test_what_is_prepared_is_what_the_parts_of_the_base_make(config, parts):
     torch.testing.assert_close(table.text(rows).hidden_states, expected, **tolerance)
 
 
-def test_a_subject_with_fewer_photos_has_them_again_and_its_target_is_another_one(config, settings, parts):
+def test_a_subject_with_fewer_photos_repeats_them_and_its_target_is_another_one(config, settings, parts):
     cache = prepare.prepare(config("folders"))
     assert cache.counts.tolist() == [3, 1, 2, 3]
     for array in (cache.images, cache.latents, features.image_features(parts, cache)):
@@ -108,7 +108,7 @@ def test_a_subject_with_fewer_photos_has_them_again_and_its_target_is_another_on
             assert (target == seen) == (who == 1)
 
 
-def test_half_of_the_targets_are_mirrored_where_the_cache_has_them(config, settings):
+def test_half_of_the_targets_are_mirrored_if_the_cache_has_them(config, settings):
     cache = prepare.prepare(config("celeba", flip=True))
     options = {"data": str(cache.path), "holdout": 0, "photos": 1, "batch_size": 4}
     trainer = Trainer(TrainConfig(**{**settings, **options}))
@@ -132,14 +132,14 @@ def test_the_captions_of_the_closed_categories_are_those_of_the_paper(config, tm
 
 
 @pytest.mark.parametrize("layout", ["celeba", "afhq"])
-def test_the_evaluation_has_photos_of_its_own(layout, config, tmp_path):
+def test_the_splits_of_a_layout_share_no_photos(layout, config, tmp_path):
     cache = prepare.prepare(config(layout, split="eval"))
     assert cache.shape == (1, 1)
     trained = prepare.prepare(config(layout, tmp_path / layout, output=tmp_path / "train"))
     assert not (trained.images == cache.images[0]).all((1, 2, 3, 4)).any()
 
 
-def test_workers_make_the_cache_that_one_process_makes(config, tmp_path):
+def test_worker_processes_make_the_same_cache(config, tmp_path):
     source = data_sets.webdataset(tmp_path / "shards")
     one = prepare.prepare(config("webdataset", source))
     two = prepare.prepare(config("webdataset", source, output=tmp_path / "two", workers=2))
@@ -154,7 +154,7 @@ def test_a_folder_with_one_photo_is_enough(config, tmp_path):
     assert texts(cache) == {("a [V] cat", "a cat")}
 
 
-def test_a_limit_is_a_number_of_subjects(config, tmp_path):
+def test_a_limit_counts_subjects(config, tmp_path):
     source = data_sets.afhq(tmp_path / "afhq")
     assert prepare.prepare(config("afhq", source, limit=2)).shape == (2, 1)
     cache = prepare.prepare(config("folders", limit=3, views=2, output=tmp_path / "other"))
@@ -176,15 +176,15 @@ def test_bad_photos_are_left_out_and_named_up_to_a_share(config, tmp_path, caplo
     assert prepare.prepare(replace(again, max_bad=0.1)).shape == (18, 1)
 
 
-def test_nothing_that_can_be_used_is_an_error_of_three_lines(config, tmp_path):
+def test_a_data_set_without_usable_photos_is_an_error_of_three_lines(config, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "1.png").write_bytes(b"no picture")
-    for source, said in (
+    for source, message in (
         ("empty", "holds no photos"),
         ("broken", "no photo of the data set can be used(?s:.*)1.png"),
     ):
-        with pytest.raises(BadInput, match=said) as raised:
+        with pytest.raises(BadInput, match=message) as raised:
             prepare.prepare(config("folders", tmp_path / source, noun="cat"))
         assert len(str(raised.value).splitlines()) == 3
     with pytest.raises(NotFound, match="there is no"):
@@ -212,7 +212,7 @@ def test_real_photos_become_a_cache(config, shared_data):
     assert texts(cache) == {("a [V] backpack", "a backpack"), ("a [V] can", "a can")}
 
 
-def test_a_finished_cache_is_kept_and_another_make_up_asks_for_force(config, tmp_path):
+def test_a_finished_cache_is_kept_and_other_settings_need_force(config, tmp_path):
     first = config("folders")
     cache = prepare.prepare(first)
     before = {path.name: path.stat().st_mtime_ns for path in cache.path.iterdir()}
@@ -231,21 +231,21 @@ def test_a_finished_cache_is_kept_and_another_make_up_asks_for_force(config, tmp
     assert prepare.prepare(replace(first, limit=2, force=True)).shape == (2, 3)
 
 
-def test_a_folder_of_something_else_is_left_alone(config, tmp_path):
+def test_a_folder_with_other_files_is_left_alone(config, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match=r"holds thesis\.txt"):
         prepare.prepare(config("folders", force=True))
 
 
-def test_a_cache_does_not_lie_in_its_data_set(config, tmp_path):
+def test_a_cache_in_its_data_set_is_refused(config, tmp_path):
     source = data_sets.folders(tmp_path / "folders")
     with pytest.raises(UsageError, match="lies in the data set"):
         prepare.prepare(config("folders", source, output=source / "cache"))
 
 
 @pytest.mark.parametrize("stage", ["image_features", "caption_table"])
-def test_what_was_finished_before_an_interruption_is_kept(stage, config, monkeypatch):
+def test_an_interrupted_run_keeps_its_finished_stages(stage, config, monkeypatch):
     def stop(*arguments):
         raise SystemExit(143)
 
@@ -290,7 +290,7 @@ def test_two_runs_do_not_write_one_cache(config):
         prepare.prepare(wanted)
 
 
-def test_a_worker_that_dies_is_named():
+def test_a_dead_worker_is_an_error():
     with pytest.raises(ResourceError, match="a worker process died"):
         list(data.in_processes(os._exit, [9], 2))
 
@@ -303,14 +303,14 @@ def test_latents_of_another_autoencoder_are_refused(config, settings, parts):
         features.check_latents(parts, other)
 
 
-def test_a_full_disk_is_said_before_the_work(config, monkeypatch):
+def test_a_full_disk_is_an_error_before_the_work(config, monkeypatch):
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ResourceError, match="no room for the latents"):
         prepare.prepare(config("celeba"))
 
 
 @pytest.mark.parametrize(
-    ("layout", "settings", "said"),
+    ("layout", "settings", "message"),
     [
         ("folders", {"split": "eval"}, "has no split 'eval'"),
         ("celeba", {"noun": "cat"}, "--noun cannot be set"),
@@ -319,8 +319,8 @@ def test_a_full_disk_is_said_before_the_work(config, monkeypatch):
         ("parquet", {"source": Path()}, "there is no layout"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(layout, settings, said, config):
-    with pytest.raises(UsageError, match=said):
+def test_impossible_options_are_refused(layout, settings, message, config):
+    with pytest.raises(UsageError, match=message):
         prepare.prepare(config(layout, **settings))
 
 

@@ -31,7 +31,7 @@ def same(one, other):
     return all(np.array_equal(vars(one)[name], vars(other)[name]) for name in vars(one))
 
 
-def test_a_cache_has_the_shapes_that_its_module_names(small):
+def test_a_cache_has_the_shapes_of_its_documentation(small):
     assert small.images.shape == (24, VIEWS, SIZE, SIZE, 3)
     assert small.images.dtype == np.uint8
     assert (small.nouns == np.arange(24) % len(scenes.NOUNS)).all()
@@ -49,14 +49,14 @@ def test_a_finished_cache_is_kept(small):
     assert (small.path / "images.npy").stat().st_mtime_ns == before
 
 
-def test_a_finished_cache_of_another_make_up_is_replaced_only_when_asked(small):
+def test_a_finished_cache_with_other_settings_is_kept_without_force(small):
     before = contents(small)
     with pytest.raises(UsageError, match="other settings: identities, views"):
         data.build(small.path, 25, VIEWS - 1, SIZE, workers=1)
     assert same(contents(data.PictureCache.open(small.path)), before)
 
 
-def test_another_make_up_or_an_unfinished_cache_is_drawn_again(small):
+def test_other_settings_or_an_unfinished_cache_are_drawn_again(small):
     expected = contents(small)
     (small.path / data.LATENTS).write_bytes(b"of the old pictures")
     other = data.build(small.path, 24, VIEWS, SIZE, split="test", workers=1, force=True)
@@ -74,23 +74,23 @@ def test_captions_name_noun_scene_and_token(small):
     assert small.captions(who, view, "sks") == [f"a sks {noun} {place}"]
 
 
-def test_described_captions_have_the_description_in_the_place_of_the_noun(folder, tmp_path):
+def test_described_captions_have_the_description_in_place_of_the_noun(folder, tmp_path):
     mixed = data.build(
         tmp_path / "mixed", 24, VIEWS, SIZE, workers=1, cutouts=cutouts.load(folder), share=0.5
     )
     who, view = (index.ravel() for index in np.indices(mixed.shape))
-    for told, plain in zip(mixed.described(who, view), mixed.captions(who, view), strict=True):
+    for described, plain in zip(mixed.described(who, view), mixed.captions(who, view), strict=True):
         place = next(place for place in scenes.BACKGROUNDS if plain.endswith(place))
         noun = plain.removeprefix("a ").removesuffix(place).strip()
-        assert told.endswith(place)
-        assert noun in told
-        assert len(told) > len(plain)
+        assert described.endswith(place)
+        assert noun in described
+        assert len(described) > len(plain)
     drawn = next(k for k in range(24) if "details" in mixed.described(np.array([k]), np.array([0]))[0])
     who = scenes.drawn_subject(scenes.NOUNS[drawn % len(scenes.NOUNS)], "train", drawn)
     assert scenes.describe(who) in mixed.described(np.array([drawn]), np.array([0]))[0]
 
 
-def test_what_is_not_there_is_named(small):
+def test_a_cache_without_latents_or_metadata_is_refused(small):
     with pytest.raises(FileNotFoundError, match="has no latents yet"):
         _ = small.latents
     (small.path / data.METADATA).unlink()
@@ -109,7 +109,7 @@ def test_a_cache_from_before_there_were_cutouts_is_read(small):
     assert small.names == scenes.NOUNS
 
 
-def test_cutouts_take_their_share_and_leave_the_drawn_subjects_as_they_were(small, folder, tmp_path):
+def test_cutouts_take_their_share_and_leave_the_other_subjects_unchanged(small, folder, tmp_path):
     mixed = data.build(
         tmp_path / "mixed", 24, VIEWS, SIZE, workers=1, cutouts=cutouts.load(folder), share=0.5
     )

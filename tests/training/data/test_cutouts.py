@@ -83,7 +83,7 @@ def test_the_first_round_keeps_the_hues_and_later_ones_turn_them(folder):
     assert found.noun(len(found.files)) == found.noun(0)
 
 
-def test_an_identity_is_the_same_for_ever(folder):
+def test_a_subject_is_always_the_same(folder):
     index = 3 * len(COLOURS) + 1
     one, other = (np.asarray(cutouts.load(folder).subject(index, 32)) for _ in range(2))
     assert np.array_equal(one, other)
@@ -97,7 +97,7 @@ def test_a_description_has_the_colours_that_a_picture_shows(folder):
         assert found.describe(index) == f"{shown} {found.noun(index)}"
 
 
-def test_what_is_nearly_transparent_is_described_by_its_noun(tmp_path):
+def test_a_nearly_transparent_subject_is_described_by_its_noun(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 60)).save(tmp_path / "veil.png")
     found = cutouts.Cutouts("train", (tmp_path / "veil.png",), ("veil",), {})
     assert found.describe(0) == "veil"
@@ -129,7 +129,7 @@ def test_a_picture_of_too_many_pixels_is_left_out(folder, monkeypatch):
         cutouts.load(folder)
 
 
-def test_a_folder_that_is_absent_or_has_none_is_refused(tmp_path):
+def test_a_missing_folder_or_one_without_cutouts_is_refused(tmp_path):
     with pytest.raises(NotFound, match="there is no folder"):
         cutouts.load(tmp_path / "absent")
     with pytest.raises(BadInput, match="has no cut-outs"):

@@ -12,7 +12,7 @@ from hyperrt.training.data import backgrounds, scenes
 
 SIZE = 32
 WHITE = "on a plain white background"
-IDENTITIES = range(40)
+INDICES = range(40)
 
 PRINT_HASH = """
 import hashlib, numpy
@@ -29,19 +29,19 @@ def picture(noun="fish", split="test", index=3, background="in a city", seed=5):
     )
 
 
-def test_there_are_the_nouns_and_scenes_that_were_asked_for():
+def test_there_are_eight_nouns_and_twelve_scenes():
     assert len(scenes.NOUNS) >= 8
     assert len(scenes.BACKGROUNDS) >= 12
     assert WHITE in scenes.BACKGROUNDS
 
 
-def test_no_identity_of_a_split_is_in_another():
-    found = {
-        split: {scenes.drawn_subject(noun, split, index) for noun in scenes.NOUNS for index in IDENTITIES}
+def test_no_subject_is_in_two_splits():
+    subjects = {
+        split: {scenes.drawn_subject(noun, split, index) for noun in scenes.NOUNS for index in INDICES}
         for split in scenes.SPLIT_SEEDS
     }
-    assert {len(identities) for identities in found.values()} == {len(scenes.NOUNS) * len(IDENTITIES)}
-    assert len(set.union(*found.values())) == len(found) * len(scenes.NOUNS) * len(IDENTITIES)
+    assert {len(of_split) for of_split in subjects.values()} == {len(scenes.NOUNS) * len(INDICES)}
+    assert len(set.union(*subjects.values())) == len(subjects) * len(scenes.NOUNS) * len(INDICES)
 
 
 def test_the_same_arguments_draw_the_same_picture_in_another_process():
@@ -58,7 +58,7 @@ def test_another_argument_draws_another_picture(changed):
     assert (picture(**changed) != picture()).any()
 
 
-def test_a_caption_is_a_function_of_noun_and_scene_and_tells_nothing_of_the_identity():
+def test_a_caption_depends_only_on_noun_scene_and_token():
     assert scenes.caption("fish", WHITE) == "a fish on a plain white background"
     assert scenes.caption("fish", WHITE, "sks") == "a sks fish on a plain white background"
     words = {
@@ -130,12 +130,12 @@ def test_views_of_a_subject_differ_in_place_and_size_only_a_little():
 
 
 @pytest.mark.parametrize("name", backgrounds.SCENES)
-def test_a_scene_has_the_size_that_was_asked_for(name):
+def test_a_scene_has_the_requested_size(name):
     scene = backgrounds.draw(name, 24, np.random.default_rng(0))
     assert (scene.size, scene.mode) == ((24, 24), "RGB")
 
 
-def test_scenes_are_told_apart_by_their_mean_colour_or_texture():
+def test_scenes_differ_in_colour_or_texture():
     drawn = [
         np.asarray(backgrounds.draw(name, 24, np.random.default_rng(0)), float) for name in backgrounds.SCENES
     ]

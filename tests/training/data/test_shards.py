@@ -37,7 +37,7 @@ class Gadget:
         return os.system, ("touch was-run",)
 
 
-def test_files_of_one_name_are_one_sample_and_its_images_are_views(tmp_path):
+def test_files_with_one_name_are_one_sample_and_its_images_are_views(tmp_path):
     found = shards.webdataset(data_sets.webdataset(tmp_path / "set"), DatasetOptions())
     subjects = list(found.subjects)
     assert found.views == 2
@@ -89,7 +89,7 @@ def test_a_pickle_is_refused_and_not_loaded(suffix, shard, tmp_path, monkeypatch
         ([("a.png", PNG), ("a.txt", b"x" * (shards.MAX_TEXT + 1))], "the limit is"),
     ],
 )
-def test_a_sample_that_cannot_be_used_is_left_out_with_its_reason(members, why, shard):
+def test_an_unusable_sample_is_left_out_with_its_reason(members, why, shard):
     left, kept = subjects(shard(*members, ("good.png", PNG), ("good.cls", b"cat")))
     assert isinstance(left, LeftOut)
     assert left.bad
@@ -114,7 +114,7 @@ def test_a_member_that_claims_to_be_huge_is_not_read(tmp_path):
         subjects(tmp_path / "0.tar", "cat")
 
 
-def test_a_damaged_shard_is_named_and_every_cut_is_seen_or_harmless(shard):
+def test_a_truncated_shard_is_refused_or_gives_only_right_photos(shard):
     files = [(f"{n}.png", f"{n}.cls") for n in range(3)]
     path = shard(*((name, PNG if name.endswith("png") else b"cat") for pair in files for name in pair))
     whole = path.read_bytes()
@@ -132,7 +132,7 @@ def test_a_damaged_shard_is_named_and_every_cut_is_seen_or_harmless(shard):
         subjects(path)
 
 
-def test_changed_bytes_are_read_or_refused_but_nothing_else_escapes(tmp_path):
+def test_a_shard_with_changed_bytes_is_read_or_refused(tmp_path):
     path = data_sets.webdataset(tmp_path / "set") / "0.tar"
     whole = path.read_bytes()
     seed = random.randrange(2**32)
@@ -151,7 +151,7 @@ def test_changed_bytes_are_read_or_refused_but_nothing_else_escapes(tmp_path):
     assert {DatasetSubject, IntegrityError} <= outcomes
 
 
-def test_the_photos_decide_how_many_views_there_are(shard):
+def test_the_number_of_views_is_that_of_the_photos(shard):
     three = [(f"{n}.{v}.png", PNG) for n in range(2) for v in range(3)]
     assert shards.webdataset(shard(*three), DatasetOptions(noun="cat")).views == 3
     assert shards.webdataset(shard(*three), DatasetOptions(noun="cat", views=2)).views == 2

@@ -23,12 +23,12 @@ CAPTIONS = ("a [V] toy", "a toy")
         ("  a \n cat ", "cat", "a [V] cat", "a cat"),
     ],
 )
-def test_the_placeholder_goes_before_the_noun_or_before_all(text, noun, subject, generic):
+def test_the_placeholder_goes_before_the_noun_or_before_the_text(text, noun, subject, generic):
     assert captions_of_text(text, noun) == (subject, generic or text)
 
 
 @pytest.mark.parametrize("text", ["", "no noun", "bell \a", "x" * 20_000])
-def test_what_is_no_caption_is_refused(text):
+def test_an_unusable_caption_is_refused(text):
     with pytest.raises(BadPrompt):
         captions_of_text(text, "" if text == "no noun" else "cat")
 
@@ -53,7 +53,7 @@ def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_smaller_scale_unless_it_is_cu
     assert "400 x 400 pixels" in left_out.why
 
 
-def test_photos_that_cannot_be_used_are_left_out_and_the_others_kept(tmp_path):
+def test_unusable_photos_are_left_out_and_the_others_kept(tmp_path):
     one, other = (encoded(picture) for picture in drawn(2))
 
     def refuse(_):
@@ -75,13 +75,13 @@ def test_photos_that_cannot_be_used_are_left_out_and_the_others_kept(tmp_path):
     assert "the same picture as good" in found.left_out[1].why
 
 
-def test_a_picture_that_views_share_is_made_once():
-    made = []
+def test_a_picture_that_views_share_is_drawn_once():
+    calls = []
 
     def draw():
-        made.append(1)
+        calls.append(1)
         return np.stack(list(drawn(2, 16)))
 
     views = tuple(View(str(k), draw, CAPTIONS, lambda pictures, k=k: pictures[k]) for k in (0, 1))
     assert len(read(DatasetSubject("toy", views), 16).images) == 2
-    assert len(made) == 1
+    assert len(calls) == 1

@@ -20,23 +20,25 @@ def photo(path: Path, colour: int = 90) -> Path:
     return path
 
 
-def names(listing: protocols.SubjectList) -> list[str]:
-    return [entry.name for entry in listing.subjects]
+def names(selection: protocols.SubjectList) -> list[str]:
+    return [subject.name for subject in selection.subjects]
 
 
-def test_dreambench_knows_its_subjects_by_their_folders(tmp_path):
+def test_dreambench_names_its_subjects_by_their_folders(tmp_path):
     for name in ("dog2", "dog", "can"):
         photo(tmp_path / name / "00.png")
     photo(tmp_path / "loose.png")
     found = subjects(PROTOCOLS["dreambench"], tmp_path)
     assert names(found) == ["can", "dog", "dog2"]
-    assert [entry.noun for entry in found.subjects] == ["can", "dog", "dog"]
-    assert [entry.pack.name for entry in found.subjects] == ["dreambench-objects"] + ["dreambench-live"] * 2
+    assert [subject.noun for subject in found.subjects] == ["can", "dog", "dog"]
+    assert [subject.pack.name for subject in found.subjects] == ["dreambench-objects"] + [
+        "dreambench-live"
+    ] * 2
     missing = protocols.missing(PROTOCOLS["dreambench"], found.subjects)
     assert len(missing) == 27 and "backpack" in missing
 
 
-def test_another_subject_needs_a_noun_and_is_left_out_without(tmp_path):
+def test_another_subject_needs_a_class_noun(tmp_path):
     for name in ("can", "rex", "thing"):
         photo(tmp_path / name / "1.png")
     (tmp_path / "metadata.csv").write_text(
@@ -54,7 +56,7 @@ def test_another_subject_needs_a_noun_and_is_left_out_without(tmp_path):
 def test_a_table_of_nouns_may_begin_with_a_byte_order_mark(tmp_path):
     photo(tmp_path / "rex" / "1.png")
     (tmp_path / "metadata.csv").write_text("subject,class_noun\nrex,dragon\n", encoding="utf-8-sig")
-    assert [entry.noun for entry in subjects(PROTOCOLS["dreambench"], tmp_path).subjects] == ["dragon"]
+    assert [subject.noun for subject in subjects(PROTOCOLS["dreambench"], tmp_path).subjects] == ["dragon"]
 
 
 def test_every_file_and_folder_is_a_face(tmp_path):
@@ -65,11 +67,11 @@ def test_every_file_and_folder_is_a_face(tmp_path):
     (tmp_path / "list.txt").write_text("no photo")
     found = subjects(PROTOCOLS["faces"], tmp_path)
     assert names(found) == ["2.jpg", "10.jpg", "anna"]
-    assert [len(entry.photos().images) for entry in found.subjects] == [1, 1, 2]
-    assert {entry.pack.name for entry in found.subjects} == {"hyperrt-faces-v1"}
+    assert [len(subject.photos().images) for subject in found.subjects] == [1, 1, 2]
+    assert {subject.pack.name for subject in found.subjects} == {"hyperrt-faces-v1"}
 
 
-def test_of_celeba_hq_the_faces_are_those_that_no_training_sees(tmp_path):
+def test_celeba_hq_gives_only_the_faces_that_no_training_sees(tmp_path):
     for number in ("0", "99", "29799", "29850", "29900", "029950", "29999", "30000"):
         photo(tmp_path / f"{number}.jpg")
     (tmp_path / "29901").mkdir()
@@ -80,7 +82,7 @@ def test_of_celeba_hq_the_faces_are_those_that_no_training_sees(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_of_afhq_the_animals_are_those_of_the_test(tmp_path, split):
+def test_afhq_gives_only_the_animals_of_its_test_split(tmp_path, split):
     for part, number in (("train", 1), (split, 2)):
         for kind in ("cat", "dog", "wild"):
             photo(tmp_path / part / kind / f"{number}.png")
@@ -89,27 +91,27 @@ def test_of_afhq_the_animals_are_those_of_the_test(tmp_path, split):
     assert names(found) == names(subjects(PROTOCOLS["afhq"], tmp_path / split))
 
 
-def test_afhq_s_training_pictures_alone_are_refused(tmp_path):
+def test_afhq_without_its_test_split_is_refused(tmp_path):
     photo(tmp_path / "train" / "cat" / "1.png")
     with pytest.raises(BadInput, match="no animals to evaluate") as caught:
         subjects(PROTOCOLS["afhq"], tmp_path)
     assert len(str(caught.value).splitlines()) == 3
 
 
-def test_an_animal_may_be_called_as_a_split(tmp_path):
+def test_an_animal_may_have_the_name_of_a_split(tmp_path):
     photo(tmp_path / "val" / "1.png")
     photo(tmp_path / "rex.png")
     assert names(subjects(PROTOCOLS["afhq"], tmp_path)) == ["rex.png", "val"]
 
 
-def test_afhq_is_read_as_it_lies_on_the_disk_and_cut_evenly(tmp_path):
+def test_a_limit_is_spread_evenly_over_the_classes_of_afhq(tmp_path):
     for kind in ("cat", "dog", "wild"):
         for k in range(3):
             photo(tmp_path / kind / f"{k}.png")
     found = subjects(PROTOCOLS["afhq"], tmp_path)
     assert len(found.subjects) == 9
     assert names(found.select(limit=5)) == ["cat-0.png", "cat-1.png", "dog-0.png", "dog-1.png", "wild-0.png"]
-    assert {entry.noun for entry in found.subjects} == {"cat", "dog", "wild animal"}
+    assert {subject.noun for subject in found.subjects} == {"cat", "dog", "wild animal"}
 
 
 def test_drawn_subjects_need_no_folder_and_are_five_of_each_noun(monkeypatch):
@@ -117,11 +119,11 @@ def test_drawn_subjects_need_no_folder_and_are_five_of_each_noun(monkeypatch):
     found = subjects(PROTOCOLS["drawn"], None)
     assert len(set(names(found))) == 40
     some = found.select(limit=8)
-    assert [entry.noun for entry in some.subjects] == list(scenes.NOUNS)
-    assert all(len(entry.photos().images) == 4 for entry in some.subjects[:2])
+    assert [subject.noun for subject in some.subjects] == list(scenes.NOUNS)
+    assert all(len(subject.photos().images) == 4 for subject in some.subjects[:2])
 
 
-def test_subjects_are_chosen_by_name_and_a_name_that_is_none_is_refused(tmp_path):
+def test_subjects_are_selected_by_name_and_an_unknown_name_is_refused(tmp_path):
     for name in ("dog", "can", "vase"):
         photo(tmp_path / name / "1.png")
     found = subjects(PROTOCOLS["dreambench"], tmp_path)
@@ -142,7 +144,7 @@ def test_a_folder_that_is_missing_or_empty_is_an_error(tmp_path):
         subjects(PROTOCOLS["faces"], (tmp_path / "thing"))
 
 
-def test_photos_that_cannot_be_read_are_named_and_the_others_used(tmp_path):
+def test_unreadable_photos_are_named_and_the_others_used(tmp_path):
     photo(tmp_path / "dog" / "1.png")
     (tmp_path / "dog" / "2.png").write_bytes(b"broken")
     (tmp_path / "can").mkdir()
@@ -155,7 +157,7 @@ def test_photos_that_cannot_be_read_are_named_and_the_others_used(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems refuse such names")
-def test_hostile_names_become_names_of_folders_that_cannot_leave_theirs(tmp_path):
+def test_hostile_names_become_harmless_names_of_folders(tmp_path):
     photo(tmp_path / "a%2fb.png")
     photo(tmp_path / '"><script>.png')
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes((tmp_path / "a%2fb.png").read_bytes())

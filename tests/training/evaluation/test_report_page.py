@@ -1,4 +1,4 @@
-"""The page and the plot, from a report made by hand whose every text is hostile."""
+"""The page and the plot of a handmade report in which every text is hostile."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def page() -> Reader:
     return Reader(report_page.page(REPORT, "../drawn", "photos", "figures.png"))
 
 
-def test_hostile_text_is_text(page):
+def test_hostile_text_is_escaped(page):
     assert not [tag for tag, _ in page.tags if tag == "script"]
     assert not page.open
     assert "".join(page.text).count("<script>alert(1)</script>") == 14
 
 
-def test_links_are_relative_and_lead_to_files_whatever_their_names(page):
+def test_links_are_relative_and_escaped(page):
     links = [
         value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")
     ]
@@ -98,9 +98,9 @@ def test_links_are_relative_and_lead_to_files_whatever_their_names(page):
     assert not [link for link in links if ":" in link or link.startswith("/")]
 
 
-def test_figures_stand_beside_the_papers_and_beside_real_photos(page):
+def test_scores_stand_beside_those_of_the_paper_and_of_real_photos(page):
     text = " ".join(page.text)
-    for said in (
+    for words in (
         "A & B",
         "0.700",
         "This run",
@@ -110,19 +110,19 @@ def test_figures_stand_beside_the_papers_and_beside_real_photos(page):
         "it does not agree",
         "vase",
     ):
-        assert said in text
+        assert words in text
     assert text.count("This run") == text.count("This run has no row here: it was drawn with") + 1 == 2
     assert "A is of " in text
     assert "a " + REPORT["subjects"][0]["noun"] + " on a cobblestone street" in "".join(page.text)
 
 
-def test_without_figures_the_page_says_so():
+def test_a_page_without_scores_says_so():
     report = copy.deepcopy(REPORT) | {"figures": {}, "calibration": {}, "bundle": None}
     text = " ".join(Reader(report_page.page(report, "pictures", "photos")).text)
     assert "Nothing was scored" in text and "This run" not in text
 
 
-def test_the_plot_is_a_picture_and_needs_figures(tmp_path):
+def test_the_plot_is_a_picture_and_needs_scores(tmp_path):
     pytest.importorskip("matplotlib")
     assert report_plots.write(tmp_path / "figures.png", REPORT)
     with Image.open(tmp_path / "figures.png") as picture:

@@ -1,4 +1,4 @@
-"""The scorers on small networks of random weights: the arithmetic, against plain loops."""
+"""Scorers with small networks of random weights, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hyperrt.training.evaluation.protocols import EvaluationSubject
 from hyperrt.training.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, ScorerUnavailable
 
 CPU = torch.device("cpu")
-ENTRY = EvaluationSubject("can", "can", PACKS["dreambench-objects"])
+SUBJECT = EvaluationSubject("can", "can", PACKS["dreambench-objects"])
 
 
 def pictures(count: int, seed: int, size: tuple[int, int] = (48, 40)) -> list[np.ndarray]:
@@ -45,20 +45,20 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @torch.no_grad()
 def test_dino_is_the_mean_cosine_of_class_tokens(dino):
-    made, photos = pictures(3, 0), pictures(2, 1)
+    drawn, photos = pictures(3, 0), pictures(2, 1)
 
     def token(picture):
         pixels = scorers.prepare([picture], 37, 32, scorers.IMAGENET_MEAN, scorers.IMAGENET_STD)
         return dino.model(pixel_values=pixels).last_hidden_state[0, 0]
 
-    plain = [np.mean([cosine(token(one), token(photo)) for photo in photos]) for one in made]
-    found = dino.score(ENTRY, photos, made, [0, 1, 2])["dino"]
-    assert found == pytest.approx(plain, abs=1e-6)
-    assert np.ptp(found) > 1e-3  # else nothing was compared
+    plain = [np.mean([cosine(token(one), token(photo)) for photo in photos]) for one in drawn]
+    scored = dino.score(SUBJECT, photos, drawn, [0, 1, 2])["dino"]
+    assert scored == pytest.approx(plain, abs=1e-6)
+    assert np.ptp(scored) > 1e-3  # otherwise nothing was compared
 
 
 @torch.no_grad()
-def test_clip_i_and_clip_t_are_those_of_a_plain_loop(clip):
+def test_clip_i_and_clip_t_equal_those_of_a_plain_loop(clip):
     made, photos, numbers = pictures(4, 2), pictures(2, 3), [7, 0, 7, 24]
 
     def image(picture):
@@ -67,11 +67,11 @@ def test_clip_i_and_clip_t_are_those_of_a_plain_loop(clip):
         return clip.model.visual_projection(hidden)[0]
 
     def text(number):
-        template = ENTRY.pack.templates[number]
+        template = SUBJECT.pack.templates[number]
         tokens = clip.tokenizer([template.replace("[V] {noun}", "can")], return_tensors="pt")
         return clip.model.text_projection(clip.model.text_model(**tokens).pooler_output)[0]
 
-    found = clip.score(ENTRY, photos, made, numbers)
+    found = clip.score(SUBJECT, photos, made, numbers)
     images = [np.mean([cosine(image(one), image(photo)) for photo in photos]) for one in made]
     assert found["clip_i"] == pytest.approx(images, abs=1e-6)
     texts = [cosine(image(one), text(number)) for one, number in zip(made, numbers, strict=True)]
@@ -80,27 +80,27 @@ def test_clip_i_and_clip_t_are_those_of_a_plain_loop(clip):
 
 
 @pytest.mark.parametrize("kind", ["clip", "dino"])
-def test_real_photos_are_scored_without_themselves_and_with(kind, request):
+def test_real_photos_are_scored_with_and_without_themselves(kind, request):
     scorer = request.getfixturevalue(kind)
     key = {"clip": "clip_i", "dino": "dino"}[kind]
     photos = pictures(3, 4)
-    matrix = np.stack([scorer.score(ENTRY, [one], photos, [0] * 3)[key] for one in photos])
+    matrix = np.stack([scorer.score(SUBJECT, [one], photos, [0] * 3)[key] for one in photos])
     others = matrix[~np.eye(3, dtype=bool)].mean()
-    real = scorer.real(ENTRY, photos)
+    real = scorer.real(SUBJECT, photos)
     assert real[key] == pytest.approx(others, abs=1e-6)
     assert real[f"{key}_with_self"] == pytest.approx(matrix.mean(), abs=1e-6)
-    assert scorer.real(ENTRY, photos[:1])[key] is None
+    assert scorer.real(SUBJECT, photos[:1])[key] is None
 
 
-def test_more_pictures_than_a_batch_are_scored_as_alone(dino, monkeypatch):
+def test_several_batches_give_the_same_scores_as_one(dino, monkeypatch):
     made, photos = pictures(5, 5), pictures(2, 6)
-    whole = dino.score(ENTRY, photos, made, [0] * 5)["dino"]
+    whole = dino.score(SUBJECT, photos, made, [0] * 5)["dino"]
     monkeypatch.setattr(scorers, "BATCH", 2)
-    assert dino.score(ENTRY, photos, made, [0] * 5)["dino"] == pytest.approx(whole, abs=1e-6)
+    assert dino.score(SUBJECT, photos, made, [0] * 5)["dino"] == pytest.approx(whole, abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [(40, 64), (64, 40), (33, 97)])
-def test_pictures_are_resized_by_the_shorter_side_and_cut_in_the_middle(size):
+def test_pictures_are_resized_by_the_shorter_side_and_cropped_in_the_middle(size):
     (picture,) = pictures(1, 7, size)
     pixels = scorers.prepare([picture], 36, 32, (0.5, 0.25, 0.125), (0.5, 0.25, 2.0))[0].numpy()
     width, height = size
@@ -112,14 +112,14 @@ def test_pictures_are_resized_by_the_shorter_side_and_cut_in_the_middle(size):
         assert np.allclose(pixels[channel], (middle - mean) / std, atol=1e-5)
 
 
-def test_a_report_says_which_weights_and_no_path(clip, dino, networks):
+def test_a_scorer_describes_its_weights_without_a_path(clip, dino, networks):
     for scorer in (clip, dino):
         assert len(scorer.about["sha256"]) == 16
         assert str(networks.clip.parent) not in json.dumps(scorer.about)
     assert clip.about["sha256"] != dino.about["sha256"]
 
 
-def test_weights_that_are_missing_are_not_made_up(networks, tmp_path):
+def test_missing_weights_are_refused(networks, tmp_path):
     copy = shutil.copytree(networks.dino, tmp_path / "dino")
     tensors = load_file(copy / "model.safetensors")
     name = next(name for name in tensors if "dense.weight" in name or "mlp" in name)
@@ -133,7 +133,7 @@ def test_weights_that_are_missing_are_not_made_up(networks, tmp_path):
         DinoScorer(str(copy), CPU)
 
 
-def test_a_pickle_is_no_weights(networks, tmp_path):
+def test_a_pickle_is_refused(networks, tmp_path):
     copy = shutil.copytree(networks.dino, tmp_path / "dino")
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
@@ -141,7 +141,7 @@ def test_a_pickle_is_no_weights(networks, tmp_path):
         DinoScorer(str(copy), CPU)
 
 
-def test_a_folder_that_is_not_there_is_an_error_and_a_hub_out_of_reach_is_absence(tmp_path):
+def test_a_missing_folder_is_an_error_and_an_unreachable_hub_makes_the_scorer_unavailable(tmp_path):
     with pytest.raises(NotFound, match="there is no folder"):
         ClipScorer(str(tmp_path / "clip"), CPU)
     with pytest.raises(NotFound, match="there is no folder"):
@@ -151,7 +151,7 @@ def test_a_folder_that_is_not_there_is_an_error_and_a_hub_out_of_reach_is_absenc
 
 
 class Detector:
-    """Finds a face in pictures whose first pixel is bright."""
+    """Finds a face if the first pixel is bright."""
 
     def __init__(self, image_size, device):
         self.size = image_size
@@ -182,28 +182,28 @@ def plain_picture(*colour: int) -> np.ndarray:
     return np.full((40, 40, 3), colour, np.uint8)
 
 
-def test_a_picture_without_a_face_is_left_out_and_counted_as_zero(face):
+def test_a_picture_without_a_face_scores_none_or_zero(face):
     photos = [plain_picture(200, 10, 10), plain_picture(150, 150, 0), plain_picture(0, 0, 200)]
     made = [plain_picture(200, 10, 10), plain_picture(10, 200, 10)]
-    found = face.score(ENTRY, photos, made, [0, 0])
+    found = face.score(SUBJECT, photos, made, [0, 0])
     feature = [np.array(one[0, 0], float) * (3, 1, 2) for one in (photos[0], photos[1], made[0])]
     first, second, mine = (one / np.linalg.norm(one) for one in feature)
     expected = (first @ mine + second @ mine) / 2
     assert found["face_rec"] == [pytest.approx(expected, abs=1e-6), None]
     assert found["face_rec_zero"] == [pytest.approx(expected, abs=1e-6), 0.0]
     assert found["face_detected"] == [1.0, 0.0]
-    real = face.real(ENTRY, photos)
+    real = face.real(SUBJECT, photos)
     assert real["face_detected"] == pytest.approx(2 / 3)
     assert real["face_rec"] == pytest.approx(first @ second, abs=1e-6)
 
 
 def test_without_a_face_in_the_photos_nothing_is_scored(face):
-    found = face.score(ENTRY, [plain_picture(0, 0, 9)], [plain_picture(200, 0, 0)], [0])
+    found = face.score(SUBJECT, [plain_picture(0, 0, 9)], [plain_picture(200, 0, 0)], [0])
     assert found == {"face_rec": [None], "face_rec_zero": [None], "face_detected": [1.0]}
-    assert face.real(ENTRY, [plain_picture(0, 0, 9)]) == {"face_detected": 0}
+    assert face.real(SUBJECT, [plain_picture(0, 0, 9)]) == {"face_detected": 0}
 
 
-def test_face_recognition_is_absent_without_its_package_or_offline_without_its_weights(monkeypatch, tmp_path):
+def test_face_recognition_needs_its_package_and_its_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     with pytest.raises(ScorerUnavailable, match="pip install"):
         FaceScorer(CPU)

@@ -30,18 +30,18 @@ def test_real_photos_are_compared_with_the_others_or_with_all():
     assert scores.among_themselves(real, with_self=True) == pytest.approx(sum(everything) / 16)
 
 
-def test_one_photo_has_nothing_to_be_compared_with():
+def test_a_single_photo_has_no_other_photo_to_compare_with():
     assert scores.among_themselves(features(1, 3), with_self=False) is None
     assert scores.among_themselves(features(1, 3), with_self=True) == pytest.approx(1)
 
 
-def test_what_is_missing_enters_no_mean():
+def test_a_missing_score_does_not_count_in_a_mean():
     rows = [{"a": 1.0, "b": None}, {"a": 2.0, "b": None}, {"a": None, "c": 4.0}]
     assert scores.means(rows) == {"a": 1.5, "b": None, "c": 4.0}
     assert scores.mean([]) is None
 
 
-def test_the_average_is_of_all_parts_or_there_is_none():
+def test_the_average_needs_all_of_its_scores():
     assert scores.average({"x": 0.2, "y": 0.4}, ("x", "y")) == {"avg": pytest.approx(0.3)}
     assert scores.average({"x": 0.2, "y": None}, ("x", "y")) == {}
     assert scores.average({"x": 0.2}, ()) == {}
