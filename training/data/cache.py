@@ -145,10 +145,6 @@ class PictureCache:
         return cls(path, names, images, nouns, texts, metadata)
 
     @property
-    def recipe(self) -> Mapping[str, Any]:  # for features.py, until it is split
-        return self.metadata
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(N, V)."""
         subjects, views = self.images.shape[:2]
@@ -193,9 +189,6 @@ class PictureCache:
             scenes.caption(descriptions[subject], scenes.BACKGROUNDS[places[subject, view]])
             for subject, view in zip(subjects, views, strict=True)
         ]
-
-
-PictureCache = PictureCache  # for features.py, until it is split
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def check_latents(base: Encoders, cache: PictureCache) -> None:
     """
     what = f"the cache {cache.path} does not fit the base model"
     meaning = "latents of one VAE mean nothing to another"
-    name = cache.recipe.get("latents")
+    name = cache.metadata.get("latents")
     if name is None:
         if not (error := _latents_error(base, cache)) <= MOST_LATENTS_ERROR:
             why = f"its latents are {error:.0%} off what the VAE makes of its pictures; {meaning}"
