@@ -174,11 +174,11 @@ TESTS_OF_SEVERAL_MODULES = {
 def test_a_test_file_is_named_for_a_module_of_its_folder():
     paths = [path for layer in LAYERS for path in sources(f"tests/{layer}") if path.name.startswith("test_")]
     assert paths
-    others = {name(path) for path in paths if not tested_modules(path)}
+    others = {name(path) for path in paths if not modules_of_test(path)}
     assert others == TESTS_OF_SEVERAL_MODULES.keys()
 
 
-def tested_modules(path: Path) -> list[Path]:
+def modules_of_test(path: Path) -> list[Path]:
     """Of tests/hyperrt/lora/test_layout_foreign.py: hyperrt/lora/layout.py."""
     words = path.stem.split("_")[1:]
     folder = ROOT / path.parent.relative_to(ROOT / "tests")

@@ -163,7 +163,9 @@ def test_almost_nothing_is_imported_before_the_signal_handlers_are_installed():
     code += "print(*sorted(set(sys.modules) - before))"
     command = [sys.executable, "-S", "-c", code]  # without `site`, which may load anything
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["__future__", "hyperrt", "hyperrt.cli", "hyperrt.cli.main"]
+    assert out.split() == [
+        "__future__", "hyperrt", "hyperrt.cli", "hyperrt.cli.main", "hyperrt.version",
+    ]  # fmt: skip
 
 
 def test_an_interrupt_inside_exec_leaves_the_exit_code_alone():
