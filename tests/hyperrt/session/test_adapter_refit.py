@@ -105,7 +105,8 @@ def test_a_subject_that_is_there_is_not_put_again():
 def test_two_subjects_in_one_call_are_refused_and_the_old_one_stays():
     engine, adapter = opened()
     adapter.put(SUBJECTS[0])
-    with pytest.raises(UsageError, match=r"2 subjects cannot .*\n.*the same for all rows(?s:.*)--adapt inputs"):
+    words = r"2 subjects cannot .*\n.*the same for all rows(?s:.*)--adapt inputs"
+    with pytest.raises(UsageError, match=words):
         adapter.put(SUBJECTS[1], None, SUBJECTS[2])
     assert (adapter.held, residue(engine, adapter)) == ((SUBJECTS[0],), 0)
 
