@@ -10,7 +10,7 @@ import inspect
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -252,13 +252,17 @@ def unusable(why: str) -> EngineUnusable:
     return EngineUnusable(what, why, "refit it again, or open it again")
 
 
+# What backends take beside the arguments of every backend: precision, cache, plan, weights, cuda_graph ...
+Option = str | int | None | Path | Sequence[TensorSpec]
+
+
 def open(
     path: Path | str,
     backend: str = "onnxruntime",
     threads: int | None = None,
     sizes: Mapping[str, int] | None = None,
     device: int = 0,
-    **options: Any,
+    **options: Option,
 ) -> Engine:
     """Open a graph.
 
@@ -271,7 +275,7 @@ def open(
             not have are ignored, so that one table serves all graphs of a bundle.
         device: which of the GPUs that CUDA shows this process; backends without a GPU accept only 0.  Side
             effect: it becomes the calling thread's current CUDA device.
-        options: of this backend.
+        options: of this backend, see `open` in its file.
 
     Raises:
         BackendMissing: no such backend, or its package is not installed.

@@ -60,7 +60,9 @@ def scheduler(source: Source, solver: str) -> Any:
     return kind.from_config(config)
 
 
-def pipeline(source: Source, modules: Mapping[str, Any], solver: str = "ddim", unet: Any = None) -> Any:
+def pipeline(
+    source: Source, modules: Mapping[str, Any], solver: str = "ddim", unet: nn.Module | None = None
+) -> Any:
     """diffusers' pipeline; networks that are not in `modules` have no weights.
 
     unet: replaces the UNet.
@@ -161,7 +163,12 @@ class Guided(_UNetStandIn):
         self.unet, self.branches, self.use = unet, branches, use
 
     def forward(
-        self, sample: Tensor, timestep: Any, *_: Any, added_cond_kwargs: Any = None, **__: Any
+        self,
+        sample: Tensor,
+        timestep: Any,
+        *_: Any,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        **__: Any,
     ) -> tuple[Tensor]:
         guided = torch.zeros_like(sample)
         ids = added_cond_kwargs["time_ids"] if added_cond_kwargs else None
@@ -202,7 +209,13 @@ class Given(_UNetStandIn):
 
 @torch.no_grad()
 def drawn(
-    pipe: Any, text: Text, noise: Tensor, steps: int, output: str = "latent", **more: Any
+    pipe: Any,
+    text: Text,
+    noise: Tensor,
+    steps: int,
+    output: str = "latent",
+    generator: torch.Generator | None = None,
+    on_step_end: Callable[..., dict[str, Tensor]] | None = None,
 ) -> np.ndarray:
     """Runs the pipeline from unit noise [n, C, h, w]; returns latents, or ("pt") pictures in [0, 1].
 
@@ -215,7 +228,7 @@ def drawn(
     height, width = (factor * side for side in noise.shape[2:])
     result = pipe(
         **embeddings, latents=noise, height=height, width=width, num_inference_steps=steps,
-        guidance_scale=1.0, output_type=output, **more,
+        guidance_scale=1.0, output_type=output, generator=generator, callback_on_step_end=on_step_end,
     )  # fmt: skip
     return result.images.numpy()
 
@@ -228,7 +241,7 @@ def decoded(source: Source, vae: Any, latents: Tensor) -> np.ndarray:
     pipe.image_processor = SimpleNamespace(postprocess=lambda image, **_: image)
     pipe.check_inputs = lambda *_: None  # small models have sizes that are not multiples of 8 pixels
     return drawn(
-        pipe, no_text(source), latents, 1, "pt", callback_on_step_end=lambda *_: {"latents": latents}
+        pipe, no_text(source), latents, 1, "pt", on_step_end=lambda *_: {"latents": latents}
     )
 
 

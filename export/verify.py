@@ -145,13 +145,15 @@ def graph_error(
     backend: str,
     expected: Sequence[Expected],
     refit: LoraLayout | None = None,
-    **options: Any,
+    precision: str | None = None,
 ) -> float:
     """The relative error of a graph's file on a backend.
 
     expected: inputs and results, as `expected.of_graph` returns them.
     refit: layout of the LoRA, if its factors are constants of the file.
+    precision: of the arithmetic, for backends that take one.
     """
+    options = {} if precision is None else {"precision": precision}
     if refit is not None and not BACKENDS[backend].refits:
         return max(_error_of_copy(path, backend, pair, refit, **options) for pair in expected)
     with engines.open(path, backend, **options) as engine:

@@ -62,7 +62,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def taken(name: str, value: object, hint: Any, default: Any = _REQUIRED) -> Any:
+def taken(name: str, value: object, hint: Any, default: object = _REQUIRED) -> Any:
     """The value, converted to the annotated type; the default for None.
 
     Args:

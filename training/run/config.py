@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "bf16")
 RENAMED = {"model": "base", "batch": "batch_size", "cache": "data", "out": "output"}  # former name -> name
 
 
-def setting(help: str, default: Any = dataclasses.MISSING) -> Any:
+def setting(help: str, default: object = dataclasses.MISSING) -> Any:
     """A field of `TrainConfig`; `help` is shown by `hyperrt train --help`."""
     return dataclasses.field(default=default, metadata={"help": help})
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hyperrt import files
 from hyperrt.errors import explained
@@ -13,6 +13,7 @@ from hyperrt.errors import explained
 log = logging.getLogger("hyperrt.training")
 
 LOG = "log.jsonl"
+JsonValue = float | int | str | bool | None | Sequence[object] | Mapping[str, object]
 
 
 class RunLog:
@@ -29,7 +30,7 @@ class RunLog:
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         files.publish(self.path, lambda file: file.write("".join(lines).encode()), force=True)
 
-    def write(self, step: int, **values: Any) -> None:
+    def write(self, step: int, **values: JsonValue) -> None:
         """Appends a line.
 
         Raises:

@@ -153,6 +153,6 @@ def test_a_part_that_the_folder_lacks_is_named(world, tmp_path):
     base = bases.load(world.base)
     bases.save(base, tmp_path / "base")
     (tmp_path / "base" / "image_encoder").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="no image_encoder; put the folder of the ViT there"):
+    with pytest.raises(FileNotFoundError, match="no image_encoder; add the folder of the ViT"):
         bases.load_encoders(tmp_path / "base")
     assert model_config.picture_size(tmp_path / "base") == (64, 16)

@@ -79,7 +79,7 @@ def test_a_pickle_is_refused_and_not_loaded(suffix, shard, tmp_path, monkeypatch
         ([("a.png", PNG), ("a.txt", b"a scene")], "the caption has no [V]"),
         ([("a.txt", b"a [V] cat")], "it has no image"),
         ([("a.png", PNG), ("a.txt", b"\xff\xfe")], "its .txt is not UTF-8"),
-        ([("a.png", PNG), ("a.txt", b"a [V] \0 cat")], "a character that is no text"),
+        ([("a.png", PNG), ("a.txt", b"a [V] \0 cat")], "a character that is not text"),
         ([("a.png", PNG), ("a.cls", b"17")], "the number 17, not a noun"),
         ([("a.png", PNG), ("a.json", b"[" * 100_000)], "its .json is not a JSON object"),
         ([("a.png", PNG), ("a.json", b"[1]")], "its .json is not a JSON object"),
