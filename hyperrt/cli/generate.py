@@ -65,7 +65,7 @@ def _seeds(seeds: range) -> str:
 
 
 def _request(runtime: Runtime, config: GenerateConfig, output: Output) -> Request:
-    """Resolve the request; a bad prompt or option is refused before photos are read."""
+    """Resolve the request; with --images a bad prompt or option is refused before photos are read."""
     options = config.sampling()
     if config.images:
         resolve(runtime.bundle, runtime.backend, [config.prompt], [blank_subject(runtime.bundle)], options)

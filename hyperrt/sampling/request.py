@@ -310,7 +310,7 @@ def _texts(
     texts: dict[BranchName, str] = {
         "uncond": empty,
         "subject_uncond": empty,
-        # Among pairs that have one, a pair without a subject draws its prompt on both rows.
+        # Beside pairs with a subject, a pair without one has its plain prompt in both rows.
         "subject": of_base if subject is None else split.subject,
         "generic": of_base,
     }

@@ -29,7 +29,9 @@ TOKENS = 16  # of one row that are written at a time: SDXL's K and V of so many 
 def put_lora(
     resident: Resident, vector: str, layout: LoraLayout, mode: str, subjects: Sequence[Subject | None]
 ) -> None:
-    """Put subjects into an open engine, unless it holds them (None: the base model); an error keeps the old.
+    """Put subjects (None: the base model) into an open engine, unless it holds them.
+
+    After an error the engine holds the subjects of before.
 
     Args:
         resident: an open `denoiser` or `context` graph.
@@ -42,8 +44,8 @@ def put_lora(
         BundleMismatch: this version does not know the mode.
         UsageError: there are several subjects, and the engine takes one for all rows.
         LoraMismatch: a subject has another number of weights than the bundle.
-        engines.EngineError: the backend failed; after `EngineUnusable` the engine runs no more before a
-            LoRA was put in.
+        engines.EngineError: the backend failed; after `EngineUnusable` the engine refuses to run until a
+            LoRA has been put in.
     """
     if mode not in ("inputs", "refit"):
         why = "this version knows 'inputs' and 'refit'"

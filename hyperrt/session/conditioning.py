@@ -5,7 +5,7 @@ these (, image tokens, time ids) -> context (, added)             once per promp
 context + K/V LoRA                                                once per subject   on the host
 these, K/V LoRA, image tokens (, time ids) -> context (, added)   once per subject   context
 
-`HostConditioning` takes the second and the third line, `DeviceConditioning` the last: K and V stay on the
+`HostConditioning` does lines 2 and 3 of this table, `DeviceConditioning` does line 4: K and V stay on the
 device.  In the open category the second line runs once per subject with image tokens.
 
 rows = branches x pairs, branch-major.  A graph is fed the inputs that the manifest lists for it.
