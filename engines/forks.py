@@ -7,7 +7,6 @@ OpenVINO unless that was used before the fork.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
@@ -23,12 +22,14 @@ _KEPT: list[object] = []  # until the process ends
 
 def watch(engine: object) -> int:
     """Register an engine; returns the id of its process, for `check`."""
+    _load_ctypes()
     _OPEN.add(engine)
     return os.getpid()
 
 
 def keep(thing: T) -> T:
     """Keep an object of a vendor's until the process ends; a forked process does not free it even then."""
+    _load_ctypes()
     _KEPT.append(thing)
     return thing
 
@@ -74,7 +75,14 @@ class Lock:
 def _never_free() -> None:
     """In a forked process: add a reference to what engines hold, so that it is never freed."""
     for thing in (*map(vars, _OPEN), *_KEPT):
+        import ctypes  # loaded before the fork
+
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _load_ctypes() -> None:
+    """Import ctypes before a fork needs it; `hyperrt --help` does without these milliseconds."""
+    import ctypes  # noqa: F401
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

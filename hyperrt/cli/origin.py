@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -72,5 +71,7 @@ def _option_names(command: click.Command) -> list[str]:
 
 def _similar(name: str, names: Sequence[str]) -> str:
     """Names that are similar, the closest first, in words."""
+    import difflib  # not needed by commands that succeed
+
     matches = difflib.get_close_matches(name, names)
     return f"did you mean {' or '.join(matches)}?" if matches else ""

@@ -114,9 +114,10 @@ def _check_bundle(name: str, recipe: Mapping[str, Any], bundle: Bundle, is_given
             do = f"name the other bundle's folder with --bundle, or draw it with this one: {this}"
             raise Incompatible(what, why, do)
         log.warning("%s; %s: the picture will differ", what, why)
-    size, here = recipe.get("size"), [bundle.image_size] * 2
-    if size is not None and size != here:
-        log.warning("%s is %s pixels large, pictures of %r are %s", name, short_repr(size), bundle.name, here)
+    size, own_size = recipe.get("size"), [bundle.image_size] * 2
+    if size is not None and size != own_size:
+        both = short_repr(size), bundle.name, own_size
+        log.warning("%s is %s pixels large, pictures of %r are %s", name, *both)
 
 
 def _short(sha256: object) -> str:

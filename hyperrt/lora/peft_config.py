@@ -147,9 +147,9 @@ def methods(config: Config) -> tuple[Method, ...]:
 
 def unknown(config: Config) -> list[str]:
     """Names of options that are set but unknown to this version."""
-    known = _WITHOUT_EFFECT | _OTHER_METHODS.keys()
+    read = _WITHOUT_EFFECT | _OTHER_METHODS.keys()
     is_set = [name for name, value in config.items() if value not in (*_UNSET, {})]
-    return [shortened(name) for name in is_set if name not in known]
+    return [shortened(name) for name in is_set if name not in read]
 
 
 def _of_changed_base(start: Any) -> Method:

@@ -99,16 +99,16 @@ def finish(folder: Path, draft: Record) -> Record:
     path = folder / PLAN
     folder.chmod(0o700)
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
-        found = None
-    if found is None or not stat.S_ISREG(found.st_mode) or not found.st_size:
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode) or not status.st_size:
         why = f"the backend {draft.key.backend} reported success and wrote nothing"
         raise IntegrityError("the compiler wrote no plan", why, "please report it")
     path.chmod(0o600)
     with private_folder.open_file(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    record = dataclasses.replace(draft, bytes=found.st_size, sha256=sha256)
+    record = dataclasses.replace(draft, bytes=status.st_size, sha256=sha256)
     with os.fdopen(os.open(folder / RECORD, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         file.write(json.dumps(strict_json.dump(record), indent=1).encode())
     return record

@@ -146,19 +146,19 @@ class Graphs:
             self.free(name)
 
     def _check_weights(self, name: str, engine: Engine) -> None:
-        """Refuse a graph in which a refit would replace other constants than the manifest says."""
-        said = {spec.name: spec for spec in self.bundle.graphs[name].weights}
-        found = {spec.name: spec for spec in engine.weights}
-        for key in sorted(said.keys() | found.keys()):
-            if said.get(key) != found.get(key):
+        """Refuse a graph whose replaceable constants are not those of the manifest."""
+        declared = {spec.name: spec for spec in self.bundle.graphs[name].weights}
+        actual = {spec.name: spec for spec in engine.weights}
+        for key in sorted(declared.keys() | actual.keys()):
+            if declared.get(key) != actual.get(key):
                 raise BundleMismatch(
                     f"the weights in {name} of the bundle {self.bundle.name} are not those of its manifest",
-                    f"it has {spec_text(found.get(key))}; the manifest says {spec_text(said.get(key))}",
+                    f"it has {spec_text(actual.get(key))}; the manifest says {spec_text(declared.get(key))}",
                     EXPORT_AGAIN,
                 )
 
     def _fits(self, name: str, sizes: Sizes) -> bool:
-        """Whether the sizes that the open engine was made for, if it was, are these."""
+        """Whether the open engine takes these sizes: it was opened for them, or for any."""
         made_for = {spec.name: spec.shape for spec in self._residents[name].engine.inputs}
         return all(
             not isinstance(fixed, int) or fixed == sizes.get(size, fixed)
@@ -169,21 +169,21 @@ class Graphs:
 
 
 def _backend(bundle: Bundle, asked: str) -> str:
-    """The backend that is to run the bundle: one that can refit, where its LoRA enters by that."""
-    found = engines.resolve(asked)
-    if bundle.adapt != "refit" or BACKENDS[found].refits:
-        return found
+    """The name of the backend for the bundle: one that can refit, if the LoRA enters by refit."""
+    name = engines.resolve(asked)
+    if bundle.adapt != "refit" or BACKENDS[name].refits:
+        return name
     if asked == "auto":
         return DEFAULT
     raise BundleMismatch(
-        f"the backend {found!r} cannot take the LoRA of the bundle {bundle.name}",
-        f"its LoRA enters by refit, and {found} makes constants of it; {listed(names('refits'))} do not",
+        f"the backend {name!r} cannot take the LoRA of the bundle {bundle.name}",
+        f"its LoRA enters by refit, and {name} makes constants of it; {listed(names('refits'))} do not",
         "export the bundle with --adapt inputs, or use another backend",
     )
 
 
 def _check_device(backend: str, device: int) -> None:
-    """Refuse another device than 0 where there is one alone; whether there is such a GPU its backend says."""
+    """Refuse a device other than 0 for a backend without GPUs; the others check that it exists."""
     if device and not BACKENDS[backend].nvidia:
         gpus = listed(names("nvidia"))
         why = f"the backend {backend!r} runs on the processor"

@@ -108,9 +108,9 @@ def predict_lora(features: Sequence[Features], weight_decoder: Engine) -> Mappin
     """
     lora = _mean_over_photos(features, weight_decoder, ("lora_q", "lora_kv"))
     check_finite(lora, "the predicted LoRA")
-    there = {n: x.reshape(x.shape[1:]) for n, x in lora.items() if isinstance(x, DeviceArray)}
-    here = {n: x[0] for n, x in lora.items() if isinstance(x, np.ndarray)}
-    return LoraOnDevice(there) if there else here
+    on_device = {n: x.reshape(x.shape[1:]) for n, x in lora.items() if isinstance(x, DeviceArray)}
+    on_host = {n: x[0] for n, x in lora.items() if isinstance(x, np.ndarray)}
+    return LoraOnDevice(on_device) if on_device else on_host
 
 
 def lora_of(
@@ -159,14 +159,14 @@ def _mean_over_photos(
 
 
 def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, str]:
-    """What a subject's file says of where it comes from (`lora_metadata`).
+    """The metadata of a subject that was made from photos (`hyperrt/lora/metadata.py`).
 
     Args:
-        noun: what the subject is.
-        photos: how many there were.
-        combine: what was made of several, one of `names.COMBINED_TO_SAVE`.
+        noun: class noun of the subject.
+        photos: number of photos.
+        combine: how they were combined, one of `names.COMBINED_TO_SAVE`.
     """
-    found = {
+    fields = {
         "base_model": bundle.hashes.base_model,
         "hypernet": bundle.hashes.hypernet,
         "class_noun": noun,
@@ -177,4 +177,4 @@ def origin(bundle: Manifest, noun: str, photos: int, combine: str) -> dict[str, 
         "image_size": str(bundle.image_size),
         "prediction_type": bundle.prediction_type,
     }
-    return found | ({"image_scale": f"{bundle.image_prompt.scale:g}"} if bundle.image_prompt else {})
+    return fields | ({"image_scale": f"{bundle.image_prompt.scale:g}"} if bundle.image_prompt else {})

@@ -117,13 +117,13 @@ def check_latents(base: Encoders, cache: PictureCache) -> None:
 
 def _latents_error(base: Encoders, cache: PictureCache) -> float:
     """|z - z'| / |z'| of the latents z that a cache holds and z' that the VAE makes, over a few pictures."""
-    count = min(len(cache.latents), len(cache.images))  # that they are as many is said elsewhere
-    who = np.linspace(0, count - 1, min(count, LATENTS_COMPARED)).astype(int)
-    found = torch.from_numpy(cache.latents[who, 0].astype(np.float32))
-    expected = encode_latents(base, cache.images[who, 0]).cpu()
-    if found.shape != expected.shape:
+    count = min(len(cache.latents), len(cache.images))  # the numbers are compared elsewhere
+    subjects = np.linspace(0, count - 1, min(count, LATENTS_COMPARED)).astype(int)
+    stored = torch.from_numpy(cache.latents[subjects, 0].astype(np.float32))
+    expected = encode_latents(base, cache.images[subjects, 0]).cpu()
+    if stored.shape != expected.shape:
         return math.inf
-    return float((found - expected).norm() / expected.norm())
+    return float((stored - expected).norm() / expected.norm())
 
 
 def fingerprint(encoder: nn.Module, cache: PictureCache, *more: object) -> str:

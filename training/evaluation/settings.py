@@ -41,13 +41,13 @@ class EvaluateConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for kind, known, names in (
+        for kind, available, names in (
             ("protocol", PROTOCOLS, (self.protocol,)),
             ("scorer", SCORERS, self.scorers),
         ):
             for name in names:
-                if name not in known:
-                    why = f"there are {', '.join(known)}"
+                if name not in available:
+                    why = f"there are {', '.join(available)}"
                     raise UsageError(f"there is no {kind} {name!r}", why, "name one of them")
         sources = {"a bundle": self.bundle, "--score": self.score, "--calibrate": self.calibrate}
         given = [name for name, value in sources.items() if value]

@@ -201,21 +201,21 @@ def _read_parts(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return parts | {"zero_empty": bool(index.get("force_zeros_for_empty_prompt", True))}  # diffusers' default
 
 
-def _checked(folder: Path, found: Any) -> Any:
+def _checked(folder: Path, parts: Any) -> Any:
     """Returns the parts if each tokenizer fits its encoder and the VAE's latents can be scaled.
 
     Raises:
         ValueError: a tokenizer does not fit, or the latents cannot be scaled.
     """
     for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        tokenizer = getattr(found, name)
-        if tokenizer is not None and (why := model_config.misfit(tokenizer, getattr(found, encoder).config)):
+        tokenizer = getattr(parts, name)
+        if tokenizer is not None and (why := model_config.misfit(tokenizer, getattr(parts, encoder).config)):
             raise ValueError(f"{folder / name}: {why}")
     try:
-        LatentScale.of(found.vae.config, found.is_sdxl)
+        LatentScale.of(parts.vae.config, parts.is_sdxl)
     except ValueError as error:
         raise ValueError(f"{folder / 'vae'}: {error}") from error
-    return found
+    return parts
 
 
 def opened(folder: Path | str) -> Base:
@@ -298,22 +298,22 @@ def class_of(folder: Path, name: str) -> type[Any]:
         return first
     config = json.loads((folder / "config.json").read_text())
     if name.startswith("text_encoder"):  # its architectures may name a class with more around it
-        found = config.get("model_type", CLIP_TEXT[0])
-        if found in CLIP_TEXT:
+        class_name = config.get("model_type", CLIP_TEXT[0])
+        if class_name in CLIP_TEXT:
             return first
     else:
-        found = config.get("_class_name") or config.get("architectures", [config.get("model_type")])[0]
-    if found is None and len(classes) == 1:
+        class_name = config.get("_class_name") or config.get("architectures", [config.get("model_type")])[0]
+    if class_name is None and len(classes) == 1:
         return first
-    if found not in classes:
-        raise ValueError(f"it is of the class {found!r}; known are {', '.join(classes)}")
-    return classes[found]
+    if class_name not in classes:
+        raise ValueError(f"it is of the class {class_name!r}; known are {', '.join(classes)}")
+    return classes[class_name]
 
 
 def _variant(folder: Path, name: str) -> str | None:
     """ "fp16" if the folder has a part's weights in that variant only."""
-    found = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
-    return "fp16" if found and ".fp16" in found[0] else None
+    files = model_config.weights((path.name for path in folder.iterdir()), model_config.STEMS[name])
+    return "fp16" if files and ".fp16" in files[0] else None
 
 
 def save(base: Base, folder: Path) -> None:

@@ -155,6 +155,6 @@ def _sizes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {**sizes, "feature_dim": feature_dim}
 
 
-def _first_difference(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
-    name = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
-    return f"{name} is {found.get(name, 'absent')}, the base model's is {expected.get(name, 'absent')}"
+def _first_difference(actual: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    name = next(name for name in sorted({*actual, *expected}) if actual.get(name) != expected.get(name))
+    return f"{name} is {actual.get(name, 'absent')}, the base model's is {expected.get(name, 'absent')}"

@@ -63,9 +63,9 @@ def check_index(folder: Path, classes: Mapping[str, Sequence[type[Any]]], but: S
     """
     index = index_of(folder)
     for name in classes.keys() - {*but, "scheduler"}:
-        named, known = class_in_index(index, name), [cls.__name__ for cls in classes[name]]
-        if named is not None and named.removesuffix("Fast") not in known:
-            why = f"{name} is of the class {named!r}; known are {', '.join(known)}"
+        named, class_names = class_in_index(index, name), [cls.__name__ for cls in classes[name]]
+        if named is not None and named.removesuffix("Fast") not in class_names:
+            why = f"{name} is of the class {named!r}; known are {', '.join(class_names)}"
             raise ValueError(f"{folder / 'model_index.json'}: {why}")
 
 

@@ -58,17 +58,17 @@ def fault(config: Mapping[str, Any], named: str | None = None, *, is_sdxl: bool 
     for kind in (named, config.get("_class_name")):
         if kind is not None and kind not in KNOWN:
             return f"its scheduler is {kind}, whose noise betas and a prediction type do not describe"
-    found = with_defaults(config, named)
-    schedule, predicted = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
+    settings = with_defaults(config, named)
+    schedule, predicted = settings.get("beta_schedule", "linear"), settings.get("prediction_type", "epsilon")
     if schedule not in BETA_SCHEDULES:
         return f"its beta_schedule is {schedule!r}; known are {', '.join(sorted(BETA_SCHEDULES))}"
-    if found.get("trained_betas") is not None:
+    if settings.get("trained_betas") is not None:
         return "it has trained_betas, a list in place of a named schedule"
     if predicted not in PREDICTION_TYPES:
         return f"its prediction_type is {predicted!r}; known are {', '.join(sorted(PREDICTION_TYPES))}"
     refused = {**OTHER_PROCESS, **_of_the_step(named or config.get("_class_name"), is_sdxl)}
     for name, value in refused.items():
-        if found.get(name) == value:
+        if settings.get(name) == value:
             return f"its {name} is {value!r}: {REASONS[name]}"
     return ""
 
