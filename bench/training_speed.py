@@ -9,7 +9,7 @@
 A PEFT layer holds one adapter for all rows of a call, so the plain loops call the UNet once for each subject,
 with the hypernetwork's output in place of the layer's weights, through which the gradient flows.  All three
 see the same batches, take the same losses and update with the same optimizer; batch, rank and decoder are the
-defaults of training/run/config.py.  They take turns in one process; the figures are medians.  Without --model
+defaults of training/run/config.py.  They take turns in one process; the figures are medians.  Without --base
 a random base model of the tiny family's sizes is used: speed does not depend on weights.
 """
 

@@ -183,6 +183,21 @@ def test_the_bundle_computes_what_diffusers_and_peft_do(figures):
     assert figures("parity")["worst_rel"] < 1e-3
 
 
+def test_the_weights_of_base_are_rounded_as_the_bundle_stores_them(monkeypatch, tmp_path):
+    for package in NEEDS["parity"]:
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(BENCH)
+    from hyperrt.training.model import base_model
+
+    base = importlib.import_module("small_world").make(tmp_path, identities=8).base
+    exact = base_model.load(base).unet.state_dict()
+    unet, encode = importlib.import_module("parity").reference_of(None, base)
+    for name, weight in unet.state_dict().items():
+        assert weight.equal(exact[name].half().float()), name
+    assert any(not weight.equal(exact[name]) for name, weight in unet.state_dict().items())
+    assert encode(["a mug", ""]).shape[0] == 2
+
+
 @pytest.mark.slow
 def test_other_programs_load_a_subject_whole_and_draw_the_same_picture(figures):
     found = figures("interop")

@@ -230,11 +230,11 @@ def test_a_cache_is_captioned_by_noun(load, tmp_path):
 
 @pytest.mark.parametrize("script", ["against_dreambooth", "paper_small", "training_speed"])
 def test_a_missing_world_is_one_message_that_says_how_to_make_it(load, script, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", [script, "--model", str(tmp_path), "--data", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [script, "--base", str(tmp_path), "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         load(script).main()
     assert ended.value.code == 4
-    assert "hyperrt pretrain --out RUN" in capsys.readouterr().err
+    assert "hyperrt pretrain --output RUN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["against_dreambooth", "paper_small"])
@@ -242,7 +242,7 @@ def test_trained_models_are_asked_for(load, script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(SystemExit) as ended:
         load(script).main()
-    assert ended.value.code == 4 and "--model or --data is missing" in capsys.readouterr().err
+    assert ended.value.code == 4 and "--base or --data is missing" in capsys.readouterr().err
 
 
 def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
