@@ -10,7 +10,7 @@
     sites_FAMILY              sites of the family's layout
 
 SD1.5 and SDXL have random weights and graphs in bf16; tiny is the bundle in the wheel, in fp32. Bundles are
-written to `--work` (default: a temporary folder); those of earlier runs, or of bench/full_size.py, are reused.
+written to `--work` (default: a temporary folder); bundles of earlier runs and of full_size.py are reused.
 Plans are not kept, and graphs are compiled one by one: SDXL's plans are some 10 GB for each target.
 """
 

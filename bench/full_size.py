@@ -2,9 +2,9 @@
 
     python bench/full_size.py --family sd15|sdxl [--work DIR]
 
-    export_s, export_peak_gb       the process of `hyperrt export --random-weights 0 --verify none`
+    export_s, export_peak_gb       `hyperrt export --random-weights 0 --verify none`, the whole process
     bundle_gb                      on disk
-    parity_fp32_worst_rel          largest error of a graph of the fp32 bundle on ONNX Runtime, against PyTorch in fp32
+    parity_fp32_worst_rel          largest error of a graph of the fp32 bundle on ONNX Runtime, against PyTorch
     parity_bf16_worst_rel          the same for a bf16 bundle on OpenVINO
     step_s_onnxruntime, step_s_openvino    one step of HM-CFG, three rows, of the fp32 bundle; OpenVINO computes
                                            in bf16 if the processor has it

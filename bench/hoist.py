@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument(
-        "--quick", action="store_true", help="the least of everything: is the script in order?"
+        "--quick", action="store_true", help="run the minimum, to test the script"
     )
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -33,7 +33,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
         "--bundle", default="tiny", help="name of a bundle in the wheel, or a folder (default: tiny)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="the least of everything: is the script in order?"
+        "--quick", action="store_true", help="run the minimum, to test the script"
     )
     return parser
 
