@@ -4,10 +4,10 @@
 
     export_s, export_peak_gb       `hyperrt export --random-weights 0 --verify none`, the whole process
     bundle_gb                      on disk
-    parity_fp32_worst_rel          largest error of a graph of the fp32 bundle on ONNX Runtime, against PyTorch
+    parity_fp32_worst_rel          largest error of a graph of the fp32 bundle, on ONNX Runtime, to PyTorch
     parity_bf16_worst_rel          the same for a bf16 bundle on OpenVINO
-    step_s_onnxruntime, step_s_openvino    one step of HM-CFG, three rows, of the fp32 bundle; OpenVINO computes
-                                           in bf16 if the processor has it
+    step_s_onnxruntime, step_s_openvino    one step of HM-CFG, three rows, of the fp32 bundle; OpenVINO in
+                                           bf16 if the processor has it
     peak_gb_onnxruntime, peak_gb_openvino  of that process
 
 Each part runs in a separate process, so that peaks do not mix. `--work` keeps the bundles; bundles that it

@@ -7,8 +7,8 @@ generic prompt. The usual way is two models: the base model on two rows, the per
     lora_overhead          time of the call of three rows / time of the plain UNet on them, minus 1
 
 The plain UNet is the bundle's denoiser without the LoRA's nodes; the script checks that it gives the result
-of the denoiser with gate 0. The base pair runs on it. Calls are made as in the runtime, with the same backend,
-threads and bound constants. Each round makes all calls in random order, and a figure is the median over the
+of the denoiser with gate 0. The base pair runs on it. Calls are made as in the runtime: same backend and
+threads, constants bound. Each round makes all calls in random order, and a figure is the median over the
 rounds of the ratio within a round, so that other load affects all alike. One picture, at the bundle's size.
 """
 
