@@ -55,12 +55,12 @@ def adapter(folder: Path, name: str) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "lora" / f"{name}.safetensors")
     paths = {"lora_unet_" + path.replace(".", "_"): path for path in paths_of(folder)}
     kinds = {"lora_down": "lora_A", "lora_up": "lora_B"}
-    adapter = {}
+    factors = {}
     for key, tensor in tensors.items():
         stem, kind, *_ = key.split(".")
         if kind in kinds:  # alpha is the rank: a factor of 1
-            adapter[f"{paths[stem]}.{kinds[kind]}.weight"] = tensor
-    return adapter
+            factors[f"{paths[stem]}.{kinds[kind]}.weight"] = tensor
+    return factors
 
 
 def paths_of(folder: Path) -> list[str]:

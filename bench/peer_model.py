@@ -1,8 +1,8 @@
-"""Writes a random Stable Diffusion of the true size in the format of each peer.  Runs in the environment `diffusers`.
+"""Writes a random Stable Diffusion of the true size in each peer's format.  Runs in the environment `diffusers`.
 
     python peer_model.py FOLDER --family sd15 --part diffusers|openvino_genai|onnxruntime|lora
 
-    diffusers/        unet (fp32), text encoder, tokenizer, scheduler, a small VAE (the decoder is not measured)
+    diffusers/        unet (fp32), text encoder, tokenizer, scheduler, a small VAE (not measured)
     openvino_genai/   the same as OpenVINO IR in fp32, by OpenVINO's converter, uncompressed, with the names
                       of inputs and outputs of optimum-intel
     onnxruntime/      the UNet as torch.onnx.export writes it, fp32, and the initialiser of each projection
@@ -229,7 +229,7 @@ def write_openvino_genai(folder: Path, family: str) -> None:
 def save_ir(
     folder: Path, part: str, module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]
 ) -> None:
-    """Writes a module as OpenVINO IR in float32, with dynamic rows and picture size, and its configuration."""
+    """Writes a module as OpenVINO IR in float32, with dynamic rows and size, and its configuration."""
     import openvino as ov
 
     shapes = {name: [-1, *x.shape[1:]] if x.ndim > 1 else [1] for name, x in inputs.items()}

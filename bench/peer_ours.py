@@ -2,8 +2,8 @@
 
     python peer_ours.py BUNDLE --backend openvino --precision bf16 [--threads 2] [--rounds 5] [--warm-up 2]
 
-The step is the time between two latents of `Runtime.sample`: three rows, the LoRA on one of them, guidance and
-solver included.  The last line is JSON.
+The step is the time between two latents of `Runtime.sample`: three rows, the LoRA on one of them, guidance
+and solver included.  The last line is JSON.
 """
 
 from __future__ import annotations

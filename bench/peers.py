@@ -1,8 +1,8 @@
 """Times a step of HM-CFG in HyperRT and its peers.  Stable Diffusion 1.5, 512 x 512, random weights.
 
-Seconds per branch of the guidance sum, median of `--rounds` after two warm-up rounds.  The peers run one after
-the other, each in a separate environment and process, with the same number of threads, in fp32, and in bf16 if
-the processor has it (`--precision`):
+Seconds per branch of the guidance sum, median of `--rounds` after two warm-up rounds.  The peers run one
+after the other, each in a separate environment and process, with the same number of threads, in fp32, and in
+bf16 if the processor has it (`--precision`):
 
     ours_s                    one call of three rows, the LoRA on one of them (bench/peer_ours.py)
     diffusers_toggle_s        one UNet, three calls, PEFT adapter on and off
@@ -18,8 +18,8 @@ the processor has it (`--precision`):
     vs_NAME                   ours / the peer's, each in its faster precision
     vs_NAME_PRECISION         the same at equal precision
 
-The machine must be idle: next to another job torch's threads wait for one another, and a step takes three times
-as long.  Without `--bundle` a bundle of random weights is exported to .peers/bundles/sd15.
+The machine must be idle: next to another job torch's threads wait for one another, and a step takes three
+times as long.  Without `--bundle` a bundle of random weights is exported to .peers/bundles/sd15.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def main() -> None:
     figures: dict[str, float] = {}
     for precision in args.precision:
         for backend in [name for name, takes in BACKENDS.items() if find_spec(name) and precision in takes]:
-            found = ours(str(bundle), backend, precision, options)
-            figures[f"ours_{backend}_{precision}_s"] = found["median_s"]
-            rows.append(row(f"ours_{backend}", precision, found))
+            results = ours(str(bundle), backend, precision, options)
+            figures[f"ours_{backend}_{precision}_s"] = results["median_s"]
+            rows.append(row(f"ours_{backend}", precision, results))
         for name in [name for name in only if precision in MEASURED[name][3]]:
-            found = measure(name, precision, [*options, "--limit", str(args.limit)])
-            figures[f"{name}_{precision}_s"] = found["median_s"]
-            rows.append(row(name, precision, found))
+            results = measure(name, precision, [*options, "--limit", str(args.limit)])
+            figures[f"{name}_{precision}_s"] = results["median_s"]
+            rows.append(row(name, precision, results))
     report.table(rows, ("program", "precision", "s per branch", "min s", "rounds", "load", "versions"))
     report.finish(__file__, with_ratios(figures), BARS)
 
@@ -91,40 +91,42 @@ def measure(name: str, precision: str, options: list[str]) -> dict[str, object]:
     folder = peer_environment.model("sd15", *dict.fromkeys(("diffusers", "lora", environment)))
     what, *others = arguments.split()
     others += ["--precision", precision] if len(precisions) > 1 else []
-    found = peer_environment.call(environment, f"peer_{environment}.py", what, str(folder), *others, *options)
-    return per_branch(found, branches)
+    results = peer_environment.call(
+        environment, f"peer_{environment}.py", what, str(folder), *others, *options
+    )
+    return per_branch(results, branches)
 
 
-def per_branch(found: dict[str, object], branches: int) -> dict[str, object]:
+def per_branch(results: dict[str, object], branches: int) -> dict[str, object]:
     """Divides the times of a step by its branches."""
-    return found | {key: found[key] / branches for key in ("median_s", "least_s")}
+    return results | {key: results[key] / branches for key in ("median_s", "least_s")}
 
 
-def row(name: str, precision: str, found: dict[str, object]) -> tuple[object, ...]:
+def row(name: str, precision: str, results: dict[str, object]) -> tuple[object, ...]:
     """A row of the table; a load above the number of CPUs shows that another job was running."""
-    versions = " ".join(f"{package} {number}" for package, number in found["versions"].items())
-    times = (found["median_s"], found["least_s"], found["rounds"])
+    versions = " ".join(f"{package} {number}" for package, number in results["versions"].items())
+    times = (results["median_s"], results["least_s"], results["rounds"])
     return name, precision, *times, os.getloadavg()[0], versions
 
 
 def with_ratios(figures: dict[str, float]) -> dict[str, float]:
     """Adds the fastest figure of each name, and the ratios of ours to each peer's."""
-    found = dict(figures)
+    results = dict(figures)
     for name in ("ours", *MEASURED):
         for precision in PRECISIONS:
             kinds = [f"{name}_{backend}" for backend in BACKENDS] if name == "ours" else [name]
             times = [figures[key] for kind in kinds if (key := f"{kind}_{precision}_s") in figures]
             if times:
-                found[f"{name}_{precision}_s"] = min(times)
-        both = [found[key] for precision in PRECISIONS if (key := f"{name}_{precision}_s") in found]
+                results[f"{name}_{precision}_s"] = min(times)
+        both = [results[key] for precision in PRECISIONS if (key := f"{name}_{precision}_s") in results]
         if both:
-            found[f"{name}_s"] = min(both)
+            results[f"{name}_s"] = min(both)
     ratios = {}
     for name in MEASURED:
         for kind in ("", *(f"_{precision}" for precision in PRECISIONS)):
-            if {f"ours{kind}_s", f"{name}{kind}_s"} <= found.keys():
-                ratios[f"vs_{name}{kind}"] = found[f"ours{kind}_s"] / found[f"{name}{kind}_s"]
-    return found | ratios
+            if {f"ours{kind}_s", f"{name}{kind}_s"} <= results.keys():
+                ratios[f"vs_{name}{kind}"] = results[f"ours{kind}_s"] / results[f"{name}{kind}_s"]
+    return results | ratios
 
 
 if __name__ == "__main__":
