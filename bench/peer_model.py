@@ -1,4 +1,4 @@
-"""Writes a random Stable Diffusion of the true size in each peer's format.  Runs in the environment `diffusers`.
+"""Writes a random Stable Diffusion of the true size in each peer's format, in the environment `diffusers`.
 
     python peer_model.py FOLDER --family sd15 --part diffusers|openvino_genai|onnxruntime|lora
 

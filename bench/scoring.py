@@ -8,7 +8,7 @@
     identity_colours  the same by colours
     background        rate: the scene is the right one
 
-The first three still vary when the rates are 0 or 1.  Every subject is drawn on white and in other scenes; its
+The first three still vary when the rates are 0 or 1.  Every subject is drawn on white and in others; its
 score is the mean.  Cases, photos and classifiers are those of training/evaluation/drawn.py.  The encoder is
 that of training/evaluation/identity_encoder.py; it is trained at its first use (two minutes), on other data.
 """

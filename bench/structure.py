@@ -3,7 +3,8 @@
 Over engines/, hyperrt/, training/ and export/ with all their folders, and README.md:
 
     hyperrt_rooms_at_the_top   files and folders directly in hyperrt/ that git tracks
-    import_circles             groups of modules, and of rooms, that all import one another, also indirectly. The rooms of a folder are the files and folders directly in it
+    import_circles             groups of modules, and of rooms, that all import one another, also indirectly.
+                               The rooms of a folder are the files and folders directly in it
     longest_file               lines
     longest_function           lines, from `def` to its end
     readme_lines               lines
@@ -19,7 +20,7 @@ its module's, and a class's `__init__` and `__call__`. A backend's `open` is pub
 the user's options. Of an overloaded function the overloads are what a caller sees. The command line
 (`hyperrt/cli`, `cli.py`, click commands) is not public: a shell calls it, and click checks the options.
 
-An option is a parameter that a caller may omit: a parameter with a default, or `**options`. It is untyped if it is
+An option is a parameter that a caller may omit, by a default or `**options`. It is untyped if it is
 annotated as `Any`; `**options` also as `object`, but not as `Unpack[...]`. A parameter without an annotation
 counts even if it is required. One with a leading underscore does not count: the function ignores it.
 """

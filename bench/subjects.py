@@ -6,7 +6,7 @@
     mb_per_extra_subject   peak memory with 8 subjects minus that with 1, / 7, in 10^6 bytes
     growth                 per_subject_s_8 / per_subject_s_1
 
-Every K runs in a separate process, so that peaks do not mix.  Subjects are different random LoRAs; the prompts
+Every K runs in a separate process, so that peaks do not mix.  Subjects are different random LoRAs, prompts
 differ in the place.  A step has three rows for every subject.
 """
 
