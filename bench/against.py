@@ -1,17 +1,17 @@
-"""The same measurement in this checkout and at another commit, by turns on one machine.
+"""Runs a measurement in this checkout and at another commit, in turns on one machine.
 
     python bench/switch.py --against b78425f --turns 5
 
-Each turn runs the script of that name once in both checkouts, with the same options; the order changes from
-turn to turn (ABBA), so that a machine that becomes slower hits both alike. The other commit is checked out
-into a temporary folder. Both run from their folder, neither is installed. For each figure of both scripts:
+Each turn runs the script once in both checkouts, with the same options. The order alternates (ABBA), so that
+a machine that slows down affects both alike. The other commit is checked out into a temporary folder; neither
+checkout is installed. For each figure of the script:
 
-    KEY          median over the turns, here
-    KEY_before   the same of the other commit
-    KEY_ratio    median over the turns of here / before, of figures in _s, _ms, _mb, _gb
+    KEY          median over the turns, in this checkout
+    KEY_before   the same at the other commit
+    KEY_ratio    median over the turns of this checkout / other commit, for figures in _s, _ms, _mb, _gb
 
-On a machine with other work, many short turns are better than few long ones: both halves of a turn then meet
-the same load, and the median leaves out the turns in which they did not.
+On a busy machine many short turns are better than a few long ones: in most turns both halves then see the
+same load, and the median ignores the others.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ BAR = "<= 1.05"
 
 
 def add_options(parser: argparse.ArgumentParser, turns: int = 5) -> None:
-    """The options of a script that can be compared with another commit."""
-    parser.add_argument("--against", metavar="COMMIT", help="measure this commit, too: see against.py")
-    parser.add_argument("--turns", type=int, default=turns, help="with --against (default: %(default)s)")
+    """Adds the options of a script that can be compared with another commit."""
+    parser.add_argument("--against", metavar="COMMIT", help="also measure this commit: see bench/against.py")
+    parser.add_argument("--turns", type=int, default=turns, help="turns of --against (default: %(default)s)")
 
 
 def finish(script: str, args: argparse.Namespace, bars: Mapping[str, str], *more: str) -> None:
-    """Measure both checkouts, and end the script with the figures of both.
+    """Measures both checkouts, and ends the script with the figures of both.
 
     Args:
-        script: its `__file__`.
+        script: `__file__` of the script.
         args: its options, with those of `add_options`.
-        bars: as `report.finish`.
-        more: options that both are given beside those of the command line.
+        bars: as in `report.finish`.
+        more: options for both checkouts, in addition to those of the command line.
     """
     options = [*own_options(sys.argv[1:]), *more]
     with worktree(args.against) as before:
-        here, there = measured(Path(script).name, before, args.turns, options)
+        new, old = measured(Path(script).name, before, args.turns, options)
         commit = report.commit(before)
-    by_key = ratios(here, there)
+    by_key = ratios(new, old)
     rows = [(key, len(values), median(values), min(values), max(values)) for key, values in by_key.items()]
-    report.table(rows, ("here / before", "turns", "median", "least", "most"))
+    report.table(rows, ("new / old", "turns", "median", "min", "max"))
     bars = {**bars, **{f"{key}_ratio": BAR for key in by_key}}
-    report.finish(script, compared(here, there), bars, against=commit)
+    report.finish(script, compared(new, old), bars, against=commit)
 
 
 def own_options(words: Sequence[str]) -> list[str]:
-    """The options of the script itself."""
+    """The command line without the options of `add_options`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_options(parser)
     return parser.parse_known_args(words)[1]
@@ -69,9 +69,10 @@ def own_options(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def worktree(commit: str) -> Iterator[Path]:
-    """The folder of a checkout of that commit, removed at the end.
+    """Checks a commit out into a temporary folder, and removes it at the end.
 
-    Raises SystemExit if there is no such commit.
+    Raises:
+        SystemExit: the commit does not exist.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "before"
@@ -89,18 +90,19 @@ def git(*words: str) -> None:
 
 
 def environment(root: Path, *folders: Path) -> dict[str, str]:
-    """Variables with which Python imports the packages of that checkout, and modules of the folders.
+    """Environment variables for a Python that imports from a checkout and from `folders`.
 
-    Settings of HyperRT and of Python, such as one that keeps byte code from being written, are left out.
+    Settings of HyperRT and of Python, such as PYTHONDONTWRITEBYTECODE, are left out.
     """
     others = {name: value for name, value in os.environ.items() if not name.startswith(("HYPERRT", "PYTHON"))}
     return {**others, "PYTHONPATH": os.pathsep.join(map(str, (root, *folders)))}
 
 
 def run(root: Path, command: Sequence[str], *folders: Path) -> str:
-    """What Python prints with the packages of that checkout; its stderr is this process's.
+    """Runs Python with the packages of a checkout; returns its stdout and passes its stderr on.
 
-    Raises SystemExit if it fails.
+    Raises:
+        SystemExit: the command failed.
     """
     words = [sys.executable, *command]
     result = subprocess.run(
@@ -114,7 +116,7 @@ def run(root: Path, command: Sequence[str], *folders: Path) -> str:
 def measured(
     name: str, before: Path, turns: int, options: Sequence[str]
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The figures of each turn here, and at the other commit."""
+    """Runs the script in turns; returns the figures of each turn in this checkout and at the other commit."""
     figures: dict[Path, list[dict[str, float]]] = {report.ROOT: [], before: []}
     for turn in range(turns):
         for root in (before, report.ROOT) if turn % 2 else (report.ROOT, before):
@@ -125,17 +127,18 @@ def measured(
     return figures[report.ROOT], figures[before]
 
 
-def compared(here: list[dict[str, float]], there: list[dict[str, float]]) -> dict[str, float]:
-    """Figures of several turns to one figure each, beside the other commit's."""
+def compared(new: list[dict[str, float]], old: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over the turns of both, and the ratios."""
     figures: dict[str, float] = {}
-    for key in here[0]:
-        figures[key] = median(turn[key] for turn in here)
-        if key in there[0]:
-            figures[f"{key}_before"] = median(turn[key] for turn in there)
-    return figures | {f"{key}_ratio": median(values) for key, values in ratios(here, there).items()}
+    for key in new[0]:
+        figures[key] = median(turn[key] for turn in new)
+        if key in old[0]:
+            figures[f"{key}_before"] = median(turn[key] for turn in old)
+    return figures | {f"{key}_ratio": median(values) for key, values in ratios(new, old).items()}
 
 
-def ratios(here: list[dict[str, float]], there: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Here / before of each turn, of every time and memory that both scripts measure."""
-    keys = [key for key in here[0] if key in there[0] and TIME_OR_MEMORY.search(key)]
-    return {key: [new[key] / old[key] for new, old in zip(here, there, strict=True)] for key in keys}
+def ratios(new: list[dict[str, float]], old: list[dict[str, float]]) -> dict[str, list[float]]:
+    """New / old of each turn, for every time and memory that both checkouts measure."""
+    keys = [key for key in new[0] if key in old[0] and TIME_OR_MEMORY.search(key)]
+    turns = list(zip(new, old, strict=True))
+    return {key: [after[key] / before[key] for after, before in turns] for key in keys}

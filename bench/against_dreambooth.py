@@ -1,26 +1,26 @@
-"""A subject by one pass of a hypernetwork, or fine-tuned with DreamBooth: who is better, who is faster?
+"""Compares subjects of the hypernetwork with subjects fine-tuned with DreamBooth: quality and time.
 
     identity_hypernet, identity_dreambooth
-                           how often the nearest of 20 unseen subjects of the noun is the right one, and
+                           share of subjects that are recognised among 20 unseen ones of the noun
     likeness_hypernet, likeness_dreambooth
-                           cosine with the subject, by the features of an encoder of identities
-    colours_...            the same by the colours of what is not white
+                           cosine with the subject, in the features of an encoder of subjects
+    colours_...            the same in the colours of pixels that are not white
     background_hypernet, background_dreambooth
-                           how often the scene is the one that the prompt names, and
+                           share of pictures whose scene is the one in the prompt
     prompt_hypernet, prompt_dreambooth
-                           the margin by which it is (bench/scoring.py)
+                           margin of that scene (bench/scoring.py)
     seconds_per_subject_hypernet, seconds_per_subject_dreambooth
                            from photos in memory to LoRA, median
-    times_faster           seconds of DreamBooth over those of the hypernetwork
-    dreambooth_steps       how many fine-tuning takes: the choice of the sweep
-    sweep_likeness_N, sweep_prompt_N    of other subjects, after N steps
+    times_faster           seconds of DreamBooth / seconds of the hypernetwork
+    dreambooth_steps       steps of fine-tuning, chosen by the sweep
+    sweep_likeness_N, sweep_prompt_N    scores of other subjects after N steps
 
-Both see the same four photos of unseen drawn subjects, have a LoRA of the same rank on the same sites, and
-are drawn by the same runtime with the same noise, at the bundle's guidance and κ 1.  DreamBooth is told the
-scene of every photo, which the hypernetwork is not.  It learns at a constant rate, so the sweep is one run
-per subject.  Of its stops the one is chosen where likeness and prompt margin add up to the most, as the paper
-stops early (figure 3), on subjects that are not those of the comparison.  --dreambooth-steps N leaves the
-sweep out.  All computation is on the threads of --threads.
+Both methods see the same four photos of unseen drawn subjects and have a LoRA of the same rank on the same
+sites.  The same runtime draws both with the same noise, at the bundle's guidance and κ 1.  DreamBooth also
+gets the scene of each photo as a caption.  Its learning rate is constant, so the sweep is one run per
+subject; it chooses the steps with the largest sum of likeness and prompt margin (the paper stops early, too:
+figure 3).  The subjects of the sweep are not those of the comparison.  --dreambooth-steps N skips the sweep.
+Everything is computed with the threads of --threads.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ from hyperrt.training.run import device
 
 STOPS = (50, 100, 200, 400, 800)
 METHODS = ("hypernet", "dreambooth")
-SHOWN = {  # score -> what it is called here
+SHOWN = {  # score -> its name in the figures
     scoring.IDENTITY: "identity", scoring.SUBJECT: "likeness", scoring.COLOURS: "colours",
     scoring.BACKGROUND: "background", scoring.PROMPT: "prompt",
 }  # fmt: skip
 BARS = {"times_faster": ">= 1000", "background_hypernet": ">= background_dreambooth"}
-REPEATS = 5  # of a personalisation that takes milliseconds
+REPEATS = 5  # of a personalisation, which takes milliseconds
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """DreamBooth for cases: what is the same for all of them."""
+    """Fine-tunes cases with DreamBooth, all with the same settings."""
 
     base: bases.Base
     runtime: Runtime
     config: DreamBoothConfig
 
     def __call__(self, case: scoring.Case, stops: Sequence[int] = ()) -> list[Finetuned]:
-        """A case after each of the stops, the last after all the steps."""
+        """The subject of a case after each of the stops, and last after all steps."""
         prompts = [scenes.caption(case.noun, place, "[V]") for place in case.photo_scenes]
         layout = self.runtime.bundle.layout
         return finetune(self.base, case.photos, case.noun, layout, self.config, prompts, stops)
@@ -75,12 +75,12 @@ class Tuner:
 def main() -> None:
     parser = small_world.options(__doc__)
     parser.add_argument("--hypernet", type=Path, metavar="RUN", help="run of `hyperrt train`; else --bundle")
-    parser.add_argument("--work", type=Path, help="where a bundle of it is kept (default: beside the model)")
-    parser.add_argument("--subjects", type=int, default=24, help="of the comparison")
+    parser.add_argument("--work", type=Path, help="keeps the exported bundle (default: beside the base)")
+    parser.add_argument("--subjects", type=int, default=24, help="subjects of the comparison")
     parser.add_argument("--sweep-subjects", type=int, default=8)
-    parser.add_argument("--dreambooth-steps", type=int, help="leave the sweep out")
-    parser.add_argument("--lr", type=float, default=DreamBoothConfig.lr, help="of DreamBooth")
-    parser.add_argument("--steps", type=int, default=15, help="of the solver")
+    parser.add_argument("--dreambooth-steps", type=int, help="skip the sweep")
+    parser.add_argument("--lr", type=float, default=DreamBoothConfig.lr, help="learning rate of DreamBooth")
+    parser.add_argument("--steps", type=int, default=15, help="steps of the solver")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.quick:
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, base: bases.Base, runtime: Runtime) -> dict[str, float]:
-    """All the figures; prints them with their intervals."""
+    """Makes and scores all subjects; prints the intervals, returns the figures."""
     figures: dict[str, float] = {}
     steps = args.dreambooth_steps
     if not steps:
@@ -106,21 +106,21 @@ def compare(args: argparse.Namespace, base: bases.Base, runtime: Runtime) -> dic
     tuner = Tuner(base, runtime, settings(args, runtime, steps))
     studio = studio_of(args, runtime, args.seed, args.subjects)
     tuned = [tuner(case)[-1] for case in studio.cases]
-    made = {"hypernet": personalised(runtime, studio.cases)}
-    made["dreambooth"] = [(one.subject, one.seconds) for one in tuned]
+    subjects = {"hypernet": personalised(runtime, studio.cases)}
+    subjects["dreambooth"] = [(result.subject, result.seconds) for result in tuned]
     rows = []
     for method in METHODS:
-        scores = studio.scores([small_drawing.anywhere(s) for s, _ in made[method]], guidance_of(runtime))
+        scores = studio.scores([small_drawing.anywhere(s) for s, _ in subjects[method]], guidance_of(runtime))
         rows.append((method, *(str(mean_interval(scores[name])) for name in SHOWN)))
         figures |= {f"{word}_{method}": float(scores[name].mean()) for name, word in SHOWN.items()}
-        figures[f"seconds_per_subject_{method}"] = median(seconds for _, seconds in made[method])
+        figures[f"seconds_per_subject_{method}"] = median(seconds for _, seconds in subjects[method])
     report.table(rows, ("method", *SHOWN.values()))
     times = [figures[f"seconds_per_subject_{method}"] for method in METHODS]
     return figures | {"times_faster": times[1] / times[0], "dreambooth_steps": steps}
 
 
 def studio_of(args: argparse.Namespace, runtime: Runtime, seed: int, count: int) -> Studio:
-    """Cases of a seed with their judges."""
+    """A studio with the cases of a seed."""
     cases = scoring.cases(seed, count)
     return Studio(
         runtime, scoring.Scorer(scoring.encoder(runtime.bundle, args.quick), cases), args.steps, 1000 * seed
@@ -136,8 +136,8 @@ def guidance_of(runtime: Runtime) -> Guidance:
 
 
 def personalised(runtime: Runtime, cases: Sequence[scoring.Case]) -> list[tuple[Subject, float]]:
-    """Every case by the hypernetwork, and the seconds of one call of `Runtime.personalize`."""
-    found = []
+    """(subject, seconds) of each case: one call of `Runtime.personalize`, median."""
+    results = []
     for case in cases:
         made: list[Subject] = []
         times = [
@@ -145,8 +145,8 @@ def personalised(runtime: Runtime, cases: Sequence[scoring.Case]) -> list[tuple[
                 runtime.personalize(case.photos, case.noun)))
             for _ in range(REPEATS)
         ]  # fmt: skip
-        found.append((made[-1], median(times) / 1000))
-    return found
+        results.append((made[-1], median(times) / 1000))
+    return results
 
 
 def sweep(studio: Studio, tuner: Tuner, stops: Sequence[int]) -> tuple[dict[str, float], int]:

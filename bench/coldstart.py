@@ -1,18 +1,17 @@
-"""What does the first picture cost on a machine that has just started?
+"""How long does a command take in a new process, and how large is HyperRT?
 
 Every run is a new process, so imports, opening the bundle, the subject's LoRA and writing the PNG all count.
-The median of several runs; the first, which fills the disk cache, is left out.
+Figures are medians of several runs, without the first, which fills the disk cache.
 
     generate_s          wall seconds of `hyperrt generate` with four photos, 30 steps, one picture
-    peak_mb             the largest resident set of that process and of any child of it (MB = 10^6 bytes)
+    peak_mb             largest resident set of that process and its children (MB = 10^6 bytes)
     help_s              wall seconds of `hyperrt --help`
-    forbidden_modules   how many of torch, diffusers, transformers, peft it has loaded at its end
-    wheel_mb            the wheel, as `pip wheel` builds it from the files of the checkout
-    install_mb          all files of site-packages after `pip install '.[cpu]'` in a new virtual environment,
-                        less what was there before (pip, setuptools); with the byte code that pip compiles
+    forbidden_modules   how many of torch, diffusers, transformers, peft it has loaded at the end
+    wheel_mb            the wheel that `pip wheel` builds from the checkout
+    install_mb          files that `pip install '.[cpu]'` adds to site-packages in a new virtual environment,
+                        with the byte code that pip compiles
 
-The last two need pip's index; --no-install leaves them out, and so does --against. The CPUs are those that
-this process may use.
+The last two need pip's index; --no-install and --against skip them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ PROMPT = "a [V] mug on a beach"
 FORBIDDEN = ("torch", "diffusers", "transformers", "peft")
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "engines", "hyperrt", "training", "export")
 HYPERRT = (sys.executable, "-m", "hyperrt")
-# Runs the command as `python -m hyperrt` does, and then says which modules came with it.
+# Runs the command as `python -m hyperrt` does, and then writes which of these modules it loaded.
 SPY = f"""
 import sys
 from hyperrt.cli.main import main
@@ -57,7 +56,7 @@ BARS = {
 def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--no-install", action="store_true", help="leave out wheel_mb and install_mb")
+    parser.add_argument("--no-install", action="store_true", help="skip wheel_mb and install_mb")
     against.add_options(parser)
     args = parser.parse_args()
     if args.against:
@@ -87,18 +86,19 @@ def main() -> None:
 
 
 def generate_options(bundle: str, output: Path) -> tuple[str, ...]:
-    """The command line of one picture, without the program."""
-    where = ("--bundle", bundle, "--images", str(PHOTOS), "-o", str(output), "--force")
-    return ("generate", "--prompt", PROMPT, "--steps", "30", "--seed", "0", *where)
+    """The arguments of `hyperrt` for one picture."""
+    files = ("--bundle", bundle, "--images", str(PHOTOS), "-o", str(output), "--force")
+    return ("generate", "--prompt", PROMPT, "--steps", "30", "--seed", "0", *files)
 
 
 def run(command: Sequence[str]) -> tuple[float, float]:
-    """Wall seconds and peak resident MB of a new process; what it prints is thrown away.
+    """Runs a command; returns its wall seconds and peak resident MB.
 
     The peak is the largest of the process and the children that it waited for (ru_maxrss). Linux starts
     counting at the size of the process that forks, so this script imports nothing large.
 
-    Raises SystemExit if it fails.
+    Raises:
+        SystemExit: the command failed.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=report.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -113,10 +113,10 @@ def run(command: Sequence[str]) -> tuple[float, float]:
 
 
 def forbidden_modules(options: Sequence[str], folder: Path) -> list[str]:
-    """Which of FORBIDDEN are loaded when the picture is there."""
-    found = folder / "modules"
-    run((sys.executable, "-c", SPY.format(report=str(found)), *options))
-    return [name for name in found.read_text().strip().split(",") if name]
+    """The modules of FORBIDDEN that are loaded after a picture was written."""
+    path = folder / "modules"
+    run((sys.executable, "-c", SPY.format(report=str(path)), *options))
+    return [name for name in path.read_text().strip().split(",") if name]
 
 
 def wheel_mb(folder: Path) -> float:
@@ -127,7 +127,7 @@ def wheel_mb(folder: Path) -> float:
 
 
 def install_mb(folder: Path) -> float:
-    """What the install adds to the site-packages of a new virtual environment."""
+    """Size of the files that the install adds to the site-packages of a new virtual environment."""
     venv.create(folder / "venv", with_pip=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     before = size_of(packages)
@@ -137,7 +137,7 @@ def install_mb(folder: Path) -> float:
 
 
 def copy_of_sources(folder: Path) -> Path:
-    """A folder with what the wheel is built from."""
+    """Copies the files that the wheel is built from into a new folder."""
     folder.mkdir()
     for name in SOURCES:
         source = report.ROOT / name

@@ -1,17 +1,17 @@
-"""Compiling ahead of time, on a machine without a GPU: plans of TensorRT-RTX for GPUs that are elsewhere.
+"""Compiles plans of TensorRT-RTX ahead of time, on a machine without a GPU.
 
     python bench/compile.py --family tiny,sd15,sdxl [--target sm86,sm89,sm120] [--work DIR]
 
-    compiled                  (family, target) whose graphs all compiled, of as many as were asked for
-    seconds_FAMILY_TARGET     all graphs of it
-    peak_gb_FAMILY_TARGET     largest memory of the compiling process, of its largest graph
-    plan_gb_FAMILY_TARGET     all plans of it
+    compiled                  how many of the (family, target) pairs compiled whole
+    seconds_FAMILY_TARGET     all graphs
+    peak_gb_FAMILY_TARGET     peak memory of the process that compiles the largest graph
+    plan_gb_FAMILY_TARGET     all plans
     lora_sites_FAMILY_TARGET  sites whose LoRA is an input of a plan, so that a subject needs no refit
     sites_FAMILY              sites of the family's layout
 
-SD1.5 and SDXL have random weights, and bf16 in the graph; tiny is the bundle in the wheel, fp32. Bundles go
-to `--work` (default: a temporary folder); a bundle that is there, as of bench/full_size.py, is used. Plans
-are not kept, and graphs compiled one by one: SDXL's plans are some 10 GB for each target.
+SD1.5 and SDXL have random weights and graphs in bf16; tiny is the bundle in the wheel, in fp32. Bundles are
+written to `--work` (default: a temporary folder); bundles of earlier runs and of full_size.py are reused.
+Plans are not kept, and graphs are compiled one by one: SDXL's plans are some 10 GB for each target.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main() -> None:
     )
     parser.add_argument("--family", default="tiny,sd15,sdxl")
     parser.add_argument("--target", default=TARGETS)
-    parser.add_argument("--work", type=Path, help="folder that keeps bundles")
-    parser.add_argument("--quick", action="store_true", help="tiny for one target: is the script in order?")
+    parser.add_argument("--work", type=Path, help="folder that keeps the bundles")
+    parser.add_argument("--quick", action="store_true", help="tiny for one target, to test the script")
     args = parser.parse_args()
     families, targets = args.family.split(","), args.target.split(",")
     if args.quick:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def exported(family: str, work: Path) -> Bundle:
-    """The family's bundle."""
+    """The family's bundle, exported if it is missing."""
     if family == "tiny":
         return Bundle.open("tiny")
     folder = work / f"{family}-full-bf16"
@@ -71,16 +71,16 @@ def exported(family: str, work: Path) -> Bundle:
 
 
 def compiled(bundle: Bundle, target: str, work: Path) -> list[dict[str, Any]]:
-    """What was said of each plan; a graph that cannot be compiled is told of on stderr."""
+    """Compiles all graphs; returns an event per plan, and prints errors to stderr."""
     path = "tiny" if bundle.family == "tiny" else str(bundle.path)
-    found = []
+    events = []
     for name in bundle.graphs:
         options = ("--target", target, "--graph", name, "--force", "--json")
-        found += hyperrt("compile", path, *options, work=work, check=False)
-    for line in found:
-        if line["event"] == "error":
-            print(line["what"], line["why"], sep="\n", file=sys.stderr)
-    return [line for line in found if line["event"] == "plan"]
+        events += hyperrt("compile", path, *options, work=work, check=False)
+    for event in events:
+        if event["event"] == "error":
+            print(event["what"], event["why"], sep="\n", file=sys.stderr)
+    return [event for event in events if event["event"] == "plan"]
 
 
 def about(bundle: Bundle, plans: list[dict[str, Any]], key: str) -> dict[str, float]:
@@ -98,7 +98,7 @@ def about(bundle: Bundle, plans: list[dict[str, Any]], key: str) -> dict[str, fl
 
 
 def hyperrt(*arguments: str, work: Path, check: bool = True) -> list[dict[str, Any]]:
-    """Run the command line, with a home that is gone afterwards; the JSON events that it prints."""
+    """Runs the command line with a temporary HYPERRT_HOME; returns the JSON events that it prints."""
     print("hyperrt", *arguments, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=work) as home:
         done = subprocess.run(

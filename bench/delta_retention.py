@@ -1,20 +1,19 @@
 """How much of a LoRA's effect is left when the base model's weights are int8?
 
-The effect is what the LoRA changes, y(base + LoRA) - y(base), computed in float32; what is left of it, the
-same difference with the weights quantised: symmetric, one scale per output channel.  The LoRA either stays in
-floating point beside them (`beside`, as HyperRT does) or is added before they are quantised (`merged`).
+The effect of a LoRA is y(base + LoRA) - y(base), computed in float32.  It is compared with the same
+difference for quantised weights (symmetric, one scale per output channel).  The LoRA either stays in floating
+point beside them (`beside`, as in HyperRT) or is added before the weights are quantised (`merged`).
 
-    beside, merged     share kept: of what the LoRA changes with int8 weights, the part that is its effect,
-                       the rest being rounding noise (squared cosine of the two differences).  Mean over
-                       the q, k and v projections of all cross-attentions of SD1.5
+    beside, merged     share kept: squared cosine of the two differences; the rest is rounding noise.  Mean
+                       over the q, k and v projections of all cross-attentions of SD1.5
     *_projection       length of the difference along the effect; 1 is full strength
     *_error            norm of (difference - effect) / norm of the effect
     beside_step, …     with `--bundle` and `--int8`, the same base model in floating point and in int8: the
                        LoRA's effect on the noise that a step predicts, K and V included
 
-Weights of the projections are Gaussian with the true shapes, the LoRA's product has 1 % of their rms
-(`--delta`), inputs are Gaussian; only weights are rounded.  Rounding a merged LoRA is right on average, so
-its projection stays 1 while much of what it changes is noise: the projection alone says nothing.
+The projections have Gaussian weights of the true shapes, the LoRA's product has 1 % of their rms (`--delta`),
+inputs are Gaussian; only weights are rounded.  Rounding a merged LoRA is unbiased, so its projection stays 1
+although much of the difference is noise; the projection alone says nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ BLOCKS = {320: 5, 640: 5, 1280: 6}  # cross-attentions of each width: 2 + 3, 2 +
 
 
 class Kept(NamedTuple):
-    """What is left of an effect."""
+    """How much of an effect is left; see the figures above."""
 
     share: float
     projection: float
@@ -45,7 +44,7 @@ class Kept(NamedTuple):
 
 def main() -> None:
     parser = report.options(__doc__)
-    parser.add_argument("--delta", type=float, default=0.01, help="rms of the LoRA over the weight's")
+    parser.add_argument("--delta", type=float, default=0.01, help="rms of the LoRA / rms of the weight")
     parser.add_argument("--int8", help="folder of the bundle in int8, for the figures of a step")
     parser.add_argument("--backend", default="auto")
     args = parser.parse_args()
@@ -65,18 +64,18 @@ def main() -> None:
 
 
 def named(key: str, kept: Kept) -> dict[str, float]:
-    """Figures of one comparison."""
+    """The figures of one comparison."""
     return {key: kept.share, f"{key}_projection": kept.projection, f"{key}_error": kept.error}
 
 
 def int8(weight: np.ndarray) -> np.ndarray:
-    """The nearest weights [in, out] that int8 with a scale per output channel can say."""
+    """Weights [in, out] rounded to int8 with a scale per output channel."""
     scale = np.abs(weight).max(axis=0, keepdims=True) / 127
     return np.rint(weight / scale) * scale
 
 
 def compare(effect: np.ndarray, kept: np.ndarray) -> Kept:
-    """What is left of `effect` in `kept`; arrays of one shape.  All zeros kept is a share of 0."""
+    """How much of `effect` is in `kept`, an array of the same shape.  The share of zeros is 0."""
     effect, kept = effect.astype(np.float64).ravel(), kept.astype(np.float64).ravel()
     along, length, own = effect @ kept, effect @ effect, kept @ kept
     share = along**2 / (length * own) if own else 0.0
@@ -91,22 +90,22 @@ def sites() -> Iterator[tuple[int, int]]:
 
 
 def projections(delta: float, quick: bool) -> dict[str, Kept]:
-    """Mean over the projections, for each way of keeping the LoRA."""
+    """Means over the projections, for `beside` and `merged`."""
     rng = np.random.default_rng(0)
-    found: dict[str, list[Kept]] = {"beside": [], "merged": []}
+    results: dict[str, list[Kept]] = {"beside": [], "merged": []}
     for d_in, d_out in list(sites())[: 3 if quick else None]:
         weight = rng.standard_normal((d_in, d_out), np.float32) / np.sqrt(d_in)
         a, b = rng.standard_normal((d_in, RANK), np.float32), rng.standard_normal((RANK, d_out), np.float32)
         b *= delta * weight.std() / np.sqrt(RANK)
         x = rng.standard_normal((ROWS, d_in), np.float32)
         effect, base, lora = x @ (a @ b), x @ int8(weight), (x @ a) @ b
-        found["beside"].append(compare(effect, (base + lora) - base))
-        found["merged"].append(compare(effect, x @ int8(weight + a @ b) - base))
-    return {way: Kept(*map(fmean, zip(*each, strict=True))) for way, each in found.items()}
+        results["beside"].append(compare(effect, (base + lora) - base))
+        results["merged"].append(compare(effect, x @ int8(weight + a @ b) - base))
+    return {way: Kept(*map(fmean, zip(*each, strict=True))) for way, each in results.items()}
 
 
 def step_effect(name: str, backend: str, delta: float) -> np.ndarray:
-    """What a random LoRA changes in the noise that a bundle predicts for one row, [1, C, h, w]."""
+    """The change by a random LoRA of the noise that a bundle predicts for one row, [1, C, h, w]."""
     bundle = Bundle.open(name)
     rng = np.random.default_rng(0)
     hidden = {

@@ -1,20 +1,20 @@
-"""Is it the subject of the photos, and is it where the prompt says?
+"""Do pictures show the subject of the photos, in the scene that the prompt names?
 
-40 drawn subjects that no training has seen (five of each noun), four photos of each in four scenes. Every
-picture is made by the runtime with the bundle's defaults, in three ways: with the subject's LoRA, with none
-(`_none`: the base model, which knows the noun), and with the LoRA of another subject of the noun (`_wrong`).
+40 drawn subjects that no training has seen (five of each noun), with four photos of each in four scenes. The
+runtime draws every picture with the bundle's defaults in three ways: with the subject's LoRA, without a LoRA
+(`_none`: the base model knows the noun), and with the LoRA of another subject of the noun (`_wrong`).
 
-    identity_hist      "a [V] NOUN on a plain white background" at kappa 1.2: how often the nearest of 20
-                       unseen subjects of the noun is the right one, by the colours of what is not white
-                       (chance: 0.05)
-    identity_encoder   the same by the bundle's frozen image encoder, which the hypernetwork also reads
-    background         "a [V] NOUN SCENE" at kappa 1, every subject in two of the twelve scenes: how often the
-                       scene is the right one, by the picture's border among real pictures
-    ..._real           the judge's answer on real pictures that it has not seen: the ceiling
-    identity_hist_cutouts   with --cutouts: the same on other people's drawings (split test), reported only
+    identity_hist      "a [V] NOUN on a plain white background" at kappa 1.2: share of pictures that are
+                       nearest to the right one of 20 unseen subjects of the noun, in the colours of pixels
+                       that are not white (chance: 0.05)
+    identity_encoder   the same in the features of the bundle's image encoder, the hypernetwork's input
+    background         "a [V] NOUN SCENE" at kappa 1, every subject in two of the twelve scenes: share of
+                       pictures whose border is nearest to real pictures of the right scene
+    ..._real           the same for real pictures that the classifiers have not seen: the upper limit
+    identity_hist_cutouts   with --cutouts: the same for other people's drawings (split test); no target
 
-A candidate is known by four views of its own on white, other than the photos and other than the views behind
-`_real`. --seed draws other subjects; the judges (training/evaluation/classifiers.py) stay as they are.
+A candidate is represented by four views on white, which differ from the photos and from the pictures of
+`_real`. --seed chooses the subjects; the classifiers (training/evaluation/classifiers.py) do not change.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hyperrt.training.evaluation.drawn import (
 SCENES_EACH = 2
 IDENTITY_KAPPA, BACKGROUND_KAPPA = 1.2, 1.0
 CUTOUTS = 40
-WAYS = ("", "_none", "_wrong")  # its own LoRA, none, another's
+WAYS = ("", "_none", "_wrong")  # the subject's LoRA, no LoRA, another subject's
 BARS = {"identity_hist": ">= 0.7", "identity_encoder": ">= 0.5", "background": ">= 0.9"}
 BARS |= {"identity_hist_cutouts": ">= 0.4"}
 BARS |= {"identity_hist_none": "about 0.05", "identity_hist_wrong": "about 0.05"}
@@ -51,8 +51,10 @@ BARS |= {"identity_hist_none": "about 0.05", "identity_hist_wrong": "about 0.05"
 
 def main() -> None:
     parser = report.options(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="other subjects and other noise")
-    parser.add_argument("--sheet", type=Path, help="write photos and pictures of all subjects here, as PNG")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the subjects and the noise")
+    parser.add_argument(
+        "--sheet", type=Path, help="PNG to write with the photos and pictures of all subjects"
+    )
     parser.add_argument("--cutouts", type=Path, help="folder of RGBA cut-outs with metadata.csv")
     args = parser.parse_args()
     cases = drawn.cases_of(args.seed, per_noun=1 if args.quick else drawn.PER_NOUN)
@@ -74,11 +76,11 @@ def main() -> None:
         }
         figures |= background_figures(cases, in_scenes)
         if args.cutouts:
-            others = cutout_cases(args.cutouts, args.seed)
-            own = [runtime.personalize(case.photos, case.noun) for case in others]
-            pictures = [*identity_pictures(runtime, others, own, args.seed, steps)]
-            found = identity_figures(others, {"": pictures}, {"identity_hist": classifiers.histogram})
-            figures |= {key.replace("hist", "hist_cutouts"): value for key, value in found.items()}
+            cutout = cutout_cases(args.cutouts, args.seed)
+            subjects = [runtime.personalize(case.photos, case.noun) for case in cutout]
+            pictures = [*identity_pictures(runtime, cutout, subjects, args.seed, steps)]
+            by_colour = identity_figures(cutout, {"": pictures}, {"identity_hist": classifiers.histogram})
+            figures |= {key.replace("hist", "hist_cutouts"): value for key, value in by_colour.items()}
     if args.sheet:
         write_sheet(args.sheet, cases, white, in_scenes)
     print(f"{len(cases)} subjects, seed {args.seed}\n")
@@ -86,47 +88,47 @@ def main() -> None:
 
 
 def cutout_cases(folder: Path, seed: int) -> list[Case]:
-    """Cut-outs of the split test, each among CANDIDATES of them, of its own noun where there are as many."""
-    found = cutouts.load(folder, "test")
+    """Cut-outs of the split test, each with CANDIDATES, first of the same noun and then of others."""
+    cut = cutouts.load(folder, "test")
     rng = np.random.default_rng([FIRST_INDEX, seed])
     cases = []
-    for k in rng.permutation(len(found.files))[:CUTOUTS]:
+    for k in rng.permutation(len(cut.files))[:CUTOUTS]:
         same = [
             other
-            for other in rng.permutation(len(found.files))
-            if other != k and found.noun(other) == found.noun(k)
+            for other in rng.permutation(len(cut.files))
+            if other != k and cut.noun(other) == cut.noun(k)
         ]
-        rest = [other for other in rng.permutation(len(found.files)) if other != k and other not in same]
-        candidates = [found.subject(int(index), PHOTO_SIZE) for index in [k, *same, *rest][:CANDIDATES]]
-        cases.append(Case(found.noun(int(k)), FIRST_INDEX + len(cases), candidates[0], 0, candidates))
+        rest = [other for other in rng.permutation(len(cut.files)) if other != k and other not in same]
+        candidates = [cut.subject(int(index), PHOTO_SIZE) for index in [k, *same, *rest][:CANDIDATES]]
+        cases.append(Case(cut.noun(int(k)), FIRST_INDEX + len(cases), candidates[0], 0, candidates))
     return cases
 
 
 def wrong_subjects(runtime: Runtime, cases: Sequence[Case], subjects: Sequence[Subject]) -> list[Subject]:
-    """For every case the LoRA of another unseen subject of its noun: the next candidate's."""
+    """For every case the subject of the next candidate, which has the same noun."""
     wrong = []
     for case in cases:
         other = case.candidates[(case.place + 1) % len(case.candidates)]
-        known = [s for c, s in zip(cases, subjects, strict=True) if c.drawing is other]
-        if not known:
+        matches = [s for c, s in zip(cases, subjects, strict=True) if c.drawing is other]
+        if not matches:
             photos = Case(case.noun, case.index + SEED_STRIDE // 2, other, 0, ()).photos
-            known = [runtime.personalize(photos, case.noun)]
-        wrong.append(known[0])
+            matches = [runtime.personalize(photos, case.noun)]
+        wrong.append(matches[0])
     return wrong
 
 
 def draw(runtime: Runtime, noun: str, scene: str, subject: Subject | None, **options: object) -> np.ndarray:
-    """One picture; without a subject the base model's, of the prompt without [V]."""
+    """Draws one picture; without a subject, by the base model from the prompt without [V]."""
     prompt = f"a [V] {noun} {scene}" if subject else f"a {noun} {scene}"
     if subject is None:
-        options.pop("kappa")  # there is nothing to share the guidance with
+        options.pop("kappa")  # kappa needs a subject
     return runtime.generate(prompt, subject, **options).images[0]
 
 
 def identity_pictures(
     runtime: Runtime, cases: Sequence[Case], by: Sequence[Subject | None], seed: int, steps: int | None
 ) -> Iterator[np.ndarray]:
-    """One picture of every case on white."""
+    """Draws one picture of every case on white."""
     for k, (case, subject) in enumerate(zip(cases, by, strict=True)):
         noise = SEED_STRIDE * seed + k
         yield draw(runtime, case.noun, WHITE, subject, seed=noise, kappa=IDENTITY_KAPPA, steps=steps)
@@ -135,7 +137,7 @@ def identity_pictures(
 def background_pictures(
     runtime: Runtime, cases: Sequence[Case], by: Sequence[Subject | None], seed: int, steps: int | None
 ) -> Iterator[np.ndarray]:
-    """SCENES_EACH pictures of every case, as `scenes_of` says."""
+    """Draws every case in its scenes (`scenes_of`)."""
     for k, (case, subject) in enumerate(zip(cases, by, strict=True)):
         for j, scene in enumerate(scenes_of(k)):
             noise = SEED_STRIDE * seed + 100 + SCENES_EACH * k + j
@@ -143,7 +145,7 @@ def background_pictures(
 
 
 def scenes_of(case: int) -> list[str]:
-    """The scenes of a case: over twelve cases all scenes equally often, and not the same ones for a noun."""
+    """The scenes of a case: each equally often in twelve cases, and different ones within a noun."""
     return [scenes.BACKGROUNDS[(5 * case + 6 * j) % len(scenes.BACKGROUNDS)] for j in range(SCENES_EACH)]
 
 
@@ -180,7 +182,7 @@ def write_sheet(
     white: dict[str, list[np.ndarray]],
     in_scenes: dict[str, list[np.ndarray]],
 ) -> None:
-    """A row per case: four photos | on white with its own LoRA, none, another's | its scenes, likewise."""
+    """Writes a row per case: photos | on white with its LoRA, none, another's | in scenes with the same."""
     rows = []
     for k, case in enumerate(cases):
         photos = [np.asarray(Image.fromarray(photo).resize((VIEW_SIZE, VIEW_SIZE))) for photo in case.photos]

@@ -1,17 +1,17 @@
-"""Stable Diffusion 1.5 and SDXL at full size, with random weights: does everything fit, agree, and run?
+"""Exports, verifies and runs SD1.5 and SDXL at full size, with random weights.
 
     python bench/full_size.py --family sd15|sdxl [--work DIR]
 
-    export_s, export_peak_gb       `hyperrt export --random-weights 0 --verify none`, whole process
+    export_s, export_peak_gb       `hyperrt export --random-weights 0 --verify none`, the whole process
     bundle_gb                      on disk
-    parity_fp32_worst_rel          worst graph of the fp32 bundle on ONNX Runtime against PyTorch in fp32
-    parity_bf16_worst_rel          the same of a bf16 bundle on OpenVINO
-    step_s_onnxruntime, step_s_openvino    one step of HM-CFG, three rows, of the fp32 bundle; OpenVINO takes
-                                           bf16 where the processor multiplies it
+    parity_fp32_worst_rel          largest error of a graph of the fp32 bundle, on ONNX Runtime, to PyTorch
+    parity_bf16_worst_rel          the same for a bf16 bundle on OpenVINO
+    step_s_onnxruntime, step_s_openvino    one step of HM-CFG, three rows, of the fp32 bundle; OpenVINO in
+                                           bf16 if the processor has it
     peak_gb_onnxruntime, peak_gb_openvino  of that process
 
-Everything runs in a process of its own, so that a peak is that of one thing. `--work` keeps the bundles, and
-uses those that it finds there; the export's figures are then left out.
+Each part runs in a separate process, so that peaks do not mix. `--work` keeps the bundles; bundles that it
+already holds are reused, without figures of the export.
 """
 
 from __future__ import annotations
@@ -46,10 +46,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels; default: the family's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--only", choices=("export", "parity", "step"), help="one part of it")
-    parser.add_argument(
-        "--quick", action="store_true", help="the least of everything: is the script in order?"
-    )
+    parser.add_argument("--only", choices=("export", "parity", "step"), help="measure this part alone")
+    parser.add_argument("--quick", action="store_true", help="run the minimum, to test the script")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -65,38 +63,38 @@ def main() -> None:
 
 def figures(args: argparse.Namespace) -> dict[str, float]:
     """All figures of a family."""
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for precision in PARITY_OF if args.only in (None, "parity") else ("fp32",):
         if not (bundle_of(args, precision) / "bundle.json").exists():
             exported = child(args, f"export_{precision}")
             if precision == "fp32":
-                found |= exported
+                results |= exported
     files = bundle_of(args, "fp32").iterdir()
-    found["bundle_gb"] = sum(path.stat().st_size for path in files) / 1e9
+    results["bundle_gb"] = sum(path.stat().st_size for path in files) / 1e9
     if args.only in (None, "parity"):
-        found |= child(args, "parity")
+        results |= child(args, "parity")
     for backend in BACKENDS if args.only in (None, "step") else ():
-        found |= child(args, f"step_{backend}")
-    return found
+        results |= child(args, f"step_{backend}")
+    return results
 
 
 def bundle_of(args: argparse.Namespace, precision: str) -> Path:
     return args.work / f"{args.family}-{args.size or 'full'}-{precision}"
 
 
-def child(args: argparse.Namespace, what: str) -> dict[str, float]:
-    """What a part of the measurement prints, run in a process of its own."""
+def child(args: argparse.Namespace, part: str) -> dict[str, float]:
+    """Runs a part in a separate process; returns its figures."""
     size = ("--size", str(args.size)) if args.size else ()
     rounds = ("--rounds", str(args.rounds), "--warm-up", str(args.warm_up))
     command = (sys.executable, __file__, "--family", args.family, "--work", args.work, *size, *rounds)
-    done = subprocess.run((*command, "--child", what), stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(what, found, file=sys.stderr, flush=True)
-    return found
+    done = subprocess.run((*command, "--child", part), stdout=subprocess.PIPE, text=True, check=True)
+    results: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(part, results, file=sys.stderr, flush=True)
+    return results
 
 
 def export(args: argparse.Namespace, precision: str) -> dict[str, float]:
-    """Export a bundle by the command line."""
+    """Exports a bundle with the command line."""
     size = ("--size", str(args.size)) if args.size else ()
     command = (
         sys.executable, "-m", "hyperrt", "export", "--model", args.family, "--random-weights", "0",
@@ -104,13 +102,13 @@ def export(args: argparse.Namespace, precision: str) -> dict[str, float]:
     )  # fmt: skip
     start = perf_counter()
     subprocess.run(command, stdout=subprocess.DEVNULL, cwd=report.ROOT, check=True)
-    # This process is small, so that of its children it is the exporter's.
+    # The peak of the largest child: the exporter.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return {"export_s": perf_counter() - start, "export_peak_gb": peak / 1e9}
 
 
 def parity(args: argparse.Namespace) -> dict[str, float]:
-    """Every graph of both bundles against PyTorch; one network in memory at a time."""
+    """Compares the graphs of both bundles with PyTorch; one network in memory at a time."""
     from hyperrt.export import expected, families, graph_specs, verify
     from hyperrt.export.source import sized
 
@@ -118,18 +116,18 @@ def parity(args: argparse.Namespace) -> dict[str, float]:
     source = sized(families.get(args.family).random(0), args.size)
     for graph in graph_specs.build(source):
         modules = {name: source.parts[name].load() for name in graph.parts}
-        right = expected.of_graph(graph, source, modules, verify.LARGE_SIZES)
+        results = expected.of_graph(graph, source, modules, verify.LARGE_SIZES)
         del modules
         for precision in PARITY_OF:
             path = bundle_of(args, precision) / f"{graph.name}.onnx"
-            error = verify.graph_error(path, expected=right, **verify.RUN_BY[precision])
+            error = verify.graph_error(path, expected=results, **verify.RUN_BY[precision])
             print(f"{graph.name:16}{precision} {error:.2e}", file=sys.stderr, flush=True)
             errors[precision][graph.name] = error
-    return {f"parity_{precision}_worst_rel": max(found.values()) for precision, found in errors.items()}
+    return {f"parity_{precision}_worst_rel": max(by_graph.values()) for precision, by_graph in errors.items()}
 
 
 def step(args: argparse.Namespace, backend: str) -> dict[str, float]:
-    """Three rows of the fp32 denoiser, with everything bound that stays over a loop."""
+    """Times the fp32 denoiser on three rows, with the inputs bound that do not change in a loop."""
     from fused_step import random_constants, random_latents
 
     from hyperrt import engines

@@ -1,16 +1,15 @@
-"""Does it pay to compute all branches of HM-CFG in one call, and what does the LoRA cost there?
+"""How much time does one call for all branches of HM-CFG save, and what does the LoRA cost in it?
 
-The design computes a step as one call of three rows: base with the empty prompt, personalised, base with the
-generic prompt. The usual way is two models: the base model on its two rows, the personalised one on its row.
+HyperRT computes a step as one call of three rows: base with the empty prompt, personalised, base with the
+generic prompt. The usual way is two models: the base model on two rows, the personalised model on one.
 
     fused_over_two_calls   time of the call of three rows / (base pair + personalised single)
-    lora_overhead          time of the call of three rows / the same three rows of the plain UNet, minus 1
+    lora_overhead          time of the call of three rows / time of the plain UNet on them, minus 1
 
-The plain UNet is the bundle's own denoiser with the LoRA cut out of the graph, so everything else is equal;
-it is checked to give what the denoiser gives with the LoRA's gate at 0. The base pair runs on it. All calls
-are made as the runtime makes them: same backend and threads, constants bound. Calls take turns within every
-round, in changing order, and a figure is the median over rounds of the ratio within a round: what else the
-machine does hits all of them alike. One picture, at the bundle's size.
+The plain UNet is the bundle's denoiser without the LoRA's nodes; the script checks that it gives the result
+of the denoiser with gate 0. The base pair runs on it. Calls are made as in the runtime: same backend and
+threads, constants bound. Each round makes all calls in random order, and a figure is the median over the
+rounds of the ratio within a round, so that other load affects all alike. One picture, at the bundle's size.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ BASE_PAIR, SUBJECT = [0, 2], [1]  # rows of the three
 def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument("--rounds", type=int, default=400)
-    parser.add_argument("--threads", type=int, help="default: what the runtime uses")
+    parser.add_argument("--threads", type=int, help="default: as the runtime chooses")
     against.add_options(parser)
     args = parser.parse_args()
     if args.against:
@@ -54,7 +53,7 @@ def main() -> None:
     names = {"fused": "three rows, LoRA", "plain": "three rows, plain UNet", "pair": "base pair, plain UNet"}
     names["single"] = "personalised single, LoRA"
     rows = [(names[key], len(times[key]), median(times[key]), min(times[key])) for key in names]
-    report.table(rows, ("call", "rounds", "median ms", "least ms"))
+    report.table(rows, ("call", "rounds", "median ms", "min ms"))
     fused, plain_times, pair, single = (np.array(times[key]) for key in names)
     figures = {
         "fused_over_two_calls": float(np.median(fused / (pair + single))),
@@ -65,17 +64,17 @@ def main() -> None:
 
 
 def without_lora(denoiser: Path, path: Path) -> Path:
-    """Write the denoiser without its LoRA: every sum of a projection and a LoRA becomes the projection."""
+    """Writes the denoiser without its LoRA: replaces each sum of projection and LoRA by the projection."""
     model = ir.load(denoiser)
     graph = model.graph
     lora = next(value for value in graph.inputs if value.name == "lora_q")
-    of_lora = {lora}  # values that the LoRA reaches before it is added to anything
+    of_lora = {lora}  # values computed from the LoRA alone
     for node in graph:
-        own = [value for value in node.inputs if value not in of_lora]
-        if len(own) == len(node.inputs):
+        others = [value for value in node.inputs if value not in of_lora]
+        if len(others) == len(node.inputs):
             continue
-        if node.op_type == "Add" and len(own) == 1:
-            node.outputs[0].replace_all_uses_with(own[0])
+        if node.op_type == "Add" and len(others) == 1:
+            node.outputs[0].replace_all_uses_with(others[0])
         else:
             of_lora.update(node.outputs)
     RemoveUnusedNodesPass()(model)
@@ -87,7 +86,7 @@ def without_lora(denoiser: Path, path: Path) -> Path:
 def measure(
     bundle: Bundle, plain: Path, rounds: int, threads: int | None
 ) -> tuple[dict[str, list[float]], float]:
-    """Milliseconds of every call in every round; how far the plain UNet is from the denoiser at gate 0."""
+    """Milliseconds of every call in every round, and the error of the plain UNet against gate 0."""
     constants = random_constants(bundle)
     variable = random_latents(bundle)
     base = {name: value for name, value in constants.items() if name != "lora_q"}
@@ -99,17 +98,17 @@ def measure(
         return partial(engine.run, variable)
 
     denoiser = bundle.graph("denoiser")
-    everything = [0, 1, 2]
+    all_rows = [0, 1, 2]
     calls = {
-        "fused": step(denoiser, everything, constants),
-        "plain": step(plain, everything, base),
+        "fused": step(denoiser, all_rows, constants),
+        "plain": step(plain, all_rows, base),
         "pair": step(plain, BASE_PAIR, base),
         "single": step(denoiser, SUBJECT, constants),
     }
-    gate_shut = step(denoiser, everything, constants, gate=np.zeros(3, np.float32))()["next_latents"]
+    gate_shut = step(denoiser, all_rows, constants, gate=np.zeros(3, np.float32))()["next_latents"]
     error = np.abs(calls["plain"]()["next_latents"] - gate_shut).max() / np.abs(gate_shut).max()
     if not error < 1e-5:
-        raise SystemExit(f"the LoRA was not cut out cleanly: relative difference {error:.1e}")
+        raise SystemExit(f"the plain UNet differs from the denoiser at gate 0 by {error:.1e}")
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
@@ -123,7 +122,7 @@ def measure(
 
 
 def random_constants(bundle: Bundle) -> dict[str, np.ndarray]:
-    """What the denoiser holds over a loop, for the rows uncond, subject, generic of one picture."""
+    """The inputs that stay over a loop, for one picture with the rows empty, subject, generic."""
     rng = np.random.default_rng(0)
     sizes = {spec.name: spec.shape for spec in bundle.graphs["denoiser"].inputs}
     defaults = bundle.defaults
@@ -138,7 +137,7 @@ def random_constants(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def random_latents(bundle: Bundle) -> dict[str, np.ndarray]:
-    """What the denoiser is given at every step, for one picture."""
+    """The inputs that change in every step, for one picture."""
     rng = np.random.default_rng(1)
     shape = (1, bundle.latent.channels, bundle.latent.size, bundle.latent.size)
     return {

@@ -1,4 +1,4 @@
-"""The processes of bench/gpu.py: one for each kind, watched for its time and for the device's memory."""
+"""Runs each kind of bench/gpu.py in a process, with a time limit, and measures its device memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import gpu_timing
 import report
 
 MIB = 1024**2 / 1e9  # GB
-ENGINES_KINDS = ("onnxruntime", "tensorrt")  # what the names of kinds begin with that need a bundle
+ENGINES_KINDS = ("onnxruntime", "tensorrt")  # beginnings of the names of kinds that need a bundle
 
 
 def measured(args: argparse.Namespace, family: str, kind: str) -> dict[str, Any]:
-    """Figures of a kind, or {"absent": reason}."""
+    """Measures a kind in a process; returns its figures, or {"absent": reason}."""
     print(f"{family} {kind}", file=sys.stderr, flush=True)
     command = [
         sys.executable, str(Path(__file__).with_name("gpu.py")), "--child", kind, "--family", family,
@@ -35,27 +35,27 @@ def measured(args: argparse.Namespace, family: str, kind: str) -> dict[str, Any]
             return {"absent": str(error)}
     log = args.work / f"{family}-{kind}.log"
     with DeviceMemory() as memory:
-        found = run(command, log, args.limit, memory)
-    if "absent" not in found and memory.peak_gb is not None:
-        found["peak_gb"] = memory.peak_gb
-    print(f"{family} {kind} {found}", file=sys.stderr, flush=True)
-    return found
+        results = run(command, log, args.limit, memory)
+    if "absent" not in results and memory.peak_gb is not None:
+        results["peak_gb"] = memory.peak_gb
+    print(f"{family} {kind} {results}", file=sys.stderr, flush=True)
+    return results
 
 
 def run(command: list[str], log: Path, limit: float, memory: DeviceMemory) -> dict[str, Any]:
-    """What a child prints last; why it printed nothing, where it did not."""
+    """Runs a child; returns the JSON object in its last line, or {"absent": reason}."""
     timed_out = threading.Event()
     last = ""
     with (
-        log.open("w") as words,
+        log.open("w") as errors,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
         ) as process,
     ):
 
         def end() -> None:
             timed_out.set()
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            os.killpg(process.pid, signal.SIGKILL)  # with its children
 
         timer = threading.Timer(limit, end)
         timer.start()
@@ -70,22 +70,22 @@ def run(command: list[str], log: Path, limit: float, memory: DeviceMemory) -> di
     if timed_out.is_set():
         return {"absent": f"not done after {limit:.0f} s"}
     if code or not last.startswith("{"):
-        said = gpu_timing.last_words(log.read_text(errors="replace"))
-        return {"absent": f"the process ended with {code}\n{said}".strip()}
-    found: dict[str, Any] = json.loads(last)
-    return found
+        message = gpu_timing.last_words(log.read_text(errors="replace"))
+        return {"absent": f"the process ended with {code}\n{message}".strip()}
+    results: dict[str, Any] = json.loads(last)
+    return results
 
 
 def bundle(args: argparse.Namespace, family: str, adapt: str) -> str:
-    """The bundle of a family that takes its LoRA in that way: given, there already, or exported now.
+    """Path of a family's bundle with that form of the LoRA: of an option, or in --work, exported if missing.
 
     Raises:
-        Absent: it cannot be exported.
+        Absent: the export failed.
     """
-    given = getattr(args, f"bundle_{family}", None)
+    folder = getattr(args, f"bundle_{family}", None)
     if family == "tiny":
         return "tiny"
-    path = given or args.work / f"{family}-{args.precision}"
+    path = folder or args.work / f"{family}-{args.precision}"
     if adapt == "refit":
         path = path.with_name(f"{path.name}-refit")
     if not (path / "bundle.json").is_file():
@@ -96,31 +96,31 @@ def bundle(args: argparse.Namespace, family: str, adapt: str) -> str:
         ]  # fmt: skip
         done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise gpu_timing.Absent(f"there is no bundle\n{gpu_timing.last_words(done.stderr)}")
+            raise gpu_timing.Absent(f"the export failed\n{gpu_timing.last_words(done.stderr)}")
     return str(path.absolute())
 
 
 class DeviceMemory:
-    """The most of the device's memory that was in use, over what was in use at first, by nvidia-smi's count.
+    """Measures by how much the used memory of the device grows at most, with nvidia-smi.
 
     Attributes:
-        peak_gb: in GB; None where there is no nvidia-smi, or no number.
+        peak_gb: in GB; None if nvidia-smi is missing or gives no number.
     """
 
     def __init__(self) -> None:
         self._before: float | None = None
-        self._most = self._now = 0.0
+        self._max = self._now = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
-        self._known = threading.Event()
+        self._ready = threading.Event()
 
     @property
     def peak_gb(self) -> float | None:
-        return None if self._before is None else max(0.0, self._most - self._before) * MIB
+        return None if self._before is None else max(0.0, self._max - self._before) * MIB
 
     def start_over(self) -> None:
-        """Forget all but what is in use now."""
-        self._most = self._now
+        """Forgets the peak before now."""
+        self._max = self._now
 
     def __enter__(self) -> DeviceMemory:
         if shutil.which("nvidia-smi"):
@@ -132,7 +132,7 @@ class DeviceMemory:
             )
             self._reader = threading.Thread(target=self._read, daemon=True)
             self._reader.start()
-            self._known.wait(20)
+            self._ready.wait(20)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,6 +149,6 @@ class DeviceMemory:
             except ValueError:  # "[N/A]"
                 continue
             self._before = self._now if self._before is None else self._before
-            self._most = max(self._most, self._now)
-            self._known.set()
-        self._known.set()
+            self._max = max(self._max, self._now)
+            self._ready.set()
+        self._ready.set()

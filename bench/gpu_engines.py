@@ -1,8 +1,8 @@
-"""What HyperRT needs on a backend: steps of the runtime's own loop, three rows, and changes of subject.
+"""Times HyperRT on a backend: steps of the runtime's loop with three rows, and changes of subject.
 
-The step is the time between one latent and the next of `Runtime.steps`, on the host.  A change of subject is
-`Runtime.prepare` with another LoRA and the same prompt, until the device has all of it.  A backend with plans
-gets them by `hyperrt compile`, in a process of its own.
+The step is the time between two latents of `Runtime.sample`, on the host.  A change of subject is
+`Runtime.prepare` with another LoRA and the same prompt, until the device is done.  Plans are compiled with
+`hyperrt compile`, in a separate process.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
     """Figures of a backend on the bundle `args.bundle`.
 
     Args:
-        options: the backend's own.
+        options: of the backend.
     """
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     if BACKENDS[backend].runs_plans:
         start = perf_counter()
         compile_bundle(args.bundle, backend)
-        found["compile_s"] = perf_counter() - start
+        results["compile_s"] = perf_counter() - start
     with Runtime.open(args.bundle, backend, backend_options=options) as runtime:
         pair = [peer_ours.random_subject(runtime.bundle, seed) for seed in (0, 1)]
         subjects = cycle(pair[::-1])
         runtime.prepare(runtime.request(PROMPT, pair[0]))
         loop = runtime.sample(runtime.request(PROMPT, pair[0], steps=args.warm_up + args.rounds, seed=0))
-        wait = waiting(backend)
+        wait = synchronize(backend)
 
         def step() -> None:
-            np.asarray(next(loop).latents)  # those of a device are copied when they are there
+            np.asarray(next(loop).latents)  # the copy from a device waits for it
 
         def picture() -> None:
-            # The decoder comes after the last step, when somebody asks for more.
+            # Without the decoder, which runs only if the iteration goes on.
             steps = runtime.sample(runtime.request(PROMPT, pair[0], steps=args.steps, seed=0))
             for _ in range(args.steps):
                 last = next(steps)
@@ -58,11 +58,11 @@ def measure(args: argparse.Namespace, backend: str, **options: Any) -> dict[str,
             runtime.prepare(runtime.request(PROMPT, next(subjects)))
             wait()
 
-        return found | gpu_timing.figures(step, switch, picture, args)
+        return results | gpu_timing.figures(step, switch, picture, args)
 
 
-def waiting(backend: str) -> Callable[[], object]:
-    """What waits for the device; ONNX Runtime has waited already."""
+def synchronize(backend: str) -> Callable[[], object]:
+    """A function that waits for the device; ONNX Runtime returns when it is done."""
     if not BACKENDS[backend].runs_plans:
         return lambda: None
     from cuda.bindings import runtime as cudart
@@ -71,10 +71,10 @@ def waiting(backend: str) -> Callable[[], object]:
 
 
 def compile_bundle(bundle: str, backend: str) -> None:
-    """Plans of all graphs, for this machine.
+    """Compiles the plans of all graphs for this machine.
 
     Raises:
-        Absent: with what the command said.
+        Absent: the command failed; with its error.
     """
     command = (
         sys.executable,

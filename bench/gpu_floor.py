@@ -1,8 +1,8 @@
-"""The least that a step takes on a device: its multiplications and additions at the rate of large products.
+"""A lower bound for the time of a step: its operations at the rate of large matrix products.
 
-The operations of the `denoiser` graph with three rows are counted by PyTorch on tensors without data; where
-the export package cannot be imported, they are those of `COUNTED`.  The rate is that of a product of two
-square matrices, in the faster half precision.
+PyTorch counts the operations of the `denoiser` graph with three rows on tensors without data; without the
+export package they are those of `COUNTED`.  The rate is that of a product of two square matrices, in the
+faster half precision.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ try:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 except ModuleNotFoundError as error:
-    raise gpu_timing.Absent("the rate of this device is measured with PyTorch, which is not here") from error
+    raise gpu_timing.Absent(
+        "the rate of this device is measured with PyTorch, which is not installed"
+    ) from error
 
-# Operations of a step, three rows, at the family's own size; tests/test_bench.py counts them again.
+# Operations of a step, three rows, at the family's size; tests/test_bench_gpu.py counts them again.
 COUNTED = {"sd15": 2_206_296_309_760, "sdxl": 19_746_230_108_160}
 SIDE = {"cuda": 8192, "cpu": 512}
 TYPES = {"cuda": (torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of a step at the device's rate, and what they are made of."""
+    """Milliseconds of a step at the device's rate, its operations, and the rate."""
     device = gpu_timing.device(torch, args)
     rates = [rate(device, dtype, args) for dtype in TYPES[device]]
     try:
@@ -45,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def rate(device: str, dtype: torch.dtype, args: argparse.Namespace) -> float:
-    """Operations a second of a large product, median."""
+    """Operations per second of a large matrix product, median."""
     side = SIDE[device]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
@@ -67,7 +69,7 @@ def counted(family: str) -> int:
     graph: Any = next(graph for graph in graph_specs.build(source) if graph.name == "denoiser")
     module = graph.make({"unet": source.parts["unet"].skeleton})
     feeds = graph.feeds({"images": 1, "branches": 3, "rows": 3, "subjects": 1}, seed=0)
-    # The attention that is written out: the counter does not know the CPU's own.
+    # The counter does not know the fused attention of the CPU.
     with torch.no_grad(), FAKE, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(**{name: FAKE.from_tensor(tensor) for name, tensor in feeds.items()})
     return int(counter.get_total_flops())

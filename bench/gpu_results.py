@@ -1,4 +1,4 @@
-"""What bench/gpu.py found: figures, the reasons of what is absent, the file that keeps both, and ratios."""
+"""The results of bench/gpu.py: figures, reasons of absent kinds, the file of both, and ratios."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ NAIVE = ("compile_naive", "reduce_naive")
 
 
 class Results:
-    """Figures by key, and reasons by "FAMILY_KIND"; written after every kind: what is done stays done.
+    """Figures by key, and reasons by "FAMILY_KIND"; written to the file after every kind.
 
     Args:
         driver: of `hyperrt.engines.nvidia.driver`; None on a CPU.
-        path: the file; None: bench/results/gpu-CARD.json where there is a card, else none.
+        path: the file; None: bench/results/gpu-CARD.json, and no file on a CPU.
     """
 
     def __init__(self, driver: Any, path: Path | None) -> None:
@@ -42,38 +42,38 @@ class Results:
             "machine": report.machine(),
             "card": card,
             "driver": f"{driver.version}, CUDA {driver.cuda[0]}.{driver.cuda[1]}" if driver else "none",
-            "versions": {package: found for package in PACKAGES if (found := of(package))},
+            "versions": {package: number for package in PACKAGES if (number := version_of(package))},
         }
         self.figures: dict[str, float] = {}
         self.absent: dict[str, str] = {}
         if self.path and self.path.is_file():
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-            if all(known.get(key) == self.about[key] for key in ("commit", "card")):
-                self.figures, self.absent = known["figures"], known["absent"]
+            former = json.loads(self.path.read_text(encoding="utf-8"))
+            if all(former.get(key) == self.about[key] for key in ("commit", "card")):
+                self.figures, self.absent = former["figures"], former["absent"]
 
-    def add(self, family: str, kind: str, found: dict[str, Any]) -> None:
-        """Put in what a kind gave, in place of what is known of it."""
+    def add(self, family: str, kind: str, results: dict[str, Any]) -> None:
+        """Adds the results of a kind, in place of former ones."""
         name = f"{family}_{kind}"
         fields = [*COLUMNS, "compile_s", "tflop", "tflop_s"]
         for field in fields:
             self.figures.pop(f"{name}_{field}", None)
         self.absent.pop(name, None)
-        if "absent" in found:
-            self.absent[name] = found["absent"]
+        if "absent" in results:
+            self.absent[name] = results["absent"]
         else:
-            self.figures |= {f"{name}_{field}": value for field, value in found.items()}
+            self.figures |= {f"{name}_{field}": value for field, value in results.items()}
         self.write()
 
     def write(self) -> None:
-        """Write the file, if there is one."""
+        """Writes the file; does nothing on a CPU."""
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = {**self.about, "figures": self.figures, "absent": self.absent}
-            self.path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            content = {**self.about, "figures": self.figures, "absent": self.absent}
+            self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def of(package: str) -> str:
-    """The version of a package, "" where it is not installed."""
+def version_of(package: str) -> str:
+    """The version of a package; "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -81,39 +81,39 @@ def of(package: str) -> str:
 
 
 def slug(card: str) -> str:
-    """A card's name in a file's: "NVIDIA H100 80GB HBM3" => "nvidia-h100-80gb-hbm3"."""
+    """The name of a GPU as part of a file name: "NVIDIA H100 80GB HBM3" => "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
 
 
 def tables(results: Results, families: Sequence[str], kinds: Sequence[str]) -> None:
-    """Print what was measured, and why the rest was not."""
+    """Prints a table of the figures, and the reasons of absent kinds."""
     figures, rows = results.figures, []
     for name in (f"{family}_{kind}" for family in families for kind in kinds):
         if f"{name}_step_ms" in figures:
             rows.append((name, *(figures.get(f"{name}_{field}", "") for field in COLUMNS)))
     report.table(rows, ("kind", *COLUMNS.values()))
     for name, reason in results.absent.items():
-        print(f"absent: {name}, because {reason}")
+        print(f"absent: {name}: {reason}")
     print()
 
 
 def summary(figures: dict[str, float], ours: Collection[str]) -> dict[str, float]:
-    """Our fastest kind against the floor and against torch.compile, and its change of subject.
+    """Ratios of our fastest kind to the floor and to torch.compile, and its change of subject.
 
     Args:
-        ours: the kinds that are HyperRT's.
+        ours: the kinds of HyperRT.
     """
-    found: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     for family in ("tiny", "sd15", "sdxl"):  # the largest is the last
         steps = {kind: figures[key] for kind in ours if (key := f"{family}_{kind}_step_ms") in figures}
         if not steps:
             continue
         fastest = min(steps, key=steps.__getitem__)
-        found["switch_ms"] = figures[f"{family}_{fastest}_switch_ms"]
+        ratios["switch_ms"] = figures[f"{family}_{fastest}_switch_ms"]
         if f"{family}_floor_step_ms" in figures:
-            found[f"{family}_step_over_floor"] = steps[fastest] / figures[f"{family}_floor_step_ms"]
+            ratios[f"{family}_step_over_floor"] = steps[fastest] / figures[f"{family}_floor_step_ms"]
         theirs = [figures[key] for kind in NAIVE if (key := f"{family}_{kind}_step_ms") in figures]
-        found.pop("vs_compile_naive", None)
+        ratios.pop("vs_compile_naive", None)
         if theirs:
-            found["vs_compile_naive"] = steps[fastest] / min(theirs)
-    return found
+            ratios["vs_compile_naive"] = steps[fastest] / min(theirs)
+    return ratios

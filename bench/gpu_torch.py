@@ -1,13 +1,13 @@
-"""What PyTorch needs for a step of HM-CFG with three rows, and for a change of subject.
+"""Times PyTorch: a step of HM-CFG with three rows, and a change of subject.
 
-    naive   as it is done with diffusers: the base model on two rows, then the same UNet with its LoRA on, on
-            one; q, k and v of every attention in every step
-    rows    this project's step in PyTorch: one call of three rows with the LoRA on one, keys and values
-            computed once per subject, guidance and solver included (export/modules.py)
+    naive   as with diffusers: the base model on two rows, then the same UNet with the LoRA on one row; q, k
+            and v of every attention in every step
+    rows    HyperRT's step in PyTorch: one call of three rows with the LoRA on one, keys and values computed
+            once per subject, guidance and solver included (export/modules.py)
 
-A change of subject is its factors from the host's memory into the tensors that are computed with, and for
-`rows` their keys and values.  Weights are random; the sizes are true.  `rows` of SDXL has the image tokens of
-the open category, `naive` has none.
+A change of subject copies the factors from the host's memory to the device; for `rows` it also computes keys
+and values.  Weights are random, sizes are true.  `rows` of SDXL has the image tokens of the open category,
+`naive` does not.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ except ModuleNotFoundError as error:
 SIZES = {"images": 1, "branches": 3, "rows": 3, "subjects": 1}
 GATE, WEIGHTS = (0.0, 1.0, 0.0), (-6.5, 3.75, 3.75)  # of empty prompt, subject, generic prompt
 BASE, SUBJECT = (0, 2), (1,)  # rows
-SOLVER = (1, 0.9, 0.1, 0, 0, 0.9, 0.1)  # coefficients of a step that needs no memory of the last
+SOLVER = (1, 0.9, 0.1, 0, 0, 0.9, 0.1)  # coefficients of a step that does not use the last
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A family's UNet on a device, and what its three rows are told.
+    """A family's UNet on a device, and the inputs of its three rows.
 
     Attributes:
         feeds: every input of the `denoiser` graph, on the device.
         subjects: two packed LoRAs by name, in the host's memory.
-        compiled: makes a function faster, or leaves it as it is.
+        compiled: wraps a function in torch.compile, or returns it unchanged.
     """
 
     source: Source
@@ -57,12 +57,12 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the arithmetic."""
+        """The type of the arithmetic."""
         return precision.DTYPES[self.precision]
 
 
 def measure(args: argparse.Namespace, way: str, mode: str = "") -> dict[str, float]:
-    """Figures of a way of computing.
+    """Figures of one way, "naive" or "rows".
 
     Args:
         mode: of torch.compile; "" computes eagerly.
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace, way: str, mode: str = "") -> dict[str, flo
     device = gpu_timing.device(torch, args)
     torch.backends.cudnn.benchmark = True
     with torch.no_grad():
-        model = made(args, device, mode)
+        model = build(args, device, mode)
         step, put = {"naive": naive, "rows": rows}[way](model)
         subjects = cycle(model.subjects)
         latents = model.feeds["latents"]
@@ -93,14 +93,14 @@ def measure(args: argparse.Namespace, way: str, mode: str = "") -> dict[str, flo
 
 
 def finished(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, when the device has computed it."""
+    """Waits until the device has computed the tensor; returns it."""
     if tensor.is_cuda:
         torch.cuda.synchronize()
     return tensor
 
 
-def made(args: argparse.Namespace, device: str, mode: str) -> Model:
-    """The family's UNet with PyTorch's own initialisation."""
+def build(args: argparse.Namespace, device: str, mode: str) -> Model:
+    """The family's UNet with PyTorch's initialisation, with random inputs and subjects."""
     torch.manual_seed(0)
     source = families.get(args.family).random(0)
     with torch.device(device):
@@ -127,7 +127,7 @@ def made(args: argparse.Namespace, device: str, mode: str) -> Model:
 
 
 def compiler(device: str, mode: str) -> Callable[[Any], Any]:
-    """torch.compile of that mode; without a GPU only its first half, which needs no C++ compiler."""
+    """torch.compile in that mode; on a CPU only its tracing, which needs no C++ compiler."""
     if not mode:
         return lambda function: function
     if device == "cpu":
@@ -137,7 +137,7 @@ def compiler(device: str, mode: str) -> Callable[[Any], Any]:
 
 
 def replayed(function: Any) -> Any:
-    """Results of a CUDA graph as tensors of their own: the next replay overwrites them."""
+    """Copies the results of a CUDA graph, which its next launch overwrites."""
     return lambda *tensors: function(*tensors).clone()
 
 
@@ -147,7 +147,7 @@ def denoiser_of(source: Source) -> graph_specs.GraphSpec:
 
 
 def naive(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]]:
-    """Two calls of one UNet, its LoRA off and on."""
+    """Two calls of one UNet, with the LoRA off and on."""
     feeds, dtype, layout = model.feeds, model.dtype, model.source.layout
     unet = model.unet.to(dtype)
     lora_layers.install(unet)
@@ -159,11 +159,11 @@ def naive(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]
     others = {rows: added(model, len(rows)) for rows in (BASE, SUBJECT)}
 
     def predict(x: torch.Tensor, text: torch.Tensor, other: Any, lora_q: Any, lora_kv: Any) -> torch.Tensor:
-        told: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {}
         if lora_q is not None:
             factors = lora_layers.unpack(layout, {"lora_q": lora_q, "lora_kv": lora_kv})
-            told = {"cross_attention_kwargs": {"rows": lora_layers.Rows(factors, open_gate)}}
-        return unet(x, time, text, added_cond_kwargs=other, return_dict=False, **told)[0]
+            kwargs = {"cross_attention_kwargs": {"rows": lora_layers.Rows(factors, open_gate)}}
+        return unet(x, time, text, added_cond_kwargs=other, return_dict=False, **kwargs)[0]
 
     call = model.compiled(predict)
 
@@ -171,8 +171,8 @@ def naive(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]
         torch.compiler.cudagraph_mark_step_begin()
         x = (latents * c[0]).to(dtype)
         base = call(x.repeat(2, 1, 1, 1), texts[BASE], others[BASE], None, None)
-        own = call(x, texts[SUBJECT], others[SUBJECT], lora["lora_q"], lora["lora_kv"])
-        g = (weights * torch.cat([base[:1], own, base[1:]]).float()).sum(0, keepdim=True)
+        personal = call(x, texts[SUBJECT], others[SUBJECT], lora["lora_q"], lora["lora_kv"])
+        g = (weights * torch.cat([base[:1], personal, base[1:]]).float()).sum(0, keepdim=True)
         return c[1] * latents + c[2] * g
 
     def put(subject: dict[str, torch.Tensor]) -> None:
@@ -183,7 +183,7 @@ def naive(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]
 
 
 def added(model: Model, rows: int) -> dict[str, torch.Tensor] | None:
-    """What SDXL is told beside the text, for so many rows: its pooled form, and sizes."""
+    """SDXL's added conditioning for so many rows, pooled text and sizes; None for other families."""
     if not model.source.is_sdxl:
         return None
     device, side = model.hidden.device, model.source.image_size
@@ -202,11 +202,11 @@ def rows(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]]
     text, gate, layout = model.hidden.to(model.dtype), feeds["gate"].to(model.dtype), model.source.layout
     names = [name for name in feeds if name not in ("latents", "previous", "noise")]
 
-    def whole(latents: torch.Tensor, *told: torch.Tensor) -> torch.Tensor:
-        given = dict(zip(names, told, strict=True))
-        return module(latents=latents, previous=latents, noise=latents, **given)[0]
+    def compute(latents: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        by_name = dict(zip(names, inputs, strict=True))
+        return module(latents=latents, previous=latents, noise=latents, **by_name)[0]
 
-    call = model.compiled(whole)
+    call = model.compiled(compute)
 
     def step(latents: torch.Tensor) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -216,6 +216,6 @@ def rows(model: Model) -> tuple[Step, Callable[[dict[str, torch.Tensor]], None]]
         feeds["lora_q"].copy_(subject["lora_q"])
         lora_kv = subject["lora_kv"].to(gate.device, model.dtype)
         context = lora_layers.context(model.unet, text, gate, lora_kv, layout)
-        feeds["context"][:, : context.shape[1]].copy_(context)  # behind it are the image tokens'
+        feeds["context"][:, : context.shape[1]].copy_(context)  # the image tokens come after it
 
     return step, put

@@ -1,10 +1,9 @@
-"""The weights of a UNet, read back out of a bundle's graphs: for measurements that need PyTorch's side of a
-bundle whose base model is not at hand.
+"""Reads the weights of a UNet from a bundle's graphs, for comparisons with PyTorch without the base model.
 
-Export keeps the order of computation, though not all names, so the n-th convolution, projection and
+Export keeps the order of computation, but not all names, so the n-th convolution, projection and
 normalisation of the graph is the n-th that the UNet calls. K and V of the cross-attentions are in the
-`context` graph, in the order of the LoRA layout. A shape that does not fit is an error; a weight at the wrong
-place shows in whatever is measured.
+`context` graph, in the order of the LoRA layout. A wrong shape is an error; a weight in the wrong place shows
+in the measurement.
 """
 
 from __future__ import annotations
@@ -31,27 +30,27 @@ Weights = tuple[np.ndarray, np.ndarray | None]  # weight as PyTorch has it, bias
 
 
 def read_into(unet: UNet2DConditionModel, bundle: Bundle) -> UNet2DConditionModel:
-    """`unet` with the bundle's weights.
+    """Sets the weights of `unet` to the bundle's; returns it.
 
     Raises:
-        ValueError: its modules are not those that the graphs were made from.
+        ValueError: the graphs were not made from a UNet with these modules.
     """
     layout = bundle.layout
     context = [matrix for kind, (matrix, _) in weighted_nodes(bundle.graph("context")) if kind is nn.Linear]
     of_context = {unet.get_submodule(site.path) for site in layout.sites_of("lora_kv")}
     modules = [module for module in calls(unet) if module not in of_context]
     with torch.no_grad():
-        for module, (kind, found) in zip(modules, weighted_nodes(bundle.graph("denoiser")), strict=True):
+        for module, (kind, weights) in zip(modules, weighted_nodes(bundle.graph("denoiser")), strict=True):
             if not isinstance(module, kind):
                 raise ValueError(f"the graph has {kind.__name__} where the UNet calls {module}")
-            fill(module, found)
+            fill(module, weights)
         for site, matrix in zip(layout.sites_of("lora_kv"), context, strict=True):
             fill(unet.get_submodule(site.path), (matrix, None))
     return unet
 
 
 def calls(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The modules with weights in the order in which a call of the UNet uses them."""
+    """The modules with weights, in the order in which the UNet calls them."""
     order: list[nn.Module] = []
     kinds = tuple(set(KINDS.values()))
     leaves = [module for module in unet.modules() if isinstance(module, kinds)]
@@ -76,7 +75,7 @@ def weighted_nodes(path: Path) -> Iterator[tuple[type[nn.Module], Weights]]:
 
 def weights_of(node: ir.Node) -> Weights:
     """Weight and bias of a node, as PyTorch's module of that kind has them."""
-    if node.op_type == "InstanceNormalization":  # a group norm: what scales and shifts comes two nodes later
+    if node.op_type == "InstanceNormalization":  # a group norm, scaled and shifted by later nodes
         scaled = consumer(node.outputs[0], "Mul")
         return other(scaled).ravel(), other(consumer(scaled.outputs[0], "Add")).ravel()
     weight = constant(node.inputs[1])
@@ -99,20 +98,20 @@ def consumer(value: ir.Value, kind: str) -> ir.Node | None:
 
 
 def other(node: ir.Node) -> np.ndarray | None:
-    """The constant among a node's inputs."""
-    return next((found for value in node.inputs if (found := constant(value)) is not None), None)
+    """The constant input of a node."""
+    return next((array for value in node.inputs if (array := constant(value)) is not None), None)
 
 
 def constant(value: ir.Value) -> np.ndarray | None:
-    """What a value always is, or None if it is computed; weights are stored as fp16 and a Cast."""
-    while (maker := value.producer()) is not None and maker.op_type in ("Cast", "Unsqueeze"):
-        value = maker.inputs[0]
+    """The constant behind a value, which is stored as fp16 and a Cast; None if the value is computed."""
+    while (node := value.producer()) is not None and node.op_type in ("Cast", "Unsqueeze"):
+        value = node.inputs[0]
     return None if value.const_value is None else value.const_value.numpy().astype(np.float32)
 
 
-def fill(module: nn.Module, found: Weights) -> None:
-    """Set weight and bias of a module, which must have just these."""
-    for name, array in zip(("weight", "bias"), found, strict=True):
+def fill(module: nn.Module, weights: Weights) -> None:
+    """Sets weight and bias of a module, which must have the same shapes."""
+    for name, array in zip(("weight", "bias"), weights, strict=True):
         parameter: Tensor | None = getattr(module, name)
         shapes = [None if x is None else tuple(x.shape) for x in (parameter, array)]
         if shapes[0] != shapes[1]:

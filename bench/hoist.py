@@ -1,14 +1,14 @@
-"""Keys and values of the cross-attentions in `context`, once per prompt, or in the step: what is saved?
+"""How much does it save to compute keys and values of the cross-attentions once per prompt?
 
     python bench/hoist.py [--family tiny|sd15|sdxl] [--size PIXELS] [--backend auto]
 
-    time_ratio           time of a step as the bundle has it / of one that projects the text itself
-    memory_ratio         peak memory of a process that runs the one / the other
-    weight_bytes_saved   of the key and value projections, which an edge device frees after the prompt (fp16)
+    time_ratio           time of a step with K and V from `context` / of one that computes them
+    memory_ratio         peak memory of a process that runs the former / the latter
+    weight_bytes_saved   of the key and value projections in fp16, free after the prompt
 
-Random weights, three rows, one picture, fp32. Both graphs are exported here by the project's own exporter and
-are equal but for the projections and their LoRA; their outputs are compared first. Steps take turns; the time
-is the median over rounds of the ratio within a round. Memory is measured in a process for each.
+Random weights, three rows, one picture, fp32. Both graphs are exported by this script and differ only in the
+projections and their LoRA; their outputs are compared first. Steps take turns; the time is the median over
+rounds of the ratio within a round. Memory is measured in one process for each.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument(
-        "--quick", action="store_true", help="the least of everything: is the script in order?"
-    )
+    parser.add_argument("--quick", action="store_true", help="run the minimum, to test the script")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -58,7 +56,7 @@ def main() -> None:
         peaks = {way: memory_in_child(Path(folder) / way, args.backend) for way in WAYS}
     report.table(
         [(way, median(times[way]), min(times[way]), peaks[way] / 1e9) for way in WAYS],
-        ("K and V", "median ms", "least ms", "peak GB"),
+        ("K and V", "median ms", "min ms", "peak GB"),
     )
     figures = {
         "time_ratio": median(np.array(times["hoisted"]) / np.array(times["in_step"])),
@@ -69,7 +67,7 @@ def main() -> None:
 
 
 def write_both(folder: Path, args: argparse.Namespace) -> int:
-    """Export both denoisers and their feeds; returns the bytes of K and V weights in fp16."""
+    """Exports both denoisers and their feeds; returns the bytes of the K and V weights in fp16."""
     import dataclasses
 
     from torch import Tensor
@@ -81,7 +79,7 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
     from hyperrt.training.model.lora_layers import Rows
 
     class InStep(modules.DenoisingStep):
-        """The denoiser that projects the text itself, site by site as diffusers does."""
+        """A denoiser that projects the text site by site, as diffusers does."""
 
         def forward(
             self, latents: Tensor, previous: Tensor, noise: Tensor, timestep: Tensor, coefficients: Tensor,
@@ -98,12 +96,12 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
     text = TensorSpec("hidden_states", ("rows", source.max_tokens, source.text_width), "float32")
     lora_kv = TensorSpec("lora_kv", ("subjects", source.layout.size("lora_kv")), "float32")
     inputs = [text if spec.name == "context" else spec for spec in hoisted.inputs]
-    place = [spec.name for spec in inputs].index("lora_q") + 1
+    index = [spec.name for spec in inputs].index("lora_q") + 1
 
     def make(loaded: graph_specs.Modules) -> InStep:
         return InStep(hoisted.make(loaded).unet, layout=source.layout)
 
-    in_step = dataclasses.replace(hoisted, make=make, inputs=(*inputs[:place], lora_kv, *inputs[place:]))
+    in_step = dataclasses.replace(hoisted, make=make, inputs=(*inputs[:index], lora_kv, *inputs[index:]))
     part = source.parts["unet"]
     loaded = {"unet": part.load()}
     for way, graph in zip(WAYS, (hoisted, in_step), strict=True):
@@ -115,14 +113,14 @@ def write_both(folder: Path, args: argparse.Namespace) -> int:
         unet, *(in_step.feeds(SIZES, seed=0)[name] for name in ("hidden_states", "gate", "lora_kv")),
         source.layout,
     )  # fmt: skip
-    own = {"hoisted": {"context": context.numpy()}, "in_step": {}}
+    extra = {"hoisted": {"context": context.numpy()}, "in_step": {}}
     for way in WAYS:
-        np.savez(folder / way / "feeds.npz", **feeds, **own[way])
+        np.savez(folder / way / "feeds.npz", **feeds, **extra[way])
     return sum(2 * site.d_in * site.d_out for site in source.layout.sites_of("lora_kv"))
 
 
 class Projected(Mapping):
-    """Path of an attn2 -> its K and V, computed when it is asked for."""
+    """Path of an attn2 -> its K and V, computed on access."""
 
     def __init__(self, unet: object, hidden_states: object, rows: object) -> None:
         from hyperrt.training.model import lora_layers
@@ -147,9 +145,9 @@ class Projected(Mapping):
 
 
 def opened(folder: Path, backend: str) -> tuple[Engine, dict[str, np.ndarray]]:
-    """The engine with everything bound that stays over a loop, and what a step is given."""
+    """An engine with the inputs bound that stay over a loop, and the inputs of a step."""
     backend = engines.resolve(backend)
-    # The graphs are compared, so no rounding to bf16.
+    # fp32, since the outputs are compared.
     fp32 = {"precision": "f32"} if engines.BACKENDS[backend].precisions else {}
     engine = engines.open(folder / "denoiser.onnx", backend, sizes=SIZES, **fp32)
     names = {spec.name for spec in engine.inputs}
@@ -160,13 +158,13 @@ def opened(folder: Path, backend: str) -> tuple[Engine, dict[str, np.ndarray]]:
 
 
 def time_both(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of both, in turns."""
+    """Milliseconds of the steps of both graphs, in turns."""
     steps = {way: opened(folder / way, args.backend) for way in WAYS}
-    found = [engine.run(feeds)["next_latents"] for engine, feeds in steps.values()]
-    error = float(np.abs(found[0] - found[1]).max() / np.abs(found[1]).max())
-    print(f"relative difference of the two: {error:.1e}\n")
+    results = [engine.run(feeds)["next_latents"] for engine, feeds in steps.values()]
+    error = float(np.abs(results[0] - results[1]).max() / np.abs(results[1]).max())
+    print(f"relative difference of the outputs: {error:.1e}\n")
     if not error < 1e-3:
-        raise SystemExit("they do not compute the same")
+        raise SystemExit(f"the outputs of the two graphs differ by {error:.1e}")
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(args.warm_up + args.rounds):
         for way in WAYS if turn % 2 else reversed(WAYS):

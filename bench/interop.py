@@ -1,26 +1,26 @@
-"""Does another program load our LoRA files whole, and draw the picture that we draw?
+"""Do other programs load all of our LoRA files, and draw the same picture from them?
 
-The runtime makes a subject of an example's photos; it is saved in every format, and each file is loaded by
-HyperRT and elsewhere:
+The runtime makes a subject from an example's photos and saves it in every format. HyperRT and another program
+load each file:
 
     diffusers, kohya   StableDiffusionPipeline.load_lora_weights
     peft               PeftModel.from_pretrained, of the folder; its UNet in diffusers' pipeline
 
-Both draw from the same noise with DDIM, 30 steps. HM-CFG is the personalised model alone where the base
-model's branches have no weight: kappa = 2 takes the generic prompt away, a guidance scale of 1/2 the empty
-one. That is diffusers' guidance scale of 1. With more, diffusers personalises the empty prompt, too, which
-HM-CFG does not. Where that prompt is all zeros, as SDXL's, this makes no difference, and s at kappa = 2 is
-diffusers' 2 s: tests/export/test_small_models_loop.py compares that, and test_subject_elsewhere.py pipelines
-that share nothing with the runtime.
+Both draw from the same noise with DDIM, 30 steps. With kappa = 2 and a guidance scale of 1/2, HM-CFG weighs
+the generic and the empty prompt with 0, so only the personalised model counts, as with diffusers' guidance
+scale of 1. At larger scales diffusers personalises the empty prompt, too; HM-CFG does not. If that prompt is
+all zeros, as in SDXL, both are equal, and s at kappa = 2 is diffusers' 2 s (compared by
+tests/export/test_small_models_loop.py). test_subject_elsewhere.py uses pipelines that share nothing with the
+runtime.
 
-    missing            names of the LoRA's tensors that PEFT looked for and did not find, of all formats
-    unexpected         names that it did not look for
-    picture_rel_diff   max |ours - theirs| / max |theirs| of the picture's values in [0, 1], the worst format
-    latents_rel_diff   the same of the final latents
+    missing            names of LoRA tensors that PEFT did not find in the file, in all formats
+    unexpected         names in the file that PEFT does not know
+    picture_rel_diff   max |ours - theirs| / max |theirs| of the pixels in [0, 1], largest of all formats
+    latents_rel_diff   the same for the final latents
 
-Missing and unexpected are what `peft.set_peft_model_state_dict` returns: diffusers loads through it, and only
-logs what is wrong. The UNet is diffusers' own, with the weights of the bundle (bench/parity.py); the prompt's
-hidden states and the picture come from the bundle's text encoder and decoder for both.
+`peft.set_peft_model_state_dict` returns the missing and unexpected names; diffusers calls it and only logs
+them. The UNet is diffusers' with the weights of the bundle (bench/parity.py). The bundle's text encoder and
+decoder are used on both sides.
 """
 
 from __future__ import annotations
@@ -72,27 +72,27 @@ def main() -> None:
 def compare(
     runtime: Runtime, folder: Path, format: str, steps: int
 ) -> tuple[str, int, int, float, float, float]:
-    """One format: names that did not fit, and how far pictures and latents are apart."""
+    """The row of a format: missing and unexpected names, differences of pictures and latents."""
     bundle = runtime.bundle
-    made = runtime.personalize(PHOTOS, NOUN)
+    saved = runtime.personalize(PHOTOS, NOUN)
     path = folder / ("peft" if format == "peft" else f"{format}.safetensors")
-    made.save(path, format)
+    saved.save(path, format)
     prompt, subject = f"a [V] {NOUN} {SCENE}", runtime.load_subject(path)
     ours, plain = (
         runtime.generate(prompt, subject, steps=steps, strength=strength, **ALONE).latents
         for strength in (1.0, 0.0)
     )
-    with reports() as found:
+    with recorded_loads() as loads:
         theirs = drawn_by_diffusers(bundle, path, format, prompt, steps)
-    if len(found) != 1:
-        raise SystemExit(f"{format}: PEFT loaded {len(found)} times; it should be once")
-    missing, unexpected = found[0]
+    if len(loads) != 1:
+        raise SystemExit(f"{format}: PEFT loaded {len(loads)} times, not once")
+    missing, unexpected = loads[0]
     pictures = relative(decoded(bundle, ours), decoded(bundle, theirs))
     return format, len(missing), len(unexpected), pictures, relative(ours, theirs), relative(plain, theirs)
 
 
 def drawn_by_diffusers(bundle: Bundle, path: Path, format: str, prompt: str, steps: int) -> np.ndarray:
-    """Final latents [1, C, h, w] of diffusers' pipeline with the file."""
+    """Final latents [1, C, h, w] of diffusers' pipeline with the LoRA of the file."""
     unet, encode = reference_of(bundle, None)
     text = encode([prompt.replace(bundle.prompts.placeholder, bundle.prompts.token)])
     if format == "peft":
@@ -119,21 +119,21 @@ def decoded(bundle: Bundle, latents: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def reports() -> Iterator[list[tuple[list[str], list[str]]]]:
-    """Of each load that PEFT does meanwhile: names of the LoRA's that are missing, and that are too many."""
-    found = []
+def recorded_loads() -> Iterator[list[tuple[list[str], list[str]]]]:
+    """Records (missing LoRA names, unexpected names) of each load by PEFT in the context."""
+    loads = []
     load = peft.set_peft_model_state_dict
 
-    def watched(*args: object, **options: object) -> object:
+    def recording(*args: object, **options: object) -> object:
         result = load(*args, **options)
-        found.append(([name for name in result.missing_keys if "lora" in name], result.unexpected_keys))
+        loads.append(([name for name in result.missing_keys if "lora" in name], result.unexpected_keys))
         return result
 
     with (
-        mock.patch("peft.set_peft_model_state_dict", watched),
-        mock.patch("peft.peft_model.set_peft_model_state_dict", watched),
+        mock.patch("peft.set_peft_model_state_dict", recording),
+        mock.patch("peft.peft_model.set_peft_model_state_dict", recording),
     ):
-        yield found
+        yield loads
 
 
 if __name__ == "__main__":

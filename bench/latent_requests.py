@@ -1,8 +1,8 @@
-"""Requests to the runtime, and the latents and pictures that a checkout draws for them.
+"""Requests to the runtime, and a function that draws their latents and pictures.
 
-bench/same_latents.py runs this file with the packages of two commits, and a test compares a few of the
-requests with a file. So it imports NumPy and the public names of `hyperrt` alone. ONNX Runtime computes with
-one thread, and every seed is given: one processor gives the same bits each time.
+bench/same_latents.py runs this file with the packages of two commits, and a test compares a few requests with
+a file. So it imports only NumPy and the public names of `hyperrt`. With one thread of ONNX Runtime and fixed
+seeds, a processor computes the same bits each time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Request(NamedTuple):
     """A call of `Runtime.generate`.
 
     Attributes:
-        subject: a folder of photos in examples/subjects; after a space how the LoRA is made of them: "mean",
-            "product", "photo" of the first alone, or by way of a file: "diffusers", "peft", "kohya".
-            A list goes with a list of prompts.
-        options: of `generate`, beside DEFAULTS.
+        subject: a folder of photos in examples/subjects, optionally with a space and a word: "product"
+            combines the photos by product, "photo" uses the first alone, "diffusers", "peft" and "kohya" load
+            the LoRA from a file of that format. A list for a list of prompts.
+        options: of `generate`, in addition to DEFAULTS.
         low_memory: of `Runtime.open`.
     """
 
@@ -42,7 +42,7 @@ class Request(NamedTuple):
     low_memory: bool = False
 
 
-# Few steps: other processors round in another way, and each step adds to the difference.
+# Few steps: processors round differently, and each step adds to the difference.
 KEPT = {
     "no subject": Request("a mug on a beach", None, {"steps": 2}),
     "subject": Request(MUG, "mug"),
@@ -84,7 +84,7 @@ REQUESTS = {
     "low memory": Request(MUG, "mug", low_memory=True),
     "low memory, no subject": Request("a mug", None, {"n": 2}, low_memory=True),
 }
-# In one call; not with a bundle whose LoRA enters by refit.
+# Several subjects in one call; not for bundles with a refitted LoRA.
 SEVERAL = {
     "several subjects": Request([MUG, ROBOT, CAR], ["mug", "robot", "car product"]),
     "several subjects, pictures and solver": Request(
@@ -93,19 +93,19 @@ SEVERAL = {
     "several subjects, CFG": Request([ROBOT, MUG], ["robot", "mug"], {"cfg": True}),
     "several subjects, low memory": Request([MUG, CAR], ["mug", "car"], {"kappa": 1.6}, low_memory=True),
 }
-# Of the open category, whose photos also become image tokens.
+# For the open category, in which photos also become image tokens.
 IMAGE_TOKENS = {
     f"image scale {scale:g}": Request(MUG, "mug", {"image_scale": scale}) for scale in (0.0, 0.5, 2.0)
 }
 
 
 def main() -> None:
-    """Draw every request of every bundle; writes latents.npz and images.npz, "BUNDLE/REQUEST" -> array.
+    """Draws every request of every bundle; writes latents.npz and images.npz, "BUNDLE/REQUEST" -> array.
 
-    The arguments: root of the checkout, a folder for subject files (one that is there is read), a folder for
-    the arrays, and as JSON: BUNDLE -> [name or folder, names of its groups of requests].
+    Arguments: root of the checkout, a folder for subject files (existing ones are read), a folder for the
+    arrays, and as JSON: BUNDLE -> [name or folder, names of its groups of requests].
     """
-    logging.getLogger("hyperrt").setLevel(logging.ERROR)  # without the warning of the prompt that is too long
+    logging.getLogger("hyperrt").setLevel(logging.ERROR)  # no warning about the long prompt
     root, files, output = map(Path, sys.argv[1:4])
     latents, images = {}, {}
     for name, (bundle, groups) in json.loads(sys.argv[4]).items():
@@ -120,11 +120,11 @@ def main() -> None:
 
 
 def draw(bundle: str, requests: Mapping[str, Request], files: Path) -> dict[str, list[hyperrt.Result]]:
-    """The results of each request, one of each prompt.
+    """The results of each request, one for each prompt.
 
     Args:
         bundle: name or folder.
-        files: folder of the subject files; those that are missing are written.
+        files: folder of the subject files; missing ones are written.
     """
     results = {}
     for low_memory in (False, True):
@@ -149,22 +149,22 @@ def subject(runtime: hyperrt.Runtime, files: Path, name: str) -> hyperrt.Subject
     photos = PHOTOS / noun
     if way == "photo":
         return runtime.personalize(photos / "1.png", noun)
-    made = runtime.personalize(photos, noun, combine=way if way == "product" else "mean")
+    result = runtime.personalize(photos, noun, combine=way if way == "product" else "mean")
     if way not in ("diffusers", "peft", "kohya"):
-        return made
+        return result
     path = files / f"{name}.safetensors"
     if not path.exists():
-        tokens = None if way == "kohya" else made.image_tokens  # kohya has no place for them
+        tokens = None if way == "kohya" else result.image_tokens  # kohya's format has none
         layout = runtime.bundle.layout
-        if hasattr(made, "save"):
-            made.save(path, way)
+        if hasattr(result, "save"):
+            result.save(path, way)
         else:  # a commit before Subject.save
-            hyperrt.save_subject(path, made.lora, layout, made.metadata, way, image_tokens=tokens)
+            hyperrt.save_subject(path, result.lora, layout, result.metadata, way, image_tokens=tokens)
     return runtime.load_subject(path)
 
 
 def check_origin(root: Path) -> None:
-    """Refuse packages of another checkout, such as an installed one."""
+    """Refuses packages of another checkout, such as an installed one."""
     for name, module in sys.modules.items():
         path = getattr(module, "__file__", None)
         if name.split(".")[0] in ("hyperrt", "engines") and path and not Path(path).is_relative_to(root):

@@ -1,4 +1,4 @@
-"""Plots of the tables of bench/paper_small.py: scores along the rows, and likeness against prompt."""
+"""Plots the tables of bench/paper_small.py: scores along the rows, and likeness against prompt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import matplotlib
 import scoring
 from paper_rows import Row, Table
 
-matplotlib.use("Agg")  # no screen is needed
+matplotlib.use("Agg")  # needs no screen
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ LINES = {
 
 
 def write(table: Table, path: Path) -> None:
-    """Write the plot of a table as a PNG; bars are 95 % intervals over the subjects."""
+    """Writes the plot of a table as a PNG; bars are 95 % intervals over the subjects."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
     _scores(left, table)
     _trade_off(right, table)
@@ -39,7 +39,7 @@ def _scores(axes: Axes, table: Table) -> None:
     axes.set_xticks(range(len(table.rows)), [row.label for row in table.rows], rotation=25, ha="right")
     axes.grid(alpha=0.3)
     axes.set_ylim(top=axes.get_ylim()[1] + 0.3 * (axes.get_ylim()[1] - axes.get_ylim()[0]))
-    axes.legend(loc="upper center", ncols=2, fontsize="x-small")  # in the room above the lines
+    axes.legend(loc="upper center", ncols=2, fontsize="x-small")  # above the lines
 
 
 def _trade_off(axes: Axes, table: Table) -> None:
@@ -54,7 +54,7 @@ def _trade_off(axes: Axes, table: Table) -> None:
 
 
 def _means(rows: list[Row], score: str) -> tuple[list[float], list[list[float]]]:
-    """Means, and how far the intervals reach below and above."""
-    found = [row.interval(score) for row in rows]
-    reach = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    return [one.mean for one in found], reach
+    """Means, and the lengths of the intervals below and above them."""
+    intervals = [row.interval(score) for row in rows]
+    reach = [[x.mean - x.low for x in intervals], [x.high - x.mean for x in intervals]]
+    return [x.mean for x in intervals], reach

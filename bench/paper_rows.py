@@ -1,9 +1,9 @@
-"""Rows of a table with their intervals, and whether they are ordered as the paper says.
+"""Rows of a table with their intervals, and tests whether they are in the paper's order.
 
-An ordering along a sweep is held when the means are in order and the intervals at its ends do not touch; one
-of two rows when their means are in order.  All rows are of the same subjects with the same noise, and most of
-an interval is how subjects differ.  So a sweep also says whether it holds in pairs: it is in order, and the
-interval of a subject's difference between the ends is above zero.
+An ordering of a sweep holds if the means are in order and the intervals of the first and last row do not
+overlap; an ordering of two rows, if their means are in order.  All rows have the same subjects and the same
+noise, and most of an interval is the difference between subjects.  So a sweep also holds "in pairs" if the
+means are in order and the interval of the subjects' differences between first and last row is above zero.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from hyperrt.training.evaluation.intervals import Interval, mean_interval
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One setting and what its pictures scored.
+    """A setting and the scores of its pictures.
 
-    label: for people; point: the setting; scores: name -> [cases]; more: figures that are not of pictures.
+    Attributes:
+        label: the setting, for people.
+        point: the setting, as keys of the JSON file.
+        scores: name -> [cases].
+        more: figures that are not scores of pictures.
     """
 
     label: str
@@ -31,18 +35,18 @@ class Row:
     more: Mapping[str, float] = field(default_factory=dict)
 
     def interval(self, score: str) -> Interval:
-        """Mean of a score over the cases with its interval."""
+        """Mean and interval of a score over the cases."""
         return mean_interval(self.scores[score])
 
     def to_json(self) -> dict[str, Any]:
         """Settings and intervals, without the values of the cases."""
-        found = {name: vars(self.interval(name)) for name in self.scores}
-        return {"label": self.label, **self.point, "scores": found, **self.more}
+        intervals = {name: vars(self.interval(name)) for name in self.scores}
+        return {"label": self.label, **self.point, "scores": intervals, **self.more}
 
 
 @dataclass(frozen=True)
 class Ordering:
-    """One thing that the paper's table says, and whether ours says it, too; if not, whether in pairs."""
+    """An ordering in the paper's table, and whether it holds in ours, and in pairs."""
 
     name: str
     held: bool
@@ -60,19 +64,19 @@ class Table:
     settings: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """What is kept of it."""
+        """The content of the JSON file."""
         return {
             "table": self.name,
             "title": self.title,
             "settings": dict(self.settings),
             "rows": [row.to_json() for row in self.rows],
-            "orderings": {one.name: one.held for one in self.orderings},
-            "orderings_in_pairs": {one.name: one.in_pairs for one in self.orderings},
+            "orderings": {ordering.name: ordering.held for ordering in self.orderings},
+            "orderings_in_pairs": {ordering.name: ordering.in_pairs for ordering in self.orderings},
         }
 
 
 def rises(name: str, rows: Sequence[Row], score: str) -> Ordering:
-    """The score rises along the rows, from end to end by more than the intervals."""
+    """The score rises along the rows, from first to last by more than the intervals."""
     first, last = rows[0], rows[-1]
     ordered = all(np.diff([row.interval(score).mean for row in rows]) > 0)
     apart = first.interval(score).apart_from(last.interval(score))
@@ -86,12 +90,12 @@ def falls(name: str, rows: Sequence[Row], score: str) -> Ordering:
 
 
 def compared(name: str, held: bool) -> Ordering:
-    """An ordering of two rows: which mean is higher does not change in pairs."""
+    """An ordering of two rows, which is the same in pairs."""
     return Ordering(name, held, held)
 
 
 def above(name: str, higher: Row, lower: Row, score: str) -> Ordering:
-    """The mean score of one row is above another's."""
+    """The mean score of the first row is above that of the second."""
     return compared(name, higher.interval(score).mean > lower.interval(score).mean)
 
 
@@ -101,5 +105,5 @@ def all_above(name: str, pairs: Iterable[tuple[Row, Row]], score: str) -> Orderi
 
 
 def not_below(name: str, row: Row, other: Row, score: str) -> Ordering:
-    """Nothing is lost: over the same cases, the interval of the difference reaches zero or lies above it."""
+    """No loss: over the same cases, the interval of the difference reaches zero or is above it."""
     return compared(name, mean_interval(row.scores[score] - other.scores[score]).high >= 0)

@@ -1,27 +1,27 @@
-"""The tables of the paper at small scale: are the rows in the order in which the paper has them?
+"""Are the rows of the paper's tables, made at small scale, in the paper's order?
 
-    python bench/paper_small.py --table 3|5|9|10|photos|all --model BASE --data CACHE [--start RUN]
+    python bench/paper_small.py --table 3|5|9|10|photos|all --base FOLDER --data FOLDER [--start RUN]
 
-    orderings        things that the paper's tables say, of the tables that were run
-    orderings_held   how many of them hold here; each is a figure of its own, 1 or 0
-    orderings_held_in_pairs    the same, each subject being compared with itself
+    orderings        how many orderings the paper states in the tables that were run
+    orderings_held   how many of them hold here; each is also a figure, 1 or 0
+    orderings_held_in_pairs    the same, when each subject is compared with itself
 
-Table 3: λ trades likeness for the prompt, and without it the prompt is followed least.  Tables 9 and 10: so
-does κ of HM-CFG, the other way.  Table 5: HM-CFG against CFG, for the hypernetwork and for DreamBooth.
-photos: one, two and four photos of a subject.  What each row is, is said in bench/paper_tables.py, when an
-ordering holds in bench/paper_rows.py, how pictures are scored in bench/scoring.py.
+Table 3: a larger λ gives less likeness and follows the prompt better; without λ the prompt is followed least.
+Tables 9 and 10: a larger κ of HM-CFG does the opposite.  Table 5: HM-CFG against CFG, for the hypernetwork
+and for DreamBooth.  photos: one, two and four photos of a subject.  bench/paper_tables.py defines the rows,
+bench/paper_rows.py when an ordering holds, bench/scoring.py how pictures are scored.
 
-Every point is drawn of the same unseen subjects with the same noise.  A table goes to --output, as JSON and
-as a plot.  Table 3 trains a hypernetwork for each λ by `hyperrt train`; these, DreamBooth's subjects and the
-exported bundle are kept in --work and used again.
+All rows are drawn with the same unseen subjects and the same noise.  A table is written to --output, as JSON
+and as a plot.  Table 3 trains a hypernetwork for each λ with `hyperrt train`.  These hypernetworks,
+DreamBooth's subjects and the exported bundle are kept in --work and reused.
 
-The hypernetworks of table 3 are trained as the paper's of the closed category, which is what makes them
-overfit: the picture that is denoised is the one photo that they see (photos 1, cross_view 0), and its
-caption, "a [V] robot", says nothing of its scene.  So the LoRA has to hold the scene, and draws it whatever
-the prompt says.  With the defaults of training/run/config.py, other views as targets and captions that name
-the scene, there is little to overfit, and scenes come right at any κ.  Such training from nothing takes hours
-to find what a subject looks like; with --start it goes on from a run that knows.  The other tables take the
-hypernetwork of --lambda, unless --hypernet names another run.
+The hypernetworks of table 3 are trained as in the paper's closed category, where they overfit: the picture
+that is denoised is the one photo that they see (photos 1, cross_view 0), and its caption, "a [V] robot", does
+not name its scene.  So the LoRA learns the scene and draws it whatever the prompt says.  With the defaults of
+training/run/config.py, the targets are other views and the captions name the scene; there is little to
+overfit, and scenes are right at any κ.  Training from scratch takes hours to learn what subjects look like;
+--start continues a run that has learnt it.  The other tables use the hypernetwork of --lambda, unless
+--hypernet names another run.
 """
 
 from __future__ import annotations
@@ -67,23 +67,23 @@ def main() -> None:
     parser = small_world.options(__doc__)
     parser.add_argument("--table", choices=[*TABLES, "all"], default="all")
     parser.add_argument(
-        "--hypernet", type=Path, metavar="RUN", help="a run of `hyperrt train` for tables but 3"
+        "--hypernet", type=Path, metavar="RUN", help="run of `hyperrt train`; not for table 3"
     )
-    parser.add_argument("--start", type=Path, metavar="RUN", help="a run that the hypernetworks go on from")
-    parser.add_argument("--output", type=Path, help=f"folder (default: {OUTPUT.relative_to(report.ROOT)})")
-    parser.add_argument("--work", type=Path, help="what is kept (default: a folder beside the model)")
+    parser.add_argument("--start", type=Path, metavar="RUN", help="run that the hypernetworks continue")
+    parser.add_argument("--output", "-o", type=Path, help=f"default: {OUTPUT.relative_to(report.ROOT)}")
+    parser.add_argument("--work", type=Path, help="reused files (default: beside the base model)")
     parser.add_argument("--subjects", type=int, default=100)
-    parser.add_argument("--scenes", type=int, default=1, help="scenes of a subject beside the white one")
-    parser.add_argument("--steps", type=int, default=15, help="of the solver")
-    parser.add_argument("--train-steps", type=int, default=300, help="of a hypernetwork of these tables")
-    parser.add_argument("--train-batch", type=int, default=64)
+    parser.add_argument("--scenes", type=int, default=1, help="scenes of a subject, besides white")
+    parser.add_argument("--steps", type=int, default=15, help="steps of the solver")
+    parser.add_argument("--train-steps", type=int, default=300, help="steps of each hypernetwork")
+    parser.add_argument("--train-batch-size", type=int, default=64, dest="train_batch")
     parser.add_argument("--lambdas", type=float, nargs="+", default=paper_tables.LAMBDAS)
     parser.add_argument(
-        "--lambda", type=float, default=TrainConfig.lambda_, dest="usual", help="of the other tables"
+        "--lambda", type=float, default=TrainConfig.lambda_, dest="usual", help="λ of the other tables"
     )
     parser.add_argument("--dreambooth-steps", type=int, default=DreamBoothConfig.steps)
-    parser.add_argument("--lr", type=float, default=DreamBoothConfig.lr, help="of DreamBooth")
-    parser.add_argument("--seed", type=int, default=2, help="other subjects")
+    parser.add_argument("--lr", type=float, default=DreamBoothConfig.lr, help="learning rate of DreamBooth")
+    parser.add_argument("--seed", type=int, default=2, help="chooses the subjects")
     args = parser.parse_args()
     if args.quick:
         args.subjects, args.steps, args.train_steps, args.dreambooth_steps = 1, 2, 1, 1
@@ -91,21 +91,21 @@ def main() -> None:
     with (
         small_world.refusals(),
         small_world.opened(args, random=args.quick) as world,
-        lab(args, world) as found,
+        opened_lab(args, world) as lab,
     ):
-        write(args, found)
+        write(args, lab)
 
 
 @contextlib.contextmanager
-def lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
-    """The lab of a run, with its runtime open."""
+def opened_lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
+    """The lab of the options, with an open runtime."""
     device.prepare(args.threads)
     work = args.work or world.base.parent / "bench"
     base = bases.opened(world.base)
     training = {"steps": args.train_steps, "batch_size": args.train_batch, "threads": args.threads} | OVERFIT
     if args.quick:
         training |= QUICK
-        bundle = Bundle.open(args.bundle)  # of another base model; an export takes longer than all the rest
+        bundle = Bundle.open(args.bundle)  # of another base model; an export would take too long
     else:
         run = args.hypernet or paper_subjects.trained(world, training, args.usual, work, args.start)
         bundle = Bundle.open(small_drawing.exported(world, run, work))
@@ -118,28 +118,28 @@ def lab(args: argparse.Namespace, world: small_world.World) -> Iterator[Lab]:
         yield Lab(world, base, studio, training, tuple(args.lambdas), tuning, work, args.start)
 
 
-def write(args: argparse.Namespace, found: Lab) -> None:
-    """Make the tables, write each, and report the orderings."""
-    ceiling = Row("real pictures", {}, found.studio.scorer.real())
+def write(args: argparse.Namespace, lab: Lab) -> None:
+    """Makes and writes each table; reports the orderings."""
+    ceiling = Row("real pictures", {}, lab.studio.scorer.real())
     orderings = []
     with contextlib.ExitStack() as stack:
         if args.quick and not args.output:
             args.output = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in TABLES if args.table == "all" else [args.table]:
-            table = TABLES[name](found)
+            table = TABLES[name](lab)
             show(table, ceiling)
             keep(args, table, ceiling)
             orderings += table.orderings
     figures = {
-        "orderings_held": sum(one.held for one in orderings),
-        "orderings_held_in_pairs": sum(one.in_pairs for one in orderings),
+        "orderings_held": sum(ordering.held for ordering in orderings),
+        "orderings_held_in_pairs": sum(ordering.in_pairs for ordering in orderings),
         "orderings": len(orderings),
     }
-    report.finish(__file__, figures | {one.name: int(one.held) for one in orderings})
+    report.finish(__file__, figures | {ordering.name: int(ordering.held) for ordering in orderings})
 
 
 def show(table: Table, ceiling: Row) -> None:
-    """Print a table for people."""
+    """Prints a table for people."""
     print(f"{table.title}; {len(ceiling.scores[scoring.SUBJECT])} subjects\n")
     head = scoring.NAMES
     rows = [(row.label, *(str(row.interval(name)) for name in head)) for row in [*table.rows, ceiling]]
@@ -147,13 +147,13 @@ def show(table: Table, ceiling: Row) -> None:
 
 
 def keep(args: argparse.Namespace, table: Table, ceiling: Row) -> None:
-    """Write a table as JSON and as a plot."""
+    """Writes a table as JSON and as a plot."""
     output = args.output or OUTPUT
     output.mkdir(parents=True, exist_ok=True)
-    one = args.hypernet.name if args.hypernet else f"as in table 3, lambda {args.usual:g}"
+    hypernet = args.hypernet.name if args.hypernet else f"as in table 3, lambda {args.usual:g}"
     about = {
         **table.to_json(), "real": ceiling.to_json()["scores"],
-        "hypernet": "one for each lambda" if table.name == "table3" else one,
+        "hypernet": "one for each lambda" if table.name == "table3" else hypernet,
         "subjects": args.subjects, "scenes": args.scenes, "seed": args.seed, "solver_steps": args.steps,
         "commit": report.commit(), "machine": report.machine(),
     }  # fmt: skip

@@ -1,6 +1,6 @@
-"""The subjects of bench/paper_small.py, each made in several ways: by hypernetworks, or by DreamBooth.
+"""Makes the subjects of bench/paper_small.py, with hypernetworks or DreamBooth.
 
-Hypernetworks and fine-tuned subjects are kept in the work folder under their settings, and used again.
+Hypernetworks and fine-tuned subjects are kept in the work folder, named for their settings, and reused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WHERE = ("base", "data", "output", "device", "threads")  # settings that change 
 
 @dataclass(frozen=True)
 class Made:
-    """Subjects of all cases, and what one takes in seconds."""
+    """Subjects of all cases, and the median seconds for one."""
 
     subjects: Sequence[Subject]
     seconds: float
@@ -50,12 +50,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Lab:
-    """What the tables are made with.
+    """Everything that the tables are made with.
 
-    training: settings of the hypernetworks that table 3 trains, one for each of `lambdas`.
-    start: the run that these go on from, or none.
-    fine_tuning: of DreamBooth.
-    work: where both are kept.
+    Attributes:
+        training: settings of the hypernetworks that table 3 trains, one for each of `lambdas`.
+        start: the run that these continue, or None.
+        fine_tuning: settings of DreamBooth.
+        work: the folder that keeps both.
     """
 
     world: World
@@ -68,16 +69,16 @@ class Lab:
     start: Path | None = None
 
     def predicted(self, photos: int = 4) -> Made:
-        """By the bundle's hypernetwork, from the first photos of each case."""
-        runtime, found, times = self.studio.runtime, [], []
+        """Subjects by the bundle's hypernetwork, from the first photos of each case."""
+        runtime, subjects, times = self.studio.runtime, [], []
         for case in self.studio.cases:
             began = perf_counter()
-            found.append(runtime.personalize(case.photos[:photos], case.noun))
+            subjects.append(runtime.personalize(case.photos[:photos], case.noun))
             times.append(perf_counter() - began)
-        return Made([small_drawing.anywhere(subject) for subject in found], median(times))
+        return Made([small_drawing.anywhere(subject) for subject in subjects], median(times))
 
     def predicted_by(self, decoder: Decoder, photos: int) -> list[Subject]:
-        """By another hypernetwork on the same base model."""
+        """Subjects by another hypernetwork of the same base model."""
         return [self._subject(decoder, case, photos) for case in self.studio.cases]
 
     @torch.no_grad()
@@ -87,13 +88,13 @@ class Lab:
         return Subject({name: rows.mean(0).numpy() for name, rows in packed.items()}, case.noun, photos, {})
 
     def hypernetwork(self, lambda_: float) -> Decoder:
-        """Of table 3, with that λ."""
+        """The hypernetwork of table 3 with that λ."""
         return checkpoint.load_hypernet(trained(self.world, self.training, lambda_, self.work, self.start))[0]
 
     def fine_tuned(self) -> Made:
-        """By DreamBooth, from all photos of each case under its own caption, "a [V] robot"."""
-        found = [self._fine_tuned(case) for case in self.studio.cases]
-        return Made([small_drawing.anywhere(s) for s, _ in found], median(seconds for _, seconds in found))
+        """Subjects by DreamBooth, from all photos of each case with the caption "a [V] robot"."""
+        tuned = [self._fine_tuned(case) for case in self.studio.cases]
+        return Made([small_drawing.anywhere(s) for s, _ in tuned], median(seconds for _, seconds in tuned))
 
     def _fine_tuned(self, case: scoring.Case) -> tuple[Subject, float]:
         layout, origin = self.studio.runtime.bundle.layout, weight_hash.hash_of(self.base.unet)
@@ -113,9 +114,9 @@ class Lab:
 def trained(
     world: World, training: dict[str, Any], lambda_: float, work: Path, start: Path | None = None
 ) -> Path:
-    """The run of a hypernetwork with those settings and that λ: trained, or found where it was before.
+    """The run of a hypernetwork with those settings and that λ, trained if it is missing.
 
-    start: the run that it goes on from, for so many steps more.
+    start: a run to continue for as many steps more.
     """
     training, origin = going_on(training, start)
     config = world.training("", lambda_=lambda_, **training)
@@ -134,7 +135,7 @@ def trained(
 
 
 def going_on(training: dict[str, Any], start: Path | None) -> tuple[dict[str, Any], str]:
-    """The settings of a run that goes on from another, and the hash of the other's weights; or from none."""
+    """The settings of a run that continues `start`, and the hash of its weights; "" without `start`."""
     if start is None:
         return training, ""
     done = checkpoint.load_hypernet(start)[1]["step"]
@@ -144,7 +145,7 @@ def going_on(training: dict[str, Any], start: Path | None) -> tuple[dict[str, An
 
 
 def _finished(out: Path, steps: int) -> bool:
-    """Whether a run of that many steps is there."""
+    """Whether the folder holds a run of that many steps."""
     try:
         return checkpoint.load_hypernet(out)[1]["step"] == steps
     except (FileNotFoundError, ValueError):
@@ -152,5 +153,5 @@ def _finished(out: Path, steps: int) -> bool:
 
 
 def _digest(*settings: object) -> str:
-    """Eight hex digits that stand for some settings."""
+    """Eight hex digits of the hash of some settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,13 +1,13 @@
-"""The tables that bench/paper_small.py makes at small scale: what is drawn, and what must be ordered.
+"""Defines the tables of bench/paper_small.py: the settings of their rows, and the orderings to test.
 
-Every function takes the lab and returns a `Table`.  How the paper's numbers become ours:
+Every function takes the lab and returns a `Table`.  How the paper's settings are translated:
 
-* Scales: HM-CFG of scale s pulls as CFG of 2 s does where both prompts agree, so CFG has twice the scale of
-  the bundle.  HM-CFG has that of the bundle in table 5, and 0.7 of it in tables 9 and 10, where colours do
-  not saturate before the last κ.  (The paper's are 0.93 and 0.7 of CFG's scale, a stronger pull; a comparison
-  would see this small model's saturated colours instead of the guidance.)
-* Photos: tables 3 and 9 have one photo of a subject, as the paper's closed category; tables 5 and 10 have all
-  four, as DreamBooth and DreamBench have several.
+* Scales: HM-CFG of scale s guides as strongly as CFG of 2 s if both prompts agree, so CFG has twice the scale
+  of the bundle.  HM-CFG has the scale of the bundle in table 5, and 0.7 of it in tables 9 and 10, so that
+  colours do not saturate before the last κ.  (The paper has 0.93 and 0.7 of CFG's scale, which is stronger;
+  here the colours would saturate, and the comparison would show that instead of the guidance.)
+* Photos: tables 3 and 9 have one photo of a subject, as in the paper's closed category; tables 5 and 10 have
+  all four, as in DreamBooth and DreamBench.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from paper_subjects import Lab, Made
 from scoring import COLOURS, PROMPT, SUBJECT
 from small_drawing import Guidance
 
-# The default of training/run/config.py, 0.05, adds 0.0003 to a loss of 0.17: it cannot be told from 0 here.
+# The default of training/run/config.py, 0.05, adds 0.0003 to a loss of 0.17: no difference from 0 is visible.
 LAMBDAS = (0.0, 2.0, 5.0, 20.0)
 KAPPAS = {"table9": (0.4, 0.6, 0.8, 1.0, 1.2, 1.6), "table10": (0.4, 0.8, 1.0, 1.2, 1.4, 1.6)}
-SCALES = {"table5": 1.0, "table9": 0.7, "table10": 0.7}  # of HM-CFG, in those of the bundle
-PULL = 2.0  # CFG's scale in those of the bundle
+SCALES = {"table5": 1.0, "table9": 0.7, "table10": 0.7}  # of HM-CFG, as a multiple of the bundle's scale
+PULL = 2.0  # scale of CFG, as a multiple of the bundle's scale
 TABLE_PHOTOS = {"table3": 1, "table9": 1, "table10": 4}
 PHOTOS = (1, 2, 4)
 
 
 def cfg(lab: Lab) -> Guidance:
-    """Plain CFG of the personalised model, which pulls as the bundle's HM-CFG."""
+    """Plain CFG of the personalised model, as strong as the bundle's HM-CFG."""
     return Guidance(PULL * lab.studio.runtime.bundle.defaults.guidance_scale, None)
 
 
@@ -39,7 +39,7 @@ def hm_cfg(lab: Lab, table: str, kappa: float) -> Guidance:
 
 
 def table3(lab: Lab) -> Table:
-    """λ: hypernetworks trained with more and more regularisation, drawn by plain CFG."""
+    """λ: hypernetworks trained with increasing regularisation, drawn with plain CFG."""
     rows = []
     photos = TABLE_PHOTOS["table3"]
     for lambda_ in lab.lambdas:
@@ -66,14 +66,14 @@ def table3(lab: Lab) -> Table:
 
 
 def kappas(lab: Lab, name: str) -> Table:
-    """κ, as tables 9 and 10: the last row is plain CFG."""
+    """κ, for tables 9 and 10; the last row is plain CFG."""
     photos = TABLE_PHOTOS[name]
-    made = lab.predicted(photos)
+    predicted = lab.predicted(photos)
     sweep = []
     for kappa in KAPPAS[name]:
-        scores = lab.studio.scores(made.subjects, hm_cfg(lab, name, kappa))
+        scores = lab.studio.scores(predicted.subjects, hm_cfg(lab, name, kappa))
         sweep.append(Row(f"κ {kappa:g}", {"kappa": kappa}, scores))
-    plain = Row("CFG", {"kappa": None}, lab.studio.scores(made.subjects, cfg(lab)))
+    plain = Row("CFG", {"kappa": None}, lab.studio.scores(predicted.subjects, cfg(lab)))
     orderings = [
         paper_rows.rises(f"{name}_likeness_rises_with_kappa", sweep, SUBJECT),
         paper_rows.rises(f"{name}_colours_rise_with_kappa", sweep, COLOURS),
@@ -94,8 +94,8 @@ def table5(lab: Lab) -> Table:
     made = {"hypernet": lab.predicted(), "dreambooth": lab.fine_tuned()}
     ways = {"CFG": cfg(lab), "HM-CFG": hm_cfg(lab, "table5", 1.0)}
     rows = {
-        (method, way): _row(lab, f"{method}, {way}", one, guidance)
-        for method, one in made.items()
+        (method, way): _row(lab, f"{method}, {way}", subjects, guidance)
+        for method, subjects in made.items()
         for way, guidance in ways.items()
     }
     orderings = []
@@ -119,7 +119,7 @@ def table5(lab: Lab) -> Table:
 
 
 def photos(lab: Lab) -> Table:
-    """How many photos of a subject are averaged, as section 5.2; drawn by HM-CFG as table 10."""
+    """Number of photos that are averaged, as in section 5.2; drawn with HM-CFG as in table 10."""
     guidance = hm_cfg(lab, "table10", 1.0)
     rows = []
     for count in PHOTOS:

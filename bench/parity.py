@@ -1,18 +1,18 @@
-"""Does the compiled runtime compute what the paper's formula says?
+"""Does the compiled runtime compute the paper's formula?
 
-The reference shares no code with the runtime's step: a plain PyTorch loop with diffusers' own UNet, attention
-and schedulers, the LoRA injected by PEFT and switched on and off between the branches, every branch a call of
-its own, and the sum of the paper's equation 20 written out:
+The reference shares no code with the runtime's step. It is a plain PyTorch loop with diffusers' UNet,
+attention and schedulers. PEFT injects the LoRA and switches it on and off between the branches, which are
+separate calls, and the sum of the paper's equation 20 is written out:
 
     eps = (1 - 2 s) eps_base(empty) + kappa s eps_lora(subject) + (2 - kappa) s eps_base(generic)
 
     worst_rel   max |runtime - reference| / max |reference| of the final latents, the largest over kappa 0.4,
                 1, 2 and every solver, 30 steps
 
-Both start from the same noise (the runtime's generator), and a stochastic solver adds the same. The LoRA is
-what the runtime makes of an example's photos; PEFT gets it by way of a subject file. With --base all of the
-reference comes from that folder, its weights rounded as export rounds them. Without it the UNet's weights are
-read back out of the bundle's graphs, and the prompts' hidden states come from its text encoder.
+Both start from the noise of the runtime's generator, and stochastic solvers add the same noise. The LoRA is
+that of an example's photos, which PEFT reads from a subject file. With --base the reference's UNet and text
+encoder come from that folder, with weights rounded to fp16 as the bundle stores them. Without it the UNet's
+weights are read from the bundle's graphs, and its text encoder computes the hidden states of the prompts.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ from torch import Tensor
 
 from hyperrt import Runtime, engines
 from hyperrt.bundle.bundle import Bundle
-from hyperrt.export import storage
 from hyperrt.lora.subject import Subject
 from hyperrt.sampling import loop, options
 from hyperrt.sampling.tokenizer import Tokenizer
-from hyperrt.training.model import base_model as tiny
+from hyperrt.training.model import base_model
 from hyperrt.training.model.encode import encode_text
 
 KAPPAS = (0.4, 1.0, 2.0)
@@ -62,7 +61,7 @@ Encode = Callable[[Sequence[str]], Tensor]  # prompts to hidden states [prompts,
 def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument(
-        "--base", type=Path, help="folder of the base model that the bundle was exported from"
+        "--base", type=Path, metavar="FOLDER", help="the base model that the bundle was exported from"
     )
     against.add_options(parser, turns=1)
     args = parser.parse_args()
@@ -86,25 +85,32 @@ def main() -> None:
                 "solver": solver,
                 "seed": SEED,
             }
-            found = runtime.generate(f"a [V] {NOUN} {SCENE}", subject, **options).latents
+            latents = runtime.generate(f"a [V] {NOUN} {SCENE}", subject, **options).latents
             expected = sample(unet, text, bundle, solver, steps, kappa, scale)
-            # How much the LoRA matters here: parity of a LoRA that does nothing would prove nothing.
+            # The effect of the LoRA: parity with a LoRA that does nothing would prove nothing.
             plain = runtime.generate(f"a [V] {NOUN} {SCENE}", subject, strength=0.0, **options).latents
-            rows.append((solver, kappa, relative(found, expected), relative(plain, expected)))
-    report.table(rows, ("solver", "kappa", "relative difference", "the same without the LoRA"))
+            rows.append((solver, kappa, relative(latents, expected), relative(plain, expected)))
+    report.table(rows, ("solver", "kappa", "relative difference", "relative difference without the LoRA"))
     report.finish(__file__, {"worst_rel": max(row[2] for row in rows)}, BARS)
 
 
 def reference_of(bundle: Bundle, folder: Path | None) -> tuple[UNet2DConditionModel, Encode]:
-    """The base model's UNet as diffusers has it, and its text encoder."""
+    """The base model as a UNet of diffusers and a text encoder.
+
+    Args:
+        folder: of the base model; None: the weights are read from the bundle's graphs.
+
+    Raises:
+        SystemExit: there is no folder, and the bundle is not of the tiny family.
+    """
     if folder is not None:
-        parts = tiny.load(folder)
-        for name in ("unet", "text_encoder"):
-            storage.round_weights(getattr(parts, name), name)
-        return parts.unet, partial(encode_text, parts)
+        base = base_model.load(folder)
+        for part in (base.unet, base.text_encoder):
+            part.half().float()  # in place: the bundle stores fp16
+        return base.unet, partial(encode_text, base)
     if bundle.family != "tiny":
-        raise SystemExit(f"the sizes of {bundle.family} are not known here: give --base")
-    unet = graph_weights.read_into(tiny.tiny_unet(), bundle).eval().requires_grad_(False)
+        raise SystemExit(f"the family of the bundle is {bundle.family}; give --base")
+    unet = graph_weights.read_into(base_model.tiny_unet(), bundle).eval().requires_grad_(False)
     tokenizer = Tokenizer(bundle.tokenizer, bundle.prompts.max_tokens)
 
     def encode(prompts: Sequence[str]) -> Tensor:
@@ -116,7 +122,7 @@ def reference_of(bundle: Bundle, folder: Path | None) -> tuple[UNet2DConditionMo
 
 
 def inject(unet: UNet2DConditionModel, subject: Subject) -> None:
-    """The subject as a PEFT adapter of the UNet, read from a subject file by diffusers."""
+    """Loads the subject into the UNet as a PEFT adapter; diffusers reads it from a subject file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subject.safetensors"
         subject.save(path)
@@ -133,7 +139,12 @@ def sample(
     kappa: float,
     s: float,
 ) -> np.ndarray:
-    """Final latents [1, C, h, w] of the reference; `text`: empty, subject, generic, each [1, L, D]."""
+    """Final latents [1, C, h, w] of the reference.
+
+    Args:
+        text: hidden states of the empty, the subject's and the generic prompt, each [1, L, D].
+        s: the guidance scale.
+    """
     empty, subject, generic = text
     scheduler = scheduler_of(bundle, solver)
     scheduler.set_timesteps(steps)
@@ -155,7 +166,7 @@ def sample(
 
 
 def scheduler_of(bundle: Bundle, solver: str) -> diffusers.SchedulerMixin:
-    """diffusers' scheduler of the bundle's noise schedule."""
+    """diffusers' scheduler for a solver, with the bundle's noise schedule."""
     kind, more = SCHEDULERS[solver]
     return kind(
         num_train_timesteps=bundle.betas.steps, beta_schedule=bundle.betas.schedule,
@@ -165,14 +176,15 @@ def scheduler_of(bundle: Bundle, solver: str) -> diffusers.SchedulerMixin:
 
 
 def fresh_noise(shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """What the runtime's stochastic solver adds, step by step: [1, *shape]."""
+    """The noise [1, *shape] that the runtime's stochastic solver adds in each step."""
     generator = loop.noise_generators(SEED, 1)[0]
     while True:
         yield torch.from_numpy(generator.standard_normal((1, *shape), np.float32))
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative(result: np.ndarray, expected: np.ndarray) -> float:
+    """max |result - expected| / max |expected|."""
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 if __name__ == "__main__":

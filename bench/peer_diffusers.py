@@ -1,13 +1,13 @@
-"""What diffusers with PEFT needs for a step of HM-CFG, and for a change of subject.
+"""Times diffusers with PEFT: a step of HM-CFG, and a change of subject.
 
     python peer_diffusers.py step   FOLDER --way toggle|two_unets --precision fp32|bf16
     python peer_diffusers.py switch FOLDER
 
 `toggle`: one UNet with the LoRA as a PEFT adapter, three calls of one row, the adapter on for one of them.
-`two_unets`: two UNets, one with the LoRA fused; the base calls are one call of two rows.
-`switch`, in ms, from LoRA tensors in memory to a UNet that computes with them and with nothing else:
+`two_unets`: two UNets, one with the LoRA fused; the base model computes its two rows in one call.
+`switch`: ms from LoRA tensors in memory to a UNet that computes with this LoRA alone:
     diffusers_fuse_ms     unfuse, delete the old adapter, load the new one, fuse
-    diffusers_hotswap_ms  load_lora_adapter(hotswap=True): the adapter stays beside the weights, unfused
+    diffusers_hotswap_ms  load_lora_adapter(hotswap=True); the adapter stays unfused
 Runs in the environment `diffusers`; the last line is JSON.
 """
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 PROJECTIONS = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WEIGHTS = (-6.5, 7.5)  # of the two prompts' predictions beside the empty prompt's; any will do
+WEIGHTS = (-6.5, 7.5)  # of generic and subject in the guidance sum; the values do not matter
 Step = Callable[[], object]
 
 
@@ -38,14 +38,14 @@ def main() -> None:
     with torch.inference_mode():
         if args.what == "step":
             make = toggle if args.way == "toggle" else two_unets
-            found = peer_timing.repeat(make(args.folder, TYPES[args.precision]), args)
+            results = peer_timing.repeat(make(args.folder, TYPES[args.precision]), args)
         else:
-            found = switches(args.folder, args)
-    print(json.dumps(found | {"versions": peer_timing.versions("torch", "diffusers", "peft")}))
+            results = switches(args.folder, args)
+    print(json.dumps(results | {"versions": peer_timing.versions("torch", "diffusers", "peft")}))
 
 
 def unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet; NHWC memory, which is faster on a CPU than what it is loaded with."""
+    """The UNet in NHWC memory, which is faster on a CPU."""
     model = UNet2DConditionModel.from_pretrained(folder / "diffusers" / "unet", torch_dtype=dtype)
     return model.eval().to(memory_format=torch.channels_last)
 
@@ -55,12 +55,12 @@ def adapter(folder: Path, name: str) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "lora" / f"{name}.safetensors")
     paths = {"lora_unet_" + path.replace(".", "_"): path for path in paths_of(folder)}
     kinds = {"lora_down": "lora_A", "lora_up": "lora_B"}
-    found = {}
+    factors = {}
     for key, tensor in tensors.items():
         stem, kind, *_ = key.split(".")
         if kind in kinds:  # alpha is the rank: a factor of 1
-            found[f"{paths[stem]}.{kinds[kind]}.weight"] = tensor
-    return found
+            factors[f"{paths[stem]}.{kinds[kind]}.weight"] = tensor
+    return factors
 
 
 def paths_of(folder: Path) -> list[str]:
@@ -72,7 +72,7 @@ def paths_of(folder: Path) -> list[str]:
 
 
 def load(model: UNet2DConditionModel, tensors: dict[str, torch.Tensor], name: str, **options: object) -> None:
-    """A LoRA into a UNet, from memory."""
+    """Loads a LoRA into a UNet, from memory."""
     model.load_lora_adapter(dict(tensors), prefix=None, adapter_name=name, **options)
 
 
@@ -117,25 +117,25 @@ def toggle(folder: Path, dtype: torch.dtype) -> Step:
 
 
 def two_unets(folder: Path, dtype: torch.dtype) -> Step:
-    """A step with two UNets, the base model's on two rows."""
-    base, own, scheduler = unet(folder, dtype), unet(folder, dtype), solver()
-    load(own, adapter(folder, "a"), "a")
-    own.fuse_lora()
-    own.unload_lora()
-    own.to(dtype)
+    """A step with two UNets, that of the base model on two rows."""
+    base, personal, scheduler = unet(folder, dtype), unet(folder, dtype), solver()
+    load(personal, adapter(folder, "a"), "a")
+    personal.fuse_lora()
+    personal.unload_lora()
+    personal.to(dtype)
     latents, prompts = inputs(base)
     time = scheduler.timesteps[10]
 
     def step() -> torch.Tensor:
         empty, generic = base(latents.repeat(2, 1, 1, 1), time, prompts[::2]).sample.chunk(2)
-        subject = own(latents, time, prompts[1:2]).sample
+        subject = personal(latents, time, prompts[1:2]).sample
         return guided(scheduler, latents, empty, subject, generic)
 
     return step
 
 
 def switches(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    """Milliseconds of a change of subject, both ways."""
+    """Times of a change of subject in both ways."""
     subjects = [adapter(folder, name) for name in "ab"]
     model = unet(folder, torch.float32)
     load(model, subjects[0], "old")
@@ -151,7 +151,7 @@ def switches(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         load(model, subjects[turn % 2], new)
         model.fuse_lora()
 
-    found = {"diffusers_fuse_ms": peer_timing.repeat(fuse, args)}
+    times = {"diffusers_fuse_ms": peer_timing.repeat(fuse, args)}
     model.unfuse_lora()
     model.unload_lora()
     load(model, subjects[0], "only")
@@ -161,7 +161,7 @@ def switches(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         turn += 1
         load(model, subjects[turn % 2], "only", hotswap=True)
 
-    return found | {"diffusers_hotswap_ms": peer_timing.repeat(hotswap, args)}
+    return times | {"diffusers_hotswap_ms": peer_timing.repeat(hotswap, args)}
 
 
 if __name__ == "__main__":

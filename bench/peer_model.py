@@ -1,14 +1,14 @@
-"""A random Stable Diffusion of the true size, as each peer wants it.  Runs in the environment `diffusers`.
+"""Writes a random Stable Diffusion of the true size in each peer's format, in the environment `diffusers`.
 
     python peer_model.py FOLDER --family sd15 --part diffusers|openvino_genai|onnxruntime|lora
 
-    diffusers/        unet (fp32), text encoder, tokenizer, scheduler, a small VAE (no decoder is measured)
-    openvino_genai/   the same as OpenVINO IR in fp32, by OpenVINO's own converter, uncompressed, with inputs
-                      and outputs named as optimum-intel names them
-    onnxruntime/      the UNet as torch.onnx.export writes it, fp32, and which initialiser is which projection
+    diffusers/        unet (fp32), text encoder, tokenizer, scheduler, a small VAE (not measured)
+    openvino_genai/   the same as OpenVINO IR in fp32, by OpenVINO's converter, uncompressed, with the names
+                      of inputs and outputs of optimum-intel
+    onnxruntime/      the UNet as torch.onnx.export writes it, fp32, and the initialiser of each projection
     lora/             a.safetensors, b.safetensors: q, k, v of every cross-attention, kohya's names
 
-Weights are those of PyTorch's initialisers, seed 0; the time of a step does not depend on their values.
+Weights are PyTorch's initial ones, seed 0; the time of a step does not depend on their values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 
 PROJECTIONS = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
 RANKS = {"sd15": 3, "sdxl": 2}  # design.md, "LoRA contract"
-DELTA = 0.01  # rms of a LoRA's product over that of the weight it is added to
+DELTA = 0.01  # rms of a LoRA's product / rms of its weight
 TRACED = 32  # side of the latents that a network is traced with
 
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def unet_config(family: str) -> dict[str, object]:
-    """The published configuration of the family's UNet, less what is UNet2DConditionModel's default."""
+    """The published configuration of the family's UNet, without UNet2DConditionModel's defaults."""
     if family == "sd15":
         return {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
     return {
@@ -66,7 +66,7 @@ def unet_config(family: str) -> dict[str, object]:
 
 
 def write_diffusers(folder: Path, family: str) -> None:
-    """unet/ for every family; for sd15 also what a whole pipeline needs."""
+    """Writes unet/, and for sd15 the other parts of a pipeline."""
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -106,7 +106,7 @@ PIPELINE = {
 
 
 def tokenizer():
-    """CLIP's tokenizer without merges: one token a byte, 512 and 513 begin and end a text."""
+    """CLIP's tokenizer without merges: a token for each byte; 512 and 513 begin and end a text."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -118,7 +118,7 @@ def tokenizer():
 
 
 def write_lora(folder: Path, family: str) -> None:
-    """Two subjects, a and b, in float32."""
+    """Writes two subjects, a and b, in float32."""
     rank = RANKS[family]
     for seed, name in enumerate("ab", start=1):
         rng = np.random.default_rng(seed)
@@ -140,9 +140,9 @@ def unet(folder: Path):
     from diffusers import UNet2DConditionModel
 
     if not (folder / "diffusers" / "done").is_file():
-        raise SystemExit(f"{folder} has no UNet yet: --part diffusers comes first")
-    found = UNet2DConditionModel.from_pretrained(folder / "diffusers" / "unet", torch_dtype=torch.float32)
-    return found.eval()
+        raise SystemExit(f"{folder} has no UNet; run --part diffusers first")
+    model = UNet2DConditionModel.from_pretrained(folder / "diffusers" / "unet", torch_dtype=torch.float32)
+    return model.eval()
 
 
 def sites(module: nn.Module) -> dict[str, nn.Linear]:
@@ -151,7 +151,7 @@ def sites(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def unet_inputs(family: str, rows: int, size: int | None = None) -> dict[str, torch.Tensor]:
-    """Inputs of a call of the UNet, named as optimum-intel names them; size of latents: the family's own."""
+    """Inputs of a call of the UNet, named as optimum-intel names them; size of latents: the family's."""
     config = unet_config(family)
     size, width = size or config["sample_size"], config["cross_attention_dim"]
     inputs = {
@@ -179,7 +179,7 @@ class PlainUNet(nn.Module):
 
 
 def write_onnxruntime(folder: Path, family: str) -> None:
-    """unet.onnx as torch.onnx.export makes it, and sites.json: path -> name of its initialiser [in, out]."""
+    """Writes unet.onnx with torch.onnx.export, and sites.json: path -> name of its initialiser [in, out]."""
     import onnx
 
     model, path = unet(folder), folder / "onnxruntime" / "unet.onnx"
@@ -188,30 +188,30 @@ def write_onnxruntime(folder: Path, family: str) -> None:
         PlainUNet(model), tuple(inputs.values()), path, input_names=list(inputs), output_names=["out_sample"],
         dynamo=True, external_data=True,
     )  # fmt: skip
-    # The exporter renames the weights of linear layers, so they are found again by what is in them.
+    # The exporter renames the weights of linear layers, so their values identify them.
     proto = onnx.load(path)
-    known = {
+    by_value = {
         onnx.numpy_helper.to_array(tensor)[0].tobytes(): tensor.name
         for tensor in proto.graph.initializer
         if len(tensor.dims) == 2
     }
     names = {
-        site: known[linear.weight.T.contiguous()[0].numpy().tobytes()]
+        site: by_value[linear.weight.T.contiguous()[0].numpy().tobytes()]
         for site, linear in sites(model).items()
     }
     (folder / "onnxruntime" / "sites.json").write_text(json.dumps(names, indent=1))
 
 
 def write_openvino_genai(folder: Path, family: str) -> None:
-    """IR of the UNet; for sd15 of all parts, in the layout that Text2ImagePipeline reads."""
+    """Writes IR of the UNet; for sd15 of all parts, in the folders that Text2ImagePipeline reads."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
     source, root = folder / "diffusers", folder / "openvino_genai"
-    inputs = unet_inputs(family, 2, TRACED)  # tracing computes, and the size stays open
+    inputs = unet_inputs(family, 2, TRACED)  # small, since tracing computes; the size is dynamic
     save_ir(folder, "unet", PlainUNet(unet(folder)), inputs, ["out_sample"])
     if family != "sd15":
-        # What the UNet alone asks of its neighbour: how many pixels a latent is.
+        # The UNet reads from it how many pixels a latent is.
         (root / "vae_decoder").mkdir(exist_ok=True)
         (root / "vae_decoder" / "config.json").write_text(json.dumps({"block_out_channels": [32] * 4}))
         return
@@ -229,7 +229,7 @@ def write_openvino_genai(folder: Path, family: str) -> None:
 def save_ir(
     folder: Path, part: str, module: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]
 ) -> None:
-    """A module as OpenVINO IR in float32, its rows and picture size open, and its configuration."""
+    """Writes a module as OpenVINO IR in float32, with dynamic rows and size, and its configuration."""
     import openvino as ov
 
     shapes = {name: [-1, *x.shape[1:]] if x.ndim > 1 else [1] for name, x in inputs.items()}
@@ -243,7 +243,7 @@ def save_ir(
 
 
 def save_tokenizer(source: Path, root: Path) -> None:
-    """The tokenizer as OpenVINO IR, and its own files."""
+    """Writes the tokenizer as OpenVINO IR, with its original files."""
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
@@ -255,7 +255,7 @@ def save_tokenizer(source: Path, root: Path) -> None:
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text encoder from ids alone to its last hidden state and the pooled one."""
+    """CLIP's text encoder from ids to the last hidden state and the pooled one."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

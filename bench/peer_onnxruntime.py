@@ -1,11 +1,11 @@
-"""What plain ONNX Runtime needs for one row of the UNet, and for a change of subject.
+"""Times plain ONNX Runtime: one row of the UNet, and a change of subject.
 
     python peer_onnxruntime.py step   FOLDER
     python peer_onnxruntime.py switch FOLDER
 
-`step`: the UNet as torch.onnx.export writes it, fp32, one row a call, no LoRA: what one branch costs.
-`switch`, in ms, from LoRA tensors in memory to a session that computes with them: the LoRA is added to its
-weights in NumPy, and a session opened on the same file with those weights in place of the file's.
+`step`: the UNet as torch.onnx.export writes it, fp32, one row a call, no LoRA: the time of one branch.
+`switch`: ms from LoRA tensors in memory to a session that computes with them. NumPy adds the LoRA to the
+weights, and a session is opened on the same file with these weights in place of the file's.
 Runs in the environment `onnxruntime`; the last line is JSON.
 """
 
@@ -24,8 +24,8 @@ from safetensors.numpy import load_file
 
 def main() -> None:
     args = peer_timing.options(__doc__).parse_args()
-    found = step(args) if args.what == "step" else {"onnxruntime_reload_ms": switch(args)}
-    print(json.dumps(found | {"versions": peer_timing.versions("onnxruntime")}))
+    results = step(args) if args.what == "step" else {"onnxruntime_reload_ms": switch(args)}
+    print(json.dumps(results | {"versions": peer_timing.versions("onnxruntime")}))
 
 
 def session(args: argparse.Namespace, merged: dict[str, np.ndarray] | None = None) -> ort.InferenceSession:
@@ -54,21 +54,21 @@ def step(args: argparse.Namespace) -> dict[str, object]:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    """The base model's adapted weights [in, out] under their names in the graph, as they lie in memory."""
+    """The base model's adapted weights [in, out], contiguous, under their names in the graph."""
     names = json.loads((folder / "onnxruntime" / "sites.json").read_text())
-    wanted = {f"{path}.weight": name for path, name in names.items()}
-    found = {}
-    for path in (folder / "diffusers" / "unet").glob("*.safetensors"):  # SDXL's are two
+    targets = {f"{path}.weight": name for path, name in names.items()}
+    arrays = {}
+    for path in (folder / "diffusers" / "unet").glob("*.safetensors"):  # SDXL has two
         with safe_open(path, "numpy") as file:
-            for key in wanted.keys() & file.keys():
-                found[wanted[key]] = np.ascontiguousarray(file.get_tensor(key).T)
-    return found
+            for key in targets.keys() & file.keys():
+                arrays[targets[key]] = np.ascontiguousarray(file.get_tensor(key).T)
+    return arrays
 
 
 def merge(
     base: dict[str, np.ndarray], names: dict[str, str], lora: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Base weights plus the LoRA, by their names in the graph."""
+    """Base weights plus the LoRA, under their names in the graph."""
     merged = {}
     for path, name in names.items():
         key = "lora_unet_" + path.replace(".", "_")
@@ -78,7 +78,7 @@ def merge(
 
 
 def switch(args: argparse.Namespace) -> dict[str, object]:
-    """Seconds of a change of subject; the old session goes before the new one comes, to save memory."""
+    """Seconds of a change of subject; closes the old session before it opens the next, to save memory."""
     base = weights(args.folder)
     names = json.loads((args.folder / "onnxruntime" / "sites.json").read_text())
     subjects = [load_file(args.folder / "lora" / f"{name}.safetensors") for name in "ab"]

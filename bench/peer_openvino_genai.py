@@ -1,13 +1,13 @@
-"""What openvino.genai's Text2ImagePipeline needs for a step, and for a change of subject.
+"""Times openvino.genai's Text2ImagePipeline: a step, and a change of subject.
 
     python peer_openvino_genai.py step   FOLDER [--mode auto|fuse] [--precision fp32|bf16]
     python peer_openvino_genai.py switch FOLDER
 
-`step`: classifier-free guidance at 512 x 512, one call of two rows, fixed shapes, the LoRA on both rows (it
-cannot be on one): the time of an iteration of its loop, by its own metrics. `auto` is the mode that it
-chooses itself, in which the LoRA can be changed; `fuse` merges the LoRA into the weights for good.
-`switch`, in ms: from safetensors bytes in memory to an adapter set in the UNet; what the first step after it
-takes longer than the second is printed beside it.  Pictures of 64 x 64, where steps are short.
+`step`: the time of an iteration in its metrics, with classifier-free guidance at 512 x 512, one call of two
+rows, fixed shapes, and the LoRA on both rows (it cannot be on one). `auto` is its default mode, in which the
+LoRA can be changed; `fuse` merges the LoRA into the weights permanently.
+`switch`: ms from safetensors bytes in memory to an adapter that is set in the UNet.  The extra time of the
+first step after that is reported, too.  Pictures have 64 x 64 pixels, so that steps are short.
 Runs in the environment `openvino_genai`; the last line is JSON.
 """
 
@@ -26,7 +26,7 @@ import openvino_genai as genai
 import peer_timing
 
 GUIDANCE = 7.5
-SMALL, TOKENS = 64, 77  # pixels of a side where only the switch is measured; length of a text
+SMALL, TOKENS = 64, 77  # side of the picture in pixels for `switch`; length of a text
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--mode", choices=("auto", "fuse"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
-    found = step(args) if args.what == "step" else {"openvino_genai_ms": switch(args)}
-    print(json.dumps(found | {"versions": peer_timing.versions("openvino-genai", "openvino")}))
+    results = step(args) if args.what == "step" else {"openvino_genai_ms": switch(args)}
+    print(json.dumps(results | {"versions": peer_timing.versions("openvino-genai", "openvino")}))
 
 
 def pipeline(args: argparse.Namespace, size: int, adapter: genai.Adapter) -> genai.Text2ImagePipeline:
@@ -109,13 +109,13 @@ def switch(args: argparse.Namespace) -> dict[str, object]:
         later.append(step())
         print(f"{changes[-1]:.5f} s, steps {first[-1]:.4f} {later[-1]:.4f} s", file=sys.stderr)
     if np.array_equal(noises[0], noises[2]) or not np.array_equal(noises[0], noises[4]):
-        raise SystemExit("the adapters did not take effect, or do not come back")
-    more = [a - b for a, b in zip(first, later, strict=True)][args.warm_up :]
-    return peer_timing.summary(changes[args.warm_up :]) | {"first_step_more_s": median(more)}
+        raise SystemExit("an adapter has no effect, or gives another result the second time")
+    extra = [a - b for a, b in zip(first, later, strict=True)][args.warm_up :]
+    return peer_timing.summary(changes[args.warm_up :]) | {"first_step_more_s": median(extra)}
 
 
 def texts(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of what the UNet is told of two texts."""
+    """Shapes of the UNet's conditioning for two texts."""
     config = json.loads((folder / "openvino_genai" / "unet" / "config.json").read_text())
     shapes = {"encoder_hidden_states": (2, TOKENS, config["cross_attention_dim"])}
     if config["addition_embed_type"] == "text_time":

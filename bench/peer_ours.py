@@ -1,9 +1,9 @@
-"""What HyperRT needs for a step of HM-CFG: what the peers' scripts measure, in the project's environment.
+"""Times a step of HM-CFG in HyperRT, as the scripts of the peers do, in the project's environment.
 
     python peer_ours.py BUNDLE --backend openvino --precision bf16 [--threads 2] [--rounds 5] [--warm-up 2]
 
-The step is the runtime's own: the time between one latent and the next of `Runtime.steps`, three rows, the
-LoRA on one of them, guidance and solver included.  The last line is JSON.
+The step is the time between two latents of `Runtime.sample`: three rows, the LoRA on one of them, guidance
+and solver included.  The last line is JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2)
     args = parser.parse_args()
     times = []
-    # ONNX Runtime computes in what the graph says, which is fp32 in the bundles that are measured here.
+    # ONNX Runtime computes in the precision of the graph, fp32 in these bundles.
     takes_precision = bool(BACKENDS[resolve(args.backend)].precisions)
     chosen = {"precision": args.precision.replace("fp", "f")} if takes_precision else {}
     with Runtime.open(args.bundle, args.backend, args.threads, backend_options=chosen) as runtime:
@@ -50,12 +50,12 @@ def main() -> None:
             print(f"round {turn}: {elapsed:.4f} s", file=sys.stderr, flush=True)
             if turn >= args.warm_up:
                 times.append(elapsed)
-    found = {"median_s": median(times), "least_s": min(times), "rounds": len(times)}
-    print(json.dumps(found))
+    results = {"median_s": median(times), "least_s": min(times), "rounds": len(times)}
+    print(json.dumps(results))
 
 
 def random_subject(bundle: Bundle, seed: int) -> Subject:
-    """A Gaussian LoRA for a bundle, small beside its weights."""
+    """A Gaussian LoRA for a bundle, small compared with its weights."""
     rng = np.random.default_rng(seed)
     vectors = {name: 0.01 * rng.standard_normal(bundle.layout.size(name), np.float32) for name in VECTORS}
     return Subject(vectors, "cat", 1, {"base_model": bundle.hashes.base_model})

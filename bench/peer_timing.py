@@ -1,4 +1,4 @@
-"""How the scripts that run inside a peer's environment time a call; they import nothing of the project."""
+"""Times calls in a peer's environment; imports nothing of the project."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from time import perf_counter
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """The options that all of them take."""
+    """The options of all scripts of peers."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("step", "switch"))
-    parser.add_argument("folder", type=Path, help="a model that peer_model.py wrote")
+    parser.add_argument("folder", type=Path, help="model written by peer_model.py")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -27,9 +27,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def repeat(call: Callable[[], object], args: argparse.Namespace) -> dict[str, object]:
-    """Times of a call in seconds, warm-ups left out: median, least, rounds.
+    """Times a call after warm-up rounds; returns median and least seconds, and the number of rounds.
 
-    A call that is so slow that its rounds do not fit the limit is measured in fewer, but at least once.
+    A slow call is measured in as many rounds as begin within the limit, but at least once.
     """
     times: list[float] = []
     begin = perf_counter()

@@ -1,4 +1,4 @@
-"""What every measurement here has in common: its options, and how it ends.
+"""What every measurement here has in common: options, tables, and the JSON line at the end.
 
 A script prints a table for people; its last line on stdout is one JSON object, so that figures can be
 compared between commits:
@@ -25,28 +25,26 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """The options that all scripts take; `description` is the script's docstring."""
+    """The options of all scripts; `description` is the docstring of the script."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--bundle", default="tiny", help="name of a bundle in the wheel, or a folder (default: tiny)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="the least of everything: is the script in order?"
-    )
+    parser.add_argument("--quick", action="store_true", help="run the minimum, to test the script")
     return parser
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """The time of one call, in ms."""
     start = perf_counter()
     work()
     return 1000 * (perf_counter() - start)
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> None:
-    """Print rows under a head, columns aligned; floats with four significant digits; nothing of no rows."""
+    """Prints aligned rows under a head, floats with four significant digits; prints nothing without rows."""
     if not rows:
         return
     cells = [list(head)] + [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
@@ -59,31 +57,31 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> None:
 def finish(
     script: str, figures: Mapping[str, float], bars: Mapping[str, str] | None = None, **more: str
 ) -> None:
-    """Print the figures as a table, and as the JSON line that ends every script.
+    """Prints the figures as a table, and as the JSON line that ends every script.
 
     Args:
-        script: its `__file__`.
+        script: `__file__` of the script.
         figures: key -> number.
-        bars: key -> what is wanted of it, for the table.
+        bars: key -> target, for the table.
         more: further keys of the JSON line.
     """
     table(
         [(key, float(value), (bars or {}).get(key, "")) for key, value in figures.items()],
-        ("figure", "measured", "wanted"),
+        ("figure", "measured", "target"),
     )
     line = {"bench": Path(script).stem, "commit": commit(), "machine": machine(), "figures": dict(figures)}
     print(json.dumps(line | more), flush=True)
 
 
 def commit(root: Path = ROOT) -> str:
-    """Short hash of a checkout, "-dirty" where files differ from it; "unknown" outside git."""
+    """Short hash of a checkout's commit, "-dirty" if files differ from it; "unknown" outside git."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
 
 def machine() -> str:
-    """Processor, how many of its CPUs this process may use, and the versions that matter."""
+    """Processor, number of CPUs that this process may use, system, versions of Python and ONNX Runtime."""
     lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -94,7 +92,7 @@ def machine() -> str:
 
 
 def onnx_runtime() -> str:
-    """Which ONNX Runtime is installed, and its version."""
+    """Name and version of the installed package of ONNX Runtime."""
     for package in ("onnxruntime", "onnxruntime-gpu"):
         try:
             return f"{package} {version(package)}"

@@ -2,17 +2,17 @@
 
     python bench/same_latents.py --against b78425f
 
-Both draw the requests of bench/latent_requests.py on one machine, on ONNX Runtime with one thread, each in a
-process that imports the packages of its checkout: with the bundle in the wheel, and with small bundles of
-SD1.5's and SDXL's structure, which this checkout exports from random weights. Subject files that the other
-commit wrote are read by both.
+Both draw the requests of bench/latent_requests.py on one machine, on ONNX Runtime with one thread. Each runs
+in a process that imports the packages of its checkout. The bundles are that of the wheel, and small ones with
+the structure of SD1.5 and SDXL, which this checkout exports from random weights. Both read the subject files
+that the other commit wrote.
 
-    requests         how many
-    changed          of how many the latents differ in a bit
-    images_changed   of how many the pictures do
-    worst_rel        largest max |here - there| / max |there| of the latents
+    requests         number of requests
+    changed          requests whose latents differ in a bit
+    images_changed   requests whose pictures differ
+    worst_rel        largest max |new - old| / max |old| of the latents
 
-`--write FILE` draws the few requests of the tests, here, and keeps their latents in that file:
+`--write FILE` draws only the requests of the tests, in this checkout, and writes their latents to FILE:
 
     python bench/same_latents.py --write tests/hyperrt/kept_latents.npz
 """
@@ -48,9 +48,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--against", metavar="COMMIT", default="HEAD", help="default: %(default)s")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="keep the latents of the tests instead")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="only write the latents of the tests")
     parser.add_argument(
-        "--quick", action="store_true", help="the requests of the tests alone, with the bundle in the wheel"
+        "--quick", action="store_true", help="only the requests of the tests, with the bundle in the wheel"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -61,14 +61,14 @@ def main() -> None:
             return
         bundles = KEPT if args.quick else TINY | small_bundles(folder / "bundles")
         with against.worktree(args.against) as before:
-            there = drawn(before, bundles, folder)
+            old = drawn(before, bundles, folder)
             commit = report.commit(before)
-        here = drawn(report.ROOT, bundles, folder)
-    report.finish(__file__, compared(here, there), BARS, against=commit)
+        new = drawn(report.ROOT, bundles, folder)
+    report.finish(__file__, compared(new, old), BARS, against=commit)
 
 
 def small_bundles(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """Bundles of other families, exported by this checkout."""
+    """Exports small bundles of SD1.5 and SDXL with this checkout."""
     folder.mkdir()
     code = "import small_bundles; small_bundles.main()"
     against.run(report.ROOT, ["-P", "-c", code, str(folder)], BENCH)
@@ -76,7 +76,7 @@ def small_bundles(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def drawn(root: Path, bundles: Bundles, folder: Path) -> tuple[Arrays, Arrays]:
-    """Latents and pictures of a checkout, by bundle and request.
+    """Draws the requests with a checkout; returns latents and pictures by "BUNDLE/REQUEST".
 
     Args:
         folder: keeps the subject files, which the first checkout to draw writes.
@@ -93,12 +93,13 @@ def arrays(path: Path) -> Arrays:
         return dict(file)
 
 
-def compared(here: tuple[Arrays, Arrays], there: tuple[Arrays, Arrays]) -> dict[str, float]:
-    """The figures; what changed is printed by name."""
+def compared(new: tuple[Arrays, Arrays], old: tuple[Arrays, Arrays]) -> dict[str, float]:
+    """The figures; prints the requests that changed."""
     latents, images = (
-        {key for key in new if changed(new[key], old[key])} for new, old in zip(here, there, strict=True)
+        {key for key in after if changed(after[key], before[key])}
+        for after, before in zip(new, old, strict=True)
     )
-    relative = {key: difference(new, there[0][key]) for key, new in here[0].items()}
+    relative = {key: difference(array, old[0][key]) for key, array in new[0].items()}
     rows = [
         (key, relative[key], key in latents, key in images) for key in relative if key in latents | images
     ]
@@ -112,7 +113,7 @@ def compared(here: tuple[Arrays, Arrays], there: tuple[Arrays, Arrays]) -> dict[
 
 
 def changed(new: np.ndarray, old: np.ndarray) -> bool:
-    """Whether a bit differs; -0 and 0 are different, a NaN is the same as itself."""
+    """Whether a bit differs; -0 and 0 differ, equal NaNs do not."""
     return (new.shape, new.dtype, new.tobytes()) != (old.shape, old.dtype, old.tobytes())
 
 

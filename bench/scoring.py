@@ -1,17 +1,16 @@
-"""Scores of pictures of drawn subjects, one value per subject: the one place here that knows the judges.
+"""Scores pictures of drawn subjects with the classifiers of the evaluation: one value per subject.
 
-    subject           cosine between a picture and the subject, by an encoder of identities
-    colours           the same by the colours of what is not white, of the picture on white alone
+    subject           cosine of a picture and the subject, in the features of an encoder of subjects
+    colours           the same in the colours of pixels that are not white, for the picture on white
     prompt            margin of the scene that the prompt names, -1 to 1: how much nearer the picture's border
                       is to real pictures of it than to those of the next best scene
     identity          rate: the nearest of 20 unseen subjects of the noun is the right one, on white
     identity_colours  the same by colours
     background        rate: the scene is the right one
 
-The first three go on where the rates are at 0 or 1.  Every subject is drawn on white and in other scenes; its
-value is the mean over these.  Cases, photos and judges are those of training/evaluation/drawn.py; the encoder
-is that of training/evaluation/identity_encoder.py, which is trained when it is first asked for (two minutes)
-and a stranger to all that is judged.
+The first three still vary when the rates are 0 or 1.  Every subject is drawn on white and in others; its
+score is the mean.  Cases, photos and classifiers are those of training/evaluation/drawn.py.  The encoder is
+that of training/evaluation/identity_encoder.py; it is trained at its first use (two minutes), on other data.
 """
 
 from __future__ import annotations
@@ -31,36 +30,36 @@ Scores = Mapping[str, np.ndarray]  # name -> [cases]
 SUBJECT, COLOURS, PROMPT = "subject", "colours", "prompt"
 IDENTITY, IDENTITY_COLOURS, BACKGROUND = "identity", "identity_colours", "background"
 NAMES = (SUBJECT, COLOURS, PROMPT, IDENTITY, IDENTITY_COLOURS, BACKGROUND)
-REAL_VIEW = 500  # number of the views that say what real pictures score; judges and photos have others
+REAL_VIEW = 500  # first view for the scores of real pictures; classifiers and photos have other views
 
 
 def cases(seed: int, count: int) -> list[Case]:
-    """Unseen drawn subjects, the nouns in turn; other ones for every seed.
+    """Unseen drawn subjects, of the nouns in turn; different ones for every seed.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: `count` is out of range.
     """
     nouns = len(scenes.NOUNS)
     if not 1 <= count <= drawn.CANDIDATES * nouns:
         raise ValueError(f"there are 1 to {drawn.CANDIDATES * nouns} subjects, not {count}")
     first = drawn.FIRST_INDEX + drawn.SEED_STRIDE * seed
     drawings = [drawn.candidates_of(noun, first) for noun in scenes.NOUNS[:count]]
-    found = []
+    cases = []
     for k in range(count):
         place, noun = divmod(k, nouns)
         candidates = drawings[noun]
-        found.append(Case(scenes.NOUNS[noun], first + k, candidates[place], place, candidates))
-    return found
+        cases.append(Case(scenes.NOUNS[noun], first + k, candidates[place], place, candidates))
+    return cases
 
 
 def scenes_of(case: int, others: int) -> list[str]:
-    """Where a case is drawn: on white, and in so many others, each scene equally often over the cases."""
+    """The scenes of a case: white and `others` more, each equally often over the cases."""
     places = [drawn.OTHERS[(5 * case + 3 * j) % len(drawn.OTHERS)] for j in range(others)]
     return [drawn.WHITE, *places]
 
 
 def encoder(bundle: Bundle, quick: bool) -> classifiers.Features:
-    """Who is it? By the encoder of identities; in a quick run by the bundle's, which need not be trained."""
+    """The encoder of subjects; in a quick run the bundle's encoder, which need not be trained."""
     return classifiers.BundleEncoder(bundle) if quick else identity_encoder.trained()[0].features
 
 
@@ -68,8 +67,8 @@ class Scorer:
     """Scores the pictures of some cases.
 
     Args:
-        features: of the encoder that says who it is.
-        others: scenes besides white that each case is drawn in.
+        features: of the encoder of subjects.
+        others: number of scenes of each case besides white.
     """
 
     def __init__(self, features: classifiers.Features, cases: Sequence[Case], others: int = 1) -> None:
@@ -88,7 +87,7 @@ class Scorer:
         return {name: np.array([row[name] for row in rows]) for name in NAMES}
 
     def real(self) -> Scores:
-        """What real pictures of the subjects in these scenes score: the ceiling."""
+        """Scores of real pictures of the subjects in these scenes: the upper limit."""
         return self(
             [
                 [case.view(scene, REAL_VIEW + j) for j, scene in enumerate(places)]
@@ -97,14 +96,14 @@ class Scorer:
         )
 
     def _of_case(self, case: Case, places: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float]:
-        known = {name: lineup.references(case) for name, lineup in self.lineups.items()}
-        likeness = [known[SUBJECT] @ self.encoder(picture) for picture in pictures]
-        colours = known[COLOURS] @ classifiers.histogram(pictures[0])
+        references = {name: lineup.references(case) for name, lineup in self.lineups.items()}
+        likeness = [references[SUBJECT] @ self.encoder(picture) for picture in pictures]
+        colours = references[COLOURS] @ classifiers.histogram(pictures[0])
         margins = [
             margin(self.scenes, picture, scene) for picture, scene in zip(pictures, places, strict=True)
         ]
         return {
-            SUBJECT: float(np.mean([one[case.place] for one in likeness])),
+            SUBJECT: float(np.mean([cosines[case.place] for cosines in likeness])),
             COLOURS: float(colours[case.place]),
             PROMPT: float(np.mean(margins)),
             IDENTITY: float(likeness[0].argmax() == case.place),

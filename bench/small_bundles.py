@@ -1,4 +1,4 @@
-"""Small bundles of each family for bench/same_latents.py, from the models of the tests; needs PyTorch."""
+"""Exports small bundles of each family for bench/same_latents.py, from the models of the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMS = {"sd15": ("inputs", "refit"), "sdxl": ("inputs", "refit")}
 
 
 def main() -> None:
-    """Export each family in each form to FOLDER/FAMILY-FORM; the folder is the only argument."""
+    """Exports each family in each form to FOLDER/FAMILY-FORM; the folder is the only argument."""
     folder = Path(sys.argv[1])
     for family, forms in FORMS.items():
         source = small_models.source(family, folder / f"{family}-tokenizer")

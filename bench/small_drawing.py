@@ -1,7 +1,7 @@
 """Draws subjects with the runtime, under HM-CFG and under plain CFG, and scores the pictures.
 
-Plain CFG is what the paper compares with: the personalised model on both rows, with the empty prompt and with
-the subject's.  Of HM-CFG the empty prompt goes to the base model.
+The paper compares HM-CFG with plain CFG, in which the personalised model computes both rows, that of the
+empty prompt and that of the subject's prompt.  In HM-CFG the base model computes the row of the empty prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hyperrt.bundle.bundle import Bundle
 from hyperrt.errors import Incompatible
 from hyperrt.lora.subject import Subject
 
-TRAIN = "hyperrt train --model BASE --data CACHE --output RUN; then say --hypernet RUN"
+TRAIN = "hyperrt train --base BASE --data CACHE --output RUN, then give --hypernet RUN"
 NOISE_STRIDE = 10  # between the seeds of two cases
 
 
@@ -35,9 +35,11 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Studio:
-    """A runtime, the cases, and who scores their pictures.
+    """Draws and scores the pictures of the cases.
 
-    steps: of the solver; seed: of the first noise. A case has the same noise wherever it is drawn.
+    Attributes:
+        steps: of the solver.
+        seed: of the first noise; a case has the same noise in every table and with every method.
     """
 
     runtime: Runtime
@@ -50,7 +52,7 @@ class Studio:
         return self.scorer.cases
 
     def scores(self, subjects: Sequence[Subject], guidance: Guidance) -> scoring.Scores:
-        """Scores of the cases, each drawn as a subject in its places: name -> [cases]."""
+        """Draws case k in its places with `subjects[k]`; returns the scores, name -> [cases]."""
         return self.scorer([[*self.drawn(k, subject, guidance)] for k, subject in enumerate(subjects)])
 
     def drawn(self, case: int, subject: Subject, guidance: Guidance) -> Iterator[scoring.Picture]:
@@ -64,35 +66,35 @@ class Studio:
 def draw(
     runtime: Runtime, prompt: str, subject: Subject, guidance: Guidance, **options: int
 ) -> scoring.Picture:
-    """One picture."""
-    how = {"guidance_scale": guidance.scale, "kappa": guidance.kappa, "cfg": guidance.kappa is None}
-    return runtime.generate(prompt, subject, **how, **options).images[0]
+    """Draws one picture."""
+    settings = {"guidance_scale": guidance.scale, "kappa": guidance.kappa, "cfg": guidance.kappa is None}
+    return runtime.generate(prompt, subject, **settings, **options).images[0]
 
 
 def anywhere(subject: Subject) -> Subject:
-    """The subject without its origin: these scripts check the base model once, for all subjects."""
+    """The subject without metadata, for any bundle; the scripts check the base model once, in `bundle_of`."""
     return dataclasses.replace(subject, metadata={})
 
 
 def bundle_of(args: argparse.Namespace, world: World, base_hash: Callable[[], str], work: Path) -> Bundle:
-    """The bundle that draws: exported from --hypernet, or --bundle, which must be of the same base model.
+    """The bundle that draws: exported from --hypernet, or --bundle, which must have the same base model.
 
-    With --quick any bundle will do.
+    With --quick its base model is not checked.
 
     Raises:
-        Incompatible: the bundle is of another base model.
+        Incompatible: the bundle has another base model.
     """
     if args.hypernet:
         return Bundle.open(exported(world, args.hypernet, work))
     bundle = Bundle.open(args.bundle)
-    if not args.quick and bundle.hashes.base_model != (wanted := base_hash()):
-        why = f"its base model is {bundle.hashes.base_model[:12]}, that of --model is {wanted[:12]}"
+    if not args.quick and bundle.hashes.base_model != (expected := base_hash()):
+        why = f"its base model is {bundle.hashes.base_model[:12]}, --base is {expected[:12]}"
         raise Incompatible(f"the bundle {bundle.name} cannot draw this", why, f"train one for it: {TRAIN}")
     return bundle
 
 
 def exported(world: World, hypernet: Path, work: Path) -> Path:
-    """A bundle of the base model and a hypernetwork; made once for the same weights."""
+    """The folder of a bundle of the base model and a hypernetwork; exported once for the same weights."""
     from hyperrt.cli.configs import ExportConfig
     from hyperrt.export import export_bundle
     from hyperrt.training.run.checkpoint import HYPERNET

@@ -1,7 +1,7 @@
-"""The base model and the scene cache that a measurement is made on: the user's, or random ones.
+"""Opens the base model and the scene cache of a measurement: the user's, or random ones.
 
-Random weights in the tiny family's sizes are worth as much as trained ones where time is measured, and enough
-to see whether a script is in order (`--quick`). Drawn subjects, random latents.
+Random weights of the tiny family's sizes take as long as trained ones, so they do for measurements of time,
+and for `--quick`. The subjects of a random cache are drawn, its latents are random.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hyperrt.training.data import clip_tokenizer
 from hyperrt.training.model import base_model as bases
 from hyperrt.training.run.config import TrainConfig
 
-MAKE = "hyperrt pretrain --out RUN; then say --model RUN/base --data RUN/cache"
-OF_CAPTIONS = ("text-", "pooled-")  # files that hold what the text encoders make of them
-IDENTITIES, FEW_IDENTITIES, VIEWS = 96, 16, 4  # of a random cache, and of that of a quick run
+MAKE = "hyperrt pretrain --output RUN, then give --base RUN/base --data RUN/cache"
+OF_CAPTIONS = ("text-", "pooled-")  # prefixes of the files that hold encoded captions
+IDENTITIES, FEW_IDENTITIES, VIEWS = 96, 16, 4  # a random cache, one of a quick run
 
 
 @dataclass(frozen=True)
 class World:
-    """Folders of a base model and of its scene cache."""
+    """The folders of a base model and of its scene cache."""
 
     base: Path
     cache: Path
@@ -45,40 +45,40 @@ class World:
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """What all scripts take that measure a training."""
+    """The options of all scripts that measure a training."""
     parser = report.options(description)
-    parser.add_argument("--model", type=Path, metavar="BASE", help="folder of the base model")
-    parser.add_argument("--data", type=Path, metavar="CACHE", help="folder of its scene cache, with latents")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base model")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="its scene cache, with latents")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: PyTorch decides)")
     return parser
 
 
 @contextlib.contextmanager
 def opened(args: argparse.Namespace, random: bool) -> Iterator[World]:
-    """The world that the options name; where they name none, a random one for as long as it is open.
+    """The world of --base and --data; without these a random one in a temporary folder.
 
     Args:
-        random: whether random weights will do.
+        random: whether random weights are enough.
 
     Raises:
-        NotFound: a folder is missing, or none is named and random weights will not do.
+        NotFound: a folder is missing, or an option is and random weights are not enough.
     """
-    if args.model and args.data:
-        for folder, part in ((args.model, "unet/config.json"), (args.data, data.LATENTS)):
+    if args.base and args.data:
+        for folder, part in ((args.base, "unet/config.json"), (args.data, data.LATENTS)):
             if not (folder / part).is_file():
-                why = "it is not there, or not finished"
+                why = "the folder does not exist, or is not finished"
                 raise NotFound(f"{folder} has no {part}", why, f"make it: {MAKE}")
-        yield World(args.model, args.data)
-    elif args.model or args.data or not random:
-        why = "it is measured on a trained base model and the scenes that it was trained on"
-        raise NotFound("--model or --data is missing", why, f"make them: {MAKE}")
+        yield World(args.base, args.data)
+    elif args.base or args.data or not random:
+        why = "this is measured with a trained base model and the scenes that it was trained on"
+        raise NotFound("--base or --data is missing", why, f"make them: {MAKE}")
     else:
         with tempfile.TemporaryDirectory() as folder:
             yield make(Path(folder), FEW_IDENTITIES if args.quick else IDENTITIES)
 
 
 def make(folder: Path, identities: int = IDENTITIES, seed: int = 0) -> World:
-    """Writes a random base model of the tiny family's sizes and a small cache: seconds."""
+    """Writes a random base model of the tiny family's sizes and a small cache; takes seconds."""
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer.build(folder / "base" / "tokenizer", bases.MAX_TOKENS)
     parts = bases.Base(
@@ -94,9 +94,9 @@ def make(folder: Path, identities: int = IDENTITIES, seed: int = 0) -> World:
 
 
 def captioned_by_noun(world: World, folder: Path) -> World:
-    """The same world, every picture captioned "a [V] robot", whatever its scene; made once in that folder.
+    """The same world with captions that name the noun alone, such as "a [V] robot".
 
-    Pictures, latents and image features are links to those of the cache.
+    The cache is made once, in `folder`; pictures, latents and image features are links.
     """
     if not (folder / data.CAPTIONS).is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def captioned_by_noun(world: World, folder: Path) -> World:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """An error raised on purpose ends a script as its message and its exit code."""
+    """Ends the script on an expected error, with its message and exit code, without a traceback."""
     try:
         yield
     except (HyperRTError, FileNotFoundError) as error:

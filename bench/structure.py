@@ -1,26 +1,26 @@
-"""Is the code in rooms that a stranger finds the way through? Figures of the source, read without running it.
+"""Measures the structure of the source code, without running it.
 
 Over engines/, hyperrt/, training/ and export/ with all their folders, and README.md:
 
     hyperrt_rooms_at_the_top   files and folders directly in hyperrt/ that git tracks
-    import_circles             groups of modules, and of rooms, in which each imports all others, also through
-                               a third. The rooms of a folder are the files and folders directly in it
+    import_circles             groups of modules, and of rooms, that all import one another, also indirectly.
+                               The rooms of a folder are the files and folders directly in it
     longest_file               lines
     longest_function           lines, from `def` to its end
     readme_lines               lines
     untyped_public_options     parameters of public functions that a type checker cannot check
 
 Imports: every import statement counts, also those inside functions and under TYPE_CHECKING, without which a
-name cannot stand in an annotation. `from package import name` leads to the module `package.name` where there
-is one, else to the package's `__init__`. What is loaded by `import_module("...")` does not count: that is how
-a command reaches a package which may not be installed.
+name cannot stand in an annotation. `from package import name` leads to the module `package.name` if that
+exists, else to the package's `__init__`. `import_module("...")` does not count: commands use it for packages
+that may not be installed.
 
 Public: a function of a module or a method of a class, with no leading underscore in its name, its class's or
 its module's, and a class's `__init__` and `__call__`. A backend's `open` is public: `engines.open` hands it
 the user's options. Of an overloaded function the overloads are what a caller sees. The command line
 (`hyperrt/cli`, `cli.py`, click commands) is not public: a shell calls it, and click checks the options.
 
-An option is what a caller may leave out: a parameter with a default, or `**options`. It is untyped if it is
+An option is a parameter that a caller may omit, by a default or `**options`. It is untyped if it is
 annotated as `Any`; `**options` also as `object`, but not as `Unpack[...]`. A parameter without an annotation
 counts even if it is required. One with a leading underscore does not count: the function ignores it.
 """
@@ -192,10 +192,10 @@ def reachable(graph: Graph, start: str) -> set[str]:
 
 
 def way_back(graph: Graph, start: str) -> list[str]:
-    """The shortest way from a node of a circle back to it, breadth first."""
+    """The shortest path from a node of a circle back to it, breadth first."""
     ways = [[start]]
     visited: set[str] = set()
-    for way in ways:  # which grows meanwhile
+    for way in ways:  # the loop appends to `ways`
         if start in graph[way[-1]]:
             return [*way, start]
         ways += [[*way, target] for target in sorted(graph[way[-1]] - visited)]

@@ -1,4 +1,4 @@
-"""What does one more subject in a call cost?  Several (subject, prompt) pairs share every engine call.
+"""Times calls for several subjects.  The (subject, prompt) pairs share every engine call.
 
     per_subject_s_1 … per_subject_s_8
                            seconds of one picture, steps and decoding, when K subjects are drawn by one call:
@@ -6,8 +6,8 @@
     mb_per_extra_subject   peak memory with 8 subjects minus that with 1, / 7, in 10^6 bytes
     growth                 per_subject_s_8 / per_subject_s_1
 
-Every K runs in a process of its own, so that its peak is its own.  Subjects are random LoRAs, each another;
-the prompts are the same but for the place.  A step has three rows for every subject.
+Every K runs in a separate process, so that peaks do not mix.  Subjects are different random LoRAs, prompts
+differ in the place.  A step has three rows for every subject.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="default: the bundle's; for a full-size bundle 2 will do")
-    parser.add_argument("--count", type=int, help="measure so many subjects alone, in this process")
+    parser.add_argument(
+        "--steps", type=int, help="default: the bundle's; 2 are enough for a full-size bundle"
+    )
+    parser.add_argument("--count", type=int, help="measure this number of subjects, in this process")
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.warm_up, args.steps = 1, 0, 2
@@ -43,26 +45,26 @@ def main() -> None:
         print(json.dumps(measure(args, args.count)))
         return
     figures, rows = {}, []
-    found = {count: alone(args, count) for count in ((1, 8) if args.quick else COUNTS)}
-    for count, one in found.items():
-        figures[f"per_subject_s_{count}"] = one["seconds"] / count
-        rows.append((count, one["seconds"], one["seconds"] / count, one["peak_mb"]))
+    results = {count: measured_alone(args, count) for count in ((1, 8) if args.quick else COUNTS)}
+    for count, result in results.items():
+        figures[f"per_subject_s_{count}"] = result["seconds"] / count
+        rows.append((count, result["seconds"], result["seconds"] / count, result["peak_mb"]))
     report.table(rows, ("subjects", "s of a call", "s per subject", "peak MB"))
-    few, many = min(found), max(found)
-    figures["mb_per_extra_subject"] = (found[many]["peak_mb"] - found[few]["peak_mb"]) / (many - few)
+    few, many = min(results), max(results)
+    figures["mb_per_extra_subject"] = (results[many]["peak_mb"] - results[few]["peak_mb"]) / (many - few)
     figures["growth"] = figures[f"per_subject_s_{many}"] / figures[f"per_subject_s_{few}"]
     report.finish(__file__, figures, BARS)
 
 
-def alone(args: argparse.Namespace, count: int) -> dict[str, float]:
-    """The measurement of one count in a process of its own."""
+def measured_alone(args: argparse.Namespace, count: int) -> dict[str, float]:
+    """Measures one count in a separate process."""
     command = [sys.executable, __file__, "--bundle", args.bundle, "--backend", args.backend]
     command += ["--rounds", str(args.rounds), "--warm-up", str(args.warm_up), "--count", str(count)]
     return peer_environment.run(command + (["--steps", str(args.steps)] if args.steps else []))
 
 
 def measure(args: argparse.Namespace, count: int) -> dict[str, float]:
-    """Seconds of a call with so many subjects, and the peak memory of this process in 10^6 bytes."""
+    """Seconds of a call with `count` subjects, and the peak memory of this process in 10^6 bytes."""
     with Runtime.open(args.bundle, args.backend) as runtime:
         subjects = [peer_ours.random_subject(runtime.bundle, seed) for seed in range(count)]
         prompts = [f"a [V] on a {place}" for place in PLACES[:count]]

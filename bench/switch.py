@@ -1,6 +1,6 @@
-"""What does a change of subject cost, and is it complete?
+"""Times a change of subject, and checks that nothing of the former subject remains.
 
-Engines stay open and nothing is compiled: another subject's factors replace those that are there.
+Engines stay open and nothing is compiled; the factors of the new subject replace the former ones.
 
     switch_ms          from having another subject's LoRA to being able to run a step with it, the prompt
                        staying: its factors checked and copied into both graphs, K and V of all three branches
@@ -12,11 +12,11 @@ Engines stay open and nothing is compiled: another subject's factors replace tho
                        LoRA differing by row; that of Q by none, where it is refitted) and the same row alone,
                        K and V included
 
-Differences are of bits where 0 is wanted: both pictures come from one open runtime, seed for seed.
+A target of 0 means equal bits: both pictures come from one open runtime, with the same seed.
 
 With `--family sd15|sdxl` the bundle is of that size with random weights (`--bundle`, or exported once), the
-subjects are random, and only `switch_ms` is measured.  `--peers` adds what others need, in fp32, from LoRA
-tensors in memory to being able to run a step, each in its own environment and process (bench/peer_*.py):
+subjects are random, and only `switch_ms` is measured.  `--peers` adds other programs in
+fp32, from LoRA tensors in memory to a UNet that can run a step, each in a separate process (bench/peer_*.py):
 
     diffusers_fuse_ms      unfuse the old LoRA, load the new one, fuse it
     diffusers_hotswap_ms   replace the tensors of an adapter that stays unfused
@@ -24,7 +24,7 @@ tensors in memory to being able to run a step, each in its own environment and p
     onnxruntime_reload_ms  LoRA merged into the weights, a new session of ONNX Runtime on them
     times_faster           the least of these / switch_ms
 
-They compute K and V anew at every step, which is not in their figures; ours holds them ready.
+Their figures are without K and V, which they compute in every step; ours is with them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument("--changes", type=int, help="default: 500, of a family 20")
     parser.add_argument("--family", choices=("sd15", "sdxl"), help="full size")
-    parser.add_argument("--peers", action="store_true", help="with --family: measure the peers, too")
-    parser.add_argument("--backend", default="auto", help="with --family: ours (default: auto)")
+    parser.add_argument("--peers", action="store_true", help="with --family: also measure the peers")
+    parser.add_argument("--backend", default="auto", help="with --family: backend of HyperRT (default: auto)")
     parser.set_defaults(bundle=None)
     against.add_options(parser)
     args = parser.parse_args()
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def small(args: argparse.Namespace) -> None:
-    """Everything, on a bundle that has photos and takes milliseconds."""
+    """Measures all figures on a small bundle, with subjects of photos."""
     changes, steps = (5, 2) if args.quick else (args.changes, None)
     with Runtime.open(args.bundle, "onnxruntime") as runtime:
         subjects = [runtime.personalize(SUBJECTS / name, name) for name in ("mug", "robot")]
@@ -90,7 +90,7 @@ def small(args: argparse.Namespace) -> None:
 
 
 def full_size(args: argparse.Namespace) -> None:
-    """The switch alone, on a family's bundle of random weights; what the peers need for theirs."""
+    """Measures the switch alone, on a full-size bundle of random weights, and the peers."""
     bundle = Bundle.open(args.bundle or peer_environment.bundle(args.family))
     subjects = [peer_ours.random_subject(bundle, seed) for seed in (0, 1)]
     with Runtime.open(bundle.path, args.backend) as runtime:
@@ -124,15 +124,15 @@ def peers(family: str) -> dict[str, float]:
         for key, times in found.items():
             figures[key] = 1000 * times["median_s"]
             rows.append((key, figures[key], 1000 * times["least_s"], times["rounds"], versions))
-    report.table(rows, ("peer", "median ms", "least ms", "changes", "versions"))
+    report.table(rows, ("peer", "median ms", "min ms", "changes", "versions"))
     return figures
 
 
 def total(times: dict[str, list[float]]) -> float:
-    """Median milliseconds of a change, its parts printed."""
+    """Median milliseconds of a change; prints its parts."""
     report.table(
         [(name, len(x), median(x), max(x)) for name, x in times.items()],
-        ("part of a switch", "changes", "median ms", "most ms"),
+        ("part of a switch", "changes", "median ms", "max ms"),
     )
     return median([sum(parts) for parts in zip(*times.values(), strict=True)])
 
@@ -155,15 +155,15 @@ def switch_times(
     for turn, subject in zip(range(WARM_UP + changes), cycle(subjects), strict=False):
         parts = report.milliseconds(lambda subject=subject: put_both(subject)), report.milliseconds(renew)
         if turn >= WARM_UP:
-            for known, part in zip(times.values(), parts, strict=True):
-                known.append(part)
+            for values, part in zip(times.values(), parts, strict=True):
+                values.append(part)
     for engine in (context, denoiser):
         engine.unbind([spec.name for spec in engine.inputs if spec.name in HELD])
     return times
 
 
 def put(bundle: Bundle, graph: str, resident: Resident, subject: Subject) -> None:
-    """Put a subject's LoRA into one of the two graphs that take one."""
+    """Puts a subject's LoRA into one of the two graphs with a LoRA."""
     put_lora(resident, VECTOR[graph], bundle.layout, bundle.graphs[graph].adapt, [subject])
 
 
@@ -176,7 +176,7 @@ def return_differences(runtime: Runtime, a: Subject, b: Subject, steps: int | No
 
     base, first, other, again, base_again = (latents(subject) for subject in (None, a, b, a, None))
     if np.array_equal(first, other):
-        raise SystemExit("both subjects give the same latents: returning to one of them proves nothing")
+        raise SystemExit("both subjects give the same latents, so the comparison proves nothing")
     return {
         "aba_max_diff": float(np.abs(again - first).max()),
         "a_base_max_diff": float(np.abs(base_again - base).max()),
@@ -226,7 +226,7 @@ def row_alone(bundle: Bundle, context: Engine, denoiser: Engine, subjects: list[
 
 
 def random_inputs(bundle: Bundle, graph: str, rows: int) -> dict[str, np.ndarray]:
-    """Gaussian arrays for what a graph is told of its prompts, with as many rows."""
+    """Gaussian arrays for a graph's inputs that depend on the prompts, with `rows` rows."""
     rng = np.random.default_rng(1)
     specs = [spec for spec in bundle.graphs[graph].inputs if spec.name not in ("gate", "lora_kv")]
     return {spec.name: rng.standard_normal((rows, *spec.shape[1:]), np.float32) for spec in specs}

@@ -1,6 +1,6 @@
-"""How fast does a hypernetwork train?  A step of `hyperrt train` against one with diffusers and PEFT.
+"""Times a step of `hyperrt train` and the same step with diffusers and PEFT.
 
-    vs_plain       samples a second of ours, over those of the faster plain loop
+    vs_plain       samples per second of ours / of the faster plain loop
     ours_per_s     samples a second of `Trainer.step`: every row of a batch has its own LoRA
     alone_per_s    plain: subject by subject, hypernetwork, UNet and backward; gradients add up
     shared_per_s   plain: the hypernetwork once for the whole batch, the UNet subject by subject
@@ -9,7 +9,7 @@
 A PEFT layer holds one adapter for all rows of a call, so the plain loops call the UNet once for each subject,
 with the hypernetwork's output in place of the layer's weights, through which the gradient flows.  All three
 see the same batches, take the same losses and update with the same optimizer; batch, rank and decoder are the
-defaults of training/run/config.py.  They take turns in one process; the figures are medians.  Without --model
+defaults of training/run/config.py.  They take turns in one process; the figures are medians.  Without --base
 a random base model of the tiny family's sizes is used: speed does not depend on weights.
 """
 
@@ -134,7 +134,7 @@ def main() -> None:
     figures["vs_plain"] = figures["ours_per_s"] / max(figures["alone_per_s"], figures["shared_per_s"])
     figures["mb_per_sample"] = growth
     rows = [(way, median(spent), min(spent), len(spent)) for way, spent in times.items()]
-    report.table(rows, ("step", "s, median", "s, least", "rounds"))
+    report.table(rows, ("step", "median s", "min s", "rounds"))
     report.finish(__file__, figures, BARS)
 
 

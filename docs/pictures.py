@@ -1,4 +1,4 @@
-"""Draws the README's pictures with the bundle in the wheel: `python docs/pictures.py`."""
+"""Draws the pictures of README.md with the bundle in the wheel: `python docs/pictures.py`."""
 
 from __future__ import annotations
 

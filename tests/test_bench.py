@@ -1,7 +1,4 @@
-"""Every measurement runs, ends as it should, and measures something: the smallest run of each script.
-
-No time is asserted here; what a figure is worth is for the script's full run to say.
-"""
+"""Runs every script of bench/ with --quick, and checks that it gives its figures; asserts no times."""
 
 from __future__ import annotations
 
@@ -117,7 +114,7 @@ def test_a_script_ends_in_its_figures_and_explains_them(figures, script):
     ]
 
 
-def test_every_script_is_tested_here():
+def test_every_script_has_a_test():
     """Those of the peers run in the peers' environments, which no test makes."""
     scripts = {path.stem for path in BENCH.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
     assert {name for name in scripts if not name.startswith("peer_")} == KEYS.keys()
@@ -132,7 +129,7 @@ def test_every_peer_is_pinned_and_has_a_script():
         assert (BENCH / f"peer_{peer}.py").is_file()
 
 
-def test_what_runs_at_the_peers_imports_nothing_of_the_project():
+def test_the_scripts_of_the_peers_import_nothing_of_the_project():
     own = {"engines", "hyperrt", "training", "export", "report"}
     for path in BENCH.glob("peer_*.py"):
         if path.stem == "peer_ours":
@@ -144,7 +141,7 @@ def test_what_runs_at_the_peers_imports_nothing_of_the_project():
         assert not own & {name.split(".")[0] for name in names}, path.name
 
 
-def test_an_environment_is_made_anew_only_when_its_packages_change(tmp_path, monkeypatch):
+def test_an_environment_is_remade_only_when_its_packages_change(tmp_path, monkeypatch):
     environment = module("peer_environment")
     monkeypatch.setattr(environment, "HOME", tmp_path)
     calls = []
@@ -183,15 +180,30 @@ def test_the_bundle_computes_what_diffusers_and_peft_do(figures):
     assert figures("parity")["worst_rel"] < 1e-3
 
 
+def test_the_weights_of_base_are_rounded_as_the_bundle_stores_them(monkeypatch, tmp_path):
+    for package in NEEDS["parity"]:
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(BENCH)
+    from hyperrt.training.model import base_model
+
+    base = importlib.import_module("small_world").make(tmp_path, identities=8).base
+    exact = base_model.load(base).unet.state_dict()
+    unet, encode = importlib.import_module("parity").reference_of(None, base)
+    for name, weight in unet.state_dict().items():
+        assert weight.equal(exact[name].half().float()), name
+    assert any(not weight.equal(exact[name]) for name, weight in unet.state_dict().items())
+    assert encode(["a mug", ""]).shape[0] == 2
+
+
 @pytest.mark.slow
-def test_other_programs_load_a_subject_whole_and_draw_the_same_picture(figures):
+def test_other_programs_load_all_of_a_subject_and_draw_the_same_picture(figures):
     found = figures("interop")
     assert found["missing"] == found["unexpected"] == 0
     assert found["picture_rel_diff"] < 1e-3
 
 
 @pytest.mark.slow
-def test_subjects_come_and_go_without_a_trace(figures):
+def test_nothing_of_a_former_subject_remains(figures):
     found = figures("switch")
     assert found["aba_max_diff"] == found["a_base_max_diff"] == 0
     assert found["row_alone_max_rel"] < 1e-5
@@ -203,7 +215,7 @@ def test_a_picture_loads_no_training_framework(figures):
 
 
 @pytest.mark.slow
-def test_the_judges_are_right_about_real_pictures(figures):
+def test_the_classifiers_recognise_real_pictures(figures):
     found = figures("fidelity")
     assert min(found["identity_hist_real"], found["background_real"]) > 0.9
 
@@ -223,7 +235,7 @@ def test_a_slow_call_is_timed_once_and_a_quick_one_in_every_round():
     assert len(calls) == 1
 
 
-def test_a_peers_switch_is_given_in_milliseconds(monkeypatch):
+def test_the_switch_of_a_peer_is_in_milliseconds(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     switch = module("switch")
     times = {"median_s": 0.25, "least_s": 0.2, "rounds": 5}
@@ -234,7 +246,7 @@ def test_a_peers_switch_is_given_in_milliseconds(monkeypatch):
     assert switch.peers("sd15") == {f"{name}_ms": 250 for name in switch.peer_environment.PEERS}
 
 
-def test_a_lora_beside_int8_weights_keeps_its_effect_and_a_merged_one_drowns(monkeypatch):
+def test_int8_weights_keep_the_effect_of_a_lora_beside_them_but_not_of_a_merged_one(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     found = module("delta_retention").projections(delta=0.003, quick=True)
     assert found["beside"].share > 0.9999
@@ -242,7 +254,7 @@ def test_a_lora_beside_int8_weights_keeps_its_effect_and_a_merged_one_drowns(mon
     assert found["merged"].projection == pytest.approx(1, abs=0.1)
 
 
-def test_what_is_left_of_an_effect(monkeypatch):
+def test_the_share_projection_and_error_of_an_effect(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     compare = module("delta_retention").compare
     effect = np.array([3.0, 4.0])
@@ -258,13 +270,13 @@ def coloured(*colours: tuple[int, int, int]) -> np.ndarray:
     return np.repeat(np.array(rows, np.uint8)[:, None], 4, axis=1)
 
 
-def test_the_colour_judge_sees_colours_and_not_white_or_place():
+def test_the_histogram_depends_on_colours_and_not_on_white_or_position():
     from hyperrt.training.evaluation.classifiers import histogram
 
     mine = histogram(coloured((200, 30, 40), (20, 90, 200)))
     assert np.linalg.norm(mine) == pytest.approx(1)
     assert mine @ histogram(coloured((20, 90, 200), (200, 30, 40))) == pytest.approx(1)
-    a_little_off = mine @ histogram(coloured((210, 35, 50), (30, 80, 190)))
+    similar = mine @ histogram(coloured((210, 35, 50), (30, 80, 190)))
     another = mine @ histogram(coloured((30, 200, 40), (20, 90, 200)))
-    assert another < a_little_off < 1
+    assert another < similar < 1
     assert not histogram(coloured((255, 255, 255))).any()

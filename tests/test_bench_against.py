@@ -1,4 +1,4 @@
-"""Two commits are measured by turns, and compared; latents are compared bit by bit."""
+"""Compares two commits: figures in turns, latents bit by bit."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-# Appends its commit to the file that --log names, and has a figure that only the second commit measures.
+# Appends its commit to the file of --log; only the second commit has the figure c_mb.
 SCRIPT = """
 import json, sys
 with open(sys.argv[sys.argv.index("--log") + 1], "a") as log:
@@ -29,7 +29,7 @@ def against(monkeypatch):
 
 @pytest.fixture
 def repository(against, monkeypatch, tmp_path):
-    """A repository of two commits, which the module takes for its own."""
+    """A repository of two commits in place of this one."""
     root = tmp_path / "repository"
     script = root / "bench" / "timed.py"
     script.parent.mkdir(parents=True)
@@ -50,7 +50,7 @@ def worktrees(root):
     return git(root, "worktree", "list").splitlines()
 
 
-def test_both_commits_run_by_turns_and_their_times_are_compared(
+def test_both_commits_run_in_turns_and_their_times_are_compared(
     against, repository, monkeypatch, capsys, tmp_path
 ):
     log = tmp_path / "log"

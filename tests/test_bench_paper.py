@@ -1,4 +1,4 @@
-"""What measurements of the training rest on: orderings, scores, plain CFG, and a plain loop that is fair."""
+"""The measurements of training: orderings, scores, plain CFG, and the plain loop."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_sweep_holds_in_pairs_when_the_differences_are_above_zero(load, rows):
     assert rises("", rows(LOW, MIDDLE, HIGH), "subject").in_pairs
 
 
-def test_nothing_is_lost_if_the_difference_reaches_zero(load, rows):
+def test_not_below_holds_if_the_difference_reaches_zero(load, rows):
     not_below = load("paper_rows").not_below
     low, middle, high = rows(LOW, MIDDLE, HIGH)
     assert not_below("", high, low, "subject").held and not_below("", low, low, "subject").held
@@ -108,7 +108,7 @@ def subject_of(runtime, scale: float):
     return Subject(lora, "robot", 1, {})
 
 
-def test_plain_cfg_is_of_the_personalised_model_on_both_rows(load, tiny, monkeypatch):
+def test_plain_cfg_runs_the_personalised_model_on_both_rows(load, tiny, monkeypatch):
     drawing = load("small_drawing")
 
     def latents(guidance, scale):
@@ -230,20 +230,22 @@ def test_a_cache_is_captioned_by_noun(load, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["against_dreambooth", "paper_small", "training_speed"])
-def test_a_missing_world_is_one_message_that_says_how_to_make_it(load, script, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", [script, "--model", str(tmp_path), "--data", str(tmp_path)])
+def test_a_missing_base_model_is_one_message_with_the_command_that_makes_it(
+    load, script, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(sys, "argv", [script, "--base", str(tmp_path), "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         load(script).main()
     assert ended.value.code == 4
-    assert "hyperrt pretrain --out RUN" in capsys.readouterr().err
+    assert "hyperrt pretrain --output RUN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["against_dreambooth", "paper_small"])
-def test_trained_models_are_asked_for(load, script, monkeypatch, capsys):
+def test_a_missing_option_is_one_message(load, script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script])
     with pytest.raises(SystemExit) as ended:
         load(script).main()
-    assert ended.value.code == 4 and "--model or --data is missing" in capsys.readouterr().err
+    assert ended.value.code == 4 and "--base or --data is missing" in capsys.readouterr().err
 
 
 def test_a_bundle_of_another_base_model_is_refused(load, tiny, tmp_path):
