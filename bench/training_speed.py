@@ -120,17 +120,17 @@ class Plain:
 
 def main() -> None:
     parser = small_world.options(__doc__)
-    parser.add_argument("--batch", type=int, default=TrainConfig.batch_size)
+    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1)
     args = parser.parse_args()
     if args.quick:
-        args.batch, args.rounds, args.warm_up = 4, 1, 0
+        args.batch_size, args.rounds, args.warm_up = 4, 1, 0
     with small_world.refusals(), small_world.opened(args, random=True) as world:
         device.prepare(args.threads)
         trainer, growth = trained(world, args)
         times = in_turns(trainer, args)
-    figures = {f"{way}_per_s": args.batch / median(spent) for way, spent in times.items()}
+    figures = {f"{way}_per_s": args.batch_size / median(spent) for way, spent in times.items()}
     figures["vs_plain"] = figures["ours_per_s"] / max(figures["alone_per_s"], figures["shared_per_s"])
     figures["mb_per_sample"] = growth
     rows = [(way, median(spent), min(spent), len(spent)) for way, spent in times.items()]
@@ -142,14 +142,14 @@ def trained(world: small_world.World, args: argparse.Namespace) -> tuple[Trainer
     """What `hyperrt train` trains with at its defaults, after a first step or two; and how much
     this process's peak of memory, in 10^6 bytes, grew for each row more than in a smaller batch.
     """
-    few, peaks = max(1, args.batch // SMALLER), []
-    for batch in (few, args.batch):
+    few, peaks = max(1, args.batch_size // SMALLER), []
+    for batch in (few, args.batch_size):
         with tempfile.TemporaryDirectory() as out:
-            trainer = Trainer(world.training(out, batch_size=batch, holdout=min(HOLDOUT, args.batch)))
+            trainer = Trainer(world.training(out, batch_size=batch, holdout=min(HOLDOUT, args.batch_size)))
         for step in range(2):  # Adam's state is there from the first update on
             trainer.step(step)
         peaks.append(report.peak_bytes() / 1e6)
-    return trainer, (peaks[1] - peaks[0]) / (args.batch - few)
+    return trainer, (peaks[1] - peaks[0]) / (args.batch_size - few)
 
 
 def in_turns(trainer: Trainer, args: argparse.Namespace) -> dict[str, list[float]]:
