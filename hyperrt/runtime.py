@@ -360,7 +360,8 @@ class Runtime:
         """Latents [n, C, h, w] to pictures [n, H, W, 3] uint8, one at a time.
 
         Raises:
-            UsageError: the latents have another shape.
+            UsageError: the latents are not [n, C, h, w].
+            engines.EngineInputError: they have other channels than the bundle.
             NumericError: a pixel is NaN or infinite, or all pixels are the same.
         """
         if latents.ndim != 4 or not len(latents):

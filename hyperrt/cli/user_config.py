@@ -10,6 +10,7 @@ from the current folder, because somebody else may have put it there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
     import tomllib  # not at the top: most users have no config file
 
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file() and str(path) != os.devnull:
             raise ValueError("it is not a plain file")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

@@ -26,7 +26,7 @@ SUBJECT_VERSION = "1"  # of the format of a subject file
 
 @dataclass(frozen=True, eq=False)
 class Subject(Checked):
-    """One person, animal or thing; subjects are compared by identity.
+    """One person, animal or thing. Subjects are compared by identity: do not change the arrays of one.
 
     Attributes:
         lora: the packed vectors "lora_q" [Nq] and "lora_kv" [Nkv] (`hyperrt.lora.layout`), on the host.

@@ -88,7 +88,7 @@ class Trajectory:
         self._latents: Any = np.asarray(latents, dtype=np.float32)
         self._noise_rng = list(noise_rng)
         self._previous: Any = np.zeros_like(self._latents)  # the last `denoised`
-        self._noise = self._previous
+        self._noise: Latents | None = None  # of the next step, once it is drawn
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -101,12 +101,10 @@ class Trajectory:
 
     def feeds(self) -> Feeds:
         """What the step graph takes for the next step; see `denoise`."""
-        if self.table.stochastic:
-            self._noise = _draw(self._noise_rng, self._latents.shape[1:])
         return {
             "latents": self._latents,
             "previous": self._previous,
-            "noise": self._noise,
+            "noise": self._next_noise(),
             "timestep": np.asarray(self.table.timesteps[self.index]),
             "coefficients": self.table.coefficients[self.index],
         }
@@ -117,13 +115,16 @@ class Trajectory:
         timestep = float(self.table.timesteps[self.index])
         step = Step(self.index, len(self.table.timesteps), timestep, self._latents, self._previous)
         self.index += 1
+        if self.table.stochastic:
+            self._noise = None
         return step
 
     def join(self, other: Trajectory) -> None:
         """Append the pictures of another trajectory, which has the same table and is at the same step."""
         self._latents = concatenate([self._latents, other._latents])
         self._previous = concatenate([self._previous, other._previous])
-        self._noise = np.zeros(self._latents.shape, np.float32)
+        if self._noise is not None:
+            self._noise = np.concatenate([self._noise, other._next_noise()])
         self._noise_rng += other._noise_rng
 
     def drop(self, images: slice) -> None:
@@ -132,8 +133,17 @@ class Trajectory:
         kept = [part for part in kept if part.start < part.stop] or [slice(0, 0)]
         self._latents = concatenate([self._latents[part] for part in kept])
         self._previous = concatenate([self._previous[part] for part in kept])
-        self._noise = np.zeros(self._latents.shape, np.float32)
+        if self._noise is not None:
+            self._noise = np.concatenate([self._noise[part] for part in kept])
         del self._noise_rng[images]
+
+    def _next_noise(self) -> Latents:
+        """The noise of the next step, drawn once: a step that failed and is tried again has the same."""
+        if self._noise is None:
+            shape = self._latents.shape
+            stochastic = self.table.stochastic
+            self._noise = _draw(self._noise_rng, shape[1:]) if stochastic else np.zeros(shape, np.float32)
+        return self._noise
 
 
 def denoise(step: Callable[[Feeds], Feeds], trajectory: Trajectory) -> Iterator[Step]:

@@ -82,9 +82,13 @@ class Batch:
         """Let all pictures of a request join the batch.
 
         Raises:
-            UsageError: it has another solver, other steps or other guidance than the batch, or the batch is
-                at another step; or its subject is another one, and the bundle takes one at a time (`refit`).
+            UsageError: it is in the batch, or has another solver, other steps or other guidance than the
+                batch, or the batch is at another step; or its subject is another one, and the bundle takes
+                one at a time (`refit`).
         """
+        if any(each is request for each in self._requests):
+            why = "a batch holds each request once"
+            raise UsageError("the request is in the batch already", why, "resolve another: Runtime.request")
         requests = [*self._requests, request]
         if self._graphs.bundle.adapt == "refit":
             only_subject(pair.subject for each in requests for pair in each.pairs)

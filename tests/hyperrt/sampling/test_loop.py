@@ -182,3 +182,23 @@ def test_a_trajectory_without_pictures_is_done():
     trajectory = started(0, 2)
     trajectory.drop(slice(0, 2))
     assert not len(trajectory) and trajectory.is_done and list(denoise(graph, trajectory)) == []
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler_ancestral"])
+def test_a_step_that_failed_and_is_tried_again_changes_nothing(solver):
+    failures = iter([False, False, True, False, True])
+
+    def unsteady(feeds):
+        if next(failures, False):
+            raise RuntimeError
+        return graph(feeds)
+
+    trajectory = started(3, 2, solver)
+    while not trajectory.is_done:
+        try:
+            for step in denoise(unsteady, trajectory):
+                latents = step.latents
+        except RuntimeError:
+            continue
+    *_, expected = denoise(graph, started(3, 2, solver))
+    np.testing.assert_array_equal(latents, expected.latents)

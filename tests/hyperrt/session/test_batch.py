@@ -114,6 +114,14 @@ def test_a_request_with_another_table_or_guidance_cannot_join(runtime, subject, 
     assert len(last(batch)) == 1
 
 
+def test_a_request_is_in_a_batch_once(runtime, subject):
+    request = runtime.request(PROMPT, subject, steps=4)
+    batch = batch_of(runtime, request)
+    with pytest.raises(UsageError, match="in the batch already"):
+        batch.add(request)
+    np.testing.assert_array_equal(last(batch), drawn(runtime, request))
+
+
 def test_a_batch_that_all_have_left_takes_a_request_of_any_kind(runtime, subject):
     first = runtime.request(PROMPT, subject, steps=4)
     batch = batch_of(runtime, first)
