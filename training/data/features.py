@@ -1,4 +1,4 @@
-"""What the frozen encoders make of a cache, computed once and kept on the disk beside it.
+"""Features, latents and text of a cache: computed once by the frozen encoders and kept beside the cache.
 
     latents-*   (N, V, C, h, w)  the VAE's of the pictures, scaled as the UNet takes them
     features-*  (N, V, T, F)     the image encoder's, which hypernetwork and image prompt read
@@ -38,8 +38,8 @@ log = logging.getLogger("hyperrt.training")
 
 HASH_DIGITS = 12
 PICTURES_AT_ONCE, PROMPTS_AT_ONCE = 64, 64
-PIXELS_AT_ONCE = 1 << 22  # that the VAE encodes at once: 16 pictures of 512 pixels
-LATENTS_COMPARED, MOST_LATENTS_ERROR = 4, 0.1  # pictures; of bf16 it is 0.01, of another VAE about 1
+PIXELS_AT_ONCE = 1 << 22  # the VAE encodes so many at a time: 16 pictures of 512 pixels
+LATENTS_COMPARED, MOST_LATENTS_ERROR = 4, 0.1  # pictures; the error of bf16 is 0.01, of another VAE about 1
 STATISTICS_NUMBERS = 1 << 26  # 256 MB, and NumPy takes some copies
 
 
@@ -95,7 +95,7 @@ def latents(base: Encoders, cache: PictureCache, mirrored: bool = False) -> np.m
 
 
 def check_latents(base: Encoders, cache: PictureCache) -> None:
-    """That the latents of a cache are those of this VAE.
+    """Check that the latents of a cache are those of this VAE.
 
     Those of training/prepare.py are told by their name. Of others a few are made again and compared; if they
     differ, a warning says so: a script may train on latents that are no pictures', to see how fast it is.
@@ -116,7 +116,7 @@ def check_latents(base: Encoders, cache: PictureCache) -> None:
 
 
 def _latents_error(base: Encoders, cache: PictureCache) -> float:
-    """|z - z'| / |z'| of the latents z that a cache holds and z' that the VAE makes, over a few pictures."""
+    """|z - z'| / |z'| over a few pictures: z are the latents of the cache, z' those of the VAE."""
     count = min(len(cache.latents), len(cache.images))  # the numbers are compared elsewhere
     subjects = np.linspace(0, count - 1, min(count, LATENTS_COMPARED)).astype(int)
     stored = torch.from_numpy(cache.latents[subjects, 0].astype(np.float32))
@@ -127,7 +127,7 @@ def _latents_error(base: Encoders, cache: PictureCache) -> float:
 
 
 def fingerprint(encoder: nn.Module, cache: PictureCache, *more: object) -> str:
-    """Hex digits that stand for the encoder's weights, in fp32 or fp16 but not bf16, and some pictures."""
+    """Hex digits that identify the encoder's weights (alike in fp32 and fp16, not in bf16) and some pictures."""
     digest = hashlib.sha256(repr((hash_of(encoder, half=True), cache.images.shape, more)).encode())
     for picture in cache.images[:: max(1, len(cache.images) // 64), 0]:
         digest.update(picture.tobytes())
@@ -141,7 +141,7 @@ def _of_vae(base: Encoders, cache: PictureCache) -> str:
 
 
 def feature_statistics(features: np.ndarray, sample: int = 512) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [F] over pictures and tokens, from some evenly spaced identities."""
+    """Mean and standard deviation [F] over pictures and tokens, from some evenly spaced subjects."""
     sample = min(sample, max(1, STATISTICS_NUMBERS // features[0].size))
     some = np.asarray(features[:: max(1, len(features) // sample)], np.float32).reshape(
         -1, features.shape[-1]
@@ -150,45 +150,45 @@ def feature_statistics(features: np.ndarray, sample: int = 512) -> tuple[Tensor,
 
 
 def _of_pictures(cache: PictureCache, name: str, encode: Callable[[np.ndarray], Tensor], batch: int) -> Any:
-    """(N, V, ...) of what `encode` makes of each picture; a file of that name is not made again."""
+    """[subjects, V, ...] `encode` of each picture of the cache; a file of that name is not written again."""
     path = cache.path / name
     if not path.exists():
-        parts = _encoded_identities(cache, encode, batch)
+        parts = _encoded_subjects(cache, encode, batch)
         _write(path, cache.shape, parts, f"{name.partition('-')[0]} of {cache.counts.sum():,} pictures")
     return np.load(path, mmap_mode="r")
 
 
-def _encoded_identities(
+def _encoded_subjects(
     cache: PictureCache, encode: Callable[[np.ndarray], Tensor], batch: int
 ) -> Iterator[np.ndarray]:
-    """[identities, V, ...] of some identities after the other, each different view encoded once."""
-    identities, views = cache.shape
+    """[some subjects, V, ...], one part after the other; each different view is encoded once."""
+    subjects, views = cache.shape
     step = max(1, batch // views)
-    for start in range(0, identities, step):
+    for start in range(0, subjects, step):
         counts = cache.counts[start : start + step, None]
         different = np.arange(views) < counts
         rows = encode(cache.images[start : start + step][different])
-        yield _half(rows, f"identities {start} to {start + len(counts) - 1}")[
+        yield _half(rows, f"subjects {start} to {start + len(counts) - 1}")[
             np.cumsum(counts)[:, None] - counts + np.arange(views) % counts
         ]
 
 
 def _half(rows: Tensor, which: str) -> np.ndarray:
-    """float16; what that cannot hold is refused."""
+    """The rows as float16; values that float16 cannot hold are refused."""
     with np.errstate(over="ignore"):
         half = rows.cpu().numpy().astype(np.float16)
     if not np.isfinite(half).all():
         why = f"an encoder made NaN, infinity or too large a number of {which}"
         do = "check the weights of the base model"
-        raise NumericError("what was encoded cannot be trained on", why, do)
+        raise NumericError("the encoded values cannot be used for training", why, do)
     return half
 
 
 def _write(path: Path, leading: Sequence[int], parts: Iterator[np.ndarray], what: str) -> None:
-    """Writes parts one behind the other as one .npy of the shape (*leading, ...), whole or not at all.
+    """Writes the parts in order as one .npy of shape (*leading, ...), whole or not at all.
 
     Raises:
-        ResourceError: the disk is too small for it, which is said after the first part.
+        ResourceError: the disk is too small, which shows after the first part.
     """
     began = time.perf_counter()
 

@@ -121,7 +121,7 @@ def test_another_encoder_and_other_pictures_make_other_files(faces):
 def test_what_float16_cannot_hold_is_refused(value, faces, monkeypatch):
     base, cache = faces
     monkeypatch.setattr(features, "encode_latents", lambda *_: torch.full((63, 2), value))
-    with pytest.raises(NumericError, match="identities 0 to 20"):
+    with pytest.raises(NumericError, match="subjects 0 to 20"):
         features.latents(base, cache)
     assert not list(cache.path.glob("latents-*"))
 
