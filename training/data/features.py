@@ -127,7 +127,7 @@ def _latents_error(base: Encoders, cache: PictureCache) -> float:
 
 
 def fingerprint(encoder: nn.Module, cache: PictureCache, *more: object) -> str:
-    """Hex digits that identify the encoder's weights (alike in fp32 and fp16, not in bf16) and some pictures."""
+    """Hex digits that identify the encoder's weights (alike in fp32 and fp16, not bf16) and some pictures."""
     digest = hashlib.sha256(repr((hash_of(encoder, half=True), cache.images.shape, more)).encode())
     for picture in cache.images[:: max(1, len(cache.images) // 64), 0]:
         digest.update(picture.tobytes())
