@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hyperrt.cli import main
+from hyperrt.runtime import Runtime
 from tests.hyperrt import fake_bundle
 
 TINY = Path(__file__).resolve().parents[2] / "hyperrt" / "bundles" / "tiny"
@@ -46,6 +47,25 @@ def photos(tmp_path_factory) -> Path:
         pixels = np.random.default_rng(k).integers(0, 256, (40, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"photo {k}.png")
     return folder
+
+
+@pytest.fixture
+def runtime(pretend):
+    """A runtime of the fake bundle."""
+    with Runtime.open(pretend, "fake") as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def subject(runtime, photos):
+    """The subject of the photos."""
+    return runtime.personalize(photos)
+
+
+@pytest.fixture
+def other(runtime):
+    """Another subject, of one grey photo."""
+    return runtime.personalize([np.full((40, 40, 3), 200, np.uint8)])
 
 
 @pytest.fixture

@@ -18,22 +18,6 @@ from tests.hyperrt import fake_bundle
 PROMPT = "a [V] robot on the beach"
 
 
-@pytest.fixture
-def runtime(pretend):
-    with Runtime.open(pretend, "fake") as runtime:
-        yield runtime
-
-
-@pytest.fixture
-def subject(runtime, photos):
-    return runtime.personalize(photos)
-
-
-@pytest.fixture
-def other(runtime):
-    return runtime.personalize([np.full((40, 40, 3), 200, np.uint8)])
-
-
 def last_feeds():
     """What the denoiser was given in the last step."""
     seen = {}

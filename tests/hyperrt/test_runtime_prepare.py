@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from hyperrt import Runtime
 from tests.hyperrt import fake_bundle
 
 PROMPT = "a [V] robot on the beach"
-
-
-@pytest.fixture
-def runtime(pretend):
-    with Runtime.open(pretend, "fake") as runtime:
-        yield runtime
-
-
-@pytest.fixture
-def subject(runtime, photos):
-    return runtime.personalize(photos)
-
-
-@pytest.fixture
-def other(runtime):
-    return runtime.personalize([np.full((40, 40, 3), 200, np.uint8)])
 
 
 def test_another_subject_runs_no_graph_but_the_denoiser(runtime, subject, other):

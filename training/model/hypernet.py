@@ -29,6 +29,7 @@ shared heads with an embedding of the layer: arXiv 2506.06105 (Text-to-LoRA).
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def _head_weights(group: Sequence[Factor], width: int, shared: bool) -> Tensor:
     return weights
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, abc.ABC):
     """features [B, T, F] to {"lora_q": [B, Nq], "lora_kv": [B, Nkv]}; the base of both kinds.
 
     A subclass makes its parts, then calls `_add_heads`; its `encode` makes the tokens that the heads read.
@@ -240,9 +241,9 @@ class Decoder(nn.Module):
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std.clamp_min(1e-6))
 
+    @abc.abstractmethod
     def encode(self, features: Tensor) -> Tensor:
         """features [B, T, F] to tokens of unit scale [B, M, d]."""
-        raise NotImplementedError
 
     def normalised(self, features: Tensor) -> Tensor:
         """Features [B, T, F], normalised by the statistics of the training data."""

@@ -25,11 +25,6 @@ def runtime(request, tmp_path):
 
 
 @pytest.fixture
-def subject(runtime, photos):
-    return runtime.personalize(photos)
-
-
-@pytest.fixture
 def other(runtime):
     return runtime.personalize([np.full((40, 40, 3), 200, np.uint8)], "mug")
 
@@ -79,9 +74,7 @@ def test_all_requests_of_a_batch_share_one_engine_call_a_step(runtime, subject, 
 @pytest.mark.parametrize("leaving", [0, 1, 2])
 def test_a_request_that_leaves_changes_nothing_for_the_others(runtime, subject, other, leaving):
     orders = ((PROMPT, subject), ("a [V] mug in snow", other), ("a [V] robot in snow", subject))
-    requests = [
-        runtime.request(prompt, one, seed=seed, steps=5) for seed, (prompt, one) in enumerate(orders)
-    ]
+    requests = [runtime.request(prompt, one, seed=seed, steps=5) for seed, (prompt, one) in enumerate(orders)]
     batch = batch_of(runtime, *requests)
     for step in denoise(batch.step, batch.trajectory):
         if step.index == 1:

@@ -157,6 +157,12 @@ def test_only_the_rows_of_the_subject_have_image_tokens(open_category, photos):
     np.testing.assert_allclose(seen["image_scale"], [0, 1.5, 0])
 
 
+def test_a_subject_without_image_tokens_has_image_scale_0(open_category, photos):
+    subject = dataclasses.replace(open_category.personalize(photos), image_tokens=None)
+    rows = open_category.request(PROMPT, subject).rows
+    assert [row.gate for row in rows] == [0, 1, 0] and [row.image_scale for row in rows] == [0, 0, 0]
+
+
 def test_beside_the_empty_prompt_of_plain_guidance_are_the_tokens_of_no_photo(open_category, photos):
     subject = open_category.personalize(photos)
     seen = spy("context")
