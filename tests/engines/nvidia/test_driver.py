@@ -12,9 +12,9 @@ from tests.engines.fake_cuda import H100, OLD, SLICE
 
 def test_a_sound_driver_names_its_version_and_its_gpus(monkeypatch, tmp_path):
     fake_cuda.install(monkeypatch, tmp_path, H100, SLICE)
-    found = driver.driver()
-    assert (found.version, found.cuda) == ("580.95.05", (13, 0))
-    assert found.gpus == (driver.Gpu(*H100), driver.Gpu(*SLICE))
+    installed = driver.driver()
+    assert (installed.version, installed.cuda) == ("580.95.05", (13, 0))
+    assert installed.gpus == (driver.Gpu(*H100), driver.Gpu(*SLICE))
 
 
 def test_a_driver_that_does_not_say_its_version_is_as_good(monkeypatch, tmp_path):
@@ -79,17 +79,17 @@ def test_an_unknown_failure_is_given_by_its_number(monkeypatch, tmp_path):
 
 def test_a_driver_too_old_for_a_package_is_refused_with_both_versions(monkeypatch, tmp_path):
     fake_cuda.install(monkeypatch, tmp_path, H100, cuda=OLD)
-    found = driver.driver()
-    driver.check_cuda(found, 12, "a package")
-    driver.check_cuda(found, None, "a package")
+    installed = driver.driver()
+    driver.check_cuda(installed, 12, "a package")
+    driver.check_cuda(installed, None, "a package")
     with pytest.raises(
         EngineError, match=r"580.95.05 is too old for a package\n.*12\.4.*CUDA 13\n.*580 or later"
     ):
-        driver.check_cuda(found, 13, "a package")
+        driver.check_cuda(installed, 13, "a package")
 
 
 @pytest.mark.gpu
 def test_this_machines_gpu_is_seen():
-    found = driver.driver()
-    assert found.cuda >= (11, 0) and found.gpus[0].memory > 10**9
-    assert found.gpus[0].name and found.gpus[0].capability >= (5, 0)
+    installed = driver.driver()
+    assert installed.cuda >= (11, 0) and installed.gpus[0].memory > 10**9
+    assert installed.gpus[0].name and installed.gpus[0].capability >= (5, 0)

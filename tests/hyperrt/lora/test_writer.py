@@ -179,10 +179,10 @@ def test_a_reduced_lora_is_the_nearest_of_its_rank(rank, d_in, d_out, wanted, al
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((rank, d_in)), rng.standard_normal((d_out, rank))
     whole = Factors(Stored.of(a), Stored.of(b), alpha)
-    found = writer.reduced(whole, wanted)
-    assert found.rank <= min(rank, wanted)
+    reduced = writer.reduced(whole, wanted)
+    assert reduced.rank <= min(rank, wanted)
     values = np.linalg.svd(product(whole), compute_uv=False)
-    missing = np.linalg.norm(product(whole) - product(found))
+    missing = np.linalg.norm(product(whole) - product(reduced))
     assert missing == pytest.approx(np.sqrt(np.sum(values[wanted:] ** 2)), abs=1e-5 * values[0])
     assert writer.norm(whole) == pytest.approx(np.linalg.norm(product(whole)), rel=1e-6)
 

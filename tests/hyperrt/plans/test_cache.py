@@ -16,16 +16,6 @@ from hyperrt.plans.messages import compile_command, rebuild_command
 from tests.hyperrt.some_plans import COMPILE, KEY, OTHER, content, flip, key, publish, three_lines
 
 
-@pytest.fixture
-def cache(tmp_path) -> PlanCache:
-    return PlanCache(tmp_path / "plans")
-
-
-@pytest.fixture
-def plan(cache):
-    return publish(cache, weights=("unet.a", "unet.b"))
-
-
 def test_the_hash_of_a_graph_covers_its_file_and_its_data():
     graph, data = "1" * 64, "2" * 64
     hashes = {

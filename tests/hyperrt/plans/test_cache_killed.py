@@ -113,11 +113,6 @@ def old_new_or_none(cache: PlanCache) -> str:
         return "none"
 
 
-@pytest.fixture
-def cache(tmp_path) -> PlanCache:
-    return PlanCache(tmp_path / "plans")
-
-
 def test_fifty_kills_at_random_leave_old_or_new_or_none_and_the_next_run_repairs_it(cache):
     moments, seen = random.Random(0), set()
     for _ in range(50):

@@ -11,19 +11,7 @@ import pytest
 from hyperrt import files
 from hyperrt.errors import IntegrityError
 from hyperrt.plans import record as plan_file
-from hyperrt.plans.cache import PlanCache
 from tests.hyperrt.some_plans import COMPILE, KEY, OTHER, flip, key, publish, refused
-
-
-@pytest.fixture
-def cache(tmp_path) -> PlanCache:
-    return PlanCache(tmp_path / "plans")
-
-
-@pytest.fixture
-def plan(cache):
-    return publish(cache, weights=("unet.a", "unet.b"))
-
 
 # Keys
 

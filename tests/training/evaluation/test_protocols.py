@@ -161,6 +161,6 @@ def test_hostile_names_become_harmless_names_of_folders(tmp_path):
     photo(tmp_path / "a%2fb.png")
     photo(tmp_path / '"><script>.png')
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes((tmp_path / "a%2fb.png").read_bytes())
-    found = names(subjects(PROTOCOLS["faces"], tmp_path))
-    assert len(set(found)) == 3
-    assert all(name.isascii() and not set(name) & set('/"<>&') for name in found)
+    folder_names = names(subjects(PROTOCOLS["faces"], tmp_path))
+    assert len(set(folder_names)) == 3
+    assert all(name.isascii() and not set(name) & set('/"<>&') for name in folder_names)
